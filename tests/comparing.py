@@ -1,10 +1,10 @@
-"""Bit-exact comparison of checkpoints."""
+"""Bit-for-bit comparison of checkpoints."""
 
 import torch
 
 
 def assert_same(found, expected, where=""):
-    """Assert that the contents of two checkpoints are equal bit for bit."""
+    """Assert that two checkpoints have the same contents, bit for bit."""
     assert type(found) is type(expected), where
     if isinstance(found, dict):
         assert found.keys() == expected.keys(), where

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tests.documents.warm import WarmPython
 from tests.processes import ROOT
 
-# Most tests load configs. PyYAML's parser in C gives the same results in a tenth of the time.
+# Most tests load configs. PyYAML's C parser gives the same results in a tenth of the time.
 if yaml.__with_libyaml__:
     yaml.SafeLoader, yaml.SafeDumper = yaml.CSafeLoader, yaml.CSafeDumper
 
@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip tests marked `gpu` without a GPU, or fail them if `$REQUIRE_GPU` is set."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        reason = "this test needs a CUDA GPU, and torch.cuda.is_available() is False"
+        reason = "this test needs a CUDA GPU, but torch.cuda.is_available() is False"
         if os.environ.get("REQUIRE_GPU"):
             pytest.fail(f"{reason}, although REQUIRE_GPU is set")
         pytest.skip(reason)
@@ -43,8 +43,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _restore_catalogs() -> Iterator[None]:
-    """Forget the data sets that a test file registers, so that no other file depends on them."""
-    # A file that does not import Detectron2 registers nothing.
+    """Unregister the data sets that a test file registers, so that test files are independent."""
+    # A test file that does not import Detectron2 registers nothing.
     catalogs = sys.modules.get("detectron2.data.catalog")
     if catalogs is None:
         yield
@@ -64,9 +64,9 @@ def _restore_catalogs() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Return the folder of real data next to the checkout, which contains `coco128/`, for example.
+    """Return the folder with real data, such as `coco128/`, next to the checkout.
 
-    Tests that use it are skipped if the folder is missing. In CI they fail instead.
+    If the folder is missing, tests that use this fixture are skipped. In CI they fail instead.
     """
     if not SHARED_DATA.is_dir():
         reason = f"the real images in ../shared/data are missing ({SHARED_DATA})"
@@ -78,7 +78,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_cases(shared_data: Path) -> Path:
-    """Return the folder of detection data from public bug reports, next to the real data."""
+    """Return the folder with detection data from public bug reports."""
     cases = shared_data.parent / "cases" / "detection"
     if not cases.is_dir():
         pytest.skip(f"the detection data in ../shared/cases is missing ({cases})")
@@ -89,10 +89,10 @@ def shared_cases(shared_data: Path) -> Path:
 def run_python(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
-    """Return a function that runs ``python WORDS`` in the root of the repository.
+    """Return a function that runs ``python WORDS`` in the repository root.
 
-    Importing torch and Detectron2 takes seconds. Therefore the function forks a process that has
-    already imported them.
+    Importing torch and Detectron2 takes seconds, so the function forks a process that has already
+    imported them.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     printed = tmp_path_factory.mktemp("processes") / "printed"
@@ -102,7 +102,7 @@ def run_python(
 
 @pytest.fixture
 def one_thread():
-    """Limit torch to one thread, which makes its sums independent of the number of cores."""
+    """Limit torch to one thread, so that sums do not depend on the number of CPU cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -111,9 +111,9 @@ def one_thread():
 
 @pytest.fixture
 def zero_initial_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Initialise networks with zeros, which is faster than with random numbers.
+    """Initialise networks with zeros, which is faster than drawing random numbers.
 
-    It is for tests that write or load all weights that they depend on.
+    Use this fixture only in tests that set or load all weights that they depend on.
     """
 
     def fill(tensor: Tensor, *_: object, **__: object) -> Tensor:

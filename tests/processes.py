@@ -1,4 +1,4 @@
-"""Helper that runs commands in subprocesses."""
+"""Helper for running commands in subprocesses."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def call(*words: object, **environment: str) -> subprocess.CompletedProcess:
-    """Run a command in the root folder of the repository, and capture its output as text."""
+    """Run a command in the repository root and capture its output as text."""
     return subprocess.run(
         [str(word) for word in words],
         cwd=ROOT,

@@ -1,6 +1,6 @@
-"""Configs of small networks, for tests of the data, engine and other parts."""
+"""Config overrides for small networks, which several test folders share."""
 
-# Less than a million parameters, so that checkpoints are small.
+# This network has less than a million parameters, which keeps checkpoints small.
 SE_RESNEXT50 = {
     "MODEL.RESNETS.NORM": "GN",
     "MODEL.RESNETS.DEPTH": "50",

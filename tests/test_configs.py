@@ -1,4 +1,4 @@
-"""Tests of every config without training: its model, and that baselines differ only in SE."""
+"""Tests for all configs: their models, and that SE configs differ from baselines only in SE."""
 
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def test_every_config_builds_its_backbone(path):
 
 
 def test_gates_start_open_unless_the_network_is_trained_from_scratch():
-    kept = {"demo_faster_rcnn_se_r18"}  # whose results are published
+    kept = {"demo_faster_rcnn_se_r18"}  # its published results used open gates
     for path in CONFIGS:
         cfg = load_config(str(path))
         if "se" not in backbone_name(cfg).split("_") or path.stem in kept:
@@ -102,7 +102,7 @@ def test_the_csail_recipe_is_the_data_sets_own():
     solver = cfg.SOLVER
     assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.WEIGHT_DECAY) == (256, 0.1, 1e-4)
     assert (solver.EPOCHS, list(solver.STEP_EPOCHS), solver.GAMMA) == (90, [30, 60], 0.1)
-    # Weight decay applies to all parameters, as by default in torch's optimizers.
+    # Weight decay applies to all parameters, which is the default of torch's optimizers.
     assert solver.WEIGHT_DECAY_NORM == 1e-4
     assert solver.WEIGHT_DECAY_BIAS is None
     assert (cfg.MODEL.WEIGHTS, cfg.MODEL.BACKBONE.FREEZE_AT) == ("", 0)
@@ -114,7 +114,7 @@ def test_the_places_recipe_is_the_protocol_that_the_paper_follows():
     names = "places365_r152", "places365_se_r152"
     assert difference(*names) == {"MODEL.SE.ENABLED"}
     cfg = load_config(str(ROOT / "configs" / "places365_se_r152.yaml"))
-    # [74] in the paper, and the evaluation of [72].
+    # The SENet paper trains as in its reference [74] and evaluates as in its reference [72].
     assert cfg.DATALOADER.SAMPLER_TRAIN == "ClassAwareSampler"
     view = cfg.INPUT.CLASSIFICATION
     assert (view.TEST_MODE, view.TEST_RESIZE, view.TEST_CROP) == ("squash", 256, 224)
@@ -126,8 +126,8 @@ def test_the_places_recipe_is_the_protocol_that_the_paper_follows():
         assert "the paper's figures" in header
 
 
-# Batch size, learning rate, epochs, label smoothing, weight decay, crop and resize size, from the
-# paper's sections 5.1 and 6 and its appendix.
+# Batch size, learning rate, epochs, label smoothing, weight decay, crop size and resize size, from
+# Sections 5.1 and 6 and the appendix of the SENet paper.
 TABLE_II = (1024, 0.6, 100, 0.0, 1e-4, 224, 256)
 MOBILE = (256, 0.1, 400, 0.0, 4e-5, 224, 256)
 IMAGENET = {
@@ -142,7 +142,7 @@ IMAGENET = {
     "ablation_se_r50": (256, 0.1, 300, 0.1, 1e-4, 224, 256),
 }
 DEPTH = "MODEL.RESNETS.DEPTH"
-# The networks of Tables II and III that the config of a network trains, with the options for them.
+# Networks in Tables II and III of the SENet paper, with the config and options that train each.
 IMAGENET_NETWORKS = {
     "resnet50": ("se_r50", ()),
     "resnet101": ("se_r50", (DEPTH, "101")),
@@ -204,8 +204,8 @@ def test_residual_imagenet_recipes_have_the_strides_of_the_papers_networks(name,
     assert report(build_to_count(cfg), cfg).total.macs / 1e9 == pytest.approx(gmacs, rel=0.005)
 
 
-# Batch size, learning rate, Nesterov momentum, weight decay, iterations or epochs, steps of the
-# learning rate, its decay factor, and Cutout, from the papers and their released code.
+# Batch size, learning rate, Nesterov momentum, weight decay, iterations or epochs, learning rate
+# steps, decay factor and Cutout size, from the papers and their released code.
 CIFAR = {
     "resnet110": (128, 0.1, False, 1e-4, 64_000, (32_000, 48_000), 0.1, 0),
     "resnet164": (128, 0.1, False, 1e-4, 64_000, (32_000, 48_000), 0.1, 0),

@@ -1,8 +1,8 @@
-"""Tests of all documents: paths, links, the tables of configs and worked examples.
+"""Tests for all documents: paths, links, config tables and worked examples.
+
+To update the tables in configs/README.md from the headers of the configs, run
 
     python tests/test_documents.py
-
-updates the tables in configs/README.md from the headers of the configs.
 """
 
 import re
@@ -24,7 +24,7 @@ DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("[!.]*/README.md"), *ROOT.glob("docs
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 TABLE = ROOT / "configs" / "README.md"
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-# Titles of the tables, with the prefixes of the config names in each.
+# Title of each table, and the prefixes of the config names in the table.
 TASKS = {
     "COCO": ("faster_rcnn_", "mask_rcnn_", "cascade_rcnn_", "keypoint_rcnn_", "retinanet_"),
     "Places365 and your own images": ("places365_", "finetune_", "scratch_"),
@@ -37,7 +37,7 @@ COLUMNS = "| config | description | command | expected result | hardware |\n|---
 
 
 def header(path):
-    """Return the parts of a config's header: description, command, expectation, hardware."""
+    """Return the parts of a config's header: description, command, expected result and hardware."""
     lines = []
     for line in path.read_text().splitlines():
         if not line.startswith("#"):
@@ -81,7 +81,7 @@ def test_the_tables_of_configs_have_no_other_rows():
 
 @pytest.fixture
 def own_things():
-    """Remove everything that the page registers."""
+    """Unregister the models, family and data set that the examples in CONTRIBUTING.md register."""
     yield
     for name in ("tiny", "se_tiny"):
         _MODELS.pop(name, None)
@@ -137,7 +137,7 @@ def test_every_tool_has_a_section():
 
 
 def anchors(text):
-    """Return the anchors of a document's headings, according to GitHub's rules."""
+    """Return the link anchors that GitHub generates for a document's headings."""
     titles = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 

@@ -1,4 +1,4 @@
-"""Tests of `make setup`: pinned versions, an atomic installation of Detectron2, and messages."""
+"""Tests for `make setup`: pinned versions, an atomic installation of Detectron2, and messages."""
 
 import hashlib
 import importlib.metadata
@@ -22,7 +22,7 @@ SCRIPT = ROOT / "tools" / "install_detectron2.py"
 
 @pytest.fixture
 def installer(monkeypatch):
-    """Load the script as a module that doesn't find the installed Detectron2."""
+    """Load the installation script as a module that doesn't find the installed Detectron2."""
     spec = importlib.util.spec_from_file_location("install_detectron2", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -32,7 +32,7 @@ def installer(monkeypatch):
 
 @pytest.fixture
 def wheel(tmp_path):
-    """Write a small wheel with all the problematic parts of the real one."""
+    """Write a small wheel with all the problematic parts of Detectron2's real wheel."""
     info = "sal_detectron2-0.7.2.dist-info"
     path = tmp_path / "sal_detectron2-0.7.2-cp310-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
@@ -73,7 +73,7 @@ def files_below(folder):
 
 
 def make(*arguments, cwd=ROOT):
-    # Make this `make` independent of an outer `make test`.
+    # This make must not inherit settings from an outer `make test`.
     env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     return subprocess.run(["make", *arguments], cwd=cwd, env=env, capture_output=True, text=True)
 
@@ -119,7 +119,7 @@ def test_the_metadata_tells_pip_what_is_really_there(installer, wheel, target):
     assert found.requires == ["tqdm>4.29.0", "numpy", 'black==23.3.0; extra == "dev"']
     assert found.read_text("top_level.txt") == "detectron2\n"
     assert "Tag: py3-none-any\n" in found.read_text("WHEEL")
-    # `pip uninstall` removes what RECORD lists.
+    # `pip uninstall` removes the files that RECORD lists.
     assert {str(path) for path in found.files} == files_below(target)
     for path in found.files:
         if path.hash:
@@ -234,7 +234,7 @@ def test_what_dependencies_depend_on_is_pinned_too():
     seen = set()
     while todo:
         name, extra = todo.pop()
-        # Another build of torch may have different CUDA packages.
+        # Other torch builds may depend on different CUDA packages.
         if (name, extra) in seen or name.startswith(("cuda", "nvidia", "triton")):
             continue
         seen.add((name, extra))
@@ -268,7 +268,7 @@ def test_what_dependencies_depend_on_is_pinned_too():
     ],
 )
 def test_make_has_the_documented_targets(target, command):
-    # --always-make behaves as on a new machine where nothing is installed.
+    # --always-make makes `make` behave as on a new machine without installed packages.
     run = make("--dry-run", "--always-make", target)
     assert run.returncode == 0, run.stderr
     assert "pip install" in run.stdout
@@ -278,7 +278,7 @@ def test_make_has_the_documented_targets(target, command):
 
 @pytest.fixture
 def clone(tmp_path):
-    """Write the files of a fresh clone that `make setup` reads before installing anything."""
+    """Copy the files that `make setup` reads before it installs anything, as in a fresh clone."""
     folder = tmp_path / "clone"
     (folder / "tools").mkdir(parents=True)
     for name in ("Makefile", "pyproject.toml", "constraints.txt", "tools/install_detectron2.py"):
@@ -294,7 +294,7 @@ def fake_python(folder, script):
 
 
 def test_without_a_suitable_python_make_says_what_to_install(clone):
-    old = fake_python(clone, "exit 1")  # fails the check for versions 3.11 to 3.13
+    old = fake_python(clone, "exit 1")  # the check for Python 3.11 to 3.13 fails
     run = make("setup", f"PYTHON={old}", cwd=clone)
     assert run.returncode != 0
     assert "3.11 to 3.13" in run.stderr

@@ -25,7 +25,8 @@ CHECKED = (
     "tools/**/*.md",
     "tools/**/*.py",
 )
-# Allowed uses of these words: the list itself, and names that users of version 0.1 depend on.
+# Allowed uses of the words to avoid: in the list of these words itself, and in names that users of
+# version 0.1 depend on.
 NAMES = {
     "CONTRIBUTING.md": r"^\| .* \| .* \|$",
     "senet_transfer/_moved.py": r"senet_transfer\.backbones\.trunk",
@@ -59,7 +60,7 @@ AVOIDED = {
 
 
 def prose(path: Path) -> str:
-    """Return the text of a file; code and link targets are removed from Markdown."""
+    """Return the text of a file, without code and link targets if the file is Markdown."""
     text = path.read_text()
     if path.suffix == ".md":
         text = re.sub(r"^```.*?^```", _blank_lines, text, flags=re.M | re.S)

@@ -1,4 +1,4 @@
-"""Tests of the deprecated import paths of version 0.1, which work for one more release."""
+"""Tests for the deprecated import paths of version 0.1, which work for one more release."""
 
 import importlib
 import sys

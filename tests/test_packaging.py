@@ -27,7 +27,7 @@ PROGRAMS = ("install_detectron2.py", "classify_onnx.py", "detect_onnx.py", "onnx
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """Copy the files that packages are built from."""
+    """Copy the files that a wheel or source distribution is built from, and return the folder."""
     root = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "MANIFEST.in", "constraints.txt", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, root / name)
@@ -51,7 +51,7 @@ def build_wheel(source: Path, target: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(source, tmp_path_factory) -> Path:
-    """Build a wheel."""
+    """Build a wheel from the copied source and return its path."""
     return build_wheel(source, tmp_path_factory.mktemp("wheel"))
 
 
@@ -133,7 +133,7 @@ def test_a_wheel_holds_every_module_config_and_data_file(wheel):
 
 @pytest.mark.long
 def test_the_commands_that_are_promised_can_be_called():
-    # Check the declared entry points, because installed ones can be older than the source.
+    # Check the entry points in pyproject.toml, because the installed ones can be out of date.
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert set(scripts) == set(COMMANDS)
     for name, target in scripts.items():
@@ -148,7 +148,7 @@ def test_the_commands_that_are_promised_can_be_called():
 def test_a_config_goes_by_its_name_from_any_folder(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_config(name).MODEL.SE.ENABLED is True
-    # A file of the user takes precedence.
+    # A user's file with this name takes precedence.
     own = tmp_path / name
     own.parent.mkdir(parents=True, exist_ok=True)
     own.write_text("SEED: 123\n")

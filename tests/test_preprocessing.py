@@ -1,4 +1,4 @@
-"""Tests of image normalisation."""
+"""Tests for image normalisation."""
 
 import numpy as np
 import pytest

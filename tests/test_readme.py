@@ -1,4 +1,4 @@
-"""Tests of the claims in the README and in the pages of docs/."""
+"""Tests for the statements and examples in README.md and docs/."""
 
 import re
 from pathlib import Path
@@ -21,21 +21,21 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def read(document: str) -> str:
-    """Read a document."""
+    """Return the text of a document, given its path from the repository root."""
     return (ROOT / document).read_text()
 
 
 def python_blocks(document: str) -> list[str]:
-    """Return the Python examples of a document."""
+    """Return the code of all Python blocks in a document."""
     return re.findall(r"```python\n(.*?)```", read(document), re.S)
 
 
 def rows(document: str, table: str = "") -> list[list[str]]:
-    """Return the cells of all table rows in a document, without the separator rows.
+    """Return the cells of all table rows in a document, without separator rows.
 
     Args:
         document: Path of the document.
-        table: The start of a table's header, to return the rows of this table only.
+        table: Start of a table's header. If given, only the rows of that table are returned.
     """
     text = read(document)
     if table:
@@ -102,7 +102,7 @@ def test_three_lines_load_weights_into_a_detectron2_model(tmp_path, zero_initial
         torch.nn.init.constant_(model.proposal_generator.rpn_head.conv.weight, 3)
         Checkpointer(model, str(tmp_path)).save("weights")
     else:
-        # A file whose geometry and preprocessing differ from Detectron2's defaults.
+        # Write weights whose geometry and preprocessing differ from Detectron2's defaults.
         model = senet_transfer.create_backbone("se_resnet18", stem_pool="ceil")
         torch.nn.init.ones_(model.res4[1].conv2.weight)
         senet_transfer.save_weights(model, tmp_path / "weights.pth")
@@ -149,7 +149,8 @@ def test_the_papers_results_are_those_of_the_configs_headers():
     quoted = rows("docs/results.md", "| data and metric | network | without SE | with SE |\n")[1:]
     assert len(quoted) == 22
     figures = re.findall(r"\d+\.\d+", " ".join(cell for row in quoted for cell in row[2:]))
-    errors = set(re.findall(r"(\d+\.\d\d)%", read("README.md"))) - {"0.35"}  # of the operations
+    # 0.35% is SE's share of the operations.
+    errors = set(re.findall(r"(\d+\.\d\d)%", read("README.md"))) - {"0.35"}
     assert errors == {"24.80", "23.29", "41.15", "40.37", "6.37", "5.21"}
     for figure in [*figures, *errors]:
         assert re.search(rf"\b{re.escape(figure)}\b", headers), figure

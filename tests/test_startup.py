@@ -1,4 +1,4 @@
-"""Tests of the modules that are loaded with the package, and of model registration."""
+"""Tests that importing the package loads few modules, and that its models are registered."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ from tests.processes import ROOT
 
 pytestmark = pytest.mark.long
 
-# Packages for reading data, logging and exporting, which only some commands need.
+# Modules for training, reading data, logging and exporting, which only some commands need.
 HEAVY = {
     "aiohttp",
     "faster_coco_eval",
@@ -28,7 +28,7 @@ HEAVY = {
 
 
 def modules_after(code: str) -> set[str]:
-    """Run code in a new process and return the names of the modules loaded by then."""
+    """Run code in a new process and return the names of all modules that it loads."""
     code = f"import sys, json\n{code}\nprint(json.dumps(list(sys.modules)))"
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

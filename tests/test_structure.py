@@ -1,4 +1,4 @@
-"""Tests of the architecture: allowed imports, and code that must be in a single module."""
+"""Tests for the package's architecture: allowed imports, and code that must be in one module."""
 
 import ast
 from collections import Counter
@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "senet_transfer"
 
-# Each part may import itself and the parts in the rows above it, but not other parts in its row.
-# `utils` imports nothing from the project except its errors.
+# A part may import from itself and from parts in the rows above it, but not from other parts in its
+# row. `utils` imports nothing from the project except its errors.
 LAYERS = (
     ("errors", "preprocessing"),
     ("utils",),
@@ -24,13 +24,13 @@ LAYERS = (
     ("cli",),
 )
 RANK = {part: rank for rank, row in enumerate(LAYERS) for part in row}
-# Parts that `data` and `utils` may not import although they are in rows above them.
+# Parts in higher rows that `data` and `utils` still must not import.
 FORBIDDEN = {"data": {"weights", "models", "layers"}, "utils": {"preprocessing"}}
 MOST_FILES = 14
 
 
 def modules() -> dict[str, Path]:
-    """Return the paths of the package's modules by dotted name."""
+    """Return the path of each of the package's modules by dotted name."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -42,11 +42,11 @@ MODULES = modules()
 
 
 def imports(name: str, *, when_loaded: bool) -> set[str]:
-    """Return the modules of the package that a module imports.
+    """Return the modules of this package that a module imports.
 
     Args:
-        name: Dotted name of the module.
-        when_loaded: Whether to ignore imports inside functions and those for type checkers.
+        name: Dotted name of the importing module.
+        when_loaded: Whether to ignore imports inside functions and under ``TYPE_CHECKING``.
     """
     tree = ast.parse(MODULES[name].read_text())
     nodes = list(_outside_functions(tree)) if when_loaded else list(ast.walk(tree))
@@ -77,7 +77,7 @@ def part(module: str) -> str:
 
 
 def circles(edges: dict[str, set[str]]) -> list[list[str]]:
-    """Return the groups of two or more nodes that can reach each other (Tarjan's algorithm)."""
+    """Return the strongly connected components of two or more nodes (Tarjan's algorithm)."""
     index, low, stack, found = {}, {}, [], []
 
     def visit(node):
@@ -142,7 +142,7 @@ def test_no_folders_import_each_other_in_a_circle():
 
 
 def test_nothing_below_the_models_imports_detectron2s_models_when_it_is_loaded():
-    # Importing detectron2.modeling registers our models, which import all parts below them.
+    # Importing detectron2.modeling registers our models, and these import all lower-level parts.
     for name, path in MODULES.items():
         if part(name) in RANK and RANK[part(name)] < RANK["models"]:
             for node in _outside_functions(ast.parse(path.read_text())):
@@ -177,7 +177,7 @@ def foreign_private_names(tree: ast.AST, own: set[str]) -> list[str]:
 
 
 def private_names(tree: ast.AST) -> set[str]:
-    """Return the private names that a module defines, including attributes set on ``self``."""
+    """Return the private names that a module defines, including attributes of ``self``."""
     found = {"_moved"}
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):

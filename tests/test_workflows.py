@@ -1,4 +1,4 @@
-"""Tests that CI workflows, pre-commit hooks and the container image only use tested commands."""
+"""Tests that CI workflows, pre-commit hooks and the container image use only tested commands."""
 
 import fnmatch
 import re
@@ -13,7 +13,7 @@ from tests.processes import ROOT, call
 
 GITHUB = ROOT / ".github"
 WORKFLOWS = sorted((GITHUB / "workflows").glob("*.yml"))
-# Commands that are not Makefile targets, with the test that covers each or the reason for none.
+# Commands that are not Makefile targets, with the test that covers each, or why there is none.
 OTHER_COMMANDS = {
     "docker run --rm senet_transfer --version": "test_senet_prints_its_version_without_torch",
     "pipx run build": "test_a_source_distribution_builds_the_same_wheel",
@@ -24,7 +24,7 @@ OTHER_COMMANDS = {
 
 
 def load(path: Path) -> dict:
-    # YAML 1.1 reads the key `on` as True.
+    # YAML 1.1 parses the key `on` as True.
     return {("on" if key is True else key): value for key, value in _yaml(path).items()}
 
 
@@ -37,12 +37,12 @@ def steps(workflow: dict) -> list[dict]:
 
 
 def _make(*words: str) -> subprocess.CompletedProcess:
-    # Run as if outside `make test`, because make behaves differently inside make.
+    # Clear make's variables, because a make inside `make test` behaves differently.
     return call("make", "--no-print-directory", *words, MAKEFLAGS="", MAKELEVEL="0")
 
 
 def commands() -> list[str]:
-    """Return the commands of all workflows."""
+    """Return the shell commands of all workflows, one per line."""
     found = [step["run"] for path in WORKFLOWS for step in steps(load(path)) if "run" in step]
     return [line.strip() for text in found for line in text.splitlines() if line.strip()]
 
@@ -66,8 +66,8 @@ def test_no_other_command_is_listed_in_vain():
 
 def test_public_ci_runs_the_checks_of_the_projects_own():
     own = set(re.findall(r"^step (make \S+)", (ROOT / ".ci" / "run").read_text(), re.M))
-    # `make coverage` runs the tests of `make test`; the training tests with narrower vector
-    # instructions repeat some of these.
+    # `make coverage` runs the same tests as `make test`. `make test-narrow` repeats the training
+    # tests with narrower vector instructions.
     assert own - set(commands()) == {"make test", "make test-narrow"}
     recipes = [_make("--dry-run", t).stdout for t in ("test", "coverage")]
     test, coverage = (recipe.replace("\\\n", "").split("-m pytest ")[1] for recipe in recipes)
@@ -114,7 +114,7 @@ def test_the_code_of_pull_requests_never_runs_on_a_machine_with_a_gpu_of_ones_ow
     ids=lambda path: path.name,
 )
 def test_no_address_of_a_host_is_built_in(path):
-    # Packages come from the sources that are configured for pip and Docker.
+    # Packages come from the indexes and registries that pip and Docker are configured with.
     assert not re.findall(r"://|\b[\w-]+\.(?:com|dev|io|net|org)\b", path.read_text())
 
 
@@ -157,7 +157,7 @@ def _text(name: str) -> str:
 
 
 def instructions() -> list[tuple[str, str]]:
-    """Return the Dockerfile's instructions, each with its arguments."""
+    """Return the instructions in the Dockerfile as (name, arguments) pairs."""
     lines = [line for line in _text("Dockerfile").splitlines() if not line.startswith("#")]
     joined = re.sub(r"\s*\\\n\s*", " ", "\n".join(lines))
     return [tuple(line.split(None, 1)) for line in joined.splitlines() if line]
@@ -175,7 +175,7 @@ def test_what_the_image_copies_exists_and_is_not_ignored():
 
 
 def test_the_image_runs_senet_as_a_user_without_privileges():
-    final = dict(instructions())  # Only the last instruction of each kind takes effect.
+    final = dict(instructions())  # only the last instruction of a kind takes effect
     assert int(final["USER"]) > 0
     assert final["ENTRYPOINT"] == '["senet"]'
     assert final["FROM"].startswith("nvidia/cuda:")

@@ -1,4 +1,4 @@
-"""Predictions of Detectron2's meta-architectures, according to their configs."""
+"""Types of predictions made by Detectron2's meta-architectures."""
 
 from detectron2.config import CfgNode
 
@@ -14,12 +14,12 @@ _OUTPUTS = {
 
 
 def predicts(cfg: CfgNode) -> set[str]:
-    """Return what a detector or segmentation model predicts, such as ``OBJECTS``."""
+    """Return the types of predictions of a detector or segmentation model, such as ``OBJECTS``."""
     return set(_OUTPUTS.get(cfg.MODEL.META_ARCHITECTURE, {OBJECTS}))
 
 
 def box_head(cfg: CfgNode) -> CfgNode:
-    """Return the options of the head that predicts a detector's boxes."""
+    """Return the part of the config that describes the head that predicts a detector's boxes."""
     retinanet = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
     return cfg.MODEL.RETINANET if retinanet else cfg.MODEL.ROI_HEADS
 

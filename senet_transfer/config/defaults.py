@@ -29,7 +29,7 @@ def config_value(cfg: CfgNode, key: str) -> Any:
     return cfg
 
 
-# Keys whose value "auto" a run replaces by True or False when it starts.
+# Keys whose value "auto" is replaced by True or False at the start of a run.
 AUTO_KEYS = (
     "SOLVER.AMP.ENABLED",
     "SOLVER.TF32",
@@ -61,14 +61,15 @@ def set_config_value(cfg: CfgNode, key: str, value: Any) -> None:
 def add_senet_config(cfg: CfgNode) -> None:
     """Add this project's keys to a Detectron2 config, in place.
 
-    Detectron2's defaults are not changed, so that its configs keep their meaning. The recipes
-    override them in ``configs/base``.
+    Detectron2's defaults are not changed, so its configs keep their meaning. The recipes in
+    ``configs/base`` override these defaults.
     """
-    # Use deterministic algorithms on a GPU where PyTorch has them, which takes time and memory. The
-    # flag --deterministic sets this key. It has no effect on a CPU, where a run is exact anyway.
+    # If True, use deterministic algorithms on a GPU where PyTorch provides them. They are slower
+    # and need more memory. The flag --deterministic sets this key. It has no effect on a CPU, where
+    # runs are reproducible anyway.
     cfg.DETERMINISTIC = False
     # Experiment trackers that receive the metrics, in addition to metrics.json and TensorBoard:
-    # "wandb" and "mlflow". The package must be installed.
+    # "wandb" and "mlflow". The tracker's package must be installed.
     cfg.TRACKING = ()
     _add_model_config(cfg)
     _add_data_config(cfg)
@@ -98,31 +99,36 @@ def _add_model_config(cfg: CfgNode) -> None:
     cfg.MODEL.SE.ENABLED = None
     # The reduction ratio r of the two fully connected layers.
     cfg.MODEL.SE.RATIO = 16
-    # "avg", "max" or "none".
+    # The pooling in the squeeze operation: "avg", "max" or "none".
     cfg.MODEL.SE.SQUEEZE = "avg"
-    # "sigmoid", "tanh" or "relu".
+    # The activation of the gates: "sigmoid", "tanh" or "relu".
     cfg.MODEL.SE.EXCITATION = "sigmoid"
-    # "standard", "pre", "post", "identity" or "3x3". Shake networks also support "mixture".
+    # The position of the gates: "standard", "pre", "post", "identity" or "3x3". Shake networks also
+    # support "mixture".
     cfg.MODEL.SE.PLACEMENT = "standard"
     # The stages with SE.
     cfg.MODEL.SE.STAGES = (2, 3, 4, 5)
-    # If True, the two layers have biases, as in the authors' weight files. The networks in the
-    # paper's ablations have no biases.
+    # If True, the two fully connected layers have biases, as in the authors' weight files. The
+    # networks in the paper's ablations have no biases.
     cfg.MODEL.SE.BIAS = True
-    # The hidden width is rounded to a multiple of this value. timm uses 8 in SE-ResNet-18 and -34.
+    # The hidden width of the SE layers is rounded to a multiple of this value. timm uses 8 in
+    # SE-ResNet-18 and -34.
     cfg.MODEL.SE.DIVISOR = 1
     # If True, apply a ReLU before the gate, as in timm's legacy_seresnet18 and legacy_seresnet34.
     cfg.MODEL.SE.RELU_BEFORE = False
-    # "open" for networks that start from the weights of a network without SE, whose features the
-    # gates then hardly change; "random" for training from scratch, as in the paper.
+    # The initialization of the gates. "open": the gates hardly change the features at first, for
+    # networks that start from the weights of a network without SE. "random": for training from
+    # scratch, as in the paper.
     cfg.MODEL.SE.INIT = "open"
-    # Fused Triton kernels for norm, gate, sum and ReLU of residual blocks, with and without SE:
-    # "auto" (on a GPU, where they are faster including their launches), True (an error on other
-    # devices) or False. With SOLVER.COMPILE graph, "auto" is the same as True.
+    # Fused Triton kernels for norm, gate, sum and ReLU of residual blocks, with and without SE.
+    # "auto": use them on a GPU where they are faster, including the time to launch them. True:
+    # always use them, and raise an error on other devices. With SOLVER.COMPILE "graph", "auto" is
+    # the same as True.
     cfg.MODEL.SE.FUSED = "auto"
 
     # If True, a detector's feature maps and weights use the channels-last memory format, which is
-    # faster on tensor cores. MODEL.CLASSIFIER.CHANNELS_LAST is the same for classifiers.
+    # faster on tensor cores. MODEL.CLASSIFIER.CHANNELS_LAST is the corresponding key for
+    # classifiers.
     cfg.MODEL.CHANNELS_LAST = False
 
     # The family of the file in MODEL.WEIGHTS (a key of `senet_transfer.weights.FAMILIES`). It is
@@ -132,9 +138,9 @@ def _add_model_config(cfg: CfgNode) -> None:
     # The prefix of the network's tensor names, for a file that contains several networks, such as
     # "encoder_q." or "teacher.". The other tensors are ignored.
     cfg.MODEL.WEIGHTS_PREFIX = ""
-    # For a checkpoint with plain and averaged (EMA) weights: True selects the averaged weights,
-    # False the plain ones, and "auto" those that the file's own project would load: the averaged
-    # ones for timm and mmengine, otherwise the plain ones.
+    # For a checkpoint with plain and averaged (EMA) weights: True selects the averaged weights and
+    # False the plain ones. "auto" selects those that the project that saved the file would load:
+    # the averaged ones for timm and mmengine, otherwise the plain ones.
     cfg.MODEL.WEIGHTS_EMA = "auto"
     # "strict": every tensor of the file must be used, except a classifier with a different number
     # of classes. "ignore": only the backbone is loaded, without the file's classifier or projection
@@ -142,31 +148,32 @@ def _add_model_config(cfg: CfgNode) -> None:
     cfg.MODEL.WEIGHTS_HEAD = "strict"
     # If False, the stride placement, stem pooling, channel order, mean and std are taken from the
     # file in MODEL.WEIGHTS, except for the keys in WEIGHTS_KEEP. If True, they are all taken from
-    # the config. It is an error if the file itself, or its entry in the catalogue, states other
-    # values; a guess from the names of its tensors is replaced, which is logged.
+    # the config, and an error is raised if the file itself or its entry in the catalogue specifies
+    # other values. Values that were only guessed from the tensor names are overridden, with a
+    # message in the log.
     cfg.MODEL.WEIGHTS_PIN = False
-    # Those of these keys that are set in your own config file or options. They are listed here when
-    # the config is loaded, and are kept like those of a pinned config.
+    # The keys whose values in the config are kept although WEIGHTS_PIN is False. Loading a config
+    # adds the keys that are set in the user's config file or options.
     cfg.MODEL.WEIGHTS_KEEP = []
 
 
 def _add_data_config(cfg: CfgNode) -> None:
-    # The number of channels of the images, 1 to 16, for images that are neither colour nor grey
-    # images, such as multispectral TIFF or NPY files. The channels are used in the order of the
-    # file, and MODEL.PIXEL_MEAN and PIXEL_STD need one value for each. INPUT.FORMAT is then set to
-    # "C5" for 5 channels. If None, INPUT.FORMAT determines the channels.
+    # The number of image channels, 1 to 16, for images that are neither colour nor grey, such as
+    # multispectral TIFF or NPY files. The channels are used in the order in which they are stored,
+    # and MODEL.PIXEL_MEAN and PIXEL_STD need one value per channel. INPUT.FORMAT is set
+    # automatically, such as to "C5" for 5 channels. If None, INPUT.FORMAT determines the channels.
     cfg.INPUT.CHANNELS = None
     # [low, high]: the values that become black and white in images with 16 or 32 bits per channel,
     # such as [0, 4095] for 12-bit data in 16-bit files. If empty, 16-bit images use 0 to 65535, and
     # 32-bit integers and floating-point numbers are rejected. Images with 8 bits are not changed.
     cfg.INPUT.VALUE_RANGE = ()
-    # The orientation in the EXIF data of a photograph: "apply" rotates or mirrors the image,
-    # "ignore" uses the stored pixels, and "auto" applies it for detectors, as Detectron2 does, but
-    # ignores it for classifiers, as torchvision does, and with INPUT.CHANNELS. The boxes of a
-    # detector's data must be those of the image as it is read.
+    # The handling of a photograph's EXIF orientation. "apply" rotates or mirrors the image, and
+    # "ignore" uses the stored pixels. "auto" applies the orientation for detectors, as Detectron2
+    # does, but ignores it for classifiers, as torchvision does, and if INPUT.CHANNELS is set. The
+    # boxes in a detector's annotations must match the image as it is read.
     cfg.INPUT.EXIF = "auto"
-    # The images of a detector are checked before training and evaluation: "header" compares their
-    # sizes with the annotations, and "decode" also reads them completely, which takes longer.
+    # The check of a detector's images before training and evaluation. "header" compares the image
+    # sizes with the annotations. "decode" also decodes the images, which takes longer.
     cfg.DATALOADER.CHECK_IMAGES = "header"
     # Additional data sets for detection: a list of [name, annotations, image folder]. The
     # annotations are a JSON file in COCO's format, or a file or folder in the format of Pascal VOC,
@@ -174,11 +181,11 @@ def _add_data_config(cfg: CfgNode) -> None:
     # (data.yaml:train). The image folder may be omitted.
     cfg.DATASETS.REGISTER = []
     # The class names in the order of the class indices. They are read from the data sets at the
-    # start of a run, so that the saved config is sufficient to interpret predictions.
+    # start of a run, so the saved config is sufficient to interpret predictions.
     cfg.DATASETS.CLASSES = []
-    # The ids of these classes in the data sets' JSON files. They are set at the start of a run.
+    # The ids of DATASETS.CLASSES in the data sets' JSON files. They are set at the start of a run.
     cfg.DATASETS.CATEGORY_IDS = []
-    # The class names of a semantic segmentation, in the order of the label values, and the names of
+    # The class names for semantic segmentation, in the order of the label values, and the names of
     # the keypoints. They are read from the data sets at the start of a run.
     cfg.DATASETS.STUFF_CLASSES = []
     cfg.DATASETS.KEYPOINTS = []
@@ -188,76 +195,79 @@ def _add_data_config(cfg: CfgNode) -> None:
 
 
 def _add_detection_input(cfg: CfgNode) -> None:
-    """Add the keys for a detector's inputs. All augmentation is for training only."""
+    """Add the keys for a detector's inputs. Augmentation is used in training only."""
     # [minimum, maximum] of the factor by which the brightness, contrast or saturation of an image
-    # is multiplied, such as [0.8, 1.2]. If empty, it is not changed.
+    # is multiplied, such as [0.8, 1.2]. If empty, that property is not changed.
     cfg.INPUT.BRIGHTNESS = ()
     cfg.INPUT.CONTRAST = ()
     cfg.INPUT.SATURATION = ()
     # The probability of a vertical flip, in addition to RANDOM_FLIP.
     cfg.INPUT.VERTICAL_FLIP = 0.0
-    # If True, rotate by 0, 90, 180 or 270 degrees, with equal probability.
+    # If True, rotate images by 0, 90, 180 or 270 degrees, with equal probability.
     cfg.INPUT.RIGHT_ANGLES = False
     # Large-scale jitter (Ghiasi et al. 2021), instead of MIN_SIZE_TRAIN: an image is resized to fit
-    # in SIZE (height, width), multiplied by a random factor from SCALE, and cropped to SIZE.
+    # in SIZE (height, width), scaled by a random factor from the range SCALE, and cropped to SIZE.
     cfg.INPUT.LARGE_SCALE_JITTER = CfgNode()
     cfg.INPUT.LARGE_SCALE_JITTER.ENABLED = False
     cfg.INPUT.LARGE_SCALE_JITTER.SCALE = (0.1, 2.0)
     cfg.INPUT.LARGE_SCALE_JITTER.SIZE = (1024, 1024)
     # The probability of copy-paste (Ghiasi et al. 2021): each object of another random image is
-    # pasted with probability 0.5. For models with masks.
+    # pasted with probability 0.5. Copy-paste requires a model that predicts masks.
     cfg.INPUT.COPY_PASTE = 0.0
     # The images of a detector with an FPN are padded to multiples of this number of pixels, in
-    # training and evaluation. A larger number reduces the number of image sizes. 0 selects the
+    # training and evaluation. A larger value results in fewer distinct image sizes. 0 selects the
     # FPN's largest stride, as in Detectron2.
     cfg.INPUT.SIZE_DIVISIBILITY = 0
 
 
 def _add_solver_config(cfg: CfgNode) -> None:
-    # The recipe's BASE_LR / IMS_PER_BATCH. If the values of a run differ from it by more than a
-    # factor of 2, a warning is logged. 0 disables this check.
+    # BASE_LR / IMS_PER_BATCH in the recipe. If this ratio differs by more than a factor of 2 in a
+    # run, a warning is logged. 0 disables this check.
     cfg.SOLVER.REFERENCE_LR_PER_IMAGE = 0.0
     # "SGD" (as in Detectron2) or "AdamW", which converges faster from scratch. Both use BASE_LR,
-    # WEIGHT_DECAY and the other SOLVER keys for parameters and gradients.
+    # WEIGHT_DECAY and the other SOLVER keys that concern parameters and gradients.
     cfg.SOLVER.OPTIMIZER = "SGD"
     # The data type for SOLVER.AMP.ENABLED, "float16" or "bfloat16". If empty, it is float16 on a
     # GPU and bfloat16 on a CPU.
     cfg.SOLVER.AMP.DTYPE = ""
-    # True or False: allow TF32 in products and convolutions of float32 on a GPU, or not. "auto":
-    # allow it. None: PyTorch's defaults, which allow it in convolutions only.
+    # Whether to allow TF32 for float32 matrix products and convolutions on a GPU. "auto" is the
+    # same as True. None keeps PyTorch's defaults, which allow TF32 for convolutions only.
     cfg.SOLVER.TF32 = None
-    # "default": compile the network for training and evaluation with torch.compile: a classifier as
-    # a whole, the backbone of a detector. "graph": capture the training step of a classifier, from
-    # the augmentation of images in memory to the optimizer, as a CUDA graph, which is launched as a
-    # whole; or the backbone of a detector, for up to 8 image sizes. It requires a single process
-    # on a GPU. Checkpoints are the same as with "none".
+    # "default": compile the network with torch.compile for training and evaluation: the whole
+    # classifier, or the backbone of a detector. "graph": capture a CUDA graph of a classifier's
+    # whole training step, from the augmentation of images in memory to the optimizer, or of a
+    # detector's backbone, for up to 8 image sizes. "graph" requires a single process on a GPU.
+    # Checkpoints are the same as with "none".
     cfg.SOLVER.COMPILE = "none"
     # Gradient accumulation: each batch is split into this many parts, whose gradients are
     # accumulated. Batch norms compute their statistics on one part at a time.
     cfg.SOLVER.MICRO_BATCHES = 1
     # A factor for the backbone's learning rate. Values below 1 fine-tune the backbone gently.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
-    # A factor for the learning rate per stage of the backbone: res5 has the factor d, res4 d^2, and
-    # so on to the stem. The other parts, such as the classifier, have the factor 1. Values below 1
-    # keep the early stages, which are the most general, close to the pretrained weights.
+    # The decay d of the learning rate per stage of the backbone: the learning rate of res5 is
+    # multiplied by d, that of res4 by d^2, and so on to the stem. The other parts, such as the
+    # classifier, are not affected. Values below 1 keep the early stages, which are the most
+    # general, close to the pretrained weights.
     cfg.SOLVER.LAYER_DECAY = 1.0
     # Gradual unfreezing: all stages of the backbone are frozen at the start. The first number is
-    # the iteration from which the last stage is trained, the second that of the stage before it,
-    # and so on. Stages without a number stay frozen. If empty, no stage is frozen.
+    # the iteration at which the last stage is unfrozen, the second number applies to the stage
+    # before it, and so on. Stages without a number stay frozen. If empty, no stage is frozen.
     cfg.SOLVER.UNFREEZE_ITERS = ()
     # The batch norm statistics are frozen for this number of iterations at the end of training.
-    # The network is then trained in the same form in which it is evaluated (the paper's appendix).
+    # During these iterations, batch norms work in the same way as in evaluation (the paper's
+    # appendix).
     cfg.SOLVER.FROZEN_BN_ITERS = 0
 
     # The number of checkpoints to keep, or 0 to keep all. The oldest are deleted first. 1 is not
     # allowed, because a run could not resume if its only checkpoint were corrupted.
     # model_final.pth, model_best.pth and model_ema.pth are always kept.
     cfg.SOLVER.CHECKPOINTS_KEPT = 5
-    # The number of steps with a non-finite loss or gradient to skip. The next such step ends the
-    # run with an error and leaves the last checkpoint unchanged.
+    # The number of steps with a non-finite loss or gradient that are skipped. One more such step
+    # ends the run with an error and leaves the last checkpoint unchanged.
     cfg.SOLVER.MAX_NONFINITE_STEPS = 0
 
-    # The exponential moving average of the weights, which is evaluated in place of the weights.
+    # The exponential moving average of the weights. If enabled, the average is evaluated instead of
+    # the weights themselves.
     cfg.SOLVER.EMA = CfgNode()
     cfg.SOLVER.EMA.ENABLED = False
     cfg.SOLVER.EMA.DECAY = 0.9999
@@ -285,25 +295,25 @@ def _add_epochs(cfg: CfgNode) -> None:
     cfg.SOLVER.FROZEN_BN_EPOCHS = None
     cfg.SOLVER.CHECKPOINT_EPOCHS = None
     cfg.TEST.EVAL_EPOCHS = None
-    # The metric, under its logged name, by which the best model is selected and saved to
-    # model_best.pth, such as "classification/top1_error" or "bbox/AP". Lower values are better for
-    # errors and losses. If empty, the best model is not saved.
+    # The metric for selecting the best model, which is saved to model_best.pth. Use the name in the
+    # log, such as "classification/top1_error" or "bbox/AP". Lower values are better for errors and
+    # losses. If empty, the best model is not saved.
     cfg.TEST.BEST_METRIC = ""
     # Early stopping: training ends if TEST.BEST_METRIC has not improved for this number of
-    # evaluations. 0 disables it.
+    # evaluations. 0 disables early stopping.
     cfg.TEST.PATIENCE = 0
-    # If True, each evaluation also computes the losses on DATASETS.TEST, as validation/total_loss
-    # and, for detectors, its parts. A detector's are the training losses without augmentation and
-    # with frozen batch norms, averaged over images. A classifier's is the cross-entropy without
-    # label smoothing.
+    # If True, each evaluation also computes the loss on DATASETS.TEST, logged as
+    # validation/total_loss. For a detector, the parts of the loss are logged, too. They are the
+    # training losses without augmentation and with frozen batch norms, averaged over images. For a
+    # classifier, the loss is the cross-entropy without label smoothing.
     cfg.TEST.LOSS = False
     # The IoU types for which an evaluation computes a detector's diagnostics (error types,
     # confusion matrix, precision and recall), if the model predicts them: "bbox" for boxes and
-    # "segm" for masks. The flag --iou-types sets this key. If empty, there are no diagnostics.
+    # "segm" for masks. The flag --iou-types sets this key. If empty, no diagnostics are computed.
     cfg.TEST.DIAGNOSTICS = ("bbox", "segm")
-    # For the evaluation of a detector with --eval-only: the weight files of further detectors,
-    # whose boxes are merged with those of MODEL.WEIGHTS by weighted boxes fusion. Each detector is
-    # described by the config.yaml next to its file or, without one, by this config. IOU is the
+    # The weight files of further detectors, for evaluation with --eval-only. Their boxes are merged
+    # with those of the detector in MODEL.WEIGHTS by weighted boxes fusion. Each detector is
+    # described by the config.yaml next to its file or, if there is none, by this config. IOU is the
     # minimum IoU of boxes that are merged.
     cfg.TEST.ENSEMBLE = CfgNode()
     cfg.TEST.ENSEMBLE.WEIGHTS = ()
@@ -313,20 +323,21 @@ def _add_epochs(cfg: CfgNode) -> None:
 def _add_classification_config(cfg: CfgNode) -> None:
     """Add the keys used only with MODEL.META_ARCHITECTURE "ImageClassifier"."""
     cfg.MODEL.CLASSIFIER = CfgNode()
-    # It is set to the number of classes in the data set at the start of a run.
+    # Set to the number of classes in the data set at the start of a run.
     cfg.MODEL.CLASSIFIER.NUM_CLASSES = 1000
     # The dropout probability before the linear layer, between 0 and 1. If None, the network's
     # default is used.
     cfg.MODEL.CLASSIFIER.DROPOUT = None
     cfg.MODEL.CLASSIFIER.LABEL_SMOOTHING = 0.0
-    # The training loss, "cross_entropy" or "focal", the softmax form of the focal loss of Lin et
-    # al. 2017, which reduces the loss of images that are classified well. A larger FOCAL_GAMMA
-    # reduces it more; 0 is the cross-entropy.
+    # The training loss, "cross_entropy" or "focal". The focal loss (Lin et al. 2017, in its softmax
+    # form) reduces the loss of images that are already classified well. A larger FOCAL_GAMMA
+    # reduces it more; with 0, the focal loss equals the cross-entropy.
     cfg.MODEL.CLASSIFIER.LOSS = "cross_entropy"
     cfg.MODEL.CLASSIFIER.FOCAL_GAMMA = 2.0
     # The weight of each class in the training loss, as in F.cross_entropy: a list in the order of
-    # DATASETS.CLASSES, or "auto", which is replaced at the start of a run by the inverse of each
-    # class's number of training images, scaled to a mean of 1. If None, all weights are 1.
+    # DATASETS.CLASSES, or "auto". At the start of a run, "auto" is replaced by weights that are
+    # inversely proportional to the number of training images per class and have a mean of 1. If
+    # None, all weights are 1.
     cfg.MODEL.CLASSIFIER.CLASS_WEIGHTS = None
     # Alpha of the Beta distribution for mixup and CutMix, or 0 to disable them. If both are
     # enabled, one of them is selected at random for each batch.
@@ -345,7 +356,7 @@ def _add_classification_config(cfg: CfgNode) -> None:
     # The folder for local copies of remote shards. If empty, shards are streamed from their URLs.
     cfg.DATALOADER.CACHE_DIR = ""
     # The maximum fraction of unreadable images to skip in training, between 0 and 1, for detectors
-    # and classifiers. Training ends with an error if it is exceeded.
+    # and classifiers. Training ends with an error if this fraction is exceeded.
     cfg.DATALOADER.MAX_SKIP_RATIO = 0.01
     # The number of samples in a shard to shuffle together. Larger values need more memory.
     cfg.DATALOADER.SHUFFLE_BLOCK = 1024
@@ -356,8 +367,8 @@ def _add_classification_input(cfg: CfgNode) -> None:
     cfg.INPUT.CLASSIFICATION = CfgNode()
     # The training augmentation. "region" takes a random crop, with limits SCALE (fraction of the
     # image area) and RATIO (width / height), and resizes it to CROP x CROP pixels. "pad_crop" pads
-    # an image by PAD pixels and takes a random crop of the original size. It is for images of
-    # 32x32 pixels, which are kept in memory.
+    # an image by PAD pixels and takes a random crop of the original size. It is meant for 32x32
+    # images, which are kept in memory.
     cfg.INPUT.CLASSIFICATION.AUGMENT = "region"
     cfg.INPUT.CLASSIFICATION.CROP = 224
     cfg.INPUT.CLASSIFICATION.SCALE = (0.08, 1.0)
@@ -370,13 +381,13 @@ def _add_classification_input(cfg: CfgNode) -> None:
     cfg.INPUT.CLASSIFICATION.CUTOUT = 0
     # The probability of a horizontal flip, between 0 and 1.
     cfg.INPUT.CLASSIFICATION.FLIP = 0.5
-    # The keys up to ERASING add torchvision's augmentation to AUGMENT "region", in this order.
-    # The probability of a vertical flip.
+    # The keys from here to ERASING add torchvision's augmentations to AUGMENT "region", in this
+    # order. VERTICAL_FLIP is the probability of a vertical flip.
     cfg.INPUT.CLASSIFICATION.VERTICAL_FLIP = 0.0
-    # If True, rotate by 0, 90, 180 or 270 degrees, with equal probability.
+    # If True, rotate images by 0, 90, 180 or 270 degrees, with equal probability.
     cfg.INPUT.CLASSIFICATION.RIGHT_ANGLES = False
     # "rand_augment" (Cubuk et al. 2020), "trivial_augment" (Mueller and Hutter 2021) or "none".
-    # RAND_AUGMENT is RandAugment's number of operations and their magnitude from 0 to 30.
+    # RAND_AUGMENT contains RandAugment's number of operations and their magnitude from 0 to 30.
     cfg.INPUT.CLASSIFICATION.POLICY = "none"
     cfg.INPUT.CLASSIFICATION.RAND_AUGMENT = (2, 9)
     # The strengths of random changes of brightness, contrast, saturation and hue, such as
@@ -391,7 +402,7 @@ def _add_classification_input(cfg: CfgNode) -> None:
     # If True, decode large JPEG images at a fraction of their size. This is faster but changes the
     # pixel values slightly.
     cfg.INPUT.CLASSIFICATION.DRAFT = False
-    # "bilinear" or "bicubic", for training and evaluation.
+    # The interpolation for resizing in training and evaluation, "bilinear" or "bicubic".
     cfg.INPUT.CLASSIFICATION.INTERPOLATION = "bilinear"
     # The evaluation mode. "short_side" resizes the shorter side, and "squash" both sides, to
     # TEST_RESIZE pixels. Both then take the central crop of TEST_CROP pixels. "ten_crop" averages

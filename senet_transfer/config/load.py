@@ -23,7 +23,7 @@ from senet_transfer.config.defaults import (
 from senet_transfer.config.validation import MOST_CHANNELS, check_elements
 from senet_transfer.errors import UserError
 
-# Keys whose values may have several types: whole numbers or fractions of epochs, or text or a list.
+# Keys whose values may have several types: an integer or a float (epochs), a string or a list.
 _SEVERAL_TYPES = {
     "MODEL.CLASSIFIER.CLASS_WEIGHTS",
     "SOLVER.CHECKPOINT_EPOCHS",
@@ -38,8 +38,8 @@ def load_config(config_file: str, options: Sequence[str] = ()) -> CfgNode:
     """Load this project's defaults, merge a config file into them, then apply the options.
 
     Args:
-        config_file: A YAML file, or the name of one of this project's configs. If empty, only the
-            defaults are used.
+        config_file: The path of a YAML file, or the name of one of this project's configs. If
+            empty, only the defaults are used.
         options: Alternating keys and values, as on the command line.
 
     Raises:
@@ -72,14 +72,14 @@ def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
     if options:
         for key in options[::2]:
             if not _has_key(cfg, key):
-                raise UserError(f"In the command line: {_explain_unknown(cfg, key)}")
+                raise UserError(f"In the command-line options: {_explain_unknown(cfg, key)}")
         for key in _SEVERAL_TYPES.intersection(options[::2]):
-            # yacs would reject 0.5 if a config file has a whole number.
+            # yacs would reject 0.5 if the config file contains an integer.
             set_config_value(cfg, key, None)
         for key, value in zip(options[::2], options[1::2], strict=True):
-            _check_list("the command line", key, config_value(cfg, key), value)
+            _check_list("the command-line options", key, config_value(cfg, key), value)
         _forget_choice(cfg, dict(zip(options[::2], options[1::2], strict=True)))
-        with _merge_errors("the command line"), _accepts_auto(cfg):
+        with _merge_errors("the command-line options"), _accepts_auto(cfg):
             cfg.merge_from_list(_whole_numbers_as_floats(cfg, list(options)))
         _use_one_schedule(cfg, set(options[::2]))
         _keep(cfg, set(options[::2]))
@@ -89,7 +89,7 @@ def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
 
 
 def _use_channels(cfg: CfgNode) -> None:
-    """Set the image format to that of ``INPUT.CHANNELS``, if it is set."""
+    """Set ``INPUT.FORMAT`` to match ``INPUT.CHANNELS``, if the latter is set."""
     channels = cfg.INPUT.CHANNELS
     if channels is None:
         return
@@ -102,10 +102,10 @@ def _use_channels(cfg: CfgNode) -> None:
 
 
 def _forget_choice(cfg: CfgNode, options: dict[str, str]) -> None:
-    """Reset the keys that choose a part of a weight file if the options set another file.
+    """Reset the keys that select a part of a weight file if the options specify another file.
 
-    For example, the config.yaml of a run names a file with several networks, and the options name
-    the run's checkpoint.
+    For example, a run's config.yaml may refer to a file with several networks while the options
+    refer to the run's checkpoint.
     """
     if cfg.MODEL.WEIGHTS and options.get("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS) != cfg.MODEL.WEIGHTS:
         default = get_senet_config()
@@ -114,11 +114,11 @@ def _forget_choice(cfg: CfgNode, options: dict[str, str]) -> None:
 
 
 def _use_one_schedule(cfg: CfgNode, stated: set[str]) -> None:
-    """Remove the schedule in epochs or in iterations that the user's settings replace.
+    """Remove the schedule, in epochs or iterations, that the user's settings replace.
 
     Args:
         cfg: The config, which is changed in place.
-        stated: The keys that the user sets. If they include both schedules, nothing is removed.
+        stated: The keys that the user sets. If they belong to both schedules, nothing is removed.
     """
     default = get_senet_config().SOLVER
     if "SOLVER.EPOCHS" in stated and "SOLVER.MAX_ITER" not in stated:
@@ -148,17 +148,18 @@ def _schedule_keys(path: str) -> set[str]:
 
 
 def _keep(cfg: CfgNode, stated: set[str]) -> None:
-    """Add keys that the user sets, and a weight file would change, to ``MODEL.WEIGHTS_KEEP``."""
+    """Add the user's keys that a weight file would otherwise change to ``MODEL.WEIGHTS_KEEP``."""
     kept = cfg.MODEL.WEIGHTS_KEEP or []
     if wrong := [key for key in kept if key not in FILE_KEYS]:
         raise UserError(
-            f"MODEL.WEIGHTS_KEEP contains {wrong[0]!r}; expected some of {', '.join(FILE_KEYS)}."
+            f"MODEL.WEIGHTS_KEEP contains {wrong[0]!r}; expected one or more of "
+            f"{', '.join(FILE_KEYS)}."
         )
     cfg.MODEL["WEIGHTS_KEEP"] = [key for key in FILE_KEYS if key in kept or key in stated]
 
 
 def _stated_keys(path: str) -> set[str]:
-    """Return the keys that a user's config file and its own ``_BASE_`` files set.
+    """Return the keys that are set in a user's config file and the user's own ``_BASE_`` files.
 
     The files in ``configs/base``, from which this project's configs inherit, and the config.yaml of
     a run, which contains all keys, do not count as set by the user.
@@ -188,14 +189,14 @@ def _dotted(content: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 @contextlib.contextmanager
 def _accepts_auto(cfg: CfgNode) -> Iterator[None]:
-    """Accept "auto" for the keys in ``ACCEPT_AUTO``, whose type yacs would otherwise check.
+    """Accept "auto" for the keys in ``ACCEPT_AUTO``, for which yacs accepts only True and False.
 
     Raises:
         ValueError: If one of these keys is set to another value.
     """
     before = {key: config_value(cfg, key) for key in ACCEPT_AUTO}
     for key in before:
-        set_config_value(cfg, key, None)  # yacs accepts any type for a value of None
+        set_config_value(cfg, key, None)  # yacs accepts any type if the old value is None
     yield
     for key, old in before.items():
         value = config_value(cfg, key)
@@ -206,7 +207,7 @@ def _accepts_auto(cfg: CfgNode) -> Iterator[None]:
 
 
 def _check_nothing_is_missing(cfg: CfgNode) -> None:
-    """Raise a UserError if a key with a default is None, which yacs accepts for all types."""
+    """Raise UserError if a key is None although its default is not. yacs does not reject None."""
     values = dict(config_items(cfg))
     for key, default in config_items(get_senet_config()):
         if default is not None and not isinstance(default, str) and values.get(key) is None:
@@ -237,7 +238,7 @@ def find_config(name: str) -> str:
     known = [name.removesuffix(".yaml") for name in names if name.endswith(".yaml")]
     near = difflib.get_close_matches(stem, known, n=3) or sorted(known)
     raise UserError(
-        f"There is no config file {name}. Give the path of a config file, or a name such as "
+        f"There is no config file {name}. Pass the path of a config file, or a name such as "
         f"{', '.join(near)}."
     )
 
@@ -245,7 +246,7 @@ def find_config(name: str) -> str:
 def _check_config_file(path: str) -> None:
     if path.endswith(".py"):
         raise UserError(
-            f"{path} is a LazyConfig, which only `senet train` supports. Give a YAML config; see "
+            f"{path} is a LazyConfig, which only `senet train` supports. Use a YAML config; see "
             "docs/detectron2.md."
         )
     try:
@@ -263,7 +264,7 @@ def _check_config_file(path: str) -> None:
 
 
 def _whole_numbers_as_floats(cfg: CfgNode, options: list[str]) -> list[str]:
-    """Return the options, with integer values for float keys converted to floats.
+    """Return the options with integer values converted to floats where the key requires a float.
 
     yacs rejects an integer for a float key because the type differs from that of the default.
     """
@@ -309,7 +310,7 @@ def _merge_file(cfg: CfgNode, path: str) -> None:
         UserError: If a key does not exist.
     """
     with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
-        # Reading errors are reported below.
+        # Errors while reading the file are reported below.
         _check_lists(path, cfg, cfg.load_yaml_with_base(path))
     try:
         # By default, Detectron2 falls back to an unsafe YAML loader, which runs code in YAML tags.
@@ -322,7 +323,7 @@ def _merge_file(cfg: CfgNode, path: str) -> None:
 
 
 def _check_lists(source: str, cfg: CfgNode, content: dict[str, Any], prefix: str = "") -> None:
-    """Raise a UserError if a key in a file's contents is text although its default is a list."""
+    """Raise a UserError if a value in a config file is a string although its default is a list."""
     for key, value in content.items():
         if key not in cfg:
             continue
@@ -333,17 +334,17 @@ def _check_lists(source: str, cfg: CfgNode, content: dict[str, Any], prefix: str
 
 
 def _check_list(source: str, key: str, default: Any, value: Any) -> None:
-    """Raise a UserError if a value is text although the key's default is a list.
+    """Raise a UserError if a value is a string although the key's default is a list.
 
-    In Python, parentheses without a comma are not a tuple: ``('my_train')`` is text.
+    In Python, parentheses without a comma do not create a tuple: ``('my_train')`` is a string.
     """
     if not isinstance(default, list | tuple) or not isinstance(value, str):
         return
-    with contextlib.suppress(ValueError, SyntaxError):  # raised for text without quotes
+    with contextlib.suppress(ValueError, SyntaxError):  # raised for a string without quotes
         value = ast.literal_eval(value)
     if isinstance(value, str):
         raise UserError(
-            f"In {source}: {key} is the text {value!r}; expected a list. A list of one element "
+            f"In {source}: {key} is the string {value!r}; expected a list. A list of one element "
             f"needs square brackets or a comma: \"['{value}']\" or \"('{value}',)\"."
         )
 

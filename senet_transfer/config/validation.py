@@ -1,6 +1,6 @@
 """Type and range checks for config values.
 
-Without these checks, invalid values would be detected late or not at all.
+Without these checks, invalid values would be noticed late or not at all.
 """
 
 import contextlib
@@ -74,7 +74,7 @@ RANGES = {
 }
 
 
-# IoU types of a detector's diagnostics: boxes and masks.
+# IoU types for a detector's diagnostics: boxes and masks.
 IOU_TYPES = ("bbox", "segm")
 
 
@@ -169,7 +169,7 @@ def check_ranges(cfg: CfgNode) -> None:
     if unknown := set(cfg.TEST.DIAGNOSTICS) - set(IOU_TYPES):
         raise UserError(
             f"TEST.DIAGNOSTICS (--iou-types) contains {sorted(unknown)[0]!r}; expected "
-            f"{' and '.join(map(repr, IOU_TYPES))}."
+            f"{' or '.join(map(repr, IOU_TYPES))}."
         )
     if cfg.SOLVER.CHECKPOINTS_KEPT == 1:
         raise UserError(
@@ -183,7 +183,7 @@ MOST_CHANNELS = 16
 
 
 def check_input(cfg: CfgNode) -> None:
-    """Check the keys that describe the images given to the model.
+    """Check the keys that describe the model's input images.
 
     Raises:
         UserError: If the image format is not supported, or the mean, std or value range is invalid.
@@ -227,7 +227,7 @@ def check_input(cfg: CfgNode) -> None:
         )
 
 
-# Values of keys for images with INPUT.CHANNELS. Other values require colour images.
+# Supported values of keys if INPUT.CHANNELS is set. Other values require colour images.
 _SUPPORTED_WITH_CHANNELS: dict[str, tuple[object, ...]] = {
     "INPUT.CLASSIFICATION.AUGMENT": ("region",),
     "INPUT.CLASSIFICATION.COLOR_JITTER": ((), []),
@@ -240,7 +240,7 @@ _SUPPORTED_WITH_CHANNELS: dict[str, tuple[object, ...]] = {
 
 
 def _check_channels(cfg: CfgNode, count: int | None) -> None:
-    """Raise a UserError for settings that are not supported for images with many channels."""
+    """Raise a UserError for settings that are not supported together with ``INPUT.CHANNELS``."""
     for key, supported in _SUPPORTED_WITH_CHANNELS.items():
         value = config_value(cfg, key)
         if count is not None and value not in supported:

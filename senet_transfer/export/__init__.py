@@ -1,4 +1,4 @@
-"""Deployment: batch norm folding, and export to ONNX, torch.export, AOTInductor and TorchScript."""
+"""Deployment: batch norm folding, and export to ONNX, torch.export, AOTInductor or TorchScript."""
 
 from senet_transfer.export.deploy import deploy
 from senet_transfer.export.detectors import export_detector

@@ -1,4 +1,4 @@
-"""Conversion of weight files, with an optional comparison of both files' outputs."""
+"""Conversion of weight files, with an optional check that the outputs stay the same."""
 
 import logging
 from dataclasses import dataclass
@@ -26,7 +26,8 @@ from senet_transfer.weights.save import written_whole
 
 logger = logging.getLogger(__name__)
 
-# Relative to the largest output. Equal weights should give equal outputs for all file formats.
+# Relative to the largest output. Equal weights should give equal outputs, regardless of the file
+# format.
 TOLERANCE = 1e-6
 
 
@@ -35,8 +36,8 @@ class FileDifference:
     """Difference between two weight files.
 
     Attributes:
-        of: Compared values: "logits" or "res5" on random images, or "tensors" if this project has
-            no model for the file, for example if it is for a detector.
+        of: Compared values: "logits" or "res5" features for random images, or "tensors" if this
+            project has no model for the files, for example if they contain a detector.
         absolute: Maximum absolute difference.
         relative: Maximum absolute difference divided by the maximum absolute value.
     """
@@ -63,29 +64,29 @@ def convert_file(
     backbone_only: bool = False,
     **choice: Unpack[Choice],
 ) -> FileDifference | None:
-    """Convert a weight file of any family to the format of this project or another project.
+    """Convert a weight file of any family to this project's format or that of another project.
 
-    Of a run's detector, Detectron2's format includes a config with Detectron2's own keys, next to
-    ``out`` with the suffix ``.yaml``.
+    If a detector from a training run is converted to Detectron2's format, a config with
+    Detectron2's own keys is written next to ``out``, with the suffix ``.yaml``.
 
     Args:
         weights: The path of the file, or a name in the catalogue.
-        out: The path of the new file. If ``to`` is None, ``.pth`` and ``.safetensors`` select this
-            project's format and ``.pkl`` selects Detectron2's format.
+        out: The path of the new file. If ``to`` is None, the suffixes ``.pth`` and ``.safetensors``
+            select this project's format, and ``.pkl`` selects Detectron2's format.
         to: One of ``senet_transfer.weights.convert.TARGETS``.
         family: The file's family. It is only required if several families use its tensor names.
         force: If True, replace an existing file.
-        check: If True, compare the outputs of both files' networks.
-        backbone_only: If True, leave out the tensors of the classifier or of the detector's parts
-            outside the backbone.
+        check: If True, check that the network has the same outputs with the weights of both files.
+        backbone_only: If True, convert the backbone only, without the classifier or the other parts
+            of a detector.
         choice: ``prefix``, ``ema`` and ``head``; see :func:`senet_transfer.load_weights`.
 
     Returns:
         The result of the comparison, or None if ``check`` is False.
 
     Raises:
-        UserError: If the file can't be read or converted to this format, or, with ``check``, if
-            the outputs differ.
+        UserError: If the file can't be read or converted to the target format, or if ``check`` is
+            True and the outputs differ.
     """
     out = Path(out)
     to = target_for(out, to)
@@ -128,11 +129,11 @@ def _check_new(path: Path, force: bool) -> None:
 
 
 def _config_for_detectron2(source: Source, out: Path) -> str | None:
-    """Return the detector's config in Detectron2's keys, or None if its own config is missing."""
+    """Return a detector's config with Detectron2's keys, or None if there is no ``config.yaml``."""
     config_file = Path(source.path).with_name("config.yaml")
     if not config_file.is_file():
         logger.info(
-            "No config is written for Detectron2, because there is no config.yaml next to %s.",
+            "No Detectron2 config is written, because there is no config.yaml next to %s.",
             source.path,
         )
         return None
@@ -153,7 +154,7 @@ def _network(source: Source) -> str:
 
 
 def _registered(source: Source) -> Architecture | None:
-    """Return the file's architecture, or None if it is a detector or not a registered model."""
+    """Return a weight file's architecture, or None for detectors and unregistered models."""
     arch = source.architecture
     if arch is None or source.detector or source.model_name not in list_models():
         return None
@@ -170,7 +171,7 @@ def _model(source: Source, architecture: Architecture) -> nn.Module:
 
 
 def _check_complete(source: Source) -> None:
-    """Raise a UserError if the file is for a registered model but doesn't match its tensors."""
+    """Raise UserError if a file for a registered model doesn't contain exactly its tensors."""
     architecture = _registered(source)
     if architecture is not None:
         with torch.device("meta"):
@@ -180,12 +181,11 @@ def _check_complete(source: Source) -> None:
 
 @torch.no_grad()
 def compare_files(first: Source, second: Source) -> FileDifference:
-    """Compare the outputs of two files' networks, or the tensors if no model is registered."""
+    """Compare the outputs of the networks in two files, or the tensors of unregistered models."""
     known = [(source, arch) for source in (first, second) if (arch := _registered(source))]
     if len(known) < 2:
         return _difference("tensors", _comparable(first), _comparable(second))
-    # Use random images, for which networks of different geometry give different outputs even if
-    # all tensor shapes are equal.
+    # Random images reveal differences in geometry even if all tensor shapes are equal.
     images = torch.randn(2, 3, 96, 160, generator=torch.Generator().manual_seed(0))
     outputs = []
     for source, architecture in known:
@@ -211,7 +211,7 @@ def _difference(
     for name, value in first.items():
         if value.numel():
             difference = (value.double() - second[name].double()).abs().max().item()
-            # Once the difference is NaN, it remains NaN, so that the caller's check fails.
+            # Once the difference is NaN, it remains NaN, so the caller's check fails.
             absolute = difference if not difference <= absolute else absolute
             largest = max(largest, value.double().abs().max().item())
     return FileDifference(of, absolute, absolute / largest if largest else absolute)

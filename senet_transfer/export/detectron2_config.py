@@ -1,4 +1,4 @@
-"""Configs with which unmodified Detectron2 builds a detector trained with this project."""
+"""Configs that let unmodified Detectron2 build a detector trained with this project."""
 
 import inspect
 from typing import Any
@@ -12,7 +12,7 @@ from senet_transfer.models.backbones.resnet import build_resnet
 from senet_transfer.models.build import backbone_from_config, backbone_name
 from senet_transfer.models.registry import ModelEntry
 
-# Names in this project's configs, and Detectron2's names for the same parts without SE.
+# Names of parts in this project's configs, and Detectron2's names for the same parts without SE.
 _NAMES = {
     "MODEL.BACKBONE.NAME": {
         "build_senet_backbone": "build_resnet_backbone",
@@ -24,7 +24,7 @@ _NAMES = {
 
 
 def detectron2_config(cfg: CfgNode, weights: str) -> CfgNode:
-    """Return a config with Detectron2's own keys only, for a detector with a plain ResNet.
+    """Return a config that uses only Detectron2's own keys, for a detector with a plain ResNet.
 
     Args:
         cfg: The detector's config, with the geometry and preprocessing of its weights.
@@ -38,13 +38,13 @@ def detectron2_config(cfg: CfgNode, weights: str) -> CfgNode:
         if entry.has_se:
             raise UserError(
                 f"The detector's backbone is {backbone_name(cfg)}. Detectron2's own backbones do "
-                "not support SE, so it can't be converted. Use the checkpoint as it is, in a "
-                "script of three lines that imports senet_transfer: docs/detectron2.md contains "
-                "one for Detectron2's demo, and one for SAHI."
+                "not support SE, so the detector can't be converted. Use the checkpoint as it is, "
+                "in a three-line script that imports senet_transfer. docs/detectron2.md contains "
+                "such scripts for Detectron2's demo and for SAHI."
             )
         resnets = _resnet_keys(entry)
         problems = _problems(cfg, entry, options, resnets)
-    else:  # The backbone is Detectron2's own.
+    else:  # Detectron2's own backbone is used.
         resnets, problems = {}, _input_problems(cfg)
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
@@ -68,7 +68,7 @@ def detectron2_config(cfg: CfgNode, weights: str) -> CfgNode:
 
 
 def _resnet_keys(entry: ModelEntry) -> dict[str, Any]:
-    """Return the keys of ``MODEL.RESNETS`` that describe a model by its numbers."""
+    """Return the numeric ``MODEL.RESNETS`` keys that describe a registered model."""
     if entry.build is not build_resnet:
         return {}
     defaults = {
@@ -102,7 +102,7 @@ def _problems(
 
 
 def _input_problems(cfg: CfgNode) -> list[str]:
-    """Return the differences between Detectron2's preprocessing and that of this project."""
+    """Return messages about the preprocessing settings that Detectron2 does not support."""
     problems = []
     if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
         problems.append(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}; expected 'BGR' or 'RGB'.")

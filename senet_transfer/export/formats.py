@@ -1,4 +1,4 @@
-"""Export to ONNX, torch.export, AOTInductor and TorchScript, checked against the eager network."""
+"""Export to ONNX, torch.export, AOTInductor or TorchScript, checked against the eager network."""
 
 import copy
 import json
@@ -26,7 +26,7 @@ FORMATS = {
     "onnx": ".onnx",
     "torch_export": ".pt2",
     "torchscript": ".ts",
-    # torch.export's program, compiled by AOTInductor for this machine's processor.
+    # A torch.export program compiled by AOTInductor for this machine's processor.
     "aot_inductor": ".pt2",
 }
 
@@ -36,7 +36,7 @@ TOLERANCE = 1e-3
 
 
 class ImageModel(nn.Module):
-    """Backbone or classifier that includes the normalisation and takes RGB images in 0-255."""
+    """Backbone or classifier with built-in normalisation that takes RGB images in 0-255."""
 
     def __init__(self, network: nn.Module, preprocessing: Preprocessing):
         """
@@ -69,7 +69,7 @@ def export_network(
     mode: str = "short_side",
     reading: Reading = AS_STORED,
 ) -> float:
-    """Export a network with folded batch norms, and compare the exported file with the network.
+    """Export a network with folded batch norms, and check the exported file's outputs.
 
     The batch size is dynamic. The height and width are fixed.
 
@@ -81,11 +81,11 @@ def export_network(
         preprocessing: The preprocessing that the network expects. The normalisation becomes part
             of the exported network, and all settings are written to the file's metadata.
         size: The image height and width in pixels.
-        classes: The class names for the metadata.
-        mode: The evaluation mode for the metadata; see
-            :class:`~senet_transfer.data.images.transforms.EvalTransform`. The logits of several
-            crops are averaged by the program that runs the file.
-        reading: The settings for reading images for the metadata.
+        classes: The class names, for the metadata.
+        mode: The evaluation mode, for the metadata; see
+            :class:`~senet_transfer.data.images.transforms.EvalTransform`. The program that runs the
+            file must average the logits of several crops.
+        reading: The settings for reading images, for the metadata.
 
     Returns:
         The maximum difference from the eager network's outputs, relative to the largest output.
@@ -131,9 +131,9 @@ def export_network(
 def written_if_valid(path: str | Path) -> Iterator[Path]:
     """Yield the path of a temporary file that atomically replaces ``path`` when the block ends.
 
-    The block writes and checks the file. If it raises an exception, any existing file at ``path``
-    is left unchanged. The temporary file has the same name, in a temporary folder, because some
-    formats depend on the name.
+    The block should write and check the file. If the block raises an exception, any existing file
+    at ``path`` is left unchanged. The temporary file is in a temporary folder and has the same name
+    as the final file, because some formats depend on the name.
     """
     path = Path(path)
     with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
@@ -145,7 +145,7 @@ def written_if_valid(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress warnings from the exporters about their internals."""
+    """Suppress warnings that the exporters raise about their own internals."""
     loggers = {logging.getLogger(name): 0 for name in ("torch.onnx", "torch.fx")}
     for logger in loggers:
         loggers[logger] = logger.level
@@ -208,7 +208,7 @@ def _program(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
     shapes = ({0: torch.export.Dim("batch")},)
     program = torch.export.export(model, (example,), dynamic_shapes=shapes)
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # It contains the paths of this machine.
+        node.meta.pop("stack_trace", None)  # Stack traces contain this machine's paths.
     return program
 
 

@@ -23,7 +23,7 @@ from senet_transfer.preprocessing import normalise
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-# The score threshold's name in RetinaNet and in the box predictors of Detectron2.
+# Names of the score threshold's attribute in Detectron2's RetinaNet and box predictors.
 _THRESHOLD = "test_score_thresh"
 
 Arrays = dict[str, np.ndarray]
@@ -31,13 +31,13 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass
 class Comparison:
-    """Objects that an exported detector and the eager detector both detect.
+    """Comparison of the objects detected by an exported detector and by the eager detector.
 
     Attributes:
-        threshold: The objects' minimum score.
-        objects: The number of objects, in an image and a crop of it.
-        box: The largest difference between their boxes, in pixels.
-        score: The largest difference between their scores or the probabilities of their masks.
+        threshold: The minimum score of the compared objects.
+        objects: The number of objects in an image and in a crop of it.
+        box: The largest difference between box coordinates, in pixels.
+        score: The largest difference between scores or between mask probabilities.
     """
 
     threshold: float
@@ -60,17 +60,17 @@ def export_detector_to_onnx(
     format: str,
     metadata: Mapping[str, object],
 ) -> Comparison:
-    """Export a detector to ONNX with folded batch norms, and compare both detectors.
+    """Export a detector with folded batch norms to ONNX, and check the exported file.
 
     The exported model takes one RGB image of any size, float32 ``(3, H, W)`` in 0-255. The caller
     must resize the image as in evaluation. The channel order and the normalisation are part of the
-    model. Its outputs are named: ``boxes`` (N, 4) as x1, y1, x2, y2 in pixels of the input,
-    ``scores`` (N,), ``classes`` (N,) as indices and, of a Mask R-CNN, ``masks`` (N, 28, 28), the
-    probabilities inside the boxes. They are sorted by score.
+    model. The outputs are sorted by score: ``boxes`` (N, 4) as x1, y1, x2, y2 in input pixels,
+    ``scores`` (N,) and ``classes`` (N,) as indices. A Mask R-CNN also has the output ``masks`` (N,
+    28, 28), the mask probabilities inside each box.
 
-    Both detectors are compared on the image and on a crop of it. If no object in them has a score
-    above the detector's threshold, they are compared without the threshold. They are also compared
-    on a grey image, in which there are usually no objects.
+    The exported detector is compared with the original one on ``image`` and on a crop of it. If the
+    original detects no objects, both are compared without the score threshold. They are also
+    compared on a grey image, which usually contains no objects.
 
     Args:
         model: A Detectron2 meta-architecture that predicts objects with boxes.
@@ -83,13 +83,14 @@ def export_detector_to_onnx(
         The number of compared objects, and their differences.
 
     Raises:
-        UserError: If a required package is missing, or if the exported file and the detector
-            detect different objects.
+        UserError: If a required package is missing, or if the exported detector and the original
+            one detect different objects.
     """
     require_onnx()
     # The caller's model stays on its device and in its mode.
     model = copy.deepcopy(model).cpu().eval()
-    # The noise prevents equal scores, whose order depends on rounding, in regions of one colour.
+    # The noise prevents equal scores in regions of uniform colour. The order of equal scores would
+    # depend on rounding.
     noise = torch.rand(image.shape, generator=torch.Generator().manual_seed(0))
     image = (image + 16 * (noise - 0.5)).clamp(0, 255)
     views = [image, crop(image)]
@@ -118,8 +119,8 @@ def export_detector_to_onnx(
             )
         if found and not expected:
             raise UserError(
-                f"{path} detects {found} objects in an image without content, in which the model "
-                "detects none. Export the model to TorchScript (.ts)."
+                f"{path} detects {found} objects in a plain grey image, in which the model detects "
+                "none. Export the model to TorchScript (.ts) instead."
             )
     return compared
 
@@ -143,7 +144,7 @@ def _trace(model: nn.Module, image: Tensor, format: str) -> "ModelProto":
     import onnx
 
     for module in _thresholded(model):
-        # A buffer becomes an initializer, whose value can be changed in the exported model.
+        # A buffer becomes an ONNX initializer, so its value can be changed in the exported model.
         threshold = torch.tensor(float(getattr(module, _THRESHOLD)))
         delattr(module, _THRESHOLD)
         module.register_buffer(_THRESHOLD, threshold)
@@ -208,8 +209,8 @@ def _compare(
 ) -> None:
     """Compare the objects in an image, in any order, and add the results to ``compared``.
 
-    Among the maximum number of objects, those with the lowest scores may be missing, because
-    rounding decides which of them are among the best.
+    If a detector returns the maximum number of objects, those with the lowest scores may be missing
+    from the other detector's results because of rounding.
     """
     boxes = np.abs(expected["boxes"][:, None] - found["boxes"][None]).max(2, initial=0)
     scores = np.abs(expected["scores"][:, None] - found["scores"][None])
@@ -223,10 +224,9 @@ def _compare(
         least = min(objects["scores"]) if len(matched) >= limit else compared.threshold
         if (~matched & (objects["scores"] > least + SCORE_TOLERANCE)).any():
             raise UserError(
-                f"{path} detects {len(found['scores'])} objects in an image, which differ from "
-                f"the {len(expected['scores'])} objects detected by the model. The reason may be "
-                "that rounding decides which of two overlapping boxes is kept. Try a different "
-                "--image."
+                f"{path} detects {len(found['scores'])} objects in an image. They differ from the "
+                f"{len(expected['scores'])} objects detected by the model, possibly because "
+                "rounding decides which of two overlapping boxes is kept. Try a different --image."
             )
     compared.objects += int(same.any(1).sum())
     compared.box = max(compared.box, float(boxes[same].max(initial=0)))

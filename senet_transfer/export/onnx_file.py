@@ -1,4 +1,4 @@
-"""Writing and running of ONNX files."""
+"""Functions that write and open ONNX files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,15 +27,15 @@ def require_onnx() -> None:
 
 
 def write_onnx(model: "ModelProto", path: str | Path, metadata: Mapping[str, str]) -> None:
-    """Write a model and its metadata, and check the file.
+    """Write an ONNX model with metadata to a file, and check the file.
 
-    The exporters' notes on nodes are removed. They contain stack traces with the paths of this
-    machine.
+    The exporters' documentation strings and metadata are removed first, because they contain stack
+    traces with paths on this machine.
 
     Args:
         model: The model. It is modified.
         path: The file to write.
-        metadata: The file's metadata, as text.
+        metadata: The metadata to store in the file.
     """
     import onnx
 

@@ -1,4 +1,4 @@
-"""Conversion of ONNX files to float16 and int8, with the accuracy before and after it."""
+"""Conversion of ONNX files to float16 or int8, with the accuracy before and after conversion."""
 
 import os
 import shutil
@@ -20,20 +20,20 @@ from senet_transfer.data.images.file_types import is_image_name
 from senet_transfer.errors import UserError
 from senet_transfer.export.onnx_file import open_session, write_onnx
 
-# Number of images from which the ranges of int8 activations are computed.
+# Number of images for calibrating the ranges of int8 activations.
 _CALIBRATED = 512
 
 
 @dataclass(frozen=True)
 class CalibrationImages:
-    """Images in a folder, for quantisation and for measuring the accuracy.
+    """Images in a folder for int8 calibration and for measuring the accuracy.
 
     Attributes:
-        folder: The folder, which is searched with its subfolders.
+        folder: The folder of images. Subfolders are included.
         transform: Maps an encoded image to the network's input, uint8 ``(3, H, W)``, or to several
             crops, ``(crops, 3, H, W)``.
-        classes: The class names. The images are labelled if each is in a subfolder with the name
-            of a class.
+        classes: The class names. If every image is in a subfolder named after a class, the
+            subfolders are used as labels.
     """
 
     folder: str
@@ -41,12 +41,16 @@ class CalibrationImages:
     classes: Sequence[str] = ()
 
     def paths(self) -> list[Path]:
-        """Return the sorted paths of the images, and raise a UserError if there are none."""
+        """Return the sorted image paths.
+
+        Raises:
+            UserError: If the folder contains no images.
+        """
         found = sorted(path for path in Path(self.folder).rglob("*") if is_image_name(path.name))
         if not found:
             raise UserError(
                 f"There are no images in the folder {self.folder}. Choose a folder that contains "
-                "images, such as those for validation."
+                "images, such as validation images."
             )
         return found
 
@@ -57,7 +61,7 @@ class CalibrationImages:
         return np.array([label[name] for name in names]) if label.keys() >= set(names) else None
 
     def batches(self, paths: Sequence[Path]) -> Iterator[np.ndarray]:
-        """Read the images, and yield the crops of each, float32 ``(crops, 3, H, W)``."""
+        """Yield the crops of each image, float32 ``(crops, 3, H, W)``."""
         for path in paths:
             try:
                 image = self.transform(path.read_bytes()).numpy().astype(np.float32)
@@ -69,12 +73,12 @@ class CalibrationImages:
 
 
 def convert_precision(path: str | Path, precision: str, images: CalibrationImages) -> str:
-    """Convert a network in an ONNX file, and compare it with the original network.
+    """Convert the network in an ONNX file, and compare it with the original network.
 
-    Its inputs and outputs remain float32.
+    The network's inputs and outputs remain float32.
 
     Args:
-        path: An ONNX file of a classifier or backbone, which is replaced.
+        path: An ONNX file with a classifier or backbone. The file is replaced.
         precision: "float16", or "int8" for static quantisation of convolutions and linear layers
             with one scale per channel.
         images: The images for the comparison and for the ranges of int8 activations.
@@ -124,7 +128,7 @@ class _Reader(CalibrationDataReader):
 def _compare(
     before: InferenceSession, after: InferenceSession, images: CalibrationImages, precision: str
 ) -> str:
-    """Return a sentence with the differences of the outputs and, of a classifier, the errors."""
+    """Return a sentence with the difference in outputs and, for a classifier, the error rates."""
     squares, differences, classes = 0.0, 0.0, []
     for batch in images.batches(images.paths()):
         pair = [session.run(None, {"images": batch}) for session in (before, after)]

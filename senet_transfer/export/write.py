@@ -1,4 +1,4 @@
-"""Export of any model in the format selected by the file name."""
+"""Export of any model to the format selected by the output file's suffix."""
 
 import os
 from collections.abc import Sequence
@@ -43,19 +43,19 @@ def export_model(
     Args:
         model: An ``ImageClassifier`` or a Detectron2 detector, on the CPU, in evaluation mode.
         cfg: The model's config.
-        output: The file to write. Its suffix must be one of :data:`FORMATS`.
+        output: The path of the file to write. Its suffix must be one of :data:`FORMATS`.
         backbone_only: If True, export only the backbone, which returns feature maps.
         size: The side length of square images, or the height and width, in pixels. If None, the
             test crop size is used.
-        image: The path of an image for tracing a detector, and for comparing it. It is required
+        image: The path of an image for tracing a detector and checking the result. It is required
             for TorchScript.
         precision: "float32" or, for classifiers and backbones in ONNX files, "float16" or "int8".
-        calibration: A folder of images with which the precision is compared with float32, and from
-            which the ranges of int8 activations are computed.
+        calibration: A folder of images for comparing the precision with float32 and for computing
+            the ranges of int8 activations.
         compiled: If True, compile a ``.pt2`` file with AOTInductor for this machine's processor.
 
     Returns:
-        Sentences with the results of the comparison with the eager model.
+        Sentences that describe how the outputs compare with those of the eager model.
 
     Raises:
         UserError: If the arguments are inconsistent, or if the exported file's outputs differ from
@@ -67,7 +67,7 @@ def export_model(
         raise UserError(
             f"--precision {precision} is available for classifiers and backbones in ONNX files "
             f"(.onnx), and requires a folder of images (--calibration). The output is {output}, "
-            f"the architecture is {cfg.MODEL.META_ARCHITECTURE}, and the folder is "
+            f"the architecture is {cfg.MODEL.META_ARCHITECTURE}, and the calibration folder is "
             f"{calibration!r}."
         )
     if network:
@@ -110,7 +110,7 @@ def export_model(
         return _export_to_onnx(model, cfg, output, image)
     if not image:
         raise UserError(
-            "A detector is exported by tracing, which requires an image. Use --image to specify an "
+            "Detectors are exported by tracing, which requires an image. Use --image to specify an "
             "image that shows objects."
         )
     found = export_detector(model, output, _read_image(image, cfg, cfg.INPUT.FORMAT))
@@ -125,13 +125,13 @@ def _convert(
     size: Sequence[int],
     backbone_only: bool,
 ) -> str:
-    # It requires packages of the extra `export`.
+    # ONNX export requires the packages of the extra `export`.
     from senet_transfer.export.precision import CalibrationImages, convert_precision
 
     if size[0] != size[-1]:
         raise UserError(
-            f"--size is {list(size)}; expected one side length with --precision {precision}, whose "
-            "images have square crops."
+            f"--size is {list(size)}; expected a single side length, because --precision "
+            f"{precision} uses square crops of images."
         )
     usual = eval_transform(cfg)
     transform = replace(
@@ -184,7 +184,7 @@ def _export_to_onnx(model: nn.Module, cfg: CfgNode, output: str, image: str) -> 
 
 
 def _example(cfg: CfgNode) -> Tensor:
-    """Return an image of random colours that change gradually, for detectors without an image."""
+    """Return an example image with smooth random colours, for tracing a detector."""
     generator = torch.Generator().manual_seed(0)
     coarse = 255 * torch.rand(1, 3, 6, 8, generator=generator)
     short = cfg.INPUT.MIN_SIZE_TEST or 800
@@ -193,20 +193,20 @@ def _example(cfg: CfgNode) -> Tensor:
 
 
 def format_of(output: str, *, compiled: bool = False) -> str:
-    """Return the key of :data:`FORMATS` selected by the suffix of an output file.
+    """Return the key of :data:`FORMATS` that an output file's suffix selects.
 
     Args:
-        output: The file.
+        output: The path of the output file.
         compiled: Whether to compile it with AOTInductor.
 
     Raises:
-        UserError: If the suffix is unknown, or if the file's folder does not exist.
+        UserError: If the suffix is unknown, or if the folder of the output file does not exist.
     """
     suffix = os.path.splitext(output)[1]
     forms = [name for name, value in FORMATS.items() if value == suffix]
     if not forms:
         raise UserError(
-            f"{output} ends in {suffix!r}, which is not the suffix of an export format. Expected "
+            f"{output} ends in {suffix!r}, which is not the suffix of an export format; expected "
             f"one of: {', '.join(dict.fromkeys(FORMATS.values()))}."
         )
     if compiled and "aot_inductor" not in forms:
@@ -220,7 +220,7 @@ def format_of(output: str, *, compiled: bool = False) -> str:
 
 
 def _read_image(path: str, cfg: CfgNode, format: str) -> Tensor:
-    """Read and resize an image in the same way as Detectron2's evaluation."""
+    """Read and resize an image in the same way as in Detectron2's evaluation."""
     try:
         image = read_image(path, format, reading_of(cfg))
     except (OSError, BrokenImageError) as error:

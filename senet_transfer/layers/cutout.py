@@ -1,6 +1,6 @@
 """Cutout (DeVries and Taylor 2017), as in the authors' released code.
 
-A square in the normalised image is set to zero. Its centre can be any pixel, so the square can
+Cutout sets a square in the normalised image to zero. The centre can be any pixel, so the square can
 extend beyond the border.
 """
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def cut_out(images: Tensor, centres: Tensor, size: int) -> Tensor:
-    """Return the images with a square of each set to zero.
+    """Return the images with one square per image set to zero.
 
     Args:
         images: Normalised images ``(N, C, H, W)``.

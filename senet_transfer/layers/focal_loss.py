@@ -1,12 +1,15 @@
 """Focal loss of a softmax classifier (Lin et al. 2017, "Focal loss for dense object detection").
 
-Lin et al. define the loss for one sigmoid per class. This is its softmax form,
+Lin et al. define the loss for one sigmoid per class. This module implements its softmax form,
 
     -sum_c t_c w_c (1 - p_c)^gamma log(p_c),
 
-for a target distribution t and class weights w. For hard labels it is -w_y (1 - p_y)^gamma
-log(p_y), and for gamma 0 it is the cross-entropy. With two classes, it equals the sigmoid form for
-the difference of the logits.
+for a target distribution t and class weights w. For a hard label y, the loss is
+
+    -w_y (1 - p_y)^gamma log(p_y).
+
+With gamma 0, it is the cross-entropy. With two classes, it equals the sigmoid form for the
+difference of the logits.
 """
 
 import torch
@@ -23,11 +26,12 @@ def softmax_focal_loss(
 ) -> Tensor:
     """Return the mean focal loss of a batch.
 
-    Weights, label smoothing and the mean are those of `torch.nn.functional.cross_entropy`: with
-    class indices, the mean is weighted by the weights of the target classes.
+    Weights, label smoothing and the mean work as in `torch.nn.functional.cross_entropy`: with class
+    indices, the mean is weighted by the weights of the target classes.
 
     Args:
-        logits: Logits `(N, C)`. The loss is computed in float32 or their higher precision.
+        logits: Logits `(N, C)`. The loss is computed in float32, or in the precision of the logits
+            if it is higher.
         target: Class indices `(N,)`, int64, or class probabilities `(N, C)`.
         gamma: Exponent of the factor that reduces the loss of images that are classified well.
         weight: Weight of each class, `(C,)`; None for equal weights.

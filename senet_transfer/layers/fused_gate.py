@@ -1,22 +1,23 @@
-"""Sum of a gated residual branch and its shortcut on a CPU, at little more than the cost of a sum.
+"""Sum of a gated residual branch and its shortcut on a CPU, hardly slower than a plain sum.
 
 For the plain expression ``gate(r) * r + y`` with ``r = norm(conv(x))``, autograd saves ``r`` for
-the backward pass, which a block without a gate does not need. The functions in this module compute
-the same result, up to rounding, from tensors that a block without a gate saves anyway:
+the backward pass, although a block without a gate does not need it. The functions in this module
+compute the same result, up to rounding, and save only tensors that a block without a gate saves
+anyway:
 
 * Batch norm, in training or evaluation mode, saves the convolution's output. The gradients of gate
-  and norm need only two sums per channel and image over these feature maps; one further pass gives
-  the gradient of the convolution's output (:class:`_NormSum`).
-* A frozen norm saves nothing, but norm and gate only scale and shift channels. The norm is folded
-  into the weights of a 1x1 convolution. The gradient of these weights, computed per image, also
-  gives the gradient of the gates (:class:`_LargeConvSum`). For small feature maps with many
-  weights, repeating the convolution is cheaper (:class:`_SmallConvSum`).
+  and norm need only two sums per channel and image over these feature maps. One further pass
+  computes the gradient of the convolution's output (:class:`_NormSum`).
+* A frozen norm saves nothing, but norm and gate only scale and shift channels, so the norm is
+  folded into the weights of a 1x1 convolution. The gradient of these weights, computed per image,
+  also yields the gradient of the gates (:class:`_LargeConvSum`). For small feature maps with many
+  weights, recomputing the convolution is cheaper (:class:`_SmallConvSum`).
 * The mean over positions commutes with a 1x1 convolution and with a norm with fixed statistics. The
-  squeeze can therefore read the convolution's input, which has a quarter of the output's channels
-  in a bottleneck.
+  squeeze can therefore read the convolution's input. In a bottleneck, the input has a quarter of
+  the output's channels.
 
-On other devices, with hooks, and under compilers, tracers and dispatch modes, the plain expression
-is used, as it is for variants that these forms do not support. GPUs have kernels instead; see
+The plain expression is used on other devices, with hooks, under compilers, tracers and dispatch
+modes, and for variants that these methods do not support. For the kernels used on GPUs, see
 :mod:`senet_transfer.layers.fused`.
 """
 
@@ -32,21 +33,21 @@ from torch.autograd.function import once_differentiable
 from senet_transfer.layers.squeeze_excitation import SqueezeExcitation, mean_of_maps
 from senet_transfer.utils.private_api import has_hooks, intercepts_operators
 
-# Maximum number of positions (H * W) for which repeating the convolution is cheaper than computing
-# the weight gradient per image. Reading one value of this gradient from memory takes as long as one
-# or two hundred multiplications.
+# Maximum number of positions (H * W) for which recomputing the convolution is cheaper than
+# computing the weight gradient per image. Reading one value of this gradient from memory takes as
+# long as one or two hundred multiplications.
 _FEW_POSITIONS = 256
 
 
 def gated_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) -> Tensor:
     """Return ``se.gate_and_add(conv(x), shortcut)``, up to rounding.
 
-    The result is twice differentiable only if the plain expression is used; see the module's
-    docstring.
+    The result is twice differentiable only if the plain expression ``gate(r) * r + shortcut`` is
+    used; see the module docstring.
 
     Args:
         conv: The last convolution of the residual branch, with its norm.
-        se: The gate of the convolution's output.
+        se: The gate for the convolution's output.
         x: Input of the convolution, ``(N, K, H, W)``.
         shortcut: Output of the shortcut, ``(N, C, H / stride, W / stride)``.
 
@@ -62,16 +63,16 @@ def gated_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) 
 
 
 def fold_squeeze(conv: Conv2d, se: SqueezeExcitation) -> None:
-    """Fold a convolution into its gate's ``fc1``, so that the squeeze reads the conv's input.
+    """Fold a convolution into its gate's ``fc1``, so the squeeze can read the convolution's input.
 
     In a bottleneck, this makes ``fc1`` and the squeezed feature map four times smaller. The result
-    is for inference only; see :func:`senet_transfer.export.deploy`. Convolutions and gates that do
-    not support it stay unchanged.
+    is for inference only; see :func:`senet_transfer.export.deploy`. Unsupported convolutions and
+    gates stay unchanged.
 
     Args:
         conv: The convolution before the gate, with its norm already folded into it.
-        se: The gate, whose ``fc1`` is replaced. Only :func:`gated_sum` and the fused kernels can
-            use it afterwards.
+        se: The gate, whose ``fc1`` is replaced. Afterwards, only :func:`gated_sum` and the fused
+            kernels can use the gate.
     """
     if not _is_pointwise(conv) or conv.norm is not None or se.squeeze != "avg":
         return
@@ -139,9 +140,9 @@ def _fold(norm: FrozenBatchNorm2d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 class _Gate:
-    """Gates computed from squeezed feature maps, with an autograd graph of their own.
+    """Gates computed from squeezed feature maps, with a separate autograd graph.
 
-    A custom autograd function holds this graph; its backward pass calls :meth:`backward`.
+    A custom autograd function holds this graph and calls :meth:`backward` in its backward pass.
     """
 
     def __init__(self, se: SqueezeExcitation, squeezed: Tensor, learns: bool):
@@ -151,7 +152,7 @@ class _Gate:
             self.value = se.excite(self.squeezed)
 
     def backward(self, gradient: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the gradients of the squeezed maps and of the trainable parameters."""
+        """Return the gradients of the squeezed feature maps and of the trainable parameters."""
         inputs = [self.squeezed, *self.parameters]
         # Retain the graph, because the outer backward pass may run more than once.
         found = torch.autograd.grad(
@@ -167,8 +168,8 @@ def _learning(se: SqueezeExcitation) -> list[nn.Parameter]:
 def _norm_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) -> Tensor:
     norm = conv.norm
     x = _conv_forward(conv, x, conv.weight, None)
-    # Under autocast, the convolution may return another dtype than the shortcut's. A single value
-    # per channel has no variance; the norm's own error message explains this best.
+    # Under autocast, the convolution's output and the shortcut may have different dtypes. If there
+    # is a single value per channel, the norm raises an error about the missing variance.
     if x.dtype != shortcut.dtype or x.numel() == x.shape[1]:
         return se.gate_and_add(norm(x), shortcut)
     if norm.training:
@@ -216,7 +217,7 @@ class _NormSum(torch.autograd.Function):
         x, weight, bias, mean, invstd, centre, gate = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=_layout(x))
         positions = x.shape[2] * x.shape[3]
-        # Sums of the gradient, and of its product with the normalised feature map.
+        # Sums of the gradient and of its product with the normalised feature map.
         total, aligned = _sums(gradient, x, mean, invstd)
         squeezed, parameters = ctx.gate.backward(aligned * weight + total * bias)
         dbias = torch.addcmul(squeezed, gate, total).sum(0)
@@ -226,7 +227,7 @@ class _NormSum(torch.autograd.Function):
             scale = weight * invstd
             constant = scale * squeezed / positions
             slope = None
-            if ctx.training:  # The mean and variance of the batch depend on x, too.
+            if ctx.training:  # The batch mean and variance also depend on x.
                 share = scale / (len(x) * positions)
                 slope = -share * dweight * invstd
                 constant = constant - share * dbias - slope * mean
@@ -239,9 +240,9 @@ class _NormSum(torch.autograd.Function):
 
 
 def _sums(gradient: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
-    """Return sums per image and channel of the gradient, and of gradient times normalised map."""
-    # PyTorch's backward pass of batch norm computes these sums over its batch in one pass. Calling
-    # it per image, only for these sums, is twice as fast as sums of products.
+    """Return the sums of ``gradient`` and of ``gradient * normalised x`` per image and channel."""
+    # PyTorch's batch norm backward computes these sums over the batch in one pass. Calling it per
+    # image, only for these sums, is twice as fast as summing the products.
     sums = [
         torch.ops.aten.native_batch_norm_backward(
             part, image, None, None, None, mean, invstd, True, 0.0, [False, True, True]
@@ -261,7 +262,7 @@ def _conv_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) 
 class _SmallConvSum(torch.autograd.Function):
     """Gated sum of a 1x1 convolution with a frozen norm, for small feature maps.
 
-    The backward pass repeats the convolution.
+    The backward pass recomputes the convolution.
     """
 
     @staticmethod
@@ -301,7 +302,7 @@ class _SmallConvSum(torch.autograd.Function):
 class _LargeConvSum(torch.autograd.Function):
     """Gated sum of a 1x1 convolution with a frozen norm, for large feature maps.
 
-    The backward pass computes the weight gradient per image, which costs less than repeating the
+    The backward pass computes the weight gradient per image, which costs less than recomputing the
     convolution.
     """
 
@@ -345,7 +346,7 @@ class _LargeConvSum(torch.autograd.Function):
 def _by_image(
     gradient: Tensor, x: Tensor, folded: Tensor, gate: Tensor, learns: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return the gradients of input, weights and gates, except those through the squeeze."""
+    """Return the gradients of the input, weights and gates, without those through the squeeze."""
     dx = torch.empty_like(x, memory_format=_layout(x)) if learns else None
     wide = torch.promote_types(folded.dtype, torch.float32)
     dfolded = torch.zeros_like(folded.flatten(1), dtype=wide)
@@ -363,7 +364,7 @@ def _by_image(
 
 
 def _conv_forward(conv: Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Apply a convolution with other weights to ``x``, without its norm."""
+    """Apply a convolution to ``x`` with the given weights and without its norm."""
     return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 

@@ -1,8 +1,8 @@
-"""Operators for rotated boxes in PyTorch, for builds of Detectron2 without compiled operators.
+"""PyTorch operators for rotated boxes, for Detectron2 builds without compiled operators.
 
-Detectron2 implements them in C++ and CUDA. If its compiled extension is missing, for example for a
-new Python version, its rotated heads fail in the first step. The operators in this module have the
-same names, arguments and results, but need more time and memory.
+Detectron2 implements these operators in C++ and CUDA. If its compiled extension is missing, for
+example for a new Python version, its heads for rotated boxes fail in the first step. The operators
+in this module have the same names, arguments and results, but need more time and memory.
 
 A rotated box has five numbers: centre x and y, width, height, and angle in degrees,
 counterclockwise.
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 _NAMESPACE = "detectron2"
-# Numbers of box pairs and of regions that are processed at a time.
+# Maximum number of box pairs and of regions that are processed at a time.
 _PAIRS, _REGIONS = 2**16, 64
-# Number of boxes that non-maximum suppression processes at a time.
+# Maximum number of boxes that non-maximum suppression processes at a time.
 _BLOCK = 64
 # Boxes with a smaller area have an IoU of 0, as in Detectron2.
 _LEAST_AREA = 1e-14
@@ -37,7 +37,7 @@ _SCHEMAS = {
 
 
 def define_missing_operators() -> list[str]:
-    """Register the operators that are missing in Detectron2's build, and return their names.
+    """Register the operators that are missing in the Detectron2 build, and return their names.
 
     Repeated calls have no effect.
     """
@@ -76,7 +76,8 @@ def _near(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 
 def _pair_ious(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """Return the IoU (P,) of pairs of rotated boxes (P, 5)."""
-    # Relative to the first box, because differences of large coordinates are inexact.
+    # Use coordinates relative to the first box, because differences of large coordinates are
+    # inexact.
     origin = boxes1[:, None, :2].double()
     corners1, corners2 = _corners(boxes1) - origin, _corners(boxes2) - origin
     area1, area2 = (boxes[:, 2:4].double().prod(1) for boxes in (boxes1, boxes2))
@@ -102,8 +103,8 @@ def _corners(boxes: Tensor) -> Tensor:
 def _intersection(corners1: Tensor, corners2: Tensor) -> Tensor:
     """Return the intersection areas (P,) of pairs of rectangles (P, 4, 2).
 
-    The common area is a convex polygon. Its corners are the corners of each rectangle inside the
-    other, and the intersections of their edges.
+    The intersection is a convex polygon. Its corners are the corners of each rectangle that are
+    inside the other rectangle, and the intersections of the rectangles' edges.
     """
     crossings, crosses = _edge_crossings(corners1, corners2)
     points = torch.cat([corners1, corners2, crossings], 1)
@@ -134,7 +135,7 @@ def _inside(points: Tensor, corners: Tensor) -> Tensor:
 
 
 def _edge_crossings(corners1: Tensor, corners2: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the intersections (P, 16, 2) of all edges, and which of them exist (P, 16)."""
+    """Return the points (P, 16, 2) where edges intersect, and a mask (P, 16) of valid points."""
     start1, start2 = corners1[:, :, None], corners2[:, None]
     edge1 = corners1.roll(-1, 1)[:, :, None] - start1
     edge2 = corners2.roll(-1, 1)[:, None] - start2
@@ -157,7 +158,7 @@ def nms_rotated(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
     Args:
         boxes: Rotated boxes.
-        scores: Their scores (N,).
+        scores: Scores of the boxes, (N,).
         iou_threshold: The IoU with a higher-scoring box above which a box is suppressed.
     """
     left = scores.argsort(descending=True, stable=True)
@@ -200,7 +201,7 @@ def roi_align_rotated(
     Args:
         input: Feature maps (N, C, H, W).
         rois: Regions (K, 6): an image index and a rotated box.
-        spatial_scale: The size of the feature maps relative to that of the boxes.
+        spatial_scale: Scale from box coordinates to feature map coordinates.
         pooled_height: The number of rows of bins.
         pooled_width: The number of columns of bins.
         sampling_ratio: The number of samples per bin and direction. If 0, there is one sample per
@@ -247,7 +248,7 @@ def _align(
 
 
 def _bilinear(input: Tensor, images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return features (K, C, R, S) at positions (K, R, S), which are 0 outside the images."""
+    """Return features (K, C, R, S) at positions (K, R, S), with 0 outside the feature maps."""
     _, channels, height, width = input.shape
     outside = (rows < -1) | (rows > height) | (columns < -1) | (columns > width)
     rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
@@ -280,7 +281,7 @@ def roi_align_rotated_backward(
 ) -> Tensor:
     """Return the gradient (N, C, H, W) with respect to the input of :func:`roi_align_rotated`."""
     with torch.enable_grad():
-        # The output is linear in the input, so its gradient does not depend on it.
+        # The output is linear in the input, so its gradient does not depend on the input values.
         input = grad.new_zeros(batch_size, channels, height, width, requires_grad=True)
         output = roi_align_rotated(
             input, rois, spatial_scale, pooled_height, pooled_width, sampling_ratio

@@ -1,7 +1,7 @@
 """Shake-shake regularization: a random convex combination of two branches.
 
-Paper: Gastaldi, "Shake-Shake regularization" (2017). The forward and the backward pass use
-different coefficients. As in the paper's best variants, they are drawn per image. Details follow
+Paper: Gastaldi, "Shake-Shake regularization" (2017). The forward and backward passes use different
+coefficients. As in the paper's best variants, the coefficients are drawn per image. Details follow
 the author's released network definition.
 """
 
@@ -25,10 +25,11 @@ class _Mix(torch.autograd.Function):
 
 
 class ShakeMix(nn.Module):
-    """Sum ``alpha * a + (1 - alpha) * b`` whose backward pass uses ``beta`` instead of ``alpha``.
+    """Sum ``alpha * a + (1 - alpha) * b``, with ``beta`` instead of ``alpha`` in the backward pass.
 
-    In training, alpha and beta are drawn uniformly from [0, 1) for each image. They come from the
-    device's default generator, so that a seed reproduces them. In evaluation, both are 0.5.
+    In training, alpha and beta are drawn uniformly from [0, 1) for each image. The device's default
+    random generator is used, so the values can be reproduced with a seed. In evaluation, both are
+    0.5.
     """
 
     def __init__(self, *, even: bool = False):
@@ -38,15 +39,16 @@ class ShakeMix(nn.Module):
         """
         super().__init__()
         self.even = even
-        # False in the frozen part of a network: no coefficients are drawn there.
+        # False in the frozen part of a network, where no coefficients are drawn.
         self.random = True
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Mix two feature maps ``(N, C, H, W)`` into one of the same shape."""
         if not (self.training and self.random):
             return 0.5 * (a + b)
-        # Draw beta here, not in the backward pass: the values then do not depend on the order of
-        # the backward pass, and a recomputed block under activation checkpointing draws the same.
+        # Draw beta here rather than in the backward pass. The values then do not depend on the
+        # order of the backward pass, and activation checkpointing draws the same values when it
+        # recomputes a block.
         drawn = torch.rand(2, a.shape[0], 1, 1, 1, device=a.device).to(a.dtype)
         return _Mix.apply(a, b, drawn[0], torch.full_like(drawn[1], 0.5) if self.even else drawn[1])
 

@@ -1,6 +1,6 @@
 """Backbones and classifiers, built by name or from configs.
 
-Importing this package registers all models by name and with Detectron2.
+Importing this package registers all models in the model registry and with Detectron2.
 """
 
 from senet_transfer.layers.rotated_boxes import define_missing_operators

@@ -1,4 +1,4 @@
-"""Average of several classifiers' probabilities."""
+"""Averaging of the probabilities predicted by several classifiers."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from senet_transfer.models.image_classifier import ImageClassifier
 
 
 def average_logits(logits: Sequence[Tensor]) -> Tensor:
-    """Return the logarithm of the mean probabilities of several classifiers.
+    """Return the logarithm of the probabilities averaged over several classifiers.
 
     Args:
         logits: Logits ``(N, C)`` of each classifier.
@@ -25,7 +25,7 @@ def average_logits(logits: Sequence[Tensor]) -> Tensor:
 
 
 class AveragedClassifier(nn.Module):
-    """Several classifiers whose probabilities are averaged."""
+    """Ensemble of classifiers that averages their probabilities."""
 
     def __init__(self, models: Sequence[ImageClassifier | DenseClassifier]):
         """
@@ -46,5 +46,5 @@ class AveragedClassifier(nn.Module):
         return self.models[0].num_classes
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
-        """Return the logarithm of the mean probabilities, ``(N, num_classes)``."""
+        """Return the logarithm of the averaged probabilities, ``(N, num_classes)``."""
         return average_logits([model(batch) for model in self.models])

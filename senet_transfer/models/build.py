@@ -23,7 +23,7 @@ from senet_transfer.models.backbones.resnet import build_resnet
 from senet_transfer.models.registry import NORMS, ModelEntry, build_backbone, model_entry
 from senet_transfer.utils.private_api import set_size_divisibility
 
-# Names of the builders of backbones with an FPN.
+# Names of the builder functions for backbones with an FPN.
 FPN_BUILDERS = ("build_senet_fpn_backbone", "build_retinanet_senet_fpn_backbone")
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ _weights_follow: ContextVar[bool] = ContextVar("weights_follow", default=False)
 
 @contextlib.contextmanager
 def weights_follow() -> Iterator[None]:
-    """Suppress, in this context, the warning that a model's weights must be loaded."""
+    """Suppress the warning that a model's weights must be loaded, inside this context."""
     token = _weights_follow.set(True)
     try:
         yield
@@ -43,7 +43,7 @@ def weights_follow() -> Iterator[None]:
 
 
 def backbone_from_config(cfg: CfgNode) -> tuple[ModelEntry, dict[str, Any]]:
-    """Return the model that a config specifies, and the options for building it.
+    """Return the registered model that a config specifies, and the options for building it.
 
     Raises:
         UserError: If config keys contradict each other or are not supported by the model.
@@ -63,7 +63,7 @@ def backbone_from_config(cfg: CfgNode) -> tuple[ModelEntry, dict[str, Any]]:
         "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
     }
     if entry.fixed.get("depth") in (18, 34):
-        # As in Detectron2, whose default is True, the key is ignored for basic blocks.
+        # Basic blocks ignore this key, as in Detectron2, where its default is True.
         values.pop("stride_in_1x1")
     options = {key: value for key, value in values.items() if key in entry.options()}
     options["norm"] = cfg.MODEL.RESNETS.NORM
@@ -101,8 +101,8 @@ def _named_entry(cfg: CfgNode) -> ModelEntry:
         )
     if cfg.MODEL.SE.ENABLED and entry.network:
         raise UserError(
-            f"MODEL.SE.ENABLED is True, but {entry.name} has the SE layers that timm gives it, if "
-            "any. Set MODEL.SE.ENABLED to None, or use a network of this project."
+            f"MODEL.SE.ENABLED is True, but timm determines whether {entry.name} has SE layers. "
+            "Set MODEL.SE.ENABLED to None, or use one of this project's networks."
         )
     if cfg.MODEL.SE.ENABLED and not entry.has_se:
         return model_entry(f"se_{entry.name}")
@@ -142,9 +142,9 @@ def build_senet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     entry, options = backbone_from_config(cfg)
     if cfg.MODEL.RESNETS.NORM == "FrozenBN" and not _weights_follow.get():
         logger.warning(
-            "MODEL.RESNETS.NORM is FrozenBN: until weights are loaded, the norms of %s have the "
-            "statistics 0 and 1. Detectron2's DetectionCheckpointer loads nothing from published "
-            "names and files of other projects. Call senet_transfer.apply_file_geometry(cfg) "
+            "MODEL.RESNETS.NORM is FrozenBN: until weights are loaded, the norms of %s have mean "
+            "0 and variance 1. Detectron2's DetectionCheckpointer does not load published weights "
+            "by name or files from other projects. Call senet_transfer.apply_file_geometry(cfg) "
             "before building the model and senet_transfer.load_weights(model, cfg.MODEL.WEIGHTS) "
             "after it.",
             backbone_name(cfg),
@@ -183,8 +183,8 @@ def _fpn(cfg: CfgNode, backbone: Backbone, top_block: nn.Module) -> FPN:
     if getattr(getattr(backbone, "stem", None), "pool", "") == "none":
         raise UserError(
             f"MODEL.BACKBONE.ARCH is {cfg.MODEL.BACKBONE.ARCH}, which is for classification only: "
-            "without a max pool in the stem, its feature maps have strides 2 to 16, but those of "
-            "an FPN have strides 4 to 32. Use resnet18."
+            "without a max pool in the stem, its feature maps have strides 2 to 16, but an FPN "
+            "requires strides 4 to 32. Use resnet18."
         )
     if cfg.MODEL.BACKBONE.PADDING == "valid":
         raise UserError(

@@ -61,7 +61,7 @@ class Classifier(nn.Module):
         self.dropout = nn.Dropout(dropout)
         width = shape.channels if self.neck is None else self.neck.out_channels
         self.linear = nn.Linear(width, num_classes)
-        # Small weights, so that all classes start with equal probability (Goyal et al. 2017).
+        # Small initial weights give all classes nearly equal probabilities (Goyal et al. 2017).
         nn.init.normal_(self.linear.weight, std=0.01)
         nn.init.zeros_(self.linear.bias)
 
@@ -103,17 +103,18 @@ def create_classifier(
             number of classes in the file differs from ``num_classes``, the linear layer is not
             loaded, and the log reports that it is untrained.
         family: Family of the file, required only if several families use the same tensor names.
-        prefix: Prefix of the network's tensor names in a file with several networks; see
-            :func:`senet_transfer.load_weights`, as for ``ema`` and ``head``.
-        ema: Whether to load the averaged (EMA) weights; None follows the file's project.
+        prefix: Prefix of the network's tensor names in a file with several networks. See
+            :func:`senet_transfer.load_weights` for details of ``prefix``, ``ema`` and ``head``.
+        ema: Whether to load the averaged (EMA) weights; None does what the project that saved the
+            file would do.
         head: "strict", or "ignore" to load a file without its classifier or projection head.
         dropout: Dropout probability before the linear layer, in [0, 1); None uses the network's
             default.
         overrides: Network options; see :func:`senet_transfer.create_backbone`.
 
     Returns:
-        A module that maps normalised images ``(N, 3, H, W)`` to logits ``(N, num_classes)``. Its
-        attribute ``preprocessing`` describes the preprocessing that it requires.
+        A module that maps normalised images ``(N, 3, H, W)`` to logits ``(N, num_classes)``. The
+        module's attribute ``preprocessing`` describes the required preprocessing.
 
     Raises:
         UserError: If a name or option is unknown, a value is invalid, the file does not fit the

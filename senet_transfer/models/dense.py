@@ -13,9 +13,9 @@ from senet_transfer.models.image_classifier import ImageClassifier
 class DenseClassifier(nn.Module):
     """Classifier whose logits are averaged over all positions of the last feature map.
 
-    Follows section 3.2 of Simonyan and Zisserman 2015. For a network with global average pooling,
-    the mean of the logits over all positions equals the logits of the mean feature. An SE block
-    squeezes the whole image.
+    This class implements the dense evaluation in section 3.2 of Simonyan and Zisserman 2015. For a
+    network with global average pooling, the mean of the logits over all positions equals the logits
+    of the mean feature. SE blocks compute their gates from the whole image.
     """
 
     def __init__(self, model: ImageClassifier):
@@ -24,14 +24,14 @@ class DenseClassifier(nn.Module):
             model: The classifier.
 
         Raises:
-            UserError: If the layers after the feature map are not known to be convolutional.
+            UserError: If the layers after the feature map can't be applied to larger feature maps.
         """
         super().__init__()
         self.model = model
         if model.neck is not None and not hasattr(model.neck, "side"):
             raise UserError(
-                f"Dense evaluation does not support {type(model.neck).__name__}, which has no "
-                "attribute side, the side length of its input. Evaluate crops instead."
+                f"Dense evaluation does not support {type(model.neck).__name__}, which does not "
+                "specify the side length of its input (attribute side). Evaluate crops instead."
             )
 
     @property

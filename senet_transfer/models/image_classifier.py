@@ -22,7 +22,8 @@ _BACKBONE_BUILDER = "build_senet_backbone"
 
 LOSSES = ("cross_entropy", "focal")
 
-# Number of views that are evaluated in one batch, even if the batch has fewer images.
+# Maximum number of views to evaluate at a time. If a batch has more images, one view of each is
+# evaluated at a time.
 _MAX_VIEWS = 32
 
 
@@ -66,8 +67,8 @@ class ImageClassifier(Classifier):
             mixup: Alpha of MixUp's Beta distribution (Zhang et al. 2018); 0 disables MixUp.
             cutmix: Alpha of CutMix's Beta distribution (Yun et al. 2019); 0 disables CutMix. If
                 both are enabled, one of the two is drawn for each batch.
-            cutout: Side length in pixels of the squares that are set to zero, whose centres are in
-                the batch's ``cutout`` entry; 0 disables Cutout.
+            cutout: Side length in pixels of the squares that are set to zero; 0 disables Cutout.
+                The centres of the squares are in the batch's ``cutout`` entry.
             channels_last: Whether images and weights use the channels-last memory format.
 
         Raises:
@@ -94,8 +95,7 @@ class ImageClassifier(Classifier):
         self.cutout = cutout
         self.mixes = _mixes(num_classes, mixup, cutmix)
         self.input_format = preprocessing.format
-        # Not persistent, so that checkpoints contain the same tensors as those of a plain
-        # Classifier.
+        # Not persistent, so checkpoints contain the same tensors as those of a plain Classifier.
         mean, std = preprocessing.channel_values()
         self.register_buffer("pixel_mean", mean, persistent=False)
         self.register_buffer("pixel_std", std, persistent=False)
@@ -126,7 +126,8 @@ class ImageClassifier(Classifier):
             "label_smoothing": options.LABEL_SMOOTHING,
             "loss": options.LOSS,
             "focal_gamma": options.FOCAL_GAMMA,
-            # A run replaces "auto" when it starts. Evaluation needs no weights.
+            # "auto" is replaced at the start of training. Class weights are not needed for
+            # evaluation.
             "class_weights": None if weights == "auto" else weights or None,
             "mixup": options.MIXUP,
             "cutmix": options.CUTMIX,
@@ -171,7 +172,7 @@ class ImageClassifier(Classifier):
             return self._losses(images, batch["label"])
         if images.dim() == 4:
             return self.classify(images)
-        # Several scales and crops would need much memory in a single batch.
+        # Evaluating all scales and crops in a single batch would need a lot of memory.
         parts = images.flatten(0, 1).split(max(len(images), _MAX_VIEWS))
         logits = torch.cat([self.classify(part) for part in parts])
         return logits.unflatten(0, images.shape[:2]).mean(1)
@@ -193,7 +194,7 @@ class ImageClassifier(Classifier):
 
 
 def preprocessing_of(cfg: CfgNode) -> Preprocessing:
-    """Return the test-time preprocessing of a classifier from a config."""
+    """Return a classifier's test-time preprocessing, as described by its config."""
     image = cfg.INPUT.CLASSIFICATION
     return Preprocessing(
         format=cfg.INPUT.FORMAT,

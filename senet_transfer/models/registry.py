@@ -64,7 +64,7 @@ class ModelEntry:
 
     @property
     def network(self) -> str:
-        """Return the name of timm's network, or an empty string for this project's networks."""
+        """Return the model name if timm builds the network, and an empty string otherwise."""
         return self.name if is_timm(self.name) else ""
 
     def options(self) -> list[str]:
@@ -79,8 +79,8 @@ _MODELS: dict[str, ModelEntry] = {}
 # Keys are name patterns, whose named groups are integer arguments of `build`.
 _FAMILIES: dict[str, ModelEntry] = {}
 
-# Keys are prefixes of names of another package's models. Values are functions that return the model
-# with a name, and the names that match a pattern.
+# Keys are name prefixes for models from other packages. Each value consists of a function that
+# returns the model with a given name and a function that returns the names that match a pattern.
 _PREFIXES: dict[str, tuple[Callable[[str], ModelEntry], Callable[[str], list[str]]]] = {}
 
 
@@ -209,8 +209,9 @@ def build_backbone(
     se = {key[3:]: overrides.pop(key) for key in _SE_OVERRIDES if key in overrides}
     if se and entry.network:
         raise UserError(
-            f"se_{next(iter(se))} can't be set for {entry.name}, because timm builds its SE "
-            "layers, if it has any. Remove the option, or use a network of this project."
+            f"se_{next(iter(se))} can't be set for {entry.name}, because timm builds this "
+            "network's SE layers, if any. Remove the option, or use one of this project's "
+            "networks."
         )
     if se and not entry.has_se:
         raise UserError(
@@ -243,7 +244,7 @@ def build_backbone(
 
 
 def _pixels(pixels: Preprocessing, channels: int, source: Source | None) -> Preprocessing:
-    """Return the preprocessing for a number of input channels, in the format of the file."""
+    """Return the weight file's preprocessing, or the default one adapted to the input channels."""
     own = source.preprocessing if source else None
     if own and channels_of(own.format) == channels:
         return own
@@ -285,27 +286,28 @@ def create_backbone(
     use ``padding="same"`` for detectors.
 
     Args:
-        name: Model name; see :func:`list_models`. "timm/NAME" is a network that timm builds.
+        name: Model name; see :func:`list_models`. "timm/NAME" selects a network built by timm.
         weights: Path of a weight file of any family, or a name from ``list_catalogue()``; see
-            :func:`senet_transfer.load_weights`. For timm's networks, a file with the state dict of
-            this network, or "timm/NAME" with the name of its pretrained weights.
+            :func:`senet_transfer.load_weights`. For a network built by timm, pass a file with its
+            state dict, or "timm/NAME" with the name of pretrained weights.
         family: Family of the file, required only if several families use the same tensor names.
-        prefix: Prefix of the network's tensor names in a file with several networks; see
-            :func:`senet_transfer.load_weights`, as for ``ema`` and ``head``.
-        ema: Whether to load the averaged (EMA) weights; None follows the file's project.
+        prefix: Prefix of the network's tensor names in a file with several networks. See
+            :func:`senet_transfer.load_weights` for details of ``prefix``, ``ema`` and ``head``.
+        ema: Whether to load the averaged (EMA) weights; None does what the project that saved the
+            file would do.
         head: "strict", or "ignore" to load a file without its classifier or projection head.
         out_features: Names of the stages to return, from "stem" and "res2" to "res5"; None returns
             the last one.
         norm: "BN", "FrozenBN", "SyncBN" or "GN", as in Detectron2.
-        fused: Whether norms, gates, sums and ReLUs of residual blocks are computed by fused Triton
-            kernels: "auto" uses them on a GPU, False never, and True raises an error on other
-            devices. Weights and checkpoints do not depend on this option.
+        fused: Whether fused Triton kernels compute the norms, gates, sums and ReLUs of residual
+            blocks. "auto" uses them on a GPU, False never uses them, and True raises an error if
+            the device is not a GPU. Weights and checkpoints do not depend on this option.
         overrides: Network options, such as ``stride_in_1x1=True``, ``stem_pool="ceil"``,
             ``freeze_at=2``, ``se_ratio=8`` and ``se_placement="pre"``.
 
     Returns:
-        A backbone that maps images ``(N, 3, H, W)`` to a dict of feature maps by name. Its
-        attribute ``preprocessing`` describes the preprocessing that it requires.
+        A backbone that maps images ``(N, 3, H, W)`` to a dict of feature maps by name. The
+        backbone's attribute ``preprocessing`` describes the required preprocessing.
 
     Raises:
         UserError: If a name or option is unknown, a value is invalid, the file does not fit the
@@ -323,9 +325,9 @@ def create_backbone(
         load_source(backbone, source)
     elif norm == "FrozenBN":
         logger.warning(
-            "%s is built with norm='FrozenBN' and without weights: its norms have the statistics "
-            "0 and 1, and training does not change them. Pass weights=, or call "
-            "senet_transfer.load_weights(backbone, path) before it is used.",
+            "%s is built with norm='FrozenBN' and without weights: its norms have mean 0 and "
+            "variance 1, and training does not change these statistics. Pass weights=, or call "
+            "senet_transfer.load_weights(backbone, path) before using it.",
             name,
         )
     return backbone
@@ -334,7 +336,7 @@ def create_backbone(
 def examine_weights(
     weights: str | Path | None, family: str | None, **choice: Unpack[Choice]
 ) -> Source | None:
-    """Examine the weight file for a model, or return None if no weights are given."""
+    """Examine a model's weight file, or return None if no weights are specified."""
     if weights is not None:
         path, family = locate_weights(weights, family)
         return examine(path, family, **choice)
@@ -346,11 +348,11 @@ def examine_weights(
 
 
 def stated_options(entry: ModelEntry, overrides: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Return the options that take precedence over values inferred from a file's tensor names.
+    """Return the options that override values inferred from a weight file's tensor names.
 
     Args:
         entry: Registered model.
-        overrides: Options given by the user.
+        overrides: Options specified by the user.
     """
     if entry.name == WIDE_RESNET:
         return (("stem_pool", "none"),)

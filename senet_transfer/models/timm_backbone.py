@@ -1,8 +1,8 @@
 """timm's networks as Detectron2 backbones.
 
-The module is timm's own, under the attribute ``net``, so its tensors have timm's names. Feature
-maps come from timm's ``forward_intermediates``, as with ``features_only=True``; layers that they do
-not need are removed.
+The network is timm's own module, stored in the attribute ``net``, so its tensors have timm's names.
+Feature maps come from timm's ``forward_intermediates``, as with ``features_only=True``. Layers that
+are not needed for the feature maps are removed.
 """
 
 from typing import Any
@@ -23,11 +23,11 @@ from senet_transfer.weights.hub.timm_networks import (
     timm_preprocessing,
 )
 
-# Feature for classification: timm's output before the classifier, (N, C, 1, 1).
+# Name of the feature for classification: timm's output before the classifier, (N, C, 1, 1).
 POOLED = "pooled"
 
 _STRIDES = {4: "res2", 8: "res3", 16: "res4", 32: "res5"}
-# Side length in pixels of the images with which the sizes of feature maps are checked.
+# Side length in pixels of the images used to check the sizes of feature maps.
 _SIDE = 256
 _NAMES = (*_STRIDES.values(), POOLED)
 
@@ -38,9 +38,10 @@ class TimmBackbone(Backbone):
     Attributes:
         model_name: Name of the model, such as "timm/regnety_002".
         net: timm's network without its classifier.
-        stages: Stage of each module of ``net``, by path. 1 is the stem, 2 to 5 end with the feature
-            maps res2 to res5, and 6 are later layers. Empty if timm does not name the stages.
-        unused_tensors: Names of the tensors of the whole network that this backbone does not have.
+        stages: Stage number of each module in ``net``, by path: 1 for the stem, 2 to 5 for the
+            stages that end with res2 to res5, and 6 for later layers. The dict is empty if timm
+            does not name the stages.
+        unused_tensors: Names of the full network's tensors that are not part of this backbone.
     """
 
     def __init__(
@@ -82,9 +83,9 @@ class TimmBackbone(Backbone):
         if self._maps:
             if config.get("fixed_input_size"):
                 raise UserError(
-                    f"{model_name} only takes images of {config['input_size'][-2:]} pixels, but a "
-                    "backbone for feature maps must take images of all sizes. Use a convolutional "
-                    "network."
+                    f"{model_name} only accepts images of {config['input_size'][-2:]} pixels, but "
+                    "a backbone for feature maps must accept images of all sizes. Use a "
+                    "convolutional network."
                 )
             indices = [maps[name]["index"] for name in self._maps]
             self._indices = net.prune_intermediate_layers(indices, prune_norm=True)
@@ -108,7 +109,7 @@ class TimmBackbone(Backbone):
         return {name: self._shapes[name] for name in self._out_features}
 
     def _check_sizes(self, in_channels: int) -> None:
-        """Raise a UserError unless each feature map has the image's size divided by its stride."""
+        """Raise UserError unless each feature map has the image's size divided by its stride."""
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         empty = {name: tensor.to("meta") for name, tensor in tensors.items()}
         images = torch.empty(1, in_channels, _SIDE, _SIDE, device="meta")
@@ -126,7 +127,7 @@ class TimmBackbone(Backbone):
                 )
 
     def freeze(self, freeze_at: int) -> None:
-        """Freeze the first stages: parameters get no gradients, and batch norms are fixed.
+        """Freeze the first stages, so their parameters get no gradients and batch norms are fixed.
 
         Args:
             freeze_at: Number of stages, counted from the stem; 0 freezes nothing.
@@ -146,10 +147,10 @@ class TimmBackbone(Backbone):
 
 
 def _feature_maps(model_name: str, net: Any) -> dict[str, dict[str, Any]]:
-    """Return timm's records of the last feature maps with strides 4, 8, 16 and 32, by name.
+    """Return timm's ``feature_info`` records for the last feature map of each stride, by name.
 
     Raises:
-        UserError: If the network has other strides.
+        UserError: If the network has no feature maps with strides 4, 8, 16 and 32.
     """
     records = getattr(net, "feature_info", None) or []
     found = {
@@ -166,11 +167,11 @@ def _feature_maps(model_name: str, net: Any) -> dict[str, dict[str, Any]]:
 
 
 def _stage_numbers(net: nn.Module, maps: list[dict[str, Any]]) -> dict[str, int]:
-    """Return the stage of each module by path, or an empty dict if it is unknown.
+    """Return the stage number of each module by path, or an empty dict if it is unknown.
 
-    timm names the module that ends each stage. The modules of a network are in the order of
-    computation. The stem ends with the last feature map of a lower stride, if there is one,
-    otherwise before the last module of stage 2.
+    timm names the module that produces each feature map, and a network's modules are in computation
+    order. The stem ends with the last feature map that has a smaller stride than res2. If there is
+    none, the stem ends before the module that produces res2.
     """
     paths = [path for path, _ in net.named_modules() if path]
 
@@ -199,8 +200,8 @@ def build_timm(
 
     Args:
         model_name: Name of the model, such as "timm/regnety_002".
-        se: Not used; the network has the SE layers that timm gives it.
-        norm: "BN" for timm's norms of any kind. "FrozenBN" and "SyncBN" convert batch norms.
+        se: Not used, because timm determines the network's SE layers.
+        norm: "BN" keeps timm's norms of any kind. "FrozenBN" and "SyncBN" convert batch norms.
         in_channels: Number of image channels.
         out_features: See :class:`TimmBackbone`.
         freeze_at: Number of stages to freeze, counted from the stem.
@@ -213,9 +214,9 @@ def build_timm(
     layers = import_timm().layers
     if norm == "GN":
         raise UserError(
-            f"The norm is GN, but {model_name} has the norms that timm gives it. Expected BN "
-            "(timm's norms), FrozenBN or SyncBN (MODEL.RESNETS.NORM). For group norms, use a "
-            "network such as timm/resnet50_gn."
+            f"The norm is GN, but timm determines the norms of {model_name}; expected BN (timm's "
+            "norms), FrozenBN or SyncBN (MODEL.RESNETS.NORM). For group norms, use a network such "
+            "as timm/resnet50_gn."
         )
     if norm == "FrozenBN":
         backbone.net = layers.freeze_batch_norm_2d(backbone.net)

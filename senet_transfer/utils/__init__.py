@@ -1,1 +1,1 @@
-"""Utilities used throughout the package, which depend only on :mod:`senet_transfer.errors`."""
+"""Utilities for the whole package. They depend only on :mod:`senet_transfer.errors`."""

@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-# A list of numbers that json.dumps writes with an indentation. It contains line breaks, unlike the
-# same characters in a string.
+# Matches a list of numbers in the indented output of json.dumps. Its line breaks distinguish it
+# from a string with the same characters.
 _NUMBER_LIST = re.compile(r"\[\n\s*(?:[-+.\deE]+|null)(?:,\n\s*(?:[-+.\deE]+|null))*\n\s*\]")
 
 
@@ -74,8 +74,8 @@ def write_json(
     Args:
         path: Path of the file.
         value: JSON-serialisable value, made of numbers, strings, lists and dicts.
-        indent: Number of spaces per level; None writes a single line. Lists of numbers are on one
-            line in any case.
+        indent: Number of spaces per level; None writes a single line. Lists of numbers are always
+            written on one line.
         sort_keys: Whether to sort dict keys, so that equal values produce identical bytes.
 
     Raises:

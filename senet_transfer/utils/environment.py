@@ -1,4 +1,4 @@
-"""Versions and hardware, for the records of runs and for bug reports."""
+"""Collection of software versions and hardware details for run records and bug reports."""
 
 import contextlib
 import os
@@ -20,9 +20,9 @@ _PACKAGES = (
 
 
 def environment_report() -> str:
-    """Return the current command, the versions of packages and a description of the machine.
+    """Return the current command, package versions and a description of the machine.
 
-    The description is that of Detectron2: Python, compilers, CUDA, GPUs and PyTorch's build.
+    Detectron2 describes the machine: Python, compilers, CUDA, GPUs and PyTorch's build.
     """
     versions = []
     for name in _PACKAGES:
@@ -34,10 +34,10 @@ def environment_report() -> str:
 
 
 def origin(*, on_gpu: bool = True) -> dict[str, Any]:
-    """Return the machine and the commit of the code, for the record of a run.
+    """Return the machine and the code's commit for the record of a run.
 
     Args:
-        on_gpu: Whether a GPU is used if there is one.
+        on_gpu: Whether the run uses a GPU if one is available.
     """
     return {"machine": _machine(on_gpu and torch.cuda.is_available()), "commit": _commit()}
 
@@ -54,11 +54,11 @@ def _machine(on_gpu: bool) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Return the commit of the code: that of its clone, or ``$GIT_COMMIT`` in a copy of it."""
+    """Return the commit of the Git clone, or ``$GIT_COMMIT`` if the code is not in a clone."""
     root = Path(__file__).parents[2]
     describe = ["describe", "--always", "--exclude=*", "--abbrev=40", "--dirty"]
-    # Git also searches the parent folders. If this package is installed, these may belong to the
-    # user's repository.
+    # Git also searches the parent folders, which may belong to a user's repository if this package
+    # is installed.
     if Path(root, ".git").exists():
         # An error means that git is not installed or does not trust the owner of the folder.
         with contextlib.suppress(OSError, subprocess.CalledProcessError):

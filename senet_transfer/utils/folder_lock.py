@@ -1,4 +1,4 @@
-"""Lock of a folder against other processes that write to it."""
+"""Lock that prevents several processes from writing to the same folder."""
 
 import contextlib
 import fcntl
@@ -11,7 +11,7 @@ from senet_transfer.errors import UserError
 
 LOCK = ".lock"
 
-_ATTEMPTS, _PAUSE = 20, 0.25  # The pause is in seconds.
+_ATTEMPTS, _PAUSE = 20, 0.25  # The pause between attempts is in seconds.
 
 
 @contextlib.contextmanager
@@ -20,7 +20,7 @@ def only_writer(folder: Path) -> Iterator[TextIO]:
 
     Yields:
         The open lock file. A child process that inherits its file descriptor also holds the lock,
-        so that the folder remains locked if this process is killed and the child is not.
+        so the folder remains locked if only the parent process is killed.
 
     Raises:
         UserError: If another process has locked the folder.
@@ -31,7 +31,8 @@ def only_writer(folder: Path) -> Iterator[TextIO]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                # The workers of a run that was just killed may hold the lock for a moment.
+                # The worker processes of a run that was just killed may hold the lock a little
+                # longer.
                 if attempt == _ATTEMPTS - 1:
                     raise UserError(
                         f"Another run is writing to {folder}. Wait until it finishes, or stop it."

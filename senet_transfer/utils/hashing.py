@@ -24,7 +24,7 @@ def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        # Clone instead of calling `contiguous`, which keeps unusual strides of tensors with at most
+        # Clone instead of calling `contiguous`, which keeps unusual strides if a tensor has at most
         # one element.
         tensor = tensors[name].detach().cpu().clone(memory_format=torch.contiguous_format)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -57,7 +57,7 @@ def verify_sha256(path: Path, expected: str | None) -> list[str]:
         stated.append((expected.lower(), "was requested"))
     listing = path.with_name(path.name + ".sha256")
     if listing.is_file():
-        stated.append((_hash_in(listing, path.name), f"is stated in {listing.name}"))
+        stated.append((_hash_in(listing, path.name), f"is listed in {listing.name}"))
     if not stated:
         return []
     found = file_sha256(path)

@@ -1,4 +1,4 @@
-"""Import helpers: suppression of a known warning, and actions that run after an import."""
+"""Import helpers that suppress known warnings and run actions after an import."""
 
 import contextlib
 import importlib.abc
@@ -12,7 +12,7 @@ from types import ModuleType
 
 from senet_transfer.utils.private_api import is_initializing
 
-# Loggers of torch with messages that are hidden, and how these messages start.
+# Names of torch loggers, each with the start of a message to hide.
 _LOGGERS = ("torch.fx._symbolic_trace", "torch.utils.cpp_extension")
 _HIDDEN = ("is_fx_tracing will return true", "No CUDA runtime is found, using CUDA_HOME")
 
@@ -26,9 +26,10 @@ def without_script_warnings() -> Iterator[None]:
 
 
 def hide_library_warnings() -> None:
-    """Hide warnings of torch that Detectron2 triggers and that users of a command can't act on.
+    """Hide torch warnings that Detectron2 triggers and that users of a command can't act on.
 
-    The process should be that of a command: its warning filters and loggers are changed.
+    Only commands should call this function, because it changes the process's warning filters and
+    loggers.
     """
     warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release")
     for name in _LOGGERS:
@@ -44,9 +45,9 @@ def require_detectron2() -> None:
     if importlib.util.find_spec("detectron2") is None:
         raise ImportError(
             "senet_transfer requires Detectron2, which is not installed. It can't be installed by "
-            "name from the package index. Run `install_detectron2.py`, which pip has installed "
-            "next to the program `senet` (in a clone of this project: "
-            "`python tools/install_detectron2.py`), or build Detectron2 from its official source."
+            "name from the package index. Run `install_detectron2.py`, which pip installed next to "
+            "the `senet` program (in a clone of this project: `python "
+            "tools/install_detectron2.py`), or build Detectron2 from its official source."
         )
 
 

@@ -1,4 +1,4 @@
-"""Parallel processing of tasks in several processes."""
+"""Processing of tasks in several worker processes."""
 
 import multiprocessing
 import os

@@ -1,8 +1,8 @@
 """Wrappers for private APIs of other libraries, with the versions they were tested with.
 
 No other module of the package reads or writes a private attribute of torch, fvcore, Detectron2 or
-Python. ``tests/utils/test_private_api.py`` checks each function against public behaviour, so that a
-test fails if an upgrade changes a private API. Importing this module does not import any of these
+Python. ``tests/utils/test_private_api.py`` checks each function against public behaviour, so a test
+fails if an upgrade changes a private API. Importing this module does not import any of these
 libraries.
 """
 
@@ -86,9 +86,9 @@ def set_state_dict_metadata(state: Any, metadata: Mapping[str, Any]) -> None:
 
 
 def norms_of(tensors: Sequence[Tensor], order: float) -> Tensor:
-    """Return the norm of each tensor, ``(N,)``, computed in few kernels.
+    """Return the norm of each tensor, ``(N,)``, using few kernels.
 
-    torch 2.11 to 2.14: ``torch._foreach_norm``.
+    Private API (torch 2.11 to 2.14): ``torch._foreach_norm``.
     """
     import torch
 
@@ -96,9 +96,9 @@ def norms_of(tensors: Sequence[Tensor], order: float) -> Tensor:
 
 
 def multiply_all(tensors: Sequence[Tensor], factors: Tensor) -> None:
-    """Multiply each tensor, in place, by one of the factors ``(N,)``.
+    """Multiply each tensor in place by the corresponding element of ``factors``, ``(N,)``.
 
-    torch 2.11 to 2.14: ``torch._foreach_mul_``.
+    Private API (torch 2.11 to 2.14): ``torch._foreach_mul_``.
     """
     import torch
 
@@ -106,9 +106,9 @@ def multiply_all(tensors: Sequence[Tensor], factors: Tensor) -> None:
 
 
 def copy_all(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Copy each value into its target, in few kernels.
+    """Copy each value into its target, using few kernels.
 
-    torch 2.11 to 2.14: ``torch._foreach_copy_``.
+    Private API (torch 2.11 to 2.14): ``torch._foreach_copy_``.
     """
     import torch
 
@@ -123,14 +123,15 @@ def lerp_all(
 ) -> None:
     """Interpolate each target towards its value, in place and with few kernels.
 
-    torch 2.11 to 2.14: ``torch._foreach_lerp_``, ``torch._foreach_mul``, ``torch._foreach_mul_``,
-    ``torch._foreach_sub`` and ``torch._foreach_add_``.
+    Private API (torch 2.11 to 2.14): ``torch._foreach_lerp_``, ``torch._foreach_mul``,
+    ``torch._foreach_mul_``, ``torch._foreach_sub`` and ``torch._foreach_add_``.
 
     Args:
-        targets: the tensors to change.
-        values: finite tensors of the same shapes and types.
-        weight: the weight of the values, 0-1, as a number or as a tensor ``()`` on the device.
-        held: a number on the device: 1 to leave the targets unchanged, otherwise 0.
+        targets: Tensors to change.
+        values: Finite tensors with the same shapes and dtypes as the targets.
+        weight: Weight of the values, in [0, 1], as a number or a tensor ``()`` on the same device.
+        held: Tensor ``()`` on the same device: 1 leaves the targets unchanged, 0 interpolates them.
+            None is equivalent to 0.
     """
     import torch
 
@@ -147,17 +148,19 @@ def lerp_all(
 
 
 def skips_on_device(optimizer: Optimizer) -> bool:
-    """Return whether an optimizer skips a step if its attribute ``found_inf`` is a tensor of 1.
+    """Return whether an optimizer skips a step if its ``found_inf`` tensor has the value 1.
 
-    torch 2.11 to 2.14: ``_step_supports_amp_scaling``, which is true of fused optimizers.
+    Private API (torch 2.11 to 2.14): ``_step_supports_amp_scaling``, which is True for fused
+    optimizers.
     """
     return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def scaler_state(scaler: GradScaler) -> list[Tensor]:
-    """Return the tensors that ``update`` of a gradient scaler changes in place.
+    """Return the tensors that ``GradScaler.update`` changes in place.
 
-    torch 2.11 to 2.14: ``_scale`` and ``_growth_tracker``, which the first call of ``scale`` sets.
+    Private API (torch 2.11 to 2.14): ``_scale`` and ``_growth_tracker``, which the first call to
+    ``scale`` creates.
     """
     if not scaler.is_enabled():
         return []
@@ -167,7 +170,7 @@ def scaler_state(scaler: GradScaler) -> list[Tensor]:
 def cpu_group() -> ProcessGroup:
     """Return the process group of all ranks for tensors on the CPU.
 
-    Detectron2 0.6 to 0.7: ``_get_global_gloo_group``, which its ``comm.all_gather`` uses.
+    Private API (Detectron2 0.6 to 0.7): ``_get_global_gloo_group``, which ``comm.all_gather`` uses.
     """
     from detectron2.utils import comm
 
@@ -211,7 +214,7 @@ def set_write_period(writer: PeriodicWriter, period: int) -> None:
 
 
 def set_size_divisibility(fpn: FPN, multiple: int) -> None:
-    """Set the number of pixels to multiples of which an FPN's images are padded.
+    """Make an FPN pad its images to multiples of the given number of pixels.
 
     Private API (Detectron2 0.6 to 0.7): ``FPN._size_divisibility``.
     """
@@ -236,7 +239,7 @@ def is_initializing(module: ModuleType) -> bool:
 
 
 def parser_arguments(parser: Any) -> list[Any]:
-    """Return the arguments of an ``ArgumentParser``, in the order of their definition.
+    """Return the arguments of an ``ArgumentParser`` in definition order.
 
     Private API (Python 3.11 to 3.13): ``ArgumentParser._actions``.
     """
@@ -246,12 +249,12 @@ def parser_arguments(parser: Any) -> list[Any]:
 def compile_program(program: ExportedProgram, path: str, metadata: Mapping[str, str]) -> None:
     """Compile an exported program with AOTInductor, and write it to a package (``.pt2``).
 
-    Private API (torch 2.11 to 2.14), although documented: ``torch._inductor``.
+    Private but documented API (torch 2.11 to 2.14): ``torch._inductor``.
 
     Args:
-        program: The program.
+        program: The program to compile.
         path: The file to write.
-        metadata: Texts to store in the package.
+        metadata: Strings to store in the package.
 
     Raises:
         FileNotFoundError: If there is no C++ compiler.
@@ -269,7 +272,7 @@ def compile_program(program: ExportedProgram, path: str, metadata: Mapping[str, 
 
 
 def open_compiled(path: str) -> tuple[Callable[..., Any], dict[str, str]]:
-    """Return the function in a file from :func:`compile_program`, and the file's metadata.
+    """Load the function and the metadata from a file that :func:`compile_program` wrote.
 
     Private API (torch 2.11 to 2.14): ``torch._inductor.aoti_load_package``.
     """

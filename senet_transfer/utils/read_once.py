@@ -18,9 +18,9 @@ _RESULTS: ContextVar[dict[Any, Any] | None] = ContextVar("results", default=None
 def read_once() -> Iterator[None]:
     """Cache the results of :func:`once_per_file` functions until the end of the block.
 
-    At its start, a run verifies a weight file, reads its geometry and loads it into the model.
+    For example, a run verifies a weight file, reads its geometry and loads it into the model.
     Within the block, only the first of these steps reads the file. The cache is cleared when the
-    block ends, so that no tensors are kept in memory.
+    block ends, so no tensors are kept in memory.
     """
     token = _RESULTS.set({})
     try:
@@ -32,10 +32,10 @@ def read_once() -> Iterator[None]:
 def once_per_file(
     function: Callable[Concatenate[str | Path, _Rest], _Result],
 ) -> Callable[Concatenate[str | Path, _Rest], _Result]:
-    """Cache a file-reading function per file and arguments within :func:`read_once`.
+    """Cache the results of a file-reading function within :func:`read_once`.
 
-    A file that has been replaced or modified is read again. Outside of :func:`read_once`, results
-    are not cached.
+    Results are cached per file and arguments. A file that has been replaced or modified is read
+    again. Outside :func:`read_once`, results are not cached.
     """
 
     @functools.wraps(function)

@@ -38,7 +38,7 @@ _RUNS_CODE = re.compile(
     r"|_?pickle|cPickle|marshal|urllib|webbrowser|commands|bdb|pdb|pydoc|timeit"
     r"|torch[.](hub|load|serialization[.]load))\b"
 )
-# Exceptions to these modules: classes of plain values, which training scripts often save with a
+# Exceptions to these modules: classes for plain values, which training scripts often save with a
 # model.
 _HOLDS_VALUES = re.compile(
     r"pathlib[.](_local[.])?(Pure)?(Posix|Windows)?Path|types[.]SimpleNamespace|functools[.]partial"
@@ -122,7 +122,7 @@ PLAIN: Mapping[str, Any] = {
 }
 
 
-@dataclass(eq=False)  # hashed by identity, so that the value is never hashed
+@dataclass(eq=False)  # hashed by identity, so the value is never hashed
 class Named:
     """Class or function named in a pickle, with the stand-in that is called instead."""
 
@@ -294,15 +294,14 @@ def load_plain(
     allowed: Mapping[str, Any] = PLAIN,
     persistent_load: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """Load the next pickle from a stream, in any protocol of Python 2 or 3.
+    """Load the next pickle from a stream. All protocols of Python 2 and 3 are supported.
 
     Python 2 strings are decoded as latin1. Some types are replaced: an ``OrderedDict`` becomes a
     dict, a numpy scalar becomes a number, and a bytearray becomes bytes. Arrays are read-only.
     Objects of any other class become a :class:`Placeholder`.
 
     Args:
-        stream: Content of the file, in memory, so that a wrong length can't cause a large
-            allocation.
+        stream: In-memory content of the file, so a wrong length can't cause a large allocation.
         path: Path of the file, for error messages.
         allowed: Stand-in to call for each name that a pickle may contain. If the returned object
             has a ``build`` method, this method is called with the pickled state.

@@ -28,22 +28,23 @@ def shown(text: object, limit: int = 80) -> str:
 
 
 def mean_text(values: Sequence[float]) -> str:
-    """Return the mean and, of several values, the sample standard deviation: ``"7.30 ± 0.12"``."""
+    """Format the mean and, for several values, the sample standard deviation: ``"7.30 ± 0.12"``."""
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.2f}{spread}"
 
 
 def folder_name(text: str) -> str:
-    """Return the name of a folder for a text, which stays inside the parent folder.
+    """Convert text to a folder name that can't refer to a location outside the parent folder.
 
-    Slashes, backslashes and control characters become underscores, and so do the dots of ``..``.
+    Slashes, backslashes and control characters are replaced by underscores, as are the dots in the
+    names ``.`` and ``..``.
     """
     name = re.sub(r"[/\\\x00-\x1f]", "_", text)
     return "_" * len(name) if set(name) <= {"."} else name
 
 
 def differences(found: Sequence[str], expected: Sequence[str], limit: int = 3) -> str:
-    """Describe the first differences between two lists of names, whose order is significant.
+    """Describe the first differences between two ordered lists of names.
 
     Returns:
         Text such as ``"1: 'dog' instead of 'cat'; 'cat' is missing"``, or "" if there are none.

@@ -1,7 +1,7 @@
-"""Writers that send the metrics of a run to experiment trackers (``TRACKING``).
+"""Writers that send the metrics of a run to experiment trackers (config key ``TRACKING``).
 
-Both packages read their own environment variables, such as ``WANDB_PROJECT``, ``WANDB_MODE``,
-``MLFLOW_TRACKING_URI`` and ``MLFLOW_EXPERIMENT_NAME``.
+The tracker packages read their own environment variables, such as ``WANDB_PROJECT``,
+``WANDB_MODE``, ``MLFLOW_TRACKING_URI`` and ``MLFLOW_EXPERIMENT_NAME``.
 """
 
 import importlib
@@ -19,17 +19,17 @@ from senet_transfer.errors import UserError, check_choice
 from senet_transfer.utils.atomic_io import write_json
 
 FILE = "tracking.json"
-_WINDOW = 20  # The number of steps over which losses are smoothed, as for TensorBoard.
+_WINDOW = 20  # Number of steps over which losses are smoothed, same as for TensorBoard.
 
 
 def build_tracking_writers(names: list[str], output_dir: str, config: str) -> list[EventWriter]:
-    """Start or continue a run in each tracker, and return the writers.
+    """Start or continue a run in each tracker, and return the writers for the metrics.
 
-    The ids of the runs are stored in ``tracking.json`` in the output folder. A resumed run
-    continues them.
+    The run ids are stored in ``tracking.json`` in the output folder. If training is resumed, the
+    tracker runs with these ids are continued.
 
     Args:
-        names: The trackers, keys of :data:`TRACKERS`.
+        names: Names of the trackers; see :data:`TRACKERS`.
         output_dir: The output folder.
         config: The run's config as YAML, which is stored with the run.
     """
@@ -43,7 +43,7 @@ def build_tracking_writers(names: list[str], output_dir: str, config: str) -> li
 
 
 def check_trackers(names: list[str]) -> None:
-    """Raise a UserError for an unknown tracker, or one whose package is not installed."""
+    """Raise UserError if a tracker is unknown or its package is not installed."""
     for name in names:
         check_choice("TRACKING", name, tuple(TRACKERS))
         try:
@@ -56,7 +56,7 @@ def check_trackers(names: list[str]) -> None:
 
 
 class _Tracker(EventWriter):
-    """Writer of the metrics that were added since the last call."""
+    """Base class of writers that send the metrics added since the previous call."""
 
     run_id: str
 
@@ -75,7 +75,7 @@ class _Tracker(EventWriter):
 
     @abstractmethod
     def _send(self, metrics: dict[str, float], step: int) -> None:
-        """Send the metrics of a step."""
+        """Send the metrics of one step to the tracker."""
 
 
 class WandbTracker(_Tracker):
@@ -110,7 +110,7 @@ class MLflowTracker(_Tracker):
     def __init__(self, output_dir: str, config: str, run_id: str | None):
         """
         Args:
-            output_dir: The folder of the run, which becomes its name.
+            output_dir: The output folder of the run. Its name becomes the name of the run.
             config: The run's config as YAML.
             run_id: The id of the run to continue; None to start one.
         """

@@ -1,7 +1,7 @@
 """Loading, checking and saving of weight files of all supported families.
 
-The package operates on tensors and modules and imports no network classes, so that the backbones
-can import it.
+This package operates on tensors and modules. It does not import any network classes, so the
+backbones can import it.
 """
 
 from senet_transfer.weights.families.registry import FAMILIES

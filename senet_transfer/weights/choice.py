@@ -1,4 +1,4 @@
-"""Selection of the network and the tensors to load from a weight file."""
+"""Selection of the network and tensors to load from a weight file."""
 
 from collections.abc import Iterator
 from typing import Any, TypedDict
@@ -14,15 +14,17 @@ HEADS = ("strict", "ignore")
 
 
 class Choice(TypedDict, total=False):
-    """Keyword arguments that select a network in a file; see :func:`senet_transfer.load_weights`.
+    """Keyword arguments that select a network in a weight file.
 
     Attributes:
-        prefix: Prefix of the network's tensor names. None expects a single network.
-        ema: Whether to load the averaged weights; None or "auto" follows the file's project.
-        head: "strict" or "ignore".
+        prefix: Prefix of the network's tensor names; None for a file with a single network.
+        ema: Whether to load the averaged (EMA) weights. None or "auto" does what the project that
+            saved the file would do.
+        head: "strict", or "ignore" to load only the backbone; see
+            :func:`senet_transfer.load_weights`.
         stated: Geometry and preprocessing set by the user, by field name.
-        network: Name of timm's network whose state dict the file contains, unless this project
-            wrote the file; empty for this project's networks.
+        network: Model name, such as "timm/regnety_002", if timm builds the network; otherwise
+            empty. A file from timm then contains the state dict of this network.
     """
 
     prefix: str | None
@@ -64,7 +66,7 @@ def _kept_values(cfg: CfgNode) -> Iterator[tuple[str, Any]]:
 
 
 def config_choice(cfg: CfgNode) -> Choice:
-    """Return the choice that a config specifies for ``MODEL.WEIGHTS``.
+    """Return the selection that a config specifies for ``MODEL.WEIGHTS``.
 
     Raises:
         UserError: If a value is invalid.
@@ -80,7 +82,7 @@ def config_choice(cfg: CfgNode) -> Choice:
 
 
 def checked_ema(ema: bool | str | None) -> bool | None:
-    """Return the choice of EMA weights, with None for "auto".
+    """Check the ``ema`` option, and return it with "auto" replaced by None.
 
     Raises:
         UserError: If the value is invalid.

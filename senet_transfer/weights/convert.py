@@ -31,7 +31,7 @@ from senet_transfer.weights.save import (
     written_whole,
 )
 
-# Metadata key for the origin of a converted file. OWN_METADATA can't be used here, because it marks
+# Metadata key for the origin of a converted file. OWN_METADATA can't be used, because it marks
 # files with this project's tensor names.
 MADE_FROM = "made_by_senet_transfer_from"
 
@@ -51,11 +51,12 @@ class Format:
 
     Attributes:
         title: Project name, for messages.
-        family: Weight family of its files.
+        family: Weight family of the project's files.
         rename: Function that maps this project's tensor names to the other project's.
         networks: Networks that the other project supports, by this project's model names.
         rename_deep: Same as ``rename``, for networks with a three-convolution stem.
-        basic_divisor: In networks with basic blocks, hidden SE widths are multiples of this number.
+        basic_divisor: The hidden SE widths in networks with basic blocks are multiples of this
+            number.
     """
 
     title: str
@@ -99,7 +100,7 @@ TARGETS = (_OURS, DETECTRON2, *FORMATS)
 
 
 def target_for(path: Path, to: str | None) -> str:
-    """Return the conversion target: ``to``, or the default for the path's suffix.
+    """Return the conversion target: ``to`` or, if it is None, the default for the path's suffix.
 
     Raises:
         UserError: If the target is unknown or does not support this suffix.
@@ -114,12 +115,12 @@ def target_for(path: Path, to: str | None) -> str:
 
 
 def family_of(to: str) -> str:
-    """Return the weight family of the files that :func:`write_converted` writes for a target."""
+    """Return the weight family of files that are converted to the given target."""
     return FORMATS[to].family if to in FORMATS else _OURS
 
 
 def write_converted(source: Source, path: Path, to: str) -> list[str]:
-    """Write a file's tensors and their origin in the target project's format.
+    """Write a weight file's tensors and origin in the target project's format.
 
     Args:
         source: Examined weight file.
@@ -127,7 +128,7 @@ def write_converted(source: Source, path: Path, to: str) -> list[str]:
         to: Conversion target, one of :data:`TARGETS`.
 
     Returns:
-        Notes for the user about the new file, as sentences.
+        Sentences with notes for the user about the new file.
 
     Raises:
         UserError: If the target project has no equivalent network, or the file can't be written.
@@ -148,17 +149,17 @@ def write_converted(source: Source, path: Path, to: str) -> list[str]:
     notes = [f"{note[0].upper()}{note[1:]}." for note in source.notes]
     if source.family.affine_norms:
         notes.append(
-            "The norms in the file have no running statistics. Use the file only with FrozenBN."
+            "The norms in the file have no running statistics. Use the new file only with FrozenBN."
         )
     if to in FORMATS:
         _write_foreign(source, path, FORMATS[to], metadata)
         if "linear.weight" not in source.tensors:
             notes.append(
-                "The file has no classifier. Load it with strict=False, or into a model without a "
-                "classifier."
+                "The file has no classifier. Load the new file with strict=False, or into a model "
+                "without a classifier."
             )
         return notes
-    # Keep a detector's full tensor names, which include the submodules.
+    # Keep a detector's full tensor names, including those of the submodules.
     tensors = {
         source.original[name] if source.detector else name: tensor
         for name, tensor in source.tensors.items()
@@ -183,7 +184,7 @@ def _write_detectron2(
     content = {
         "model": {name: tensor.contiguous().numpy() for name, tensor in tensors.items()},
         "__author__": "senet_transfer",
-        # Allow Detectron2 to match a backbone's names with the suffixes of a detector's names.
+        # This lets Detectron2 match a backbone's names with the suffixes of a detector's names.
         "matching_heuristics": heuristics,
         OWN_METADATA: {**metadata, OWN_HASH: tensors_sha256(tensors)},
     }
@@ -192,7 +193,7 @@ def _write_detectron2(
 
 
 def _keys_for_detectron2(source: Source) -> list[str]:
-    """Return notes on the config keys that must be set in Detectron2."""
+    """Return notes about the config keys that must be set in Detectron2."""
     notes, keys = [], []
     if source.geometry.stride_in_1x1 is not None:
         keys.append(f"MODEL.RESNETS.STRIDE_IN_1X1 {source.geometry.stride_in_1x1}")
@@ -204,8 +205,8 @@ def _keys_for_detectron2(source: Source) -> list[str]:
     arch = source.architecture
     if arch and (arch.se_stages or arch.deep_stem or source.geometry.stem_pool in ("ceil", "none")):
         notes.append(
-            "Detectron2's own backbones do not support SE, the deep stem, or a stem pool that is "
-            "missing or in ceil mode, and Detectron2 ignores unknown tensors without an error. "
+            "Detectron2's own backbones support neither SE, the deep stem, a missing stem pool nor "
+            "a stem pool in ceil mode. Detectron2 would ignore unknown tensors without an error. "
             "Load this file into a senet_transfer backbone."
         )
     return notes
@@ -244,12 +245,13 @@ def _renamed(source: Source, form: Format) -> dict[str, Tensor]:
 
 
 def _check_expressible(source: Source, form: Format) -> None:
-    """Raise UserError if the target project has no network equivalent to the file's."""
+    """Raise UserError if the target project has no network equivalent to that in the file."""
     arch = source.architecture
     problems = []
     if source.detector:
         problems.append(
-            f"The file contains a detector, of which {form.title} supports only the backbone."
+            f"The file contains a detector, but {form.title} supports only backbones and "
+            "classifiers."
         )
     if arch is None or arch.name not in form.networks:
         name = arch.name if arch else "unknown"

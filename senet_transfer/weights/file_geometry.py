@@ -47,7 +47,7 @@ def local_weights(name: str, family: str | None = None) -> tuple[str, str | None
     Args:
         name: Path, catalogue name or URL, as in ``MODEL.WEIGHTS``. For a catalogue name or a URL,
             the file is downloaded to a cache.
-        family: Family given by the user; None uses the catalogue's, if there is one.
+        family: Family specified by the user; None for the family in the catalogue, if any.
 
     Raises:
         UserError: If the file does not exist or can't be downloaded.
@@ -55,10 +55,10 @@ def local_weights(name: str, family: str | None = None) -> tuple[str, str | None
     place, family = locate_weights(name, family)
     try:
         path = PathManager.get_local_path(str(place))
-    except Exception as error:  # the handlers of URL schemes raise various types
+    except Exception as error:  # URL handlers raise exceptions of various types
         raise UserError(f"Cannot download the weights {name}: {error}. Check the URL.") from error
     if os.path.isdir(path):
-        sniff(Path(path))  # raises an error that describes the folder
+        sniff(Path(path))  # raise an error that describes the folder
     if not os.path.isfile(path):
         near = nearest_names(name)
         hint = f" Similar names in the catalogue: {', '.join(near)}." if near else ""
@@ -96,9 +96,9 @@ def examine_config_weights(cfg: CfgNode, weights: str | None = None) -> Source |
 def apply_file_geometry(cfg: CfgNode, weights: str | Source | None = None) -> list[Change]:
     """Set the config keys that the network in a weight file requires.
 
-    Call this before building the model. The keys describe the stride placement, the stem pool, the
-    channel order, the mean and std, and the SE layers (biases, rounding of the hidden widths, ReLU
-    before the gate). Changes are logged as a table. Keys that the user has set
+    Call this function before building the model. The keys describe the stride placement, the stem
+    pool, the channel order, the mean and std, and the SE layers (biases, rounding of the hidden
+    widths, ReLU before the gate). Changes are logged as a table. Keys that the user has set
     (``MODEL.WEIGHTS_KEEP``), or all keys if ``MODEL.WEIGHTS_PIN`` is True, are not changed.
 
     Args:
@@ -110,8 +110,8 @@ def apply_file_geometry(cfg: CfgNode, weights: str | Source | None = None) -> li
         The changes made to the config.
 
     Raises:
-        UserError: If the file can't be read, its family is unknown, or it states values that
-            contradict those keys.
+        UserError: If the file can't be read, its family is unknown, or it specifies values that
+            contradict the user's keys.
     """
     source = weights if isinstance(weights, Source) else examine_config_weights(cfg, weights)
     changes = _changes(cfg, source) if source else []
@@ -131,8 +131,8 @@ def apply_file_geometry(cfg: CfgNode, weights: str | Source | None = None) -> li
         lines = "\n".join(f"  {c.key}: {c.before}, but {c.after} in the file" for c in kept)
         raise UserError(
             f"Your config sets values that contradict {source.path}, detected as "
-            f"{source.detected_as}, which was trained with other values:\n{lines}\nRemove these "
-            "keys from your config and options, or use different weights."
+            f"{source.detected_as}, which was trained with different values:\n{lines}\nRemove "
+            "these keys from your config and options, or use different weights."
         )
     frozen = cfg.is_frozen()
     cfg.defrost()
@@ -151,13 +151,13 @@ def _changes(cfg: CfgNode, source: Source) -> list[Change]:
 
 
 def _wanted(cfg: CfgNode, source: Source) -> dict[str, Any]:
-    """Return the config keys that the file determines, and their values."""
+    """Return the config keys that a weight file determines, and their values."""
     wanted = {OPTION_KEYS[name]: value for name, value in source.geometry.options().items()}
     if source.preprocessing:
         pixels, channels = source.preprocessing, channels_of(source.preprocessing.format)
-        # Weights for colour images are adapted to the channels in the config when they are loaded.
+        # When weights for colour images are loaded, they are adapted to the channels in the config.
         if channels or not channels_of(cfg.INPUT.FORMAT):
-            # Grey images are given to a network for colour images as three equal channels.
+            # Networks for colour images receive grey images as three equal channels.
             grey = cfg.INPUT.FORMAT == "L" and not channels
             wanted["INPUT.FORMAT"] = "L" if grey else pixels.format
             wanted["MODEL.PIXEL_MEAN"] = list(pixels.mean)
@@ -167,8 +167,8 @@ def _wanted(cfg: CfgNode, source: Source) -> dict[str, Any]:
     arch = source.architecture
     if arch and arch.se_stages and arch.se_ratio == cfg.MODEL.SE.RATIO:
         wanted["MODEL.SE.DIVISOR"] = arch.se_divisor
-        # True is never set. If the file has biases but the config does not, loading raises an
-        # error.
+        # SE biases are never enabled here. If the file has biases but the config does not, loading
+        # raises an error.
         if not arch.se_bias:
             wanted["MODEL.SE.BIAS"] = False
     return wanted

@@ -1,4 +1,4 @@
-"""Loading of weight files into models, with every tensor accounted for."""
+"""Loading of weight files into models, with a report that accounts for every tensor."""
 
 import logging
 from collections import Counter
@@ -28,16 +28,16 @@ class LoadReport:
 
     Attributes:
         path: Path of the file.
-        family: Name of the file's family, given or detected.
-        alternatives: Other families with the same tensor names and shapes, and their differences.
+        family: Name of the file's family, as specified by the user or detected.
+        alternatives: Other families with the same tensor names and shapes, and how they differ.
         loaded: Names of the loaded tensors in the model.
-        initialised: Names of the model's tensors that keep their initial values, with the reasons.
-        ignored: Names of the file's tensors that were not used, with the reasons.
-        notes: Other changes to the tensors, as sentences.
-        lookalikes: Other projects' networks with the same tensors, whose outputs differ, unless the
-            file excludes them.
-        geometry: Geometry of the file's network. Unknown fields are None, and were assumed to equal
-            the model's.
+        initialised: Names of the model's tensors that keep their initial values, and why.
+        ignored: Names of the file's tensors that were not used, and why.
+        notes: Sentences on other changes to the tensors.
+        lookalikes: Other projects' networks with the same tensors but different outputs, unless the
+            file rules them out.
+        geometry: Geometry of the file's network. Unknown fields are None and were assumed to be the
+            same as in the model.
         preprocessing: Preprocessing that the model expects after loading.
     """
 
@@ -55,11 +55,11 @@ class LoadReport:
     def __str__(self) -> str:
         lines = [f"{self.path}: {len(self.loaded)} tensors loaded, family {self.family}"]
         if self.alternatives:
-            lines.append(f"  could also be: {', '.join(self.alternatives)}")
+            lines.append(f"  could also be of the family {', '.join(self.alternatives)}")
         if self.lookalikes:
             lines.append(
-                f"  has the same tensors as {' and '.join(self.lookalikes)}, whose outputs differ: "
-                "make sure that the file is not one of these"
+                f"  has the same tensors as {' and '.join(self.lookalikes)}, whose outputs differ; "
+                "make sure that the file is not for one of them"
             )
         lines += _by_reason("initialised", self.initialised)
         lines += _by_reason("ignored", self.ignored)
@@ -94,8 +94,8 @@ def load_weights(
     Every tensor of the backbone is loaded, including norm statistics, and every tensor in the file
     is used. The report lists the exceptions: a classifier or detector predictors for a different
     number of classes, SE layers if the file has none, and detector parts that a backbone file does
-    not contain. The backbone's ``preprocessing`` is set to the file's. The file's geometry must
-    equal the model's. To build a model with the file's geometry, pass ``weights`` to
+    not contain. The backbone's ``preprocessing`` is set to that of the file. The geometry of the
+    file and the model must be equal. To build a model with the file's geometry, pass ``weights`` to
     ``create_backbone`` or ``create_classifier``, or use a config.
 
     Args:
@@ -106,9 +106,9 @@ def load_weights(
             same tensor names.
         prefix: Prefix of the network's tensor names in a file with several networks, such as
             "encoder_q." or "teacher.". The other tensors are ignored.
-        ema: Whether to load the averaged (EMA) weights of a checkpoint that has both these and
-            plain weights. None or "auto" does what the project that wrote the file does; the report
-            says which weights were loaded.
+        ema: Whether to load the averaged (EMA) weights if a checkpoint contains both averaged and
+            plain weights. None or "auto" does what the project that saved the file would do. The
+            report specifies which weights were loaded.
         head: "strict", or "ignore" to load only the backbone, without the file's classifier or
             projection head.
 
@@ -126,7 +126,7 @@ def load_weights(
 
 
 def load_source(model: nn.Module, source: Source, *, exact: bool = False) -> LoadReport:
-    """Load an examined file into a model; see :func:`load_weights`.
+    """Load an examined weight file into a model; see :func:`load_weights`.
 
     Args:
         model: Backbone, classifier or detector.
@@ -147,7 +147,7 @@ def load_source(model: nn.Module, source: Source, *, exact: bool = False) -> Loa
     own = target.backbone_preprocessing()
     preprocessing = source.preprocessing or own
     if pixels := target.pixels():
-        # The model was built from a config, whose resizing and cropping replace the file's.
+        # The model was built from a config. The config's resizing and cropping replace the file's.
         preprocessing = replace(
             preprocessing,
             format=pixels.format,
@@ -159,7 +159,7 @@ def load_source(model: nn.Module, source: Source, *, exact: bool = False) -> Loa
     notes = list(source.notes)
     if source.preprocessing is None and not source.geometry.options():
         notes.append(
-            "the file specifies neither geometry nor preprocessing, so the model's are kept"
+            "the file specifies neither geometry nor preprocessing, so those of the model are kept"
         )
     report = LoadReport(
         path=source.path,
@@ -197,14 +197,15 @@ def _check_geometry(source: Source, target: Target) -> None:
         lines = "\n".join(f"  {line}" for line in found)
         raise UserError(
             f"{source.path}, detected as {source.detected_as}, has the same tensor shapes as the "
-            f"model, but its network computes different outputs:\n{lines}\nBuild the model with "
-            "the file's values (weights= in create_backbone and create_classifier, MODEL.WEIGHTS "
-            "in a config). If the detected family is wrong, set family= or MODEL.WEIGHTS_FAMILY."
+            f"model, but the file's network computes different outputs:\n{lines}\nBuild the model "
+            "with the file's values (weights= in create_backbone and create_classifier, "
+            "MODEL.WEIGHTS in a config). If the detected family is wrong, set family= or "
+            "MODEL.WEIGHTS_FAMILY."
         )
 
 
 def pixel_contradictions(file: Preprocessing, model: Preprocessing) -> list[str]:
-    """Describe how a file's channel order, mean and std differ from a model's, as sentences."""
+    """Return sentences on how a file's channel order, mean and std differ from a model's."""
     found = []
     for name, key in (
         ("format", "INPUT.FORMAT"),
@@ -212,7 +213,7 @@ def pixel_contradictions(file: Preprocessing, model: Preprocessing) -> list[str]
         ("std", "MODEL.PIXEL_STD"),
     ):
         theirs, built = getattr(file, name), getattr(model, name)
-        # A network for colour images can be given grey images as three equal channels.
+        # A network for colour images can process grey images as three equal channels.
         if name == "format" and built == "L":
             continue
         if not same_pixels(theirs, built):

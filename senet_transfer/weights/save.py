@@ -28,22 +28,22 @@ _MAX_CLASSES = 10_000
 
 
 def model_metadata(model: nn.Module, classes: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the metadata of a model: its network, geometry, preprocessing, origin and classes.
+    """Return a model's metadata: network, geometry, preprocessing, origin and classes.
 
     Args:
         model: Backbone, classifier or detector.
         classes: Class names in the order of the model's outputs, if they are known.
 
     Returns:
-        Plain values, for the "senet_transfer" entry of a checkpoint.
+        Plain values for a checkpoint's "senet_transfer" entry.
     """
     return with_classes(_metadata(target_of(model)), classes)
 
 
 def with_classes(metadata: dict[str, Any], classes: Sequence[str]) -> dict[str, Any]:
-    """Return a network's metadata with the class names, if there are any.
+    """Return a network's metadata, extended with the class names if there are any.
 
-    More names than readers of checkpoints accept as metadata are left out.
+    The class names are omitted if there are more of them than readers accept as metadata.
     """
     if not 0 < len(classes) <= _MAX_CLASSES:
         return metadata
@@ -68,7 +68,7 @@ def own_metadata(
     preprocessing: Preprocessing | None,
     source: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return the metadata of a network from its description, without building a model."""
+    """Return a network's metadata, given its architecture, geometry, preprocessing and origin."""
     metadata = {
         "version": _VERSION,
         "model": named_model(architecture, geometry),
@@ -86,7 +86,7 @@ def own_metadata(
 def save_weights(model: nn.Module, path: str | Path, classes: Sequence[str] = ()) -> None:
     """Write a model's tensors and metadata to a ``.pth`` or ``.safetensors`` file.
 
-    The file is written atomically: first to a temporary file, which is then renamed.
+    The file is written atomically, by renaming a temporary file.
 
     Args:
         model: Backbone, classifier or detector.
@@ -108,7 +108,7 @@ def write_own(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) 
     metadata = {**metadata, OWN_HASH: tensors_sha256(tensors)}
     with written_whole(path) as partial:
         if path.suffix == ".safetensors":
-            # With several entries, their order in the file is random.
+            # Use a single entry, because the order of several entries in the file would be random.
             save_file(tensors, partial, {OWN_METADATA: json.dumps(metadata)})
         else:
             with open(partial, "wb") as stream:  # open() reports why a file can't be written
@@ -126,7 +126,7 @@ def check_suffix(path: Path, suffixes: tuple[str, ...] = (".pth", ".safetensors"
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the folder of ``path``, and rename it to ``path`` on success.
+    """Yield a temporary path next to ``path``, and rename this file to ``path`` on success.
 
     Raises:
         UserError: If the file can't be written.

@@ -1,4 +1,4 @@
-"""Fixtures: small folders of images, and a browser."""
+"""Fixtures that provide small image folders and a browser."""
 
 import os
 import shutil
@@ -14,12 +14,12 @@ PER_CLASS = 5
 
 @pytest.fixture(autouse=True)
 def _one_thread(one_thread):
-    """Run every test in this folder with one thread."""
+    """Run every test in this folder with one torch thread."""
 
 
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory) -> Path:
-    """Write three class folders with 5, 5 and 6 noisy images of 40x36 pixels."""
+    """Write three class folders with 5, 5 and 6 images of coloured noise (40x36 pixels)."""
     root = tmp_path_factory.mktemp("kinds")
     random = np.random.default_rng(0)
     for label, name in enumerate(CLASSES):
@@ -33,13 +33,13 @@ def tree(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser():
-    """Return a headless Chromium, which must be installed on the machine."""
+    """Launch the installed Chromium without a window, or skip the test if there is none."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     names = ("chromium", "chromium-browser", "google-chrome")
     program = next(filter(None, map(shutil.which, names)), None)
     if program is None:
         pytest.skip("this machine has no Chromium (Debian: apt-get install chromium)")
-    # Chromium cannot use its sandbox when it runs as root.
+    # Chromium can't use its sandbox as root.
     arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
     with playwright.sync_playwright() as player:
         browser = player.chromium.launch(executable_path=program, args=arguments)

@@ -1,4 +1,4 @@
-"""Tests of the ablation grid: its variants, their training and the printed table."""
+"""Tests for the ablation grid: variants, their training and the printed table."""
 
 import json
 import os

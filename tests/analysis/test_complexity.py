@@ -1,4 +1,4 @@
-"""Tests of complexity counts against layer hooks, closed formulas and the paper's tables."""
+"""Tests that compare complexity counts with hooks, closed formulas and the paper's tables."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def side_of(name: str) -> int:
 
 
 def counted_by_hooks(model: nn.Module, x: torch.Tensor) -> dict[str, int]:
-    """Count the cost from the shapes of each layer's input and output, with forward hooks."""
+    """Count MACs and activations with forward hooks, from the shapes of each layer's output."""
     found = {"macs": 0, "activations": 0, "se_macs": 0}
     gates = {fc for m in model.modules() if isinstance(m, SqueezeExcitation) for fc in m.children()}
 
@@ -68,7 +68,7 @@ def counted_by_hooks(model: nn.Module, x: torch.Tensor) -> dict[str, int]:
 @pytest.mark.long
 def test_every_model_costs_what_hooks_on_its_layers_see(name):
     model, side = empty(name), side_of(name)
-    # Use a batch of several images that aren't square.
+    # Use a batch with more than one image, and images that aren't square.
     x = torch.zeros(2, 3, side, side + side // 2)
     found = measure(model, x)
     expected = counted_by_hooks(model, x)
@@ -120,7 +120,7 @@ SOME = [row for row in ROWS if row.name in ("ResNet-50", "SE-ResNet-50", "NoSque
 def test_the_papers_cells_are_ours_or_have_a_reason(rows):
     for one in compare_with_paper(rows, quiet=True):
         assert not any("unexplained" in reason for reason in one.reasons), one.row
-        # Only values outside the tolerance have an explanation.
+        # Only values outside the tolerance need an explanation.
         off = [abs(one.gflops_off or 0) > 0.005, abs(one.parameters_off or 0) > 0.1e6]
         assert len(one.reasons) == sum(off)
 
@@ -143,7 +143,7 @@ def test_a_cell_that_is_off_is_told():
 def test_a_shufflenet_counted_by_hand_is_the_one_that_is_built():
     built = measure(empty("shufflenet_g3"), torch.zeros(1, 3, 224, 224)).total.macs
     assert _shufflenet_macs(3, 240) == built - 960 * 1000
-    # From Table 1 of the ShuffleNet paper, for 1, 2, 3, 4 and 8 groups.
+    # Millions of MACs in Table 1 of the ShuffleNet paper, by number of groups and channels.
     stated = {(1, 144): 143, (2, 200): 140, (3, 240): 137, (4, 272): 133, (8, 384): 137}
     for network, millions in stated.items():
         assert abs(_shufflenet_macs(*network) / 1e6 - millions) < 1

@@ -1,4 +1,4 @@
-"""Tests of the gate analysis from images to figures, and of pruned networks."""
+"""Tests for gate analysis, from images to figures, and for pruned networks."""
 
 import csv
 import hashlib
@@ -36,7 +36,7 @@ SIZE = [
 
 
 def shaken(name: str, *options: str, seed: int = 0):
-    """Build a classifier with random weights, so that gates and norms have an effect."""
+    """Build a classifier with random weights in all layers, including gates and norms."""
     torch.manual_seed(seed)
     cfg = model_config(name, options=[*SIZE, *options])
     model = build_model(cfg)
@@ -51,7 +51,7 @@ def shaken(name: str, *options: str, seed: int = 0):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Write the weights and config of a training run to a folder."""
+    """Write the weights and config of a classifier to a folder, as a training run does."""
     folder = tmp_path_factory.mktemp("run")
     cfg, model = shaken("se_cifar_resnet8")
     save_weights(model, folder / "model.pth")
@@ -61,7 +61,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    """Skip the figures, which take most of the time of an analysis."""
+    """Disable the figures, which take most of an analysis's time."""
     for name in ("write_blocks", "write_overview"):
         monkeypatch.setattr(
             f"senet_transfer.analysis.excitations.analyze.{name}", lambda *_, **__: []
@@ -109,7 +109,7 @@ def test_the_command_writes_and_prints_what_it_says(trained, tree, tmp_path, cap
     assert [line.split()[0] for line in said.splitlines() if line.startswith("SE_")] == blocks
     for name in (*(f"blocks/{block}" for block in blocks), "figure6", "blocks"):
         with Image.open(tmp_path / f"{name}.png") as image:
-            # Unless the plot is empty, it has more colours than its background and frame.
+            # An empty plot contains only the colours of its background and frame.
             assert len(image.convert("RGB").getcolors(1 << 20)) > 20
     with open(tmp_path / "gates.csv") as file:
         rows = list(csv.DictReader(file))
@@ -179,7 +179,7 @@ def test_classes_are_drawn_by_name(trained, tree, tmp_path, capsys):
 
 
 def constant_gates(model, stages):
-    """Make all gates independent of the image and return their values."""
+    """Make all gates in the given stages independent of the image, and return their values."""
     values = {}
     for name, gate in gates_of(model.backbone).items():
         if int(name.split("_")[1]) in stages:
@@ -253,7 +253,7 @@ def test_pruning_measures_and_writes_a_network_that_loads(trained, tree, tmp_pat
     assert cfg.MODEL.SE.STAGES == (2, 3)
     assert cfg.DATASETS.CLASSES == ["bark", "moss/dry", "sand"]
     assert {name[:4] for name in gates_of(again.backbone)} == {"SE_2", "SE_3"}
-    # The config is in the same folder, where tools/eval_classifier.py looks for it.
+    # Evaluate with tools/eval_classifier.py's code, which finds the config next to the weights.
     words = ["--weights", str(path), "--data", str(tree), "--workers", "0", "--quiet"]
     result = evaluate.main(evaluate.parser().parse_args(words))
     errors = [float(line.split()[-6]) for line in table[1:]]
@@ -317,7 +317,7 @@ def test_a_json_needs_its_images():
 
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory):
-    """Write a detector, and four images with objects of two classes and several sizes."""
+    """Write a detector, and four images with objects in two classes and several sizes."""
     folder = tmp_path_factory.mktemp("detector")
     options = ["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.NUM_CLASSES", "2", "MODEL.WEIGHTS", ""]
     cfg = model_config(config_file="configs/demo_faster_rcnn_se_r18.yaml", options=options)
@@ -325,7 +325,7 @@ def detector(tmp_path_factory):
     cfg.DATASETS.CLASSES = ["left", "right"]
     (folder / "config.yaml").write_text(cfg.dump())
     random = np.random.default_rng(0)
-    # Side and class of each object. The last image has no majority.
+    # (side, class) of the objects in each image. The last image has no majority size or class.
     objects = ([(30, 1), (31, 1), (40, 2)], [(20, 1)], [(96, 2), (97, 2)], [(20, 1), (50, 2)])
     content = {
         "images": [
@@ -388,7 +388,7 @@ def test_a_detectors_gates_by_object_size_are_those_of_detectron2_on_whole_image
         with torch.no_grad():
             model([{"image": torch.as_tensor(pixels.transpose(2, 0, 1).copy())}])
     found = {g: [float(r["mean"]) for r in rows if r["class"] == g] for g in ("small", "large")}
-    # Two of three objects are small in image 0, whose sides are below 32 pixels.
+    # In image 0, two of three objects are small, which means that their sides are below 32 pixels.
     small = (expected[0] + expected[1]) / 2
     np.testing.assert_allclose(found["small"], small, atol=2e-6)
     np.testing.assert_allclose(found["large"], expected[2], atol=2e-6)

@@ -1,4 +1,4 @@
-"""Tests of gate names, values and statistics, and of image sampling."""
+"""Tests for gate names, values and statistics, and for image sampling."""
 
 import json
 
@@ -37,7 +37,7 @@ def test_every_gate_has_a_name_and_a_stage_of_its_own(name):
     backbone = empty_backbone(name)
     gates = gates_of(backbone)
     assert len(gates) == sum(key.endswith("fc1.weight") for key, _ in backbone.named_parameters())
-    # In VGG the first four convolutions belong to the stem, which isn't a stage.
+    # VGG's first four convolutions belong to the stem, which isn't a stage.
     assert {stage_of(gate) for gate in gates if "stem" not in gate} <= {2, 3, 4, 5}
     assert 4 <= len(papers_blocks(list(gates))) <= 8
 
@@ -76,7 +76,7 @@ def test_captured_values_are_the_gates_that_act(options):
 
 
 def stated_gate(module, x):
-    """Compute Equations 2 and 3 and their variants separately for each position."""
+    """Compute gates with Equations 2 and 3 of the SENet paper, or their variants."""
     x = x.flatten(2)
     squeezed = {"avg": x.mean(2, keepdim=True), "max": x.amax(2, keepdim=True), "none": x}
     hidden = (module.fc1.weight @ squeezed[module.squeeze] + module.fc1.bias[:, None]).clamp(min=0)
@@ -94,7 +94,7 @@ def test_nothing_is_captured_any_more_afterwards():
 
 
 def observed(seed=0, classes=5, channels=7, between=0.1, within=0.05):
-    """Return random gates and labels; classes differ in size, and one is empty."""
+    """Return random gates and labels. Classes have different sizes, and one is empty."""
     random = np.random.default_rng(seed)
     labels = np.repeat(np.arange(classes), random.integers(3, 9, classes))
     labels = labels[labels != 1]
@@ -129,7 +129,7 @@ def test_statistics_from_batches_are_those_of_the_whole(size, shuffled):
     assert summary.saturated == pytest.approx((gates > 0.95).mean())
     assert summary.closed == pytest.approx((gates < 0.05).mean())
     assert summary.mean == pytest.approx(gates.mean())
-    # Textbook formulas for a random-effects analysis of variance.
+    # Use the textbook formulas of a random-effects analysis of variance.
     number = np.array([(labels == label).sum() for label in there])
     deviations = gates - means[np.searchsorted(there, labels)]
     mean_square = (deviations**2).sum(0) / (len(labels) - len(there))
@@ -145,7 +145,7 @@ def test_deviations_are_those_that_were_put_in():
     assert summary.between == pytest.approx(0.02, rel=0.1)
     assert summary.within == pytest.approx(0.06, rel=0.05)
     assert summary.specificity == pytest.approx(1 / 3, rel=0.15)
-    # If classes don't differ, random variation must not appear as a difference.
+    # Without differences between classes, random variation must not be counted as a difference.
     gates, labels = observed(classes=200, channels=40, between=0.0, within=0.06)
     assert in_batches(gates, labels, 64, 200).summary().between < 0.006
 
@@ -184,7 +184,7 @@ def test_a_sample_has_so_many_of_each_class_and_is_always_the_same(tree):
     assert ClassSample(dataset, 3, seed=1).chosen == sample.chosen
     others = {tuple(ClassSample(dataset, 3, seed=seed).chosen) for seed in range(8)}
     assert len(others) > 4
-    # A class with fewer images contributes all of them.
+    # If a class has fewer images than requested, all of them are used.
     assert ClassSample(dataset, 100).counts.tolist() == [5, 5, 6]
 
 
@@ -206,7 +206,7 @@ def test_what_is_drawn_keeps_its_order():
 
 @pytest.fixture
 def coco(tmp_path):
-    """Write a COCO file with a grey image and a red object, a crowd and an object of 4 pixels."""
+    """Write a grey image and a COCO file with a red object, a crowd and a very narrow object."""
     pixels = np.full((60, 100, 3), 128, np.uint8)
     pixels[10:30, 70:95] = (200, 0, 0)
     Image.fromarray(pixels).save(tmp_path / "image.png")
@@ -246,7 +246,7 @@ def test_a_crop_is_a_square_inside_of_the_image():
         left, top, right, bottom = square_around((x, y, w, h), 100, 60)
         assert 0 <= left < right <= 100
         assert 0 <= top < bottom <= 60
-        # The crop contains the object, up to rounding.
+        # Apart from rounding, the crop contains the whole object.
         assert left <= x + 0.51
         assert top <= y + 0.51
         assert right >= x + w - 0.51

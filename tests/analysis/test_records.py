@@ -1,4 +1,4 @@
-"""Tests of the records of runs, and of the tables in the documents."""
+"""Tests for records of runs, and for the tables in the documents."""
 
 import hashlib
 import json
@@ -52,7 +52,7 @@ def test_the_interval_is_scipys():
 
 
 def record(config: str, seed: int, error: float) -> dict:
-    """Return a record of a run on CIFAR-10 recompressed as JPEG."""
+    """Return a record of a run on CIFAR-10 images that were recompressed as JPEG."""
     return {
         "config": config,
         "options": ["DATASETS.TRAIN", "('cifar10_jpeg',)", "DATASETS.TEST", "('cifar10_jpeg',)"],
@@ -80,7 +80,7 @@ def test_a_document_gets_the_means_the_interval_and_the_papers_values(tmp_path):
     sweep(["--results", str(tmp_path / "results"), "--update", str(page)])
     before, _, head, _, row, end, after = page.read_text().splitlines()[1:]
     assert (before, end, after) == ("", "<!-- end of results -->", "After.")
-    # By hand: the standard error is 0.1414, with 2 degrees of freedom, and t is 4.3027.
+    # Computed by hand with a standard error of 0.1414, 2 degrees of freedom and t = 4.3027.
     assert row.strip("| ").split(" | ") == [
         "CIFAR-10 recompressed as JPEG, top-1 error (%)", "ResNet-110", "2 / 2",
         "8.60 ± 0.14", "8.00 ± 0.14", "−0.60 (−1.21 to +0.01)", "6.37 / 5.21",
@@ -113,7 +113,7 @@ def test_the_curves_have_the_evaluations_that_all_runs_have(tmp_path):
     pixels = np.asarray(Image.open(tmp_path / "curves_bccd_r18.png").convert("RGB"))
     blue, orange = ((pixels == colour).all(-1).sum() for colour in ((0, 114, 178), (213, 94, 0)))
     assert blue > 300
-    assert orange == 0  # there are no runs with SE
+    assert orange == 0  # no run has SE
     (tmp_path / "bccd_r18" / "seed1.csv").write_text("iteration,total_loss,bbox/AP\n9,,high")
     with pytest.raises(UserError, match=r"seed1.csv can't be read as the curve of a run"):
         draw_curves(tmp_path, tmp_path)
@@ -131,7 +131,7 @@ def test_records_are_small_and_state_how_they_were_made():
         found = json.loads(path.read_text())
         assert found["config"] == path.parent.name
         assert {"commit", "command", "machine", "weights_sha256"} <= found.keys()
-        assert not re.search(r"""[ "'(]/""", path.read_text()), "it contains an absolute path"
+        assert not re.search(r"""[ "'(]/""", path.read_text()), "found an absolute path"
         files = [path] if "probe" in found["network"] else [path, path.with_suffix(".csv")]
         for file in files:
             assert file.stat().st_size < 10_000
@@ -139,7 +139,7 @@ def test_records_are_small_and_state_how_they_were_made():
 
 @pytest.fixture
 def finished_run(tmp_path) -> Run:
-    """Write the files of a finished run that took three minutes, in two parts."""
+    """Write the files of a finished run that was resumed once and took three minutes in total."""
     folder = tmp_path / "run"
     folder.mkdir()
     options = ("DATASETS.TRAIN", "('cifar10_jpeg',)", "DATASETS.TEST", "('cifar10_jpeg',)", "SEED",
@@ -176,7 +176,7 @@ def test_a_record_contains_what_is_needed_to_repeat_the_run(finished_run, tmp_pa
     assert lines[0] == "iteration,total_loss,classification/top1_error"
     assert lines[-2:] == ["1799,0.022222,", "1800,,9.5"]
     assert len(lines) < 40
-    # The record of the same run is kept; one with other options is an error.
+    # An existing record of the same run is kept. A run with different options is an error.
     before = path.read_bytes()
     monkeypatch.setenv("GIT_COMMIT", "other")
     assert write_record(finished_run, tmp_path / "results").read_bytes() == before
@@ -186,7 +186,7 @@ def test_a_record_contains_what_is_needed_to_repeat_the_run(finished_run, tmp_pa
 
 
 def test_runs_of_different_settings_are_not_recorded_together(finished_run, tmp_path):
-    """The file of a config may have been edited, or have the name of another one."""
+    """Check a config that was edited after the first run was recorded."""
     config = tmp_path / Path(CONFIG).name
     for rate, message in ((0.1, ""), (0.2, "different settings")):
         config.write_text(f"_BASE_: {ROOT / CONFIG}\nSOLVER:\n  BASE_LR: {rate}\n")
@@ -338,7 +338,7 @@ def test_the_other_commands_of_the_script_are_valid(part, count, command_parser,
 
 @pytest.fixture
 def printed(tmp_path):
-    """Return a function that returns the words of each command that a part of the script runs."""
+    """Return a function that runs a part of results/run.sh and returns its commands."""
     printer = tmp_path / "python"
     printer.write_text(
         """#!/bin/sh

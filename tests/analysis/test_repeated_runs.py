@@ -1,4 +1,4 @@
-"""Tests of skipping and resuming runs, and of training with several seeds."""
+"""Tests for skipping and resuming runs, and for training with several seeds."""
 
 import json
 import math
@@ -49,7 +49,7 @@ def options(tmp_path):
 
 @pytest.fixture
 def trains(run_python, monkeypatch):
-    """Train in the warm process of the tests instead of a new one."""
+    """Run training in a fork of ``run_python``'s process, which is faster than a new process."""
 
     def start(command, **_):
         status = run_python(*command[1:]).returncode
@@ -84,7 +84,7 @@ def test_a_finished_run_is_kept_a_broken_one_taken_up_and_another_refused(option
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     with pytest.raises(UserError, match=r"differs in SOLVER.BASE_LR: SOLVER.BASE_LR was 0.001"):
         run_once(CONFIG, [*options, "SOLVER.BASE_LR", "0.5"], output)
-    # An earlier version did not have a key, so its value was what is now the default.
+    # A run of an earlier version lacks a new key, which counts as having its default value.
     begun = json.loads((output / "run.json").read_text())
     del begun["SOLVER.MICRO_BATCHES"]
     (output / "run.json").write_text(json.dumps(begun))
@@ -113,7 +113,7 @@ def result(error: float) -> dict:
 
 
 def test_a_run_is_not_started_again_while_its_process_survives(options, tmp_path, monkeypatch):
-    """The process inherits the lock of the folder, so it outlives the command that started it."""
+    """Check that the training process keeps the folder locked after its command has ended."""
     (tmp_path / "run").mkdir()
     with folder_lock.only_writer(tmp_path / "run") as lock:
         survivor = _start(["sleep", "60"], quiet=True, share=1, lock=lock.fileno())
@@ -199,7 +199,7 @@ def test_after_the_time_limit_runs_stop_and_no_others_start(options, tmp_path, m
 
 
 def test_ctrl_c_that_ends_the_process_first_is_not_a_failed_run(options, tmp_path, monkeypatch):
-    """A terminal sends the signal to all processes."""
+    """Check Ctrl-C in a terminal, which sends the signal to all processes."""
 
     def start(command, **_):
         os.kill(os.getpid(), signal.SIGINT)
@@ -220,7 +220,7 @@ def test_a_run_from_other_weights_in_the_same_file_is_refused(options, tmp_path,
         weights.write_bytes(content)
         with pytest.raises(UserError, match=message):
             run_once(CONFIG, words, tmp_path / "run")
-    weights.unlink()  # The comparison needs the file.
+    weights.unlink()  # hashes can't be compared without the file
     with pytest.raises(UserError, match="exit status 2"):
         run_once(CONFIG, words, tmp_path / "run")
 

@@ -1,4 +1,4 @@
-"""Tests of the command line: the ``senet`` program, its parsers and their values."""
+"""Tests for the ``senet`` command, its parsers and the values of their options."""
 
 import argparse
 import importlib
@@ -29,7 +29,7 @@ from tests.processes import ROOT, call
 
 
 def facts(parser: argparse.ArgumentParser) -> dict[str, tuple]:
-    """Return the option strings, nargs, default and type of each parser argument, by name."""
+    """Return the option strings, nargs, default and type of each argument of a parser, by name."""
     return {
         action.dest: (action.option_strings, action.nargs, action.default, action.type)
         for action in parser._actions
@@ -38,7 +38,7 @@ def facts(parser: argparse.ArgumentParser) -> dict[str, tuple]:
 
 def test_training_takes_every_argument_of_detectron2s_own_parser():
     ours, theirs = facts(argument_parser()), facts(default_argument_parser())
-    # Our default is [] instead of None.
+    # The default of our parser is [] instead of None.
     theirs["opts"] = (*theirs["opts"][:2], ours["opts"][2], theirs["opts"][3])
     assert {name: ours[name] for name in theirs} == theirs
     own = {"classes", "data", "dataset", "deterministic", "images", "iou_types", "overwrite"}
@@ -77,7 +77,7 @@ def test_options_with_several_values_leave_the_config_options_that_follow():
     for parser in (parser for parser in parsers if "opts" in facts(parser)):
         actions = {flag: action for action in parser._actions for flag in action.option_strings}
         needed = [flag for flag, action in actions.items() if action.required]
-        if actions.pop("--opts", None):  # Its values are config options.
+        if actions.pop("--opts", None):  # the values of --opts are config options
             continue
         assert not [flag for flag, action in actions.items() if action.nargs in ("+", "*")]
         for flag in parser.lists:
@@ -149,8 +149,7 @@ SCRIPTS = sorted(
 
 
 def test_help_imports_neither_torch_nor_detectron2():
-    # All parsers run in one process, because starting processes would be slow. A module that any of
-    # them imports is found.
+    # All scripts run in one process to save time. A script fails if it imports a heavy module.
     code = f"""
 import runpy, sys
 for script in {SCRIPTS!r}:

@@ -1,9 +1,9 @@
-"""Script that dumps the public names and ``--help`` texts of this checkout in a fresh process.
+"""Script that reports missing public names, and dumps the ``--help`` texts of this checkout.
 
     python tests/compatibility/dump_interface.py NAMES.json OUTPUT.json
 
-NAMES.json maps modules to names. OUTPUT.json receives the names that can't be imported, with the
-error, and the help text of every command in the checkout.
+NAMES.json maps modules to names. OUTPUT.json receives the names that can't be imported, with their
+errors, and the help text of each command.
 """
 
 import contextlib
@@ -21,12 +21,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# The benchmark, a developer tool, has moved from the package to tools/.
+# The benchmark is a developer tool and has moved from the package to tools/.
 OUTSIDE = {"senet_transfer.analysis.benchmark": "benchmark"}
 
 
 def find_missing(names: dict[str, list[str]]) -> dict[str, str]:
-    """Return the names that can't be imported, with their errors."""
+    """Return the names that can't be imported and the error of each."""
     missing = {}
     sys.path.insert(0, str(ROOT / "tools"))
     for old, members in names.items():
@@ -40,7 +40,7 @@ def find_missing(names: dict[str, list[str]]) -> dict[str, str]:
 
 
 def read_help(name: str, command: Callable[[], object]) -> str:
-    """Return the output of a command with ``--help``."""
+    """Run a command with ``--help`` and return its output."""
     printed = io.StringIO()
     sys.argv = [name, "--help"]
     with contextlib.redirect_stdout(printed):
@@ -54,7 +54,7 @@ def read_help(name: str, command: Callable[[], object]) -> str:
 
 
 def help_texts() -> dict[str, str]:
-    """Return the help texts of ``tools/``, ``datasets/`` and the console commands by name."""
+    """Return the help texts of console commands and of scripts in ``tools/`` and ``datasets/``."""
     os.environ["COLUMNS"] = "100"
     texts = {}
     scripts = [*ROOT.glob("tools/*.py"), *ROOT.glob("datasets/prepare_*.py")]

@@ -1,4 +1,4 @@
-"""Inputs shared by the fixtures and their tests, identical on every machine."""
+"""Inputs shared by the compatibility fixtures and their tests; identical on every machine."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from PIL import Image
 FIXTURES = Path(__file__).parent / "fixtures"
 ROOT = Path(__file__).resolve().parents[2]
 
-# Options of create_classifier for the narrow SE-ResNet-50 of fixtures/weights.
+# Options of create_classifier for the narrow SE-ResNet-50 in fixtures/weights.
 NARROW = {"stem_out_channels": 4, "res2_out_channels": 8, "width_per_group": 1, "se_ratio": 4}
 
 # Modules without an `__all__` whose public names must remain importable.
@@ -21,8 +21,8 @@ DOCUMENTS = ("README", "CONTRIBUTING", "tools/README", "datasets/README", "confi
 def draw_images(folder: Path, *, classes: int = 3, images: int = 8) -> None:
     """Write 32x32 images to ``folder/train`` and ``folder/val``, one folder per class.
 
-    Each class has its own colour plus noise. ``RandomState``'s numbers never change between
-    versions of numpy.
+    Each class has its own colour, with noise. ``RandomState`` gives the same numbers in all
+    versions of NumPy.
     """
     for split, seed in (("train", 1), ("val", 2)):
         numbers = np.random.RandomState(seed)
@@ -36,12 +36,12 @@ def draw_images(folder: Path, *, classes: int = 3, images: int = 8) -> None:
 
 
 def draw_pixels() -> np.ndarray:
-    """Return a batch ``(2, 3, 64, 64)`` float32, RGB in 0-255."""
+    """Return a float32 batch ``(2, 3, 64, 64)`` of RGB images with values from 0 to 255."""
     return np.random.RandomState(3).randint(0, 256, size=(2, 3, 64, 64)).astype(np.float32)
 
 
 def flatten(values: dict, prefix: str = "") -> dict[str, object]:
-    """Map a config's keys, such as ``SOLVER.BASE_LR``, to their values, with tuples as lists."""
+    """Map a config's full keys, such as ``SOLVER.BASE_LR``, to values; tuples become lists."""
     found: dict[str, object] = {}
     for key, value in values.items():
         if isinstance(value, dict):
@@ -56,9 +56,9 @@ def _plain(value: object) -> object:
 
 
 def parse_options(text: str) -> dict[str, str]:
-    """Return the text after each option of a ``--help`` text; positionals map to themselves.
+    """Map each option in a ``--help`` text to its metavar, and each positional to itself.
 
-    Python 3.13 writes the metavar of ``-s, --long VALUE`` once, earlier versions twice.
+    Python 3.13 prints the metavar of ``-s, --long VALUE`` once; earlier versions print it twice.
     """
     found = {}
     section = re.search(r"^positional arguments:\n(.*?)^\S", f"{text}\nend", re.M | re.S)
@@ -71,7 +71,7 @@ def parse_options(text: str) -> dict[str, str]:
 
 
 def tensor_sums(tensors: dict) -> dict[str, list[float]]:
-    """Return the sum and the sum of absolute values of each tensor, in float64."""
+    """Return the sum and the sum of absolute values of each tensor, computed in float64."""
     return {
         name: [float(tensor.double().sum()), float(tensor.double().abs().sum())]
         for name, tensor in tensors.items()

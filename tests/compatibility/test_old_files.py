@@ -1,7 +1,7 @@
-"""Compatibility tests: files, names and command lines of commit 394ad59 keep working.
+"""Tests that the files, public names and command lines of commit 394ad59 keep working.
 
-``fixtures/`` was written by that commit. The tests use public entry points only, so that they do
-not depend on the layout of the package.
+That commit wrote the files in ``fixtures/``. The tests use only public entry points, so they do
+not depend on the package's layout.
 """
 
 import json
@@ -32,7 +32,7 @@ from tests.compatibility.inputs import (
 WEIGHTS = FIXTURES / "weights"
 HELP = sorted((FIXTURES / "help").glob("*.txt"))
 
-# Relative to the largest value. The order of float32 additions depends on the SIMD width.
+# Tolerance relative to the largest value: the order of float32 additions depends on the SIMD width.
 TOLERANCE = 1e-4
 
 
@@ -47,11 +47,11 @@ def expected() -> dict:
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory, run_python) -> Path:
-    """Resume a copy of the old run to its end, and return its output folder."""
+    """Resume a copy of the old run until it ends, and return its output folder."""
     work = tmp_path_factory.mktemp("resumed")
     shutil.copytree(FIXTURES / "run", work / "run")
     draw_images(work / "images")
-    # The checkpoint stores the run's seed, which is used if the config sets none.
+    # Without a seed in the config, the run uses the seed in its checkpoint.
     config = work / "run/config.yaml"
     assert "\nSEED: 7\n" in config.read_text()
     config.write_text(config.read_text().replace("\nSEED: 7\n", "\nSEED: -1\n"))
@@ -108,7 +108,7 @@ def test_an_old_onnx_file_gives_the_logits_of_its_time(expected):
 
 
 def logits_of(model: torch.nn.Module) -> np.ndarray:
-    """Return a classifier's logits for the pixels, normalised by its ``preprocessing``."""
+    """Return a classifier's logits for :func:`draw_pixels`, normalised by its ``preprocessing``."""
     values = model.preprocessing
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (values.mean, values.std))
     with torch.no_grad():
@@ -117,7 +117,7 @@ def logits_of(model: torch.nn.Module) -> np.ndarray:
 
 def assert_logits(found: np.ndarray, expected: dict) -> None:
     logits = np.array(expected["logits"])
-    # The logits differ between classes and images, so a constant output fails.
+    # The expected logits differ between images, so a constant output fails.
     assert np.ptp(logits, axis=0).min() > 100 * TOLERANCE * np.abs(logits).max()
     np.testing.assert_allclose(found, logits, rtol=0, atol=TOLERANCE * np.abs(logits).max())
 
@@ -162,7 +162,7 @@ def test_every_old_config_key_keeps_its_default():
 
 @pytest.fixture(scope="module")
 def interface(tmp_path_factory, run_python) -> dict:
-    """Return the names that a fresh process can't import, and all help texts."""
+    """Return the old names that a new process can't import, and the help texts of all commands."""
     output = tmp_path_factory.mktemp("interface") / "found.json"
     script = "tests/compatibility/dump_interface.py"
     done = run_python(script, FIXTURES / "public_names.json", output)
@@ -185,12 +185,12 @@ def test_every_old_option_is_still_there(path, interface):
     assert {option for option in old if option not in found} == set()
     for option, words in old.items():
         assert form(found[option]) == form(words), option
-        # Choices may be added.
+        # New choices are allowed.
         assert choices(found[option]) >= choices(words), option
 
 
 def form(words: str) -> str:
-    """Return the text after an option, with the choices removed."""
+    """Return an option's metavar with empty braces in place of its choices."""
     return re.sub(r"\{.*?\}", "{}", words)
 
 

@@ -1,9 +1,9 @@
-"""Script that wrote ``fixtures/``. It ran once, with the code of the commit named below.
+"""Script that wrote ``fixtures/``. It was run once, with the code of ``COMMIT``.
 
     python tests/compatibility/write_fixtures.py
 
-Later code must read these files, so they are never written again. The script needs a checkout of
-that commit, because it records that code's behaviour.
+Later code must read these files, so they are never written again. The script records the behaviour
+of that commit and therefore needs a checkout of it.
 """
 
 import ast
@@ -50,14 +50,14 @@ WITH_ALL = (
     "senet_transfer.analysis.benchmark",
     "senet_transfer.analysis.report",
 )
-# Names that users or LazyConfigs may refer to, in addition to those of ``__all__``.
+# Names outside ``__all__`` that users or LazyConfigs may refer to.
 BESIDES = {
     "senet_transfer.backbones.registry": ("create_backbone",),
     "senet_transfer.weights.detect": ("having",),
     "senet_transfer.weights.names": ("torchvision",),
 }
 
-# The training run, with momentum, an average of the weights, and mixup (random numbers).
+# Options of the training run, which uses momentum, averaged weights, and mixup (random numbers).
 RUN = """\
 MODEL.META_ARCHITECTURE ImageClassifier
 MODEL.DEVICE cpu
@@ -87,7 +87,7 @@ SEED 7
 OUTPUT_DIR run
 """
 
-# Sends SIGTERM after the third step, as a job scheduler does, so that the run stops gracefully.
+# Code that sends SIGTERM after the third step, as a job scheduler does, to stop the run gracefully.
 STOPPED = """
 import os, runpy, signal, sys, time
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -135,7 +135,7 @@ INPUT:
 
 
 def call(*words: object, folder: Path, status: int = 0, **environment: str) -> None:
-    """Run Python in a folder, and check its exit status."""
+    """Run Python in a folder and check its exit status."""
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     line = [sys.executable, *(str(word) for word in words)]
     done = subprocess.run(line, cwd=folder, env=variables, capture_output=True, text=True)
@@ -143,7 +143,7 @@ def call(*words: object, folder: Path, status: int = 0, **environment: str) -> N
 
 
 def train_words() -> list[str]:
-    """Return the command line of the run, without the Python executable."""
+    """Return the command line of the training run, without the Python executable."""
     words = [word for line in RUN.splitlines() for word in line.split(" ", 1)]
     config = FIXTURES / "empty.yaml"
     config.write_text("VERSION: 2\n")
@@ -151,14 +151,14 @@ def train_words() -> list[str]:
 
 
 def results(run: Path) -> dict:
-    """Return the sums of a run's final tensors and of their averages."""
+    """Return the sums of a run's final tensors and of its averaged tensors."""
     names = {"model": "model_final.pth", "ema": "model_ema.pth"}
     found = {key: torch.load(run / name, weights_only=True) for key, name in names.items()}
     return {key: tensor_sums(checkpoint["model"]) for key, checkpoint in found.items()}
 
 
 def write_run(work: Path) -> dict:
-    """Train twice, once to the end and once stopped early; keep the output of the stopped run."""
+    """Train once to the end and once until an early stop; keep the output of the stopped run."""
     draw_images(work / "images")
     words = train_words()
     call(*words, folder=work)
@@ -166,7 +166,7 @@ def write_run(work: Path) -> dict:
     shutil.rmtree(work / "run")
     call("-c", STOPPED, *words, folder=work, status=75)
     kept = FIXTURES / "run"
-    # Files that contain names of the machine are left out.
+    # Omit files that contain names from this machine.
     hidden = shutil.ignore_patterns("log.txt*", "events.*", "environment.txt")
     shutil.copytree(work / "run", kept, ignore=hidden)
     config = kept / "config.yaml"
@@ -179,7 +179,7 @@ def write_run(work: Path) -> dict:
 
 
 def write_weights() -> list:
-    """Write a classifier in three formats; return its logits."""
+    """Write a classifier in three file formats and return its logits."""
     folder = FIXTURES / "weights"
     folder.mkdir()
     (folder / "config.yaml").write_text(WEIGHTS_CONFIG)
@@ -199,7 +199,7 @@ def write_weights() -> list:
     call(ROOT / "tools/export.py", *words, folder=ROOT)
     network = onnx.load(folder / "classifier.onnx")
     for node in network.graph.node:
-        del node.metadata_props[:]  # stack traces, which contain paths
+        del node.metadata_props[:]  # remove stack traces, which contain paths
     onnx.save(network, folder / "classifier.onnx")
     return logits.tolist()
 
@@ -210,7 +210,7 @@ def pixel_values(model: torch.nn.Module) -> tuple:
 
 
 def write_detector_config(work: Path) -> dict:
-    """Train the demo's smoke-test config; keep its config.yaml."""
+    """Train the demo's smoke-test config, keep its config.yaml, and return the expected values."""
     environment = {"DETECTRON2_DATASETS": "datasets"}
     words = ["--output", "datasets/shapes", "--train", "8", "--val", "4"]
     call(ROOT / "datasets/prepare_shapes.py", *words, folder=work)
@@ -226,7 +226,7 @@ def write_detector_config(work: Path) -> dict:
 
 
 def write_lazy_config() -> int:
-    """Save the README's LazyConfig; return the number of parameters of its backbone."""
+    """Save the README's LazyConfig and return the number of parameters of its backbone."""
     stages = ["res2", "res3", "res4", "res5"]
     create = LazyCall(senet_transfer.create_backbone)
     backbone = LazyCall(FPN)(
@@ -240,7 +240,7 @@ def write_lazy_config() -> int:
 
 
 def public_names() -> dict[str, list[str]]:
-    """Return the public names by module; "" stands for the module itself."""
+    """Return the public names of each module. The name "" stands for the module itself."""
     names = {module: {"", *importlib.import_module(module).__all__} for module in WITH_ALL}
     for short in WITHOUT_ALL:
         module = importlib.import_module(f"senet_transfer.{short}")
@@ -282,7 +282,7 @@ def write_interface(work: Path) -> None:
 
 
 def main() -> None:
-    """Write everything; ``fixtures/`` must not exist."""
+    """Write all fixtures. The folder ``fixtures/`` must not exist."""
     FIXTURES.mkdir()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

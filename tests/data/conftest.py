@@ -1,4 +1,4 @@
-"""Fixtures for tests of data."""
+"""Fixtures for the data tests."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tests.data.drawn_places import write_val
 
 @pytest.fixture
 def make_shards(tmp_path_factory):
-    """Create about the given number of shards from a generated validation split."""
+    """Return a function that writes a given number of images to a given number of shards."""
 
     def make(count: int, shards: int, seed: int = 0) -> Path:
         source = write_val(tmp_path_factory.mktemp("source"), count, seed)
@@ -34,4 +34,4 @@ def val(tmp_path):
 
 @pytest.fixture(autouse=True)
 def _one_thread(one_thread):
-    """Limit every test in this folder to one thread."""
+    """Run every test in this folder with one torch thread."""

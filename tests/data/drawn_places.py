@@ -1,4 +1,4 @@
-"""Small generated data sets in the layout of Places365."""
+"""Small generated data sets in Places365's layout."""
 
 import io
 import tarfile
@@ -15,7 +15,7 @@ CLASSES = ["a/airfield", "b/barn", "s/swimming_pool/indoor", "s/swimming_pool/ou
 
 
 def jpeg(seed: int, size: tuple[int, int] = (40, 32)) -> bytes:
-    """Return a smooth JPEG image that is unique to the seed."""
+    """Return a smooth JPEG image that differs for each seed."""
     noise = np.random.RandomState(seed).randint(0, 256, (4, 5, 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).resize(size, Image.BILINEAR).save(buffer, "JPEG", quality=80)
@@ -23,7 +23,7 @@ def jpeg(seed: int, size: tuple[int, int] = (40, 32)) -> bytes:
 
 
 def write_val(root: Path, count: int, seed: int = 0) -> Path:
-    """Write a Places365 validation split: lists and `val_256`."""
+    """Write a Places365 validation split: the text files and the folder `val_256`."""
     folder = root / "val_256"
     folder.mkdir(parents=True)
     lines = []
@@ -38,12 +38,12 @@ def write_val(root: Path, count: int, seed: int = 0) -> Path:
 
 
 def shard_bytes(root: Path) -> dict[str, bytes]:
-    """Return the contents of all files that a conversion writes, by name."""
+    """Return the contents of all files in a shard folder by name, without the lock file."""
     return {path.name: path.read_bytes() for path in root.iterdir() if path.name != ".lock"}
 
 
 def keys_of_tar(path: Path) -> list[str]:
-    """Return a shard's keys, read with only the tarfile module."""
+    """Return the sample keys in a shard, using only the tarfile module."""
     with tarfile.open(path) as tar:
         return [name.removesuffix(".cls") for name in tar.getnames() if name.endswith(".cls")]
 

@@ -1,4 +1,4 @@
-"""Splits into train, val and test, and folds: properties of random data, and files."""
+"""Tests for train/val/test splits and folds: properties on random data, and written files."""
 
 import csv
 import itertools
@@ -30,13 +30,13 @@ repeated = settings(derandomize=True, deadline=None, database=None, max_examples
 
 
 def by_class(sizes, group=1):
-    """Return images of one class each, in groups of equal size, with the classes interleaved."""
+    """Return images that have one class each and form equal groups; classes are interleaved."""
     names = [(number, label) for label, size in enumerate(sizes) for number in range(size * group)]
     return {f"v{n // group}_{label}_{n}": [f"c{label}"] for n, label in sorted(names)}
 
 
 def count(images, part_of):
-    """Count the images per part, and per part and class."""
+    """Return the number of images per part, and per part and class."""
     sizes = Counter(part_of.values())
     return sizes, Counter((part_of[name], label) for name in images for label in set(images[name]))
 
@@ -58,7 +58,7 @@ def test_parts_and_their_classes_have_the_requested_sizes(sizes, group, split):
             assert abs(found[part, f"c{label}"] - fraction * size * group) < 2 * group
     groups = {(name.rpartition("_")[0], part) for name, part in part_of.items()}
     assert group == 1 or len(groups) == sum(sizes)
-    # The order of the files has no effect, the seed has one.
+    # The split depends on the seed, but not on the order of the files.
     assert split_images(dict(reversed(images.items())), split) == part_of
     other = Split(split.val, split.test, split.folds, 1 + split.seed, pattern)
     assert split_images(images, other) != part_of
@@ -151,7 +151,7 @@ def test_the_files_of_a_coco_split_contain_all_objects_once(shared_data, tmp_pat
         found = [len(part.getImgIds(catIds=category["id"])) for part in parts]
         assert sum(found) == len(members)
         assert found[0] or not members
-        # An image with the only object of another class can't be in val.
+        # An image that is the only one of some class must be in train.
         assert bool(found[1]) == (len(members) > 1 and not members <= only)
         numbers = [len(part.getAnnIds(catIds=category["id"], iscrowd=False)) for part in parts]
         row = [category["name"], *map(str, numbers), str(sum(numbers))]
@@ -209,7 +209,7 @@ def samples(path, classes):
 def test_folds_of_a_folder_and_of_its_csv_file_contain_each_image_once(tree, tmp_path, capsys):
     classes = open_dataset(tree).classes
     expected = samples(tree, classes)
-    # The output is behind a symbolic link, in which ".." is not the folder of the link.
+    # The output is behind a symbolic link, so ".." is not the folder that contains the link.
     (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "deep")
     prepare("split", [str(tree), "--output", str(tmp_path / "link" / "folds"), "--folds", "3"])

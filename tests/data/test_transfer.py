@@ -1,4 +1,4 @@
-"""Tests of the transfer of batches to a device: on a CPU with a recorder, and on a GPU."""
+"""Tests for transferring batches to a device: on a CPU with a recorder, and on a GPU."""
 
 import pytest
 import torch
@@ -10,13 +10,13 @@ CPU = torch.device("cpu")
 
 
 class Recorder:
-    """Side stream whose copies are negated, and which records what it is asked for."""
+    """Stand-in for a side stream that negates copies, and records copies and joins."""
 
     def __init__(self):
         self.copied, self.joined = [], []
 
     def copy(self, tensor):
-        assert not self.joined, "the computation waits for a copy that has not been started"
+        assert not self.joined, "a copy was requested after join()"
         self.copied.append(tensor)
         return -tensor
 
@@ -45,7 +45,7 @@ def test_all_tensors_of_a_classifiers_batch_are_copied_before_one_wait():
     assert moved["label"].equal(-batch["label"])
     assert moved["key"] is batch["key"]
     assert list(batch) == ["image", "label", "key"]
-    assert batch["label"].tolist() == [1, 2]  # unchanged, because reports contain the labels
+    assert batch["label"].tolist() == [1, 2]  # unchanged, because reports use the original labels
     (joined,) = stream.joined
     assert [id(tensor) for tensor in joined] == [id(moved["image"]), id(moved["label"])]
 
@@ -69,7 +69,7 @@ def test_tensors_on_a_device_stay_where_they_are():
 
 @pytest.mark.gpu
 def test_on_a_gpu_computations_wait_for_the_copies():
-    """Transfer batches while the GPU is busy, and overwrite the host's memory afterwards."""
+    """Transfer batches while the GPU is busy, and free each batch at once to provoke reuse."""
     device = torch.device("cuda")
     transfer = Transfer(device)
     large = torch.randn(2048, 2048, device=device)
@@ -81,7 +81,7 @@ def test_on_a_gpu_computations_wait_for_the_copies():
         moved = transfer({"image": images, "key": ["a"]})
         assert moved["image"].device.type == "cuda"
         sums.append((moved["image"] + 0 * large[0, 0].nan_to_num()).double().sum())
-        del moved  # The allocator must not reuse its memory too early.
+        del moved  # The allocator must not reuse this memory too early.
     found = [round(float(total) / (1 << 22), 6) for total in sums]
     assert found == [float(n) for n in range(8)]
 

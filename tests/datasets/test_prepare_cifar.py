@@ -1,4 +1,4 @@
-"""Tests of the command that prepares CIFAR."""
+"""Tests for the command that prepares CIFAR."""
 
 import numpy as np
 from PIL import Image

@@ -24,13 +24,13 @@ COUNTS = {"train": 40, "val": 4, "tiny": 8}
 
 @pytest.fixture(scope="module")
 def data_set(tmp_path_factory):
-    """Render a small data set, which the tests do not change."""
+    """Render a small data set, which tests must not change."""
     return make_shapes(tmp_path_factory.mktemp("data") / "shapes", seed=0, train=40, val=4)
 
 
 @pytest.fixture(scope="module")
 def rendered():
-    """Render the images and objects of the training split of `data_set`, by image id."""
+    """Return the images and objects in the training split of `data_set` by image id."""
     return {index: render_image(0, "train", index) for index in range(1, COUNTS["train"] + 1)}
 
 
@@ -44,12 +44,12 @@ def annotation_file(root, split):
 
 
 def snapshot(folder):
-    """Return the contents of all files in a folder by relative path."""
+    """Return the contents of all files in a folder, by relative path."""
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def rasterised(annotation, image):
-    """Convert an annotation's polygons to pycocotools' run-length encoding."""
+    """Convert an annotation's polygons to run-length encoding with pycocotools."""
     parts = coco_mask.frPyObjects(annotation["segmentation"], image["height"], image["width"])
     return coco_mask.merge(parts)
 
@@ -104,7 +104,7 @@ def test_another_seed_split_or_index_gives_another_image():
 @pytest.mark.long
 def test_written_images_are_the_rendered_ones_but_for_jpeg(data_set, rendered):
     for index, (image, _) in rendered.items():
-        # Swapped channels or images would differ much more than JPEG compression.
+        # Swapped channels or images would cause a much larger difference than JPEG compression.
         written = cv2.imread(str(data_set / "train" / f"{index:06d}.jpg"))[..., ::-1]
         assert written.shape == image.shape
         assert np.abs(written.astype(int) - image).mean() < 4
@@ -131,7 +131,7 @@ def test_detectron2_loads_every_split_with_its_polygons(data_set, split):
     written = json.loads(annotation_file(data_set, split).read_text())["annotations"]
     loaded = [annotation for record in records for annotation in record["annotations"]]
     assert len(loaded) == len(written)
-    # Detectron2 removes invalid polygons.
+    # Detectron2 removes invalid polygons, so equal counts show that all are valid.
     assert sum(len(a["segmentation"]) for a in loaded) == sum(
         len(a["segmentation"]) for a in written
     )
@@ -184,7 +184,7 @@ def test_polygons_cover_the_visible_masks_and_their_boxes(data_set, rendered):
 
 @pytest.mark.long
 def test_visible_masks_show_one_shape_each(rendered):
-    """Check that masks are disjoint and that the pixels of each have one colour."""
+    """Check that masks do not overlap, and that the pixels in each mask have one colour."""
     for image, objects in rendered.values():
         assert sum(x.mask.astype(int) for x in objects).max() == 1
         for shape in objects:
@@ -218,7 +218,7 @@ def test_a_hole_is_left_out_of_the_polygons():
 
 
 def test_any_mask_has_valid_polygons_that_cover_it():
-    """Check polygons of arbitrary masks, such as scattered pixels, thin lines and holes."""
+    """Check random masks, whose shapes range from scattered pixels to areas with many holes."""
     rng = np.random.default_rng(0)
     for density in np.linspace(0.02, 0.98, 60):
         mask = rng.random((12, 14)) < density

@@ -1,4 +1,4 @@
-"""Shell commands of the documents, and rules that make them fast enough for a CPU."""
+"""Shell commands in the documents, and rules that make them fast enough for a CPU."""
 
 import re
 import shlex
@@ -21,7 +21,7 @@ PROGRAMS = ("python", "torchrun", "make", "pip", "source", "bash", "git", "senet
 
 _CODE = re.compile(r"^```(\w*)\n(.*?)^```$|(?<!`)`([^`]+)`(?!`)", re.M | re.S)
 
-# Commands that no test can run, with the reason. test_documented_commands.py still parses them.
+# Commands that test_documented_commands.py parses but does not run, with the reason.
 NOT_RUN = {
     r"source .venv/bin/activate": "the tests put their own Python first in PATH",
     r"make setup.*|install_detectron2\.py": "installs; test_installation.py does",
@@ -48,11 +48,11 @@ NOT_RUN = {
 
 @dataclass(frozen=True)
 class Rule:
-    """Rule that shortens commands which would take too long on a CPU.
+    """Rule that changes commands that would otherwise take too long or need missing files.
 
     Attributes:
         why: Reason for the rule.
-        apply: Function that maps a command's words to the words to run instead.
+        apply: Function that takes a command's words and returns the words to run instead.
     """
 
     why: str
@@ -67,7 +67,7 @@ _TRAINS = ("tools/train_net.py", "tools/run_seeds.py", "tools/ablation.py", "sen
 
 
 def _instant(words: list[str]) -> list[str]:
-    """Replace a recipe with its smoke-test config, but keep its data and output folder."""
+    """Replace a recipe with its smoke-test config, but keep the recipe's data and output folder."""
     trains = {*_TRAINS} & {*words} or words[:2] == ["senet", "train"]
     if not trains or "--config-file" not in words:
         return words
@@ -88,7 +88,7 @@ def _instant(words: list[str]) -> list[str]:
 
 
 def _overwriting(words: list[str]) -> list[str]:
-    """Let a command train in a folder in which another command of the sandbox has trained."""
+    """Add ``--overwrite`` to training commands, because other commands may use the same folder."""
     flags = {"--resume", "--eval-only", "--overwrite"}
     trains = {"tools/train_net.py", "senet-train"} & set(words) or words[:2] == ["senet", "train"]
     if not trains or flags & set(words):
@@ -98,7 +98,7 @@ def _overwriting(words: list[str]) -> list[str]:
 
 
 def _short_recipe(words: list[str]) -> list[str]:
-    """Train a narrow network for one step with `--data`, from random weights."""
+    """Limit training with `--data` to one step on small images, from random weights."""
     short = {"SOLVER.MAX_ITER": "1", "SOLVER.IMS_PER_BATCH": "2", "MODEL.WEIGHTS": "",
              "INPUT.MIN_SIZE_TRAIN": "(96,)", "INPUT.MIN_SIZE_TEST": "96"}  # fmt: skip
     pairs = [word for key, value in short.items() if key not in words for word in (key, value)]
@@ -154,12 +154,12 @@ class Command:
 
     @cached_property
     def words(self) -> list[str]:
-        """Split the command into words, as a shell does."""
+        """Words of the command, split as by a shell."""
         return shlex.split(self.text, comments=True)
 
     @property
     def to_run(self) -> list[str]:
-        """Return the words of the command after applying all rules."""
+        """Words of the command after all rules have been applied."""
         words = self.words
         for rule in RULES:
             words = rule.apply(words)
@@ -167,13 +167,13 @@ class Command:
 
     @property
     def form(self) -> str:
-        """Return the command without the recipe's model and GPU count, the same for each task."""
+        """Command without model name and number of GPUs; the same for all configs of a task."""
         line = re.sub(r"configs/([a-z0-9]+)_\w+\.yaml", r"\1", " ".join(self.words))
         return re.sub(r"(--num-gpus|--nproc-per-node) \d+", r"\1", line)
 
     @property
     def reason_not_run(self) -> str | None:
-        """Return the reason why no test runs the command, or None."""
+        """Reason why the command is not run, or None if it is."""
         line = shlex.join(self.words)
         for pattern, reason in NOT_RUN.items():
             if re.fullmatch(pattern, line):
@@ -182,12 +182,12 @@ class Command:
 
 
 def code(text: str) -> list[tuple[str, str]]:
-    """Return pairs of language and text for all code in a document; inline code is "inline"."""
+    """Return (language, text) pairs for all code in a document, with "inline" for inline code."""
     return [(m[1], m[2]) if m[3] is None else ("inline", m[3]) for m in _CODE.finditer(text)]
 
 
 def commands_in(document: str, text: str) -> list[Command]:
-    """Return the commands in a document's ``sh`` blocks and inline code, in order."""
+    """Return the commands in the ``sh`` blocks and inline code of a document, in order."""
     found = []
     for language, content in code(text):
         joined = re.sub(r"\s*\\\n\s*", " ", content)
@@ -205,10 +205,10 @@ COMMANDS = {document: commands_in(document, text) for document, text in DOCUMENT
 
 
 def run_here(document: str) -> list[Command]:
-    """Return the commands that the test of a document runs.
+    """Return the commands in a document that are to be run.
 
-    The table of configs contains a command for each recipe. Here, one command per task is enough,
-    because test_instant.py runs every recipe.
+    The config tables contain a command for each recipe. One command per task is enough, because
+    test_instant.py runs the smoke-test config of every recipe.
     """
     found = [command for command in COMMANDS[document] if not command.reason_not_run]
     if document != "configs/README.md":

@@ -1,4 +1,4 @@
-"""Sandbox folder with small substitutes for the files that the documented commands use."""
+"""Sandbox folder with small substitutes for the files that documented commands use."""
 
 import json
 import os
@@ -29,13 +29,13 @@ from tests.documents.commands import ROOT
 from tests.documents.warm import LIMIT, WarmPython
 from tests.weights.caffe_networks import senet
 
-# Files and folders that are linked from the checkout.
+# Files and folders in the checkout to which the sandbox has symbolic links.
 LINKS = ("tools", "configs", "Makefile", "pyproject.toml", "constraints.txt")
 TINY = "datasets/shapes/annotations/instances_tiny.json"
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Return variables that select this Python, this checkout and the sandbox's data."""
+    """Return environment variables that select this Python, this checkout and the sandbox."""
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     kept = {k: v for k, v in os.environ.items() if k not in ("DETECTRON2_DATASETS", "MAKEFLAGS")}
     return {**kept, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
@@ -57,7 +57,7 @@ def _shapes(root: Path) -> None:
 
 
 def _coco(root: Path) -> None:
-    """Write the shapes data set as COCO; its classes become the first COCO classes."""
+    """Write the shapes data set as COCO, with the first COCO classes in place of its own."""
     content = json.loads((root / TINY).read_text())
     keys = ("id", "name", "supercategory")
     things = [entry for entry in COCO_CATEGORIES if entry["isthing"]]
@@ -76,7 +76,7 @@ def _own_coco(root: Path) -> None:
 
 
 def _voc(root: Path) -> None:
-    """Write the shapes data set in Pascal VOC's format, with the same images in both splits."""
+    """Write the shapes data set in Pascal VOC's format, with the same images in train and val."""
     content = json.loads((root / TINY).read_text())
     names = {category["id"]: category["name"] for category in content["categories"]}
     shutil.copytree(root / "datasets/shapes/tiny", root / "voc/JPEGImages")
@@ -106,7 +106,7 @@ def _photos(root: Path) -> None:
 
 
 def _five_channels(root: Path) -> None:
-    """Write the shapes data set as NumPy arrays with five channels."""
+    """Write the images of the shapes data set as NumPy arrays with five channels."""
     content = json.loads((root / TINY).read_text())
     (root / "five").mkdir()
     for image in content["images"]:
@@ -128,7 +128,7 @@ def _shape_classes(root: Path) -> None:
 
 
 def _places365(root: Path) -> None:
-    """Write three splits of 365 classes in the original layout: lists, folder and archives."""
+    """Write three Places365 splits in the original layout: text files, a folder and archives."""
     source, rng = root / "SOURCE", np.random.default_rng(0)
     source.mkdir()
     classes = [f"/{'abc'[n % 3]}/class_{n}" for n in range(365)]
@@ -167,7 +167,7 @@ def _places365_shards(split: str) -> Callable[[Path], None]:
 
 
 def _imagenet(place: str) -> Callable[[Path], None]:
-    """Return a function that writes both splits of three classes, and a list of images."""
+    """Return a function that writes both ImageNet splits with three classes, and a blacklist."""
 
     def make(root: Path) -> None:
         rng = np.random.default_rng(0)
@@ -185,7 +185,7 @@ def _imagenet(place: str) -> Callable[[Path], None]:
 
 
 def _foreign_shards(root: Path) -> None:
-    """Write a shard without a manifest, and the names of its classes."""
+    """Write a shard without a manifest, and a file with the names of its classes."""
     folder = root / "shards/train"
     folder.mkdir(parents=True)
     image = np.zeros((40, 40, 3), np.uint8)
@@ -208,7 +208,7 @@ def _cifar(name: str) -> Callable[[Path], None]:
 
 
 def _by_hand(root: Path) -> None:
-    """Write random weights to torch.hub's cache as a file that users download by hand."""
+    """Write random weights to torch.hub's cache, like a file that a user downloaded by hand."""
     path = root / "hub/hub/checkpoints" / load_catalogue()["places365/resnet50"].file
     path.parent.mkdir(parents=True)
     network = torchvision.models.resnet50(num_classes=365)
@@ -217,7 +217,7 @@ def _by_hand(root: Path) -> None:
 
 
 def _published(root: Path) -> None:
-    import pretrainedmodels  # builds networks when imported
+    import pretrainedmodels  # the import is slow because it builds networks
 
     path = root / "published" / load_catalogue()["torchvision/resnet50"].file
     path.parent.mkdir()
@@ -251,7 +251,7 @@ def _detector_runs(root: Path) -> None:
 
 
 def _documents(root: Path) -> None:
-    """Copy a document and the script that writes it."""
+    """Copy configs/README.md, without its tables, and the script that writes them."""
     (root / "configs").unlink()
     shutil.copytree(ROOT / "configs", root / "configs")
     for name in ("tests/test_documents.py", "CONTRIBUTING.md"):
@@ -260,8 +260,8 @@ def _documents(root: Path) -> None:
     (root / "configs/README.md").write_text("# Configs\n")
 
 
-# Pattern of the commands that need a file, the file's path, and the function that creates it. Files
-# that a function needs are created by earlier rows.
+# Each row: a pattern of commands that need a path, the path, and a function that creates it. A
+# function may need files from earlier rows.
 STAND_INS = (
     (r"datasets/|tools/|senet train|make demo", "datasets/shapes", _shapes),
     (r"shapes_classes", "datasets/shapes_classes", _shape_classes),
@@ -293,7 +293,7 @@ STAND_INS = (
 
 
 def made(lines: Iterable[list[str]]) -> set[str]:
-    """Return the paths that the commands themselves write."""
+    """Return the output paths in the commands."""
     return {
         os.path.normpath(value)
         for words in lines
@@ -303,7 +303,7 @@ def made(lines: Iterable[list[str]]) -> set[str]:
 
 
 def make_sandbox(folder: Path, lines: list[list[str]]) -> Path:
-    """Create the files that commands need, except those that the commands write themselves."""
+    """Create a folder with the files that commands need, except for the commands' own outputs."""
     folder.mkdir()
     (folder / ".venv").symlink_to(sys.prefix)
     for name in LINKS:

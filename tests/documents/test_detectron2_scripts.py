@@ -1,4 +1,4 @@
-"""Tests that the documented scripts for SE detectors give the detections of this project."""
+"""Tests that documented scripts for other projects give the same detections as this project."""
 
 import re
 import runpy
@@ -17,7 +17,7 @@ from tests.engine.predictor.conftest import NARROW, SMALL_DETECTOR, saved
 
 PAGE = (Path(__file__).parents[2] / "docs" / "detectron2.md").read_text()
 
-# The steps of Detectron2's demo/demo.py that read the config and build the predictor.
+# Substitute for Detectron2's demo/demo.py, with the same steps to build the predictor.
 DEMO = """
 import sys
 from detectron2.config import get_cfg
@@ -32,13 +32,13 @@ predictor = DefaultPredictor(cfg)
 
 
 def _script(word):
-    """Return the first Python block of the page that contains a word."""
+    """Return the first Python block in docs/detectron2.md that contains a word."""
     return next(code for code in re.findall(r"```python\n(.*?)```", PAGE, re.S) if word in code)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return a folder with a run of an SE detector in ``output``, and an image."""
+    """Return a folder that contains an SE detector in ``output`` and an image."""
     folder = tmp_path_factory.mktemp("scripts")
     options = {**SMALL_DETECTOR, **NARROW, "MODEL.ROI_HEADS.NUM_CLASSES": "3"}
     saved("configs/faster_rcnn_se_r50.yaml", options, folder / "output")
@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def expected(folder, one_thread, monkeypatch):
-    """Return this project's boxes and scores, and change to the folder."""
+    """Change to the folder, and return the detections of this project's predictor."""
     monkeypatch.chdir(folder)
     found = load("output/model_final.pth", device="cpu", threshold=0.0)("image.png")
     assert len(found.scores) > 5

@@ -1,4 +1,4 @@
-"""Tests that documented commands are valid, and that they write the promised files."""
+"""Tests that documented commands are valid and write the promised files."""
 
 import argparse
 import ast
@@ -33,7 +33,7 @@ from tests.documents.warm import WarmPython
 
 
 def _texts(folder: str) -> Iterator[tuple[str, str]]:
-    """Yield the path and text of all strings in the code, such as help texts and docstrings."""
+    """Yield the path and text of each string in a folder's Python code, including docstrings."""
     for path in sorted((ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -41,7 +41,7 @@ def _texts(folder: str) -> Iterator[tuple[str, str]]:
 
 
 def _commands_in_code(folder: str) -> list[Command]:
-    """Return the commands in config headers and in strings of the code of a folder."""
+    """Return the commands in a folder's config headers and in strings in its Python code."""
     found = []
     for path in sorted((ROOT / folder).rglob("*.yaml")):
         head = re.sub(r"\\\n#\s*", "", path.read_text())
@@ -62,7 +62,7 @@ class _ParsedError(Exception):
 
 
 def _parse(monkeypatch, words: list[str]) -> argparse.Namespace | None:
-    """Parse a command with its script's own parser; return None if it has no parser."""
+    """Parse a command with its script's parser, or return None if the script has no parser."""
     script, parse = ROOT / words[0], argparse.ArgumentParser.parse_args
     assert script.is_file(), f"{words[0]} does not exist"
     if len(words) == 2 and words[1] == "--help" or "sys.argv[1:]" in script.read_text():
@@ -80,7 +80,7 @@ def _parse(monkeypatch, words: list[str]) -> argparse.Namespace | None:
 
 INSTALLED = {"senet-train": "tools/train_net.py", "senet-predict": "tools/predict.py",
              "senet-eval-places365": "tools/eval_places365.py"}  # fmt: skip
-# Subcommands of `senet`, and the equivalent scripts.
+# Subcommands of `senet`, with the equivalent scripts.
 SENET = {"train": "tools/train_net.py", "eval": "tools/eval_classifier.py",
          "predict": "tools/predict.py", "export": "tools/export.py",
          "convert": "tools/convert_weights.py", "report": "tools/report.py",
@@ -89,7 +89,7 @@ SENET = {"train": "tools/train_net.py", "eval": "tools/eval_classifier.py",
 
 
 def _script(words: list[str]) -> list[str] | None:
-    """Return a command's script and its arguments, or None if it does not run a script."""
+    """Return a command's script and arguments, or None if it does not run a script."""
     if words[0] == "python":
         return words[1:]
     if words[0] == "torchrun":
@@ -111,7 +111,7 @@ def _check(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     args = _parse(monkeypatch, script)
     configs = getattr(args, "config_file", "")
     for config in configs if isinstance(configs, list) else [configs]:
-        if config.endswith(".py"):  # test_lazy_config.py loads it.
+        if config.endswith(".py"):  # test_lazy_config.py loads this config
             return
         if config and not config.startswith("output/"):
             monkeypatch.chdir(ROOT)
@@ -188,7 +188,7 @@ MEASURES = ("complexity.py", "benchmark.py", "eval_classifier.py", "eval_places3
 
 
 def _promised(words: list[str], printed: str) -> list[str]:
-    """Return the output paths in a command and, if it is a path, the last printed word."""
+    """Return the output paths in a command, and the last word of its output if it is a path."""
     found = [b for a, b in zip(words, words[1:], strict=False) if a in ("--output", "OUTPUT_DIR")]
     if "tools/convert_weights.py" in words:
         found.append(words[words.index("tools/convert_weights.py") + 2])
@@ -197,7 +197,7 @@ def _promised(words: list[str], printed: str) -> list[str]:
 
 
 def _fault(command: Command, folder: Path, python: WarmPython) -> str | None:
-    """Run a command and describe what is wrong with its result; return None if nothing is."""
+    """Run a command and return a description of the error, or None if it succeeds."""
     line, start = shlex.join(command.to_run), time.time()
     done = call(command.to_run, folder, python)
     printed = done.stdout + done.stderr
@@ -207,7 +207,7 @@ def _fault(command: Command, folder: Path, python: WarmPython) -> str | None:
     if not printed.strip():
         return f"{line}\nprinted nothing"
     if any(name in line for name in MEASURES) and not re.search(r"\d\.\d|\d,\d", done.stdout):
-        return f"{line}\nprinted no figure: {done.stdout[-1500:]}"
+        return f"{line}\nprinted no number: {done.stdout[-1500:]}"
     for place in map(folder.joinpath, _promised(command.to_run, done.stdout)):
         files = [path for path in (place, *place.rglob("*")) if path.is_file()]
         made = any(path.stat().st_size and path.stat().st_mtime > start - 1 for path in files)

@@ -1,8 +1,8 @@
-"""Runner that forks one process with all imports for each Python script.
+"""Runner that imports everything once and then forks a process for each Python script.
 
-Most documented commands need one second, after importing torch and Detectron2 for four seconds.
-Here, the imports happen only once, also for the processes of `--num-gpus 2`. test_startup.py and
-test_commands.py test new processes.
+Importing torch and Detectron2 takes four seconds, but most documented commands need only one second
+more. Processes started with `--num-gpus 2` are forked, too. test_startup.py and test_commands.py
+test newly started processes.
 """
 
 import functools
@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-LIMIT = 300  # maximum duration of a command in seconds
+LIMIT = 300  # time limit of a command in seconds
 
 
 class WarmPython:
@@ -23,8 +23,7 @@ class WarmPython:
     Args:
         folder: Working folder of the scripts.
         environment: Environment variables of the process.
-        printed: Path prefix of the temporary files for a script's output; by default, they are next
-            to ``folder``.
+        printed: Path prefix of the temporary files for a script's output. Default: ``folder``.
     """
 
     def __init__(self, folder: Path, environment: dict[str, str], printed: Path | None = None):
@@ -42,7 +41,7 @@ class WarmPython:
         self.process.communicate()
 
     def call(self, words: list[str]) -> subprocess.CompletedProcess:
-        """Run ``python WORDS``, where WORDS start with a script, ``-c CODE`` or ``-m MODULE``."""
+        """Run ``python WORDS``; WORDS must start with a script, ``-c CODE`` or ``-m MODULE``."""
         printed = [self.printed.with_name(f"{self.printed.name}.{name}") for name in ("out", "err")]
         request = {"words": words, "printed": [str(path) for path in printed]}
         self.process.stdin.write(json.dumps(request) + "\n")
@@ -52,7 +51,7 @@ class WarmPython:
 
 
 def _become(words: list[str], printed: list[str]) -> None:
-    """Run ``python WORDS`` in this process, for at most the time limit."""
+    """Run ``python WORDS`` in this process, with a time limit."""
     signal.alarm(LIMIT)
     for descriptor, path in enumerate([os.devnull, *printed]):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), descriptor)
@@ -69,7 +68,7 @@ def _become(words: list[str], printed: list[str]) -> None:
 
 
 def main() -> None:
-    """Run the script in each input line and print its exit status."""
+    """Run the command in each line of stdin and print its exit status."""
     import torch.multiprocessing as mp
 
     import senet_transfer.analysis.report

@@ -1,4 +1,4 @@
-"""Fixtures: a small data set of rendered shapes, and commands that train on it."""
+"""Fixtures that provide a small data set of rendered shapes, and options for training on it."""
 
 import pytest
 
@@ -40,7 +40,7 @@ def shapes(tmp_path_factory):
 
 @pytest.fixture
 def command(shapes, tmp_path):
-    """Return a function that parses the options of a small run with flags and overrides."""
+    """Return a function that returns a small run's options, given flags and config overrides."""
 
     def make(*flags: str, config: str = "configs/faster_rcnn_se_r50.yaml", **overrides: str):
         keys = {**SMALL, "OUTPUT_DIR": str(tmp_path / "run"), **overrides}

@@ -1,4 +1,4 @@
-"""A few drawn images with two classes of rectangles, registered in the formats of many tasks."""
+"""Drawn images of rectangles in two classes, with functions that register them for many tasks."""
 
 import json
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ WIDTH, HEIGHT = 96, 64
 
 @dataclass(frozen=True)
 class Drawn:
-    """An image file and its objects.
+    """Image file with its objects.
 
     Attributes:
-        path: Path of the image.
+        path: Path of the image file.
         boxes: Boxes (x0, y0, x1, y1) in pixels.
         classes: Class index of each box.
     """
@@ -32,7 +32,7 @@ class Drawn:
 
 
 def draw(folder: Path, count: int = 4) -> list[Drawn]:
-    """Write images whose objects do not overlap."""
+    """Draw images with two rectangles each, which do not overlap."""
     folder.mkdir()
     found = []
     for index in range(count):
@@ -65,7 +65,7 @@ def _record(index: int, drawn: Drawn, **fields) -> dict:
 
 
 def register_labels(name: str, images: list[Drawn], *, objects: bool = False) -> None:
-    """Register label images: 0 for the background, 1 and 2 for the classes, and some ignored."""
+    """Register label images: background is 0, the classes are 1 and 2, and 255 is ignored."""
     records = []
     for index, drawn in enumerate(images):
         labels = np.zeros((HEIGHT, WIDTH), np.uint8)
@@ -89,7 +89,7 @@ def register_labels(name: str, images: list[Drawn], *, objects: bool = False) ->
 
 
 def register_rotated(name: str, images: list[Drawn]) -> None:
-    """Register the boxes as rotated boxes with an angle of 0 or 180 degrees."""
+    """Register each box as a rotated box with an angle of 0 or 180 degrees."""
     records = []
     for index, drawn in enumerate(images):
         annotations = []
@@ -102,7 +102,7 @@ def register_rotated(name: str, images: list[Drawn]) -> None:
 
 
 def coco_file(path: Path, images: list[Drawn]) -> Path:
-    """Write an annotation file with boxes, outlines, keypoints and the additions of LVIS."""
+    """Write a COCO file with boxes, outlines, keypoints and LVIS's additional fields."""
     categories = [
         {"id": i + 1, "name": name, "keypoints": KEYPOINTS, "synset": name, "frequency": "f"}
         for i, name in enumerate(CLASSES)
@@ -135,18 +135,18 @@ def coco_file(path: Path, images: list[Drawn]) -> Path:
 
 
 def register_lvis(name: str, images: list[Drawn]) -> None:
-    """Register the annotation file as LVIS."""
+    """Write an annotation file and register it as an LVIS data set."""
     folder = images[0].path.parent
     json_file = coco_file(folder.with_name(f"{folder.name}_lvis.json"), images)
     forget(name)
-    # Without its name, which would select the classes of LVIS itself.
+    # Omit the name of the data set, because the loader would use it to select LVIS's own classes.
     DatasetCatalog.register(name, lambda: load_lvis_json(str(json_file), f"{folder.parent}/"))
     kind = {"evaluator_type": "lvis", "json_file": str(json_file)}
     MetadataCatalog.get(name).set(thing_classes=CLASSES, **kind)
 
 
 def register_voc(name: str, images: list[Drawn]) -> None:
-    """Write the folders of Pascal VOC, and register them."""
+    """Write the images and boxes in Pascal VOC's layout and register them."""
     root = images[0].path.parent.with_name("voc")
     for part in ("Annotations", "ImageSets/Main", "JPEGImages"):
         (root / part).mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ def register_voc(name: str, images: list[Drawn]) -> None:
     for drawn in images:
         (root / "JPEGImages" / drawn.path.name).write_bytes(drawn.path.read_bytes())
         objects = "".join(
-            # VOC's pixels start at 1, and the last one belongs to the box.
+            # VOC counts pixels from 1 and includes the last pixel in the box.
             f"<object><name>{CLASSES[label]}</name><difficult>0</difficult><pose>x</pose>"
             f"<truncated>0</truncated><bndbox><xmin>{x0 + 1}</xmin><ymin>{y0 + 1}</ymin>"
             f"<xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox></object>"

@@ -1,4 +1,4 @@
-"""Tests of Detectron2's other meta-architectures and evaluators on a few drawn images."""
+"""Tests for Detectron2's other meta-architectures and evaluators, on a few drawn images."""
 
 import importlib.util
 import itertools
@@ -55,7 +55,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def forgotten():
-    """Remove the data set of the previous test."""
+    """Unregister the data set "drawn" before and after each test."""
     drawn.forget("drawn")
     yield
     drawn.forget("drawn")
@@ -63,7 +63,7 @@ def forgotten():
 
 @pytest.fixture
 def options(tmp_path):
-    """Return a function that returns the options of a run of one iteration on the set "drawn"."""
+    """Return a function that returns the options of a one-iteration run on the data set "drawn"."""
 
     def make(*flags: str, **keys: str):
         keys = {**SMALL, "OUTPUT_DIR": str(tmp_path / "run"), "DATASETS.TRAIN": "('drawn',)",
@@ -98,7 +98,7 @@ def test_a_semantic_segmentation_is_trained_evaluated_and_predicted(images, opti
     drawn.register_labels("drawn", images)
     trainer = trained(options(**SEM_SEG, **{"MODEL.META_ARCHITECTURE": "SemanticSegmentor"}))
     assert trainer.cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES == 3
-    # The accuracy by hand, from the predictions at the size of the images.
+    # Compute the accuracy by hand from predictions at the original image size.
     found = predicted(images, tmp_path)
     right = total = 0
     names = [category["name"] for category in found["categories"]]
@@ -157,7 +157,7 @@ def test_keypoints_are_trained_evaluated_and_predicted_with_their_names(images, 
     found = predicted(images, tmp_path)
     assert found["categories"][0]["keypoints"] == drawn.KEYPOINTS
     assert {len(a["keypoints"]) for a in found["annotations"]} == {9}
-    # A horizontal flip exchanges the ends.
+    # A horizontal flip swaps the left and right ends.
     assert MetadataCatalog.get("drawn").keypoint_flip_map == [("left_end", "right_end")]
 
 
@@ -207,7 +207,7 @@ def test_images_without_objects_train_as_background(keys, images, options, tmp_p
         sum(losses.values()).backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         assert all(gradient.isfinite().all() for gradient in gradients)
-        # The background is learnt.
+        # The network learns from the background.
         assert any(gradient.abs().sum() > 0 for gradient in gradients)
 
 
@@ -230,7 +230,7 @@ def test_lvis_is_trained_and_evaluated(images, options):
 
 
 def evaluate(keys: dict[str, str], outputs: list[dict], images, tmp_path) -> dict:
-    """Return the results of known outputs on the set "drawn"."""
+    """Return the evaluation results of the given outputs on the data set "drawn"."""
     words = [word for item in keys.items() for word in item]
     cfg = load_config("", [*words, "OUTPUT_DIR", str(tmp_path)])
     cfg.DATASETS.TEST = ("drawn",)
@@ -239,7 +239,7 @@ def evaluate(keys: dict[str, str], outputs: list[dict], images, tmp_path) -> dic
     evaluator.reset()
     kinds = evaluator_kinds(cfg, "drawn")
     for index, (image, output) in enumerate(zip(images, outputs, strict=True)):
-        # The ids in the annotation file start at 1, and those of records at 0.
+        # Image ids start at 1 in annotation files, but at 0 in the records of rotated boxes.
         image_id = image.path.stem if kinds == ["pascal_voc"] else index + (kinds != ["rotated"])
         record = {"file_name": str(image.path), "image_id": image_id, "height": 64, "width": 96}
         evaluator.process([record], [output])
@@ -247,7 +247,7 @@ def evaluate(keys: dict[str, str], outputs: list[dict], images, tmp_path) -> dic
 
 
 def truth(images, *, rotated: bool = False, first: int = 0) -> list[dict]:
-    """Return perfect predictions, without the objects of the first images."""
+    """Return perfect predictions, except that the first images have no objects."""
     outputs = []
     for index, image in enumerate(images):
         boxes = torch.tensor(image.boxes, dtype=torch.float32)
@@ -278,8 +278,8 @@ def test_perfect_predictions_have_an_ap_of_100_and_half_of_them_of_50(kind, keys
     assert perfect["AP"] == pytest.approx(100)
     assert perfect["AP50"] == pytest.approx(100)
     half = evaluate(keys, truth(images, rotated=rotated, first=2), images, tmp_path)["bbox"]
-    # COCO's and LVIS's metrics average the precision at the recalls 0, 0.01, ... 1. Half of the
-    # objects of both classes reach the recalls up to 0.5: 51 of 101.
+    # COCO and LVIS average the precision at recalls of 0, 0.01, ... 1. With half of the objects of
+    # each class, only the 51 of 101 recalls up to 0.5 are reached.
     expected = 50 if kind == "voc" else 100 * 51 / 101
     assert half["AP50"] == pytest.approx(expected, abs=0.01)
 

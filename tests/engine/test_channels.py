@@ -1,4 +1,4 @@
-"""Tests of runs on images with five channels, from weights for colour images."""
+"""Tests for training on images with five channels, starting from weights for colour images."""
 
 import json
 from dataclasses import replace
@@ -35,11 +35,11 @@ SHORT = {"SOLVER.MAX_ITER": "1", "SOLVER.STEPS": "()"}
 
 @pytest.fixture(autouse=True)
 def _one_thread(one_thread):
-    """Limit torch to one thread in all tests of this file."""
+    """Run every test in this file with one torch thread."""
 
 
 def five_channels(image: Image.Image) -> np.ndarray:
-    """Return an image with values from 0 to 4095 in five channels, uint16."""
+    """Return a uint16 image with five channels and values up to 4095, made from a colour image."""
     pixels = np.asarray(image.convert("RGB")).astype(np.uint16) * 16
     return np.dstack([pixels, pixels[..., 0], 4095 - pixels[..., 1]])
 
@@ -52,7 +52,7 @@ def test_the_first_convolution_is_adapted_as_by_timm(form, tmp_path):
     colours = create_backbone("cifar_resnet8")
     colours.preprocessing = replace(colours.preprocessing, format=form)
     save_weights(colours, tmp_path / "colours.pth")
-    # The channels of the images have the order of their files, so that red is the first.
+    # Images keep the channel order of their files, so red is the first channel.
     rgb = colours.stem.conv1.weight.detach()
     rgb = rgb if form == "RGB" else rgb.flip(1)
     for channels in (1, 2, 3, 5, 16):
@@ -72,7 +72,7 @@ def test_the_first_convolution_is_adapted_as_by_timm(form, tmp_path):
 
 @pytest.fixture
 def classify(tmp_path):
-    """Return a function that trains a classifier on five channels, and the folder of its data."""
+    """Return a function that trains a classifier on five-channel images, and the image folder."""
     random = np.random.RandomState(0)
     for name in ("dark", "light"):
         (tmp_path / "data" / name).mkdir(parents=True)
@@ -131,7 +131,7 @@ def test_a_classifier_is_trained_evaluated_exported_and_predicts(classify, tmp_p
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
     shown = class_activation_map(load(weights), str(paths[0])).view
     assert np.array_equal(shown, pixels[0, :3].permute(1, 2, 0))
-    # The checkpoint needs no config, and its channels contradict those of another config.
+    # The checkpoint can be loaded without a config. A config with other channels is rejected.
     named = find_model(weights=weights, options=["INPUT.VALUE_RANGE", "[0, 4095]"])
     assert named.cfg.INPUT.CHANNELS == 5
     with pytest.raises(UserError, match="INPUT.CHANNELS: 4, but 5 in the file"):

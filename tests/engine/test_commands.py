@@ -1,4 +1,4 @@
-"""Tests of the command-line tools in subprocesses."""
+"""Tests for the command-line tools in subprocesses."""
 
 import json
 import re
@@ -82,7 +82,7 @@ def test_iou_types_are_those_of_the_flag_or_of_the_config(words, expected):
 
 def test_an_unknown_iou_type_is_named_with_the_known_ones():
     options = run_options(argument_parser().parse_args(["--iou-types", "masks"]))
-    with pytest.raises(UserError, match="contains 'masks'; expected 'bbox' and 'segm'"):
+    with pytest.raises(UserError, match="contains 'masks'; expected 'bbox' or 'segm'"):
         check_ranges(load_config("", list(options.options)))
 
 
@@ -107,7 +107,7 @@ def test_an_image_broken_in_a_worker_is_named_without_the_workers_traceback(
     data = tmp_path / "copy"
     shutil.copytree(shapes, data)
     for path in (data / "tiny").iterdir():
-        # The header is complete, so that the check at the start of a run finds no problem.
+        # The image headers are intact, so the check at the start of the run finds no problem.
         path.write_bytes(path.read_bytes()[:-500])
     line = words(**SHORT, **{"DATALOADER.NUM_WORKERS": "1"})
     done = run_python(*[word.replace(str(shapes), str(data)) for word in line])

@@ -1,4 +1,4 @@
-"""Tests of training with a compiled network."""
+"""Tests for training compiled networks."""
 
 import shutil
 
@@ -16,7 +16,7 @@ from tests.comparing import assert_same
 
 @pytest.fixture
 def train(tmp_path):
-    """Return a function that trains a small network and returns its losses and checkpoint."""
+    """Return a function that trains a small network, and returns the losses and the checkpoint."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (32, 3, 32, 32), dtype=torch.uint8, generator=generator)
     data = ImageArrays(images, torch.arange(32) % 3, ["cat", "dog", "ship"], "test")
@@ -32,7 +32,7 @@ def train(tmp_path):
             "SOLVER.STEPS": "()",
             "SOLVER.CHECKPOINT_PERIOD": "2",
             "DATASETS.TRAIN": f"('{tmp_path}/images',)",
-            "DATASETS.TEST": "()",  # Evaluation would compile the network a second time.
+            "DATASETS.TEST": "()",  # evaluation would compile the network again
             "OUTPUT_DIR": str(folder),
             **options,
         }
@@ -52,7 +52,7 @@ def test_a_compiled_network_learns_the_same_and_its_checkpoints_do_not_know(trai
     plain, expected = train(tmp_path / "plain")
     compiled, found = train(tmp_path / "compiled", **{"SOLVER.COMPILE": "default"})
     assert compiled == pytest.approx(plain, rel=1e-4)
-    assert compiled != plain  # The order of the sums differs.
+    assert compiled != plain  # sums are computed in a different order
     assert list(found["model"]) == list(expected["model"])
     for name, value in expected["model"].items():
         torch.testing.assert_close(found["model"][name], value, rtol=1e-2, atol=1e-3, msg=name)

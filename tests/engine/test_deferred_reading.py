@@ -1,6 +1,6 @@
-"""Tests of steps whose losses are read every 20 steps, as on a GPU, on a CPU.
+"""Tests for reading losses only every 20 steps, as on a GPU. These tests run on a CPU.
 
-Such a run has to be the same as one that reads the losses after each step, to the last bit.
+The run must be bit-for-bit equal to one that reads the losses after each step.
 """
 
 import json
@@ -26,7 +26,7 @@ STEPS = 26
 
 
 class Net(nn.Module):
-    """Network with batch norm and dropout, with non-finite values in some of its calls."""
+    """Network with batch norm and dropout. Its calls in ``bad`` produce non-finite values."""
 
     def __init__(self, bad=(), kind="loss"):
         super().__init__()
@@ -67,7 +67,7 @@ def fused(parameters, kind):
 
 
 def train(net, period, folder, *, optimizer="SGD", rank=None, ema=True, **options):
-    """Return everything that a run changes, with the message of its error."""
+    """Train, and return everything that training changes: state, metrics, reports and error."""
     folder.mkdir()
     model = net if rank is None else DistributedDataParallel(net, broadcast_buffers=False)
     trainer = StepTrainer(
@@ -95,7 +95,7 @@ def train(net, period, folder, *, optimizer="SGD", rank=None, ema=True, **option
         histories = storage.histories()
         metrics = {k: v.values() for k, v in histories.items() if "time" not in k}
     if message:
-        trainer.iter = average.steps = 0  # They depend on when the error is read.
+        trainer.iter = average.steps = 0  # these depend on when the error is read
     reports = {p.name: json.loads(p.read_text()) for p in sorted(folder.iterdir())}
     state = {**trainer.state_dict(), "model": net.state_dict(), "ema": average.state_dict()}
     return state, metrics, reports, message.replace(str(folder), "FOLDER")
@@ -122,7 +122,7 @@ def test_losses_read_together_give_the_same_run(tmp_path, dtype, optimizer, kind
     expected = train(Net(bad, kind), 1, tmp_path / "immediate", **options)
     found = train(Net(bad, kind), 20, tmp_path / "deferred", **options)
     assert_same(found, expected)
-    counted = kind != "gradient" or dtype != "float16"  # A scaled gradient may overflow.
+    counted = kind != "gradient" or dtype != "float16"  # scaled float16 gradients may overflow
     assert bool(found[3]) == (counted and len(bad) > 2)
     assert found[0]["skipped"] == (min(len(bad), 3) if counted else 0)
     for name, report in found[2].items():
@@ -132,7 +132,7 @@ def test_losses_read_together_give_the_same_run(tmp_path, dtype, optimizer, kind
 
 
 def check_logged_metrics(rank=None):
-    """Compare all metrics with those that Detectron2 logs, and count the collective operations."""
+    """Compare metrics with those that Detectron2 logs, and check that they are gathered once."""
     net, losses = Net(), []
     net.register_forward_hook(
         lambda *call: losses.append({k: v.detach() for k, v in call[2].items()})

@@ -1,4 +1,4 @@
-"""Tests of networks and runs on a CUDA GPU, run by `make test-gpu`."""
+"""Tests for networks and training on a CUDA GPU. They are run by `make test-gpu`."""
 
 import copy
 import math
@@ -24,7 +24,7 @@ half_precision = pytest.mark.parametrize("amp", ["False", "True"], ids=["float32
 
 
 def outputs_and_gradients(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the features of a backbone and the gradients of their mean squares, on the CPU."""
+    """Return a backbone's features and the gradients of their mean squares, copied to the CPU."""
     features = model(images)
     sum(feature.square().mean() for feature in features.values()).backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -36,7 +36,7 @@ def outputs_and_gradients(model: torch.nn.Module, images: torch.Tensor) -> dict[
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
 @pytest.mark.parametrize("name", ["se_resnet18", "se_resnet50", "se_mobilenet"])
 def test_features_and_gradients_are_those_of_the_cpu(name, norm, layout):
-    """Compare in float64, in which a GPU computes with PyTorch's operators only."""
+    """Compare in float64, for which the GPU uses only PyTorch's operators."""
     torch.manual_seed(0)
     stages = ["res2", "res3", "res4", "res5"]
     on_cpu = create_backbone(name, out_features=stages, norm=norm).double()
@@ -60,9 +60,9 @@ def test_features_and_gradients_are_those_of_the_cpu(name, norm, layout):
     ],
 )
 def test_fused_features_and_gradients_are_those_of_the_cpu(name, norm, layout):
-    """Compare in float32 with float64, and the errors with those of PyTorch's operators."""
+    """Check that float32 errors are about as small as those of PyTorch's own operators."""
     torch.manual_seed(0)
-    # Open gates would hide errors, because they hardly depend on the feature maps.
+    # Open gates would hide errors, because they hardly depend on their input.
     net = create_backbone(name, norm=norm, se_init="random")
     images = torch.randn(4, 3, 96, 64)
     exact = outputs_and_gradients(copy.deepcopy(net).double(), images.double())
@@ -84,7 +84,7 @@ def test_fused_features_and_gradients_are_those_of_the_cpu(name, norm, layout):
             for gradient in (False, True)
         ]
     print(f"relative errors of features and gradients: {errors}")
-    # A rounding error can change the sign of a ReLU's input, and thereby a gradient by 1e-2.
+    # A rounding error can change the sign of a ReLU's input, which changes gradients by up to 1e-2.
     for own, other, rounding in zip(errors["auto"], errors[False], (1e-5, 3e-2), strict=True):
         assert own <= rounding + 3 * other
 
@@ -118,7 +118,7 @@ def test_a_detector_trains_is_evaluated_and_resumes(command, tmp_path, amp):
 def test_a_detector_trains_with_a_captured_backbone(command, amp):
     options = {"MODEL.DEVICE": DEVICE, "SOLVER.AMP.ENABLED": amp, "SOLVER.STEPS": "()"}
     options |= {"SOLVER.COMPILE": "graph", "MODEL.CHANNELS_LAST": "True"}
-    # One size is captured in the third step.
+    # All images have one size, which is captured in the third step.
     options |= {"INPUT.SIZE_DIVISIBILITY": "96", "SOLVER.MAX_ITER": "6"}
     trainer = Trainer(setup(command(**options)))
     trainer.resume_or_load(resume=False)

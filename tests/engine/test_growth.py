@@ -1,4 +1,4 @@
-"""Tests that memory and open files don't grow during long runs."""
+"""Tests that memory usage and the number of open files don't grow during long runs."""
 
 import gc
 import itertools
@@ -30,14 +30,14 @@ from senet_transfer.engine.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 
-# At the first measurement, everything is imported, cached and allocated.
+# Steps at which usage is measured. By the first one, everything is imported, cached and allocated.
 LOOKED_AT = (500, 1000, 1500, 2000)
-# Bytes. Leaking one batch in ten would take at least 5 MB until the last measurement.
+# Allowed growth in bytes. Leaking every tenth batch would use at least 5 MB by the last step.
 GROWTH = 4e6
 
 
 def usage() -> tuple[int, int]:
-    """Return the memory in bytes and the open files of this process and its children."""
+    """Return the memory in bytes and the number of open files of this process and its children."""
     gc.collect()
     memory = files = 0
     pids = [os.getpid()]
@@ -50,7 +50,7 @@ def usage() -> tuple[int, int]:
 
 
 def assert_flat(seen: Sequence[tuple[int, int]]) -> None:
-    """Assert that usage doesn't grow steadily; a single step of the allocator is allowed."""
+    """Assert that usage doesn't grow steadily. A single increase by the allocator is allowed."""
     memory, files = zip(*seen, strict=True)
     growth = [after - before for before, after in itertools.pairwise(memory)]
     assert min(growth) * len(growth) < GROWTH, f"{[f'{part / 1e6:.1f} MB' for part in growth]}"
@@ -69,7 +69,7 @@ def tree(tmp_path):
 
 @pytest.fixture
 def loader(tree, tmp_path, request):
-    """Return the training data loader for the given kind of data."""
+    """Return a training data loader for the kind of data and number of workers in the parameter."""
     kind, workers = request.param
     if kind == "memory":
         images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
@@ -123,7 +123,7 @@ class _Watch(HookBase):
         self.seen = []
 
     def after_step(self):
-        # Measured two steps before the end, as the loader's workers stop in the last steps.
+        # Measure usage two steps earlier, because the loader's workers stop in the last steps.
         if self.trainer.iter + 2 in LOOKED_AT:
             self.seen.append(usage())
 
@@ -157,5 +157,5 @@ def test_a_run_uses_no_more_after_two_thousand_steps_than_after_a_few(tree, tmp_
     trainer.register_hooks([watch])
     trainer.train()
     assert_flat(watch.seen)
-    # The newest five, including model_final.pth.
+    # The five newest checkpoints are kept; one of them is model_final.pth.
     assert len(list((tmp_path / "run").glob("model_0*.pth"))) == 4

@@ -1,4 +1,4 @@
-"""Tests of hooks without a run."""
+"""Tests for training hooks, called without a trainer."""
 
 from types import SimpleNamespace
 
@@ -22,7 +22,7 @@ def test_the_memory_of_a_run_on_the_cpu_is_the_processs(monkeypatch):
             hook.after_step()
         logged[name], _ = storage.latest()["peak_memory_mb"]
     assert logged["cuda"] == 3
-    assert logged["cpu"] > 50  # PyTorch itself takes more.
+    assert logged["cpu"] > 50  # importing PyTorch alone uses more
 
 
 def test_the_share_of_waiting_is_that_of_the_last_20_steps(caplog):
@@ -40,7 +40,7 @@ def test_the_share_of_waiting_is_that_of_the_last_20_steps(caplog):
             shares.append(trainer.storage.latest()["data_time_share"][0])
         hook.after_train()
     assert shares[0] == shares[19] == 0.5
-    assert shares[29] == 0.375  # ten steps of each kind
+    assert shares[29] == 0.375  # mean of ten steps with 50% and ten with 25%
     assert shares[39] == 0.25
     assert "37.5% of the time of the training steps was spent waiting for data." in caplog.text
 

@@ -1,4 +1,4 @@
-"""Tests of runs on grey images and of the config keys that describe images and anchors."""
+"""Tests for training on grey images, and for config keys that describe images and anchors."""
 
 import json
 from dataclasses import replace
@@ -46,7 +46,7 @@ def test_a_detector_of_grey_images_trains_predicts_and_is_exported(
         DetectorPredictor.of(loaded, threshold=0), [str(grey)], str(tmp_path / "out")
     )
     found = json.loads(Path(path).read_text())["annotations"]
-    # The expected detections are those of Detectron2's model for the grey pixels alone.
+    # Compute the expected detections by passing the grey pixels directly to Detectron2's model.
     image = cv2.imread(str(grey), cv2.IMREAD_GRAYSCALE)[:, :, None]
     side = loaded.cfg.INPUT.MIN_SIZE_TEST
     scale = side / min(image.shape[:2])
@@ -71,14 +71,14 @@ def test_a_detector_of_grey_images_trains_predicts_and_is_exported(
         image=str(grey),
     )
     assert "detect the same" in said
-    # The checkpoint is the start of another run, whose config takes its format.
+    # A new run that starts from the checkpoint uses its image format.
     cfg = setup(command(**{"MODEL.WEIGHTS": weights, "OUTPUT_DIR": str(tmp_path / "other")}))
     assert (cfg.INPUT.FORMAT, len(cfg.MODEL.PIXEL_MEAN)) == ("L", channels)
 
 
 @pytest.mark.long
 def test_grey_images_start_from_weights_for_colours(command, tmp_path):
-    """A network for colours that is given a grey image computes the same from three channels."""
+    """Check that a grey image gives the same detections as its three equal colour channels."""
     main(command("--quiet", **{**SHORT, "INPUT.FORMAT": "BGR", "DATASETS.TEST": "()"}))
     weights = str(tmp_path / "run" / "model_final.pth")
     colours, grey = (
@@ -136,8 +136,8 @@ def test_a_backbone_of_one_channel_is_saved_and_created_again(tmp_path):
         ),
         ({"MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": "[[[0.5, 1.0]]]"}, "ASPECT_RATIOS is"),
         ({"MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": "[[-1.0]]"}, "ASPECT_RATIOS is"),
-        ({"DATASETS.TRAIN": "('own')"}, r"TRAIN is the text 'own'.*\"\('own',\)\""),
-        ({"DATASETS.TRAIN": "own"}, r"TRAIN is the text 'own'.*\"\['own'\]\""),
+        ({"DATASETS.TRAIN": "('own')"}, r"TRAIN is the string 'own'.*\"\('own',\)\""),
+        ({"DATASETS.TRAIN": "own"}, r"TRAIN is the string 'own'.*\"\['own'\]\""),
     ],
 )
 def test_a_key_that_cannot_work_is_an_error_at_the_start(keys, message, command):
@@ -149,7 +149,7 @@ def test_a_key_that_cannot_work_is_an_error_at_the_start(keys, message, command)
 def test_a_name_without_a_comma_in_a_config_file_is_explained(text, tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text(f"DATASETS:\n  TRAIN: {text}\n")
-    with pytest.raises(UserError, match=rf"In {path}: DATASETS.TRAIN is the text 'mine'"):
+    with pytest.raises(UserError, match=rf"In {path}: DATASETS.TRAIN is the string 'mine'"):
         load_config(str(path))
     path.write_text("DATASETS:\n  TRAIN: ('mine',)\n")
     assert load_config(str(path)).DATASETS.TRAIN == ("mine",)

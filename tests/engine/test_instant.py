@@ -1,4 +1,4 @@
-"""Test that every smoke-test config trains, saves and evaluates."""
+"""Tests that every smoke-test config trains, saves checkpoints and evaluates."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Tests of how a job's processes are started on a machine that has GPUs."""
+"""Tests for starting the processes of a job on a machine with GPUs."""
 
 import os
 
@@ -10,7 +10,7 @@ from senet_transfer.engine import launch
 
 @pytest.fixture
 def one_gpu(monkeypatch):
-    """Make the machine appear to have one GPU, and return a list of the launched jobs."""
+    """Simulate one GPU, and return a list of ``$CUDA_VISIBLE_DEVICES`` for each launched job."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     jobs = []

@@ -1,4 +1,4 @@
-"""Tests of runs from a LazyConfig of a small detector with an SE backbone."""
+"""Tests for training a small detector with an SE backbone from a LazyConfig."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from senet_transfer.cli.arguments import argument_parser
 from senet_transfer.cli.train import run_options
 from senet_transfer.engine.lazy_config.train import load_lazy_config, main
 
-# As documented, with a smaller network and fewer proposals.
+# The documented config, but with a smaller network and fewer proposals.
 CONFIG = """
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
@@ -82,7 +82,7 @@ def test_a_run_trains_evaluates_resumes_and_is_not_overwritten(
     again = json.loads((folder / "results.json").read_text())
     assert again["bbox"] == results["bbox"]
 
-    # A launcher restarts a run that was killed while it wrote its first checkpoint.
+    # Simulate a launcher's restart of a run that was killed while writing its first checkpoint.
     for path in [*folder.glob("model_*"), folder / "last_checkpoint"]:
         path.unlink()
     (folder / ".model_0000001.pth.x.tmp").touch()
@@ -99,7 +99,7 @@ def test_the_documented_config_is_one_that_the_command_takes(config, shapes):
     config.write_text(next(block for block in blocks if "LazyCall" in block))
     cfg = load_lazy_config(_options(config, shapes, "train.output_dir=output/other"))
     assert cfg.train.output_dir == "output/other"
-    assert cfg.train.eval_period == 5000  # Detectron2's default
+    assert cfg.train.eval_period == 5000  # the default in Detectron2
     assert cfg.model.backbone.bottom_up.name == "se_resnet50"
     assert cfg.dataloader.test.mapper.image_format == "RGB"
 

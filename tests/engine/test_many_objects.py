@@ -1,4 +1,4 @@
-"""Tests of evaluations with more objects in an image than COCO's metrics allow for."""
+"""Tests for evaluation with more objects per image than COCO's limit of 100 detections."""
 
 import contextlib
 import io
@@ -17,7 +17,7 @@ from senet_transfer.engine.trainer import Trainer
 
 @pytest.fixture
 def dense(shared_data, command):
-    """Return a function that returns the AP of perfect detections, and the file's path."""
+    """Return a function that evaluates perfect detections, and the annotation file's path."""
     folder = shared_data.parent / "cases" / "detection" / "dense"
 
     def evaluate(limit: str, *, output_dir) -> dict:
@@ -79,5 +79,5 @@ def test_the_default_limit_equals_pycocotools_and_is_warned_of(dense, tmp_path, 
 
 def test_a_low_limit_leaves_the_metrics_as_they_are(dense, tmp_path):
     evaluate, _ = dense
-    # At most 10 of 256 objects are found.
+    # With a limit of 10 detections, at most 10 of 256 objects are found.
     assert evaluate("10", output_dir=tmp_path)["AP"] == pytest.approx(100 * 4 / 101)

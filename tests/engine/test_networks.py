@@ -1,4 +1,4 @@
-"""Tests of Faster R-CNN with FPN on every backbone with feature maps of strides 4 to 32."""
+"""Tests for Faster R-CNN with FPN on every backbone with feature maps at strides 4 to 32."""
 
 import pytest
 from detectron2.utils.events import EventStorage
@@ -48,7 +48,7 @@ def test_every_network_under_an_fpn_trains_a_step_and_is_evaluated(name, command
     changed = [
         not parameter.equal(old) for parameter, old in zip(model.parameters(), before, strict=True)
     ]
-    # A new gate's second layer has zero weights, so the gradient of its first layer is zero.
+    # The second layer of a new gate has zero weights, so its first layer has zero gradients.
     assert sum(changed) > 0.6 * len(changed)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert 0 <= Trainer.test(cfg, model)["bbox"]["AP"] <= 100

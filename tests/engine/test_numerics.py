@@ -1,4 +1,4 @@
-"""Tests of the numerical settings that a run chooses by its device."""
+"""Tests for the numerical settings that a run chooses according to its device."""
 
 from pathlib import Path
 
@@ -94,7 +94,7 @@ def test_a_run_saves_its_settings_and_prints_them_in_a_line(command, tmp_path, c
     saved = load_config(str(tmp_path / "run" / "config.yaml"))
     assert numerics.settings(saved) == numerics.settings(cfg)
     assert cfg.DETERMINISTIC
-    assert not torch.are_deterministic_algorithms_enabled()  # It is a CPU.
+    assert not torch.are_deterministic_algorithms_enabled()  # only on a GPU
     assert "SOLVER.AMP.ENABLED False" in (tmp_path / "run" / "log.txt").read_text()
 
 
@@ -110,7 +110,7 @@ def test_channels_last_is_a_layout_of_detectors_and_no_other_result(command):
         with EventStorage():
             found = model([{"image": images[0], "instances": truth}])
         losses.append(torch.stack(list(found.values())).detach())
-        # In float32, the norms of a single image amplify rounding errors.
+        # Use float64, because normalising a single image amplifies float32 rounding errors.
         features = model.backbone.double()(images.double())
         sum(feature.square().mean() for feature in features.values()).backward()
         gradients.append(model.backbone.bottom_up.res2[0].conv1.weight.grad)

@@ -1,4 +1,4 @@
-"""Tests of recipes made for a user's data (`--data`)."""
+"""Tests for recipes that are generated for a user's data (`--data`)."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from senet_transfer.engine.setup import RunOptions
 from senet_transfer.engine.train import main
 from tests.engine.conftest import SMALL
 
-# COCO 2017: most images are 640 x 480, and a tenth of the objects is smaller than 15 pixels.
+# COCO 2017: most images are 640 x 480, and a tenth of the objects are smaller than 15 pixels.
 COCO = DataFacts("detection", 117_266, 80, 480, object_size=0.03, most_objects=93)
 GPUS = MachineFacts(gpu_memory=80.0, processes=8, cpus=64)
 CPU = MachineFacts(gpu_memory=0.0, processes=1, cpus=2)
@@ -32,7 +32,7 @@ def settings(data: DataFacts, machine: MachineFacts, weights: str) -> dict:
 
 def test_coco_on_eight_gpus_gets_detectron2s_recipe():
     found = settings(COCO, GPUS, "cadene/se_resnet50")
-    # Detectron2's R50-FPN with 1x schedule: 16 images, learning rate 0.02, 12 epochs.
+    # Detectron2's R50-FPN 1x uses 16 images per batch, a learning rate of 0.02 and 12 epochs.
     assert (found["SOLVER.IMS_PER_BATCH"], found["SOLVER.BASE_LR"]) == (16, 0.02)
     assert (found["INPUT.MIN_SIZE_TEST"], found["INPUT.MAX_SIZE_TEST"]) == (800, 1333)
     assert found["SOLVER.EPOCHS"] == 12
@@ -42,7 +42,7 @@ def test_coco_on_eight_gpus_gets_detectron2s_recipe():
 def test_settings_follow_from_the_data_and_the_machine():
     few = replace(COCO, images=100, most_objects=150)
     found = settings(few, MachineFacts(8.0, 1, 4), "cadene/se_resnet50")
-    # At 800 px, 8 GB are enough for 2 images; 12,000 images in training would be 120 epochs.
+    # At 800 pixels, 8 GB is enough for 2 images. 12,000 samples are 120 epochs; the limit is 100.
     assert (found["SOLVER.IMS_PER_BATCH"], found["SOLVER.BASE_LR"]) == (2, 0.0025)
     assert (found["SOLVER.EPOCHS"], found["TEST.EVAL_EPOCHS"]) == (100, 10)
     assert found["TEST.DETECTIONS_PER_IMAGE"] == 200
@@ -84,7 +84,7 @@ def test_facts_are_those_counted_by_hand(tmp_path):
     (tmp_path / "train.json").write_text(json.dumps(content))
     train, val = find_parts(str(tmp_path))
     assert (train, val) == (DataPart(str(tmp_path / "train.json"), str(tmp_path)), None)
-    # The third image has no objects. Half of the weight is that of the small class.
+    # The third image has no objects. In the object size, both classes have the same weight.
     assert describe_data(train, train) == DataFacts("detection", 2, 2, 100, 0.1, 10)
 
 
@@ -163,7 +163,7 @@ def test_data_without_a_validation_part_is_split(shapes, tmp_path):
     classes = make_shape_classes(shapes, tmp_path / "classes")
     whole, none = find_parts(str(classes))
     assert (whole, none) == (DataPart(str(classes)), None)
-    for _ in range(2):  # An earlier split is replaced.
+    for _ in range(2):  # the second call replaces the split of the first
         train, val, _ = divide(whole, tmp_path / "labels")
     counts = [len(open_dataset(part.path)) for part in (train, val)]
     assert sum(counts) == len(open_dataset(classes))
@@ -258,7 +258,7 @@ def test_the_saved_recipe_gives_the_same_run_bit_for_bit(task, shapes, tmp_path,
         assert torch.equal(tensor, saved[1]["model"][name]), name
     if task == "classification":
         return
-    # An earlier run and its recipe are protected, and --resume uses the recipe.
+    # An earlier run and its recipe are not overwritten, and --resume uses the recipe.
     with pytest.raises(UserError, match="contains an earlier run"):
         train(data=str(data), options=("OUTPUT_DIR", str(run)))
     assert (run / "recipe.yaml").read_text() == text

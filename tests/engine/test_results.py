@@ -1,4 +1,4 @@
-"""Tests of JSON result files."""
+"""Tests for JSON result files."""
 
 import json
 
@@ -83,7 +83,7 @@ def test_a_summary_is_a_sentence_and_a_table_of_metrics_and_files(tmp_path):
         ["log", str(tmp_path / "log.txt")],
     ]
     starts = {len(row) - len(row.split(maxsplit=1)[1]) for row in rows}
-    assert len(starts) == 1  # one column
+    assert len(starts) == 1  # values are aligned in one column
 
 
 def test_a_summary_names_each_of_several_data_sets(tmp_path):

@@ -1,4 +1,4 @@
-"""Tests of the checks, errors and warnings before a run starts."""
+"""Tests for checks, errors and warnings before a run starts."""
 
 import json
 import logging
@@ -111,7 +111,7 @@ def test_the_output_folder_tells_what_ran(command, tmp_path):
     saved = load_config(str(run / "config.yaml"))
     cfg.defrost()
     for config in (saved, cfg):
-        # YAML returns the nested tuples of this key as lists.
+        # YAML reads the nested tuples of this key as lists.
         config.MODEL.pop("ROI_BOX_CASCADE_HEAD")
     assert saved == cfg
     environment = (run / "environment.txt").read_text()
@@ -239,7 +239,7 @@ def test_an_unknown_key_of_a_file_is_named(tmp_path, content, expected):
 
 
 def test_setup_leaves_the_options_as_they_are(command, tmp_path, monkeypatch):
-    """Check that the options are unchanged, so that a launcher can restart the run."""
+    """Check that setup does not modify the options, so that a launcher can restart the run."""
     run = command()
     before = replace(run)
     cfg = setup(run)
@@ -317,7 +317,7 @@ def test_a_programming_error_is_not_reported_as_a_user_s(command, monkeypatch, m
         (("a", "b"), (), (), ("a",), ("b",)),
         (("a", "b", "c"), (), (), ("a",), ("b",)),
         (("b", "a"), (), (), ("b",), ("a",)),
-        # A single data set is evaluated only if nothing else is asked for.
+        # A single data set is used for evaluation only with --eval-only.
         (("a",), (), (), ("a",), ("my_val",)),
         (("a",), ("--eval-only",), (), ("a",), ("a",)),
         (("a", "b"), (), ("DATASETS.TRAIN", "('b',)"), ("b",), ("b",)),

@@ -1,4 +1,4 @@
-"""Tests of graceful shutdown and of forwarding signals to child processes."""
+"""Tests for graceful shutdown, and for forwarding signals to child processes."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ def test_a_signal_is_a_request_within_and_what_it_was_after(number):
     with stop_at_step_end():
         assert not requested()
         os.kill(os.getpid(), number)
-        # Both the terminal and torchrun deliver Ctrl-C; together they count as one request.
+        # After Ctrl-C, both the terminal and torchrun send a signal; they count as one request.
         os.kill(os.getpid(), number)
         until = time.monotonic() + 5
         while not requested() and time.monotonic() < until:

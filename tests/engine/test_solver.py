@@ -1,4 +1,4 @@
-"""Tests of schedules, parameter groups and epochs against simple reference code."""
+"""Tests that compare schedules, parameter groups and epochs with simple reference code."""
 
 import copy
 import math
@@ -27,7 +27,7 @@ def config(**overrides):
 
 
 def rates(cfg, evaluations=()):
-    """Return the learning rate of each step, with evaluations after the given steps."""
+    """Return the learning rate of each step; ``evaluations`` are (step, metric) pairs."""
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=cfg.SOLVER.BASE_LR)
     schedule = build_lr_scheduler(cfg, optimizer)
@@ -66,7 +66,7 @@ def test_epochs_are_iterations_rounded_up():
     assert ceil(2) == counted.SOLVER.FROZEN_BN_ITERS
     assert ceil(1) == counted.SOLVER.CHECKPOINT_PERIOD
     assert ceil(5) == counted.TEST.EVAL_PERIOD
-    # The user's config is saved unchanged, and exact products are not rounded up.
+    # The user's config is not modified, and exact numbers of iterations are not rounded up.
     assert cfg.SOLVER.MAX_ITER == 40000
     exact = config(**{"SOLVER.EPOCHS": "0.7", "SOLVER.IMS_PER_BATCH": "10"})
     assert epochs_to_iterations(exact, 100).SOLVER.MAX_ITER == 7
@@ -104,7 +104,7 @@ def test_the_last_schedule_replaces_one_in_other_units(tmp_path):
     ):
         own.write_text(f"_BASE_: {find_config(base)}\nSOLVER: {schedule}\n")
         check_epochs(load_config(str(own)))
-    # The nearest of several files with a schedule decides.
+    # If several files in a chain of base configs have a schedule, the last one is used.
     assert load_config(str(own)).SOLVER.EPOCHS == 12
     (tmp_path / "mine.yaml").write_text("_BASE_: own.yaml\nSOLVER: {MAX_ITER: 30}\n")
     solver = load_config(str(tmp_path / "mine.yaml")).SOLVER
@@ -149,7 +149,7 @@ ERRORS = [50, 40, 40, 40, 40, 39, 39, 41, 45, 38, 38, 38, 38, 38, 38, 38, 38, 38
 
 def torchs_rates(values, **options):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-    # A factor of 0.01 is two reductions.
+    # With min_lr=0.001, the rate is reduced at most twice.
     schedule = ReduceLROnPlateau(optimizer, factor=0.1, patience=2, min_lr=0.001, **options)
     found = []
     for value in values:
@@ -244,7 +244,7 @@ def test_gradients_are_clipped_as_by_detectron2_to_the_last_bit(kind, order):
         images = torch.randn(4, 5) * scale
         for model, optimizer in zip((own, theirs), optimizers, strict=True):
             optimizer.zero_grad()
-            # Detectron2 fails to clip by value if a parameter has no gradient.
+            # Detectron2 can't clip gradients by value if a parameter has none.
             used = model if kind == "value" else model[0]
             used(images).square().sum().backward()
             optimizer.step()

@@ -1,4 +1,4 @@
-"""Tests of the training step against Detectron2's and against simple reference code."""
+"""Tests that compare the training step with Detectron2's and with simple reference code."""
 
 import copy
 import json
@@ -85,7 +85,7 @@ def test_a_batch_that_cannot_be_cut_evenly_is_refused():
 
 
 class Spoilt(Net):
-    """Model that counts its calls in a buffer and has a non-finite loss in some steps."""
+    """Model that updates a buffer in each call and has non-finite values in the given steps."""
 
     def __init__(self, steps, kind="loss"):
         super().__init__()
@@ -99,7 +99,7 @@ class Spoilt(Net):
         if self.calls in self.steps and self.kind == "loss":
             losses["one"] = losses["one"] * torch.nan
         if self.calls in self.steps and self.kind == "gradient":
-            # A finite loss with a non-finite gradient.
+            # Keep the loss finite, but make its gradient non-finite.
             losses["one"] = losses["one"] + (self.a.weight * 0).abs().sum().sqrt()
         if self.calls in self.steps and self.kind == "raised":
             raise FloatingPointError("Predicted boxes contain NaN")

@@ -1,4 +1,4 @@
-"""Tests of training, checkpoints, evaluation and prediction with a small detector."""
+"""Tests for training, checkpointing, evaluation and prediction with a small detector."""
 
 import contextlib
 import io
@@ -84,7 +84,7 @@ def test_an_epoch_of_a_detector_consists_of_the_images_with_objects(command, sha
         "SOLVER.MAX_ITER": "40000",
         "SOLVER.STEPS": "(30000,)",
     }
-    # 7 of the 8 images have objects, so an epoch has 3.5 steps of 2 images.
+    # Only 7 of the 8 images have objects, so an epoch has 3.5 steps of 2 images.
     trainer = train(command(**keys))
     solver = trainer.cfg.SOLVER
     assert (solver.MAX_ITER, solver.STEPS, solver.WARMUP_ITERS) == (7, (2, 4), 1)
@@ -135,7 +135,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_tensor_by_tensor(command, tmp
 
 @pytest.fixture
 def trained(command, tmp_path):
-    """Return the checkpoint of a short run, which detects some objects."""
+    """Train briefly, and return the path of a checkpoint that detects some objects."""
     train(command(**{"SOLVER.MAX_ITER": "2", "SOLVER.STEPS": "(1,)"}))
     return str(tmp_path / "run" / "model_final.pth")
 
@@ -154,7 +154,7 @@ def test_predictions_on_images_are_drawn_and_written_in_cocos_format(trained, sh
         coco = COCO(json_file)
     assert [image["file_name"] for image in coco.dataset["images"]] == images
     assert [category["name"] for category in coco.dataset["categories"]] == cfg.DATASETS.CLASSES
-    # Boxes, scores and classes must equal those of Detectron2's own predictor.
+    # Boxes, scores and classes must equal those of Detectron2's predictor.
     theirs = DefaultPredictor(cfg)
     for image_id, path in enumerate(images, start=1):
         instances = theirs(cv2.imread(path))["instances"].to("cpu")
@@ -255,7 +255,7 @@ def test_a_command_that_was_started_again_resumes_and_one_started_anew_forgets(
     short = {"SOLVER.MAX_ITER": "1", "SOLVER.STEPS": "()"}
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     first = command(**short)
-    # Before its first checkpoint there is nothing to resume.
+    # Without a checkpoint, a run cannot be resumed.
     cfg = setup(first)
     assert not resumes(cfg, first)
     trainer = Trainer(cfg)

@@ -1,7 +1,7 @@
-"""Tests that count how often a training step waits for the device to read a value.
+"""Tests that count how often a training step waits to read a value from the device.
 
-On a CPU, the operators are counted that copy a value from a GPU to the host. The trainers read
-losses every 20 steps, as on a GPU.
+On a CPU, the tests count operators that would copy a value from a GPU to the host. As on a GPU,
+the trainers read losses every 20 steps.
 """
 
 import copy
@@ -29,7 +29,7 @@ from senet_transfer.engine.trainer import Trainer
 
 aten = torch.ops.aten
 
-# Operators whose result, or its shape, the host needs.
+# Operators for which the host needs the result or its shape.
 _READING = {
     aten._local_scalar_dense,
     aten.equal,
@@ -45,7 +45,7 @@ _METHODS = ("cpu", "numpy", "tolist")
 
 
 class Waits(TorchDispatchMode):
-    """Counter of the operators and methods that read from a device."""
+    """Counter of operators and tensor methods that read from the device."""
 
     def __init__(self):
         super().__init__()
@@ -54,7 +54,7 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.overloadpacket in _READING:
             self.found[function.overloadpacket.__name__] += 1
-        # An index that is a mask is converted with nonzero.
+        # Masks that are used as an index are converted with nonzero.
         if function.overloadpacket in (aten.index, aten.index_put_):
             masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
             self.found["mask"] += bool(masks)
@@ -77,7 +77,7 @@ class Waits(TorchDispatchMode):
 
 
 class FusedTrainer(Trainer):
-    """Trainer with the optimizer of a GPU."""
+    """Trainer with the fused optimizer that is normally used only on a GPU."""
 
     @classmethod
     def build_optimizer(cls, cfg, model):
@@ -91,7 +91,7 @@ class FusedTrainer(Trainer):
 
 
 class CudaWaits:
-    """Counter of the operations for which PyTorch waits for a GPU."""
+    """Counter of operations that make PyTorch wait for the GPU."""
 
     @contextmanager
     def counting(self):
@@ -108,12 +108,12 @@ class CudaWaits:
 
 @pytest.fixture
 def asynchronous(monkeypatch):
-    """Make trainers treat the CPU as a device to wait for."""
+    """Make trainers treat the CPU as an asynchronous device."""
     monkeypatch.setattr(trainer_module, "_ASYNCHRONOUS", ("cpu",))
 
 
 def waits_of_steps(trainer, waits):
-    """Return the waits of each of a trainer's steps, including those of its hooks."""
+    """Return the number of waits in each training step, including those of hooks, by operator."""
     found = []
     with EventStorage() as trainer.storage:
         trainer.start_iter = 0
@@ -152,7 +152,7 @@ def classifier(kind, config, data, tmp_path, **options):
 
 
 def cifar(folder):
-    """Write a small data set of CIFAR's kind, and return its folder."""
+    """Write a small data set like CIFAR and return its folder."""
     images = torch.randint(256, (32, 3, 32, 32), dtype=torch.uint8)
     data = ImageArrays(images, torch.arange(32) % 3, ["cat", "dog", "ship"], "test")
     for split in ("train", "test"):
@@ -168,7 +168,7 @@ def places(kind, shapes, tmp_path, **options):
     name = make_shape_classes(shapes, tmp_path / "classes")
     small = {"MODEL.BACKBONE.ARCH": "se_resnet18", "INPUT.CLASSIFICATION.CROP": "32"}
     trainer = classifier(kind, "places365_se_r152", name, tmp_path, **small, **options)
-    # The batches come from worker processes, which have nothing to wait for.
+    # Load the batches in advance: in a real run, worker processes do this without waiting.
     batches = list(islice(trainer._trainer.data_loader, STEPS))
     if torch.cuda.is_available():
         batches = [{**batch, "image": batch["image"].pin_memory()} for batch in batches]
@@ -197,7 +197,7 @@ def test_a_cifar_network_waits_only_in_every_20th_step(tmp_path, asynchronous, d
 
 
 def waits_of_detectors(trainer, kind, waits, **options):
-    """Return the waits of three steps with a trainer of Detectron2's kind on the same batch."""
+    """Return the waits in three steps on the same batch with a trainer of class ``kind``."""
     batch = next(iter(trainer._trainer.data_loader))
     model = copy.deepcopy(trainer.model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0025, momentum=0.9, fused=True)
@@ -247,6 +247,6 @@ def test_on_a_gpu_a_detector_waits_no_more_often_than_with_detectron2s_trainer(c
         trainer, StepTrainer, CudaWaits(), reads_after=lambda iteration: False
     )
     assert all(found)
-    # Detectron2 also waits for the copy of each image to the GPU.
+    # Detectron2 also waits for each image to be copied to the GPU.
     for waits, others in zip(found, expected, strict=True):
         assert waits.total() <= others.total()

@@ -1,4 +1,4 @@
-"""Tests of the evaluators for Cityscapes with the package cityscapesscripts, if it is installed."""
+"""Tests for the Cityscapes evaluators, which need the package cityscapesscripts."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ STEM = "aachen_000000_000019"
 
 @pytest.fixture
 def city(tmp_path, monkeypatch):
-    """Write an image in the layout of Cityscapes, and return its label ids and instance ids."""
+    """Write annotations in Cityscapes' layout; yield their label ids, instance ids and record."""
     ids = np.full((64, 128), ROAD, np.uint8)
     ids[:20] = SKY
     ids[30:50, 20:60] = CAR
@@ -41,7 +41,7 @@ def test_a_semantic_segmentation_of_cityscapes_has_the_iou_of_a_count_by_hand(ci
     ids, _, record = city
     train_ids = np.vectorize(lambda value: labels.id2label[value].trainId)(ids)
     predicted = train_ids.copy()
-    predicted[:, :16] = 0  # the road
+    predicted[:, :16] = 0  # road
     ious = []
     for label in np.unique(train_ids):
         one, other = predicted == label, train_ids == label

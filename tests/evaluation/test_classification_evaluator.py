@@ -1,4 +1,4 @@
-"""Tests of the classification evaluator."""
+"""Tests for the classification evaluator."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def test_predictions_are_kept_in_order_with_logits():
 def test_predictions_come_in_the_order_of_the_data_and_are_written(tmp_path):
     logits, labels = torch.randn(6, 3), torch.tensor([2, 1, 0, 0, 1, 2])
     evaluator = ClassificationEvaluator(3, 6, output_dir=str(tmp_path / "val"))
-    for part in ([3, 4, 5], [0, 1, 2]):  # as delivered by two workers
+    for part in ([3, 4, 5], [0, 1, 2]):  # the order in which two workers deliver them
         keys = [f"image{place}" for place in part]
         evaluator.process({"label": labels[part], "key": keys, "index": part}, logits[part])
     evaluator.evaluate()
@@ -60,7 +60,7 @@ def test_predictions_come_in_the_order_of_the_data_and_are_written(tmp_path):
     path = tmp_path / "val" / "predictions.json"
     with open(path) as opened:
         evaluator.evaluate()
-        # A program that reads the file during the next evaluation reads the whole old file.
+        # A program that reads the file during the next evaluation still gets the complete old file.
         assert os.stat(opened.fileno()).st_nlink == 0
         written = json.load(opened)
     assert written == json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""Comparison of faster-coco-eval with pycocotools in Detectron2's evaluator, on edge cases."""
+"""Tests that faster-coco-eval and pycocotools give the same results in Detectron2's evaluator."""
 
 import json
 
@@ -26,7 +26,7 @@ def box_of(draw: np.random.Generator) -> list[float]:
 
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory):
-    """Return a data set with crowds, images without objects, and a class without objects."""
+    """Register a data set with crowds, empty images and an empty class; yield its annotations."""
     draw = np.random.default_rng(0)
     annotations = []
     for image in range(IMAGES - 4):
@@ -62,7 +62,7 @@ def truth(tmp_path_factory):
 
 
 def predictions(truth: list[dict], masks: bool) -> list[tuple[dict, dict]]:
-    """Return displaced and false detections with tied scores, at most 120 per image."""
+    """Return displaced and false detections with tied scores; some images have over 100."""
     draw = np.random.default_rng(1)
     found = []
     for image in range(1, IMAGES + 1):
@@ -112,7 +112,7 @@ def test_every_number_is_pycocotools_own(truth, masks, monkeypatch):
 
 @pytest.mark.long
 def test_the_twelve_numbers_agree(truth, monkeypatch):
-    """Compare all twelve COCO metrics; Detectron2 reports only six, without recall."""
+    """Compare all twelve COCO metrics. Detectron2 reports only six of them, without recall."""
     stats = []
     derive = COCOEvaluator._derive_coco_results
 
@@ -162,7 +162,7 @@ def test_an_evaluation_writes_the_diagnostics_of_its_predictions(truth, masks, t
             assert row["AP"] == pytest.approx(numbers[f"AP-{row['name']}"], abs=1e-9, nan_ok=True)
     written = json.loads((tmp_path / "diagnostics.json").read_text())
     assert written == nonfinite_to_null(evaluator.diagnostics)
-    # An evaluation that computes none leaves no old ones behind.
+    # An evaluation that computes no diagnostics deletes those of an earlier one.
     evaluate(FastCOCOEvaluator("metrics_test", output_dir=str(tmp_path)), [])
     assert not (tmp_path / "diagnostics.json").exists()
 

@@ -1,4 +1,4 @@
-"""Comparison of the diagnostics with pycocotools, tidecv and a count by hand."""
+"""Tests that compare diagnostics with pycocotools, tidecv and counts by hand."""
 
 import json
 import math
@@ -19,7 +19,7 @@ SIDE = 160
 
 
 def image(objects, found, masks=False):
-    """Return an image's objects and detections from dicts with region, class, score and crowd."""
+    """Convert an image's objects and detections from dicts to the arguments of ``diagnose``."""
 
     def regions(rows):
         kept = [row["region"] for row in rows]
@@ -61,7 +61,7 @@ def box(*region, label, score=1.0, crowd=False):
 
 @pytest.fixture(scope="module")
 def by_hand():
-    """Return the diagnostics of one detection of each kind."""
+    """Return the diagnostics of an image with one detection of each kind, and a missed object."""
     objects = [
         box(0, 0, 10, 10, label=0),
         box(50, 50, 10, 10, label=0),
@@ -74,7 +74,7 @@ def by_hand():
         box(0, 0, 10, 10, label=0, score=0.9),  # true positive
         box(0, 0, 10, 9, label=0, score=0.8),  # duplicate
         box(20, 20, 10, 4, label=1, score=0.6),  # localisation
-        box(75, 5, 5, 5, label=0, score=0.4),  # in a crowd
+        box(75, 5, 5, 5, label=0, score=0.4),  # on a crowd
         box(50, 50, 10, 4, label=1, score=0.3),  # both
     ]
     missed = image([box(0, 0, 10, 10, label=0)], [])
@@ -82,28 +82,28 @@ def by_hand():
 
 
 def test_each_error_costs_what_a_count_by_hand_says(by_hand):
-    # Class cat: 3 objects and, by score, a false, a true and a false positive. Recalls up to 1/3,
-    # 34 of 101, have a precision of 1/2. Class dog: 1 object and only false positives.
+    # Cat has 3 objects; its detections by score are false, true, false. The 34 of 101 recalls up to
+    # 1/3 have a precision of 1/2. Dog has 1 object, and all its detections are false.
     base = 100 * 34 / 101 / 2 / 2
     costs = {
-        # Cat: false, true, true, false. Recalls up to 2/3 have a precision of 2/3.
+        # Cat becomes false, true, true, false. Recalls up to 2/3 have a precision of 2/3.
         "classification": 100 * 67 / 101 * 2 / 3 / 2 - base,
-        # Dog: false, true. All recalls have a precision of 1/2.
+        # Dog becomes false, true. All recalls have a precision of 1/2.
         "localisation": 100 / 2 / 2,
         "both": 0,
         "duplicate": 0,
-        # Cat: true, false.
+        # Cat becomes true, false.
         "background": 100 * 34 / 101 / 2 - base,
-        # Cat: 2 objects.
+        # Cat then has only 2 objects.
         "missed": 100 * 51 / 101 / 2 / 2 - base,
         "false_positive": 100 * 34 / 101 / 2 - base,
-        # Cat: 1 object. Dog: 0 objects, and an AP of 0 because it is detected.
+        # Cat then has 1 object. Dog has none, and an AP of 0 because it is detected.
         "false_negative": 100 / 2 / 2 - base,
     }
     assert by_hand["error_AP50"] == pytest.approx(base)
     errors = by_hand["errors"]
     assert {name: error["AP50"] for name, error in errors.items()} == pytest.approx(costs)
-    # The detection in the crowd is on no single object, so it is a background error of no cost.
+    # The detection on the crowd matches no single object, so it is a background error without cost.
     assert [error["count"] for name, error in errors.items() if name[:5] != "false"] == [
         1, 1, 1, 1, 2, 1
     ]  # fmt: skip
@@ -137,7 +137,7 @@ def test_groups_by_count_and_size_are_a_count_by_hand(by_hand):
 
 
 def coco_data(seed, masks):
-    """Return ground truth and results with crowds, empty images and classes, and equal scores."""
+    """Return ground truth and results with crowds, empty images, an empty class and tied scores."""
     draw = np.random.default_rng(seed)
 
     def region():
@@ -208,7 +208,7 @@ def coco_evaluation(truth, rows, kind, images=None):
 
 @pytest.fixture(scope="module", params=["bbox", "segm"])
 def compared(request):
-    """Return data, pycocotools' evaluation of it and the diagnostics."""
+    """Return ground truth and results, pycocotools' evaluation of them, and their diagnostics."""
     truth, rows = coco_data(3, masks=request.param == "segm")
     arrays = coco_arrays(truth, rows, masks=request.param == "segm")
     data = truth, rows, request.param
@@ -270,7 +270,7 @@ def test_the_ap_by_count_is_pycocotools_on_these_images(compared):
 
 def test_thresholds_and_confusions_follow_from_pycocotools_matches(compared):
     (truth, *_), evaluation, found = compared
-    # By class: the score of each detection that isn't ignored, and whether it is a true positive.
+    # For each class, list the score of each counted detection, and whether it is a true positive.
     points = {label: [] for label in range(len(CLASSES))}
     for part in evaluation.evalImgs:
         if part and part["aRng"] == [0, 1e10]:

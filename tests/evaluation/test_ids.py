@@ -1,4 +1,4 @@
-"""Comparison of evaluations whose ids no library handles with pycocotools on ids from 1."""
+"""Tests that metrics do not depend on ids, even on ids that pycocotools cannot handle."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ from senet_transfer.evaluation.coco import FastCOCOEvaluator
 SIDE = 48
 SETS = 200
 
-# Ranges from which ids are drawn. Doubles can't tell the ids in the last three apart.
+# Ranges from which ids are drawn. As doubles, different ids in the last three become equal.
 RANGES = (
     (-4, 4),
     (-(2**40), 2**40),
@@ -32,7 +32,7 @@ RANGES = (
 
 
 class Drawn:
-    """Ground truth with ids from 1, the same with hostile ids, and predictions for it."""
+    """Random ground truth, both with ids from 1 and with hostile ids, and predictions for it."""
 
     def __init__(self, seed: int):
         self.draw = np.random.default_rng(seed)
@@ -94,7 +94,7 @@ class Drawn:
             item["id"] = numbers[item["id"] - 1]
             item["image_id"] = images[item["image_id"] - 1]
             item["category_id"] = categories[item["category_id"] - 1]
-            # Tables exported with missing values have floats in place of integers.
+            # In tables exported with missing values, integers become floats.
             if abs(item["image_id"]) < 2**53 and self.ids.random() < 0.2:
                 item["image_id"] = float(item["image_id"])
         for item, number in zip(data["images"], images, strict=True):
@@ -113,7 +113,7 @@ class Drawn:
         return sorted(drawn)
 
     def _output(self, image: int, classes: int) -> Instances:
-        """Return displaced and invented detections, with tied scores."""
+        """Return displaced and false detections with tied scores."""
         own = [item for item in self.plain["annotations"] if item["image_id"] == image]
         own = [item for item in own if self.ids.random() < 0.9]
         count = len(own) + self.ids.randint(0, 3)
@@ -144,7 +144,7 @@ class Drawn:
 
 @pytest.fixture
 def evaluated(tmp_path, monkeypatch):
-    """Return a function that evaluates predictions, with all metrics that the library computes."""
+    """Return a function that evaluates predictions and returns all metrics of the COCO library."""
     stats: list[list[str]] = []
     derive = COCOEvaluator._derive_coco_results
 
@@ -171,7 +171,7 @@ def evaluated(tmp_path, monkeypatch):
         stats.clear()
         try:
             points = max(len(item.get("keypoints", ())) // 3 for item in data["annotations"])
-            # The default is for the 17 keypoints of COCO.
+            # The default sigmas are those of COCO's 17 keypoints.
             options: dict = {} if points in (0, 17) else {"kpt_oks_sigmas": [0.05] * points}
             if kind is COCOEvaluator:
                 options["use_fast_impl"] = False
@@ -187,7 +187,7 @@ def evaluated(tmp_path, monkeypatch):
 
 
 def compared(drawn: Drawn, evaluated) -> int:
-    """Compare all metrics with pycocotools. Return the number of metrics that aren't trivial."""
+    """Compare all metrics with pycocotools and return the number of nontrivial metrics."""
     plain = dict(enumerate(drawn.outputs, 1))
     hostile = dict(zip(drawn.image_ids, drawn.outputs, strict=True))
     expected = evaluated(COCOEvaluator, drawn.plain, plain)
@@ -202,7 +202,7 @@ def nontrivial(expected: tuple) -> int:
 @pytest.mark.long
 def test_200_sets_with_hostile_ids_equal_pycocotools_on_ids_from_1(evaluated):
     counts = [compared(Drawn(seed), evaluated) for seed in range(SETS)]
-    # Boxes, masks and keypoints have 12, 12 and 10 metrics.
+    # There are 12 metrics for boxes, 12 for masks and 10 for keypoints.
     assert sum(counts) > 10 * SETS
 
 
@@ -247,7 +247,7 @@ def test_text_as_ids_gives_the_same_metrics(evaluated):
 
 
 def from_1(data: dict) -> dict:
-    """Return ground truth with ids from 1, in the order of the ids that it has."""
+    """Return a copy of ground truth whose ids are renumbered from 1 in ascending order."""
     data = copy.deepcopy(data)
     images = {key: n for n, key in enumerate(sorted(item["id"] for item in data["images"]), 1)}
     classes = {key: n for n, key in enumerate(sorted(c["id"] for c in data["categories"]), 1)}
@@ -262,7 +262,7 @@ def from_1(data: dict) -> dict:
 
 
 def displaced(data: dict) -> dict:
-    """Return predictions by image id: displaced objects, some with another class or missing."""
+    """Return predictions by image id: displaced objects, some missing or with another class."""
     draw = np.random.default_rng(0)
     classes = {key: n for n, key in enumerate(sorted(item["id"] for item in data["categories"]))}
     outlined = any(item.get("segmentation") for item in data["annotations"])
@@ -293,7 +293,7 @@ def displaced(data: dict) -> dict:
 
 
 def filled(boxes: np.ndarray, side: tuple[int, int]) -> torch.Tensor:
-    """Return masks ``(N, H, W)`` that fill the boxes."""
+    """Return the masks ``(N, H, W)`` of filled boxes."""
     x1, y1, x2, y2 = torch.from_numpy(boxes)[:, :, None].unbind(1)
     lines, columns = torch.arange(side[0]), torch.arange(side[1])
     inside = (lines >= y1) & (lines < y2), (columns >= x1) & (columns < x2)

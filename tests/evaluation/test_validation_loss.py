@@ -1,4 +1,4 @@
-"""Tests of the losses of a detector on an evaluation data set."""
+"""Tests for a detector's losses on an evaluation data set."""
 
 import copy
 
@@ -14,7 +14,7 @@ from tests.engine.conftest import command, shapes  # noqa: F401  # fixtures
 
 @pytest.fixture
 def few(command, shapes):  # noqa: F811
-    """Return a function that sets up a run which is evaluated on four images."""
+    """Return a function that sets up a run whose evaluation data set has four images."""
     files = (f"{shapes}/annotations/instances_val.json", f"{shapes}/val")
 
     def make(**overrides: str):
@@ -43,7 +43,7 @@ def expected_losses(cfg, model) -> dict[str, float]:
 @pytest.mark.long
 @pytest.mark.parametrize("config", ["faster_rcnn_se_r50", "retinanet_se_r50"])
 def test_losses_are_those_of_plain_detectron2_and_leave_the_model_as_it_was(few, config):
-    # Group norm computes the same in training and evaluation.
+    # Group norm gives the same results in training and evaluation mode.
     overrides = {"MODEL.RESNETS.NORM": "GN", "MODEL.FPN.OUT_CHANNELS": "16"}
     cfg = few(config=f"configs/{config}.yaml", **overrides)
     model = Trainer.build_model(cfg)

@@ -1,4 +1,4 @@
-"""Tests that converted files give the original outputs, also in the target project."""
+"""Tests that converted files give the original outputs, including in the target project."""
 
 import json
 import pickle
@@ -35,7 +35,7 @@ from tests.weights.peers import (
 slow = pytest.mark.slow
 pytestmark = pytest.mark.usefixtures("zero_initial_weights")
 
-# Package, its model name, this project's model name, the target format, the file suffix.
+# Package, its model name, this project's model name, target format and file suffix.
 ROUND_TRIPS = [
     ("torchvision", "resnet18", "resnet18", "torchvision", ".pth"),
     ("torchvision", "resnet18", "resnet18", "torchvision", ".safetensors"),
@@ -54,7 +54,7 @@ SLOW_ROUND_TRIPS = [
 
 
 def _again(package, name):
-    """Build the same network with different weights, to load a file into."""
+    """Build a package's network with different weights, into which tests load a file."""
     return peer(package, name, seed=7)
 
 
@@ -105,7 +105,7 @@ def test_every_name_that_a_format_gives_is_read_as_what_it_was(name):
 
 
 def _detectron2_backbone(stride_in_1x1):
-    """Build Detectron2's own ResNet-50 with a classifier."""
+    """Build Detectron2's ResNet-50 with a classifier."""
     stages = ResNet.make_default_stages(50, BottleneckBlock, stride_in_1x1=stride_in_1x1)
     return ResNet(BasicStem(norm="BN"), stages, num_classes=1000)
 
@@ -209,7 +209,7 @@ def test_the_origin_travels_in_other_projects_files_too(tmp_path):
 )
 @pytest.mark.long
 def test_what_the_other_project_can_not_express_is_refused(ours, options, to, words, tmp_path):
-    # In each of these cases all tensors would fit, so only the checks detect the difference.
+    # All tensors fit in each of these cases, so only the checks can detect the difference.
     save_weights(create_classifier(ours, **options), tmp_path / "own.pth")
     with pytest.raises(UserError, match=words):
         convert_file(tmp_path / "own.pth", tmp_path / "out.pth", to=to)
@@ -225,7 +225,7 @@ def test_pixels_that_the_other_project_does_not_take_are_refused(tmp_path):
 
 
 def published_bgr(model, tmp_path) -> Path:
-    """Write a weight file whose metadata specifies BGR images."""
+    """Save a model to a weight file whose metadata specifies BGR images."""
     path = save(model, tmp_path / "tv.pth")
     ours = create_classifier("resnet18", weights=path)
     ours.backbone.preprocessing = Preprocessing(format="BGR")

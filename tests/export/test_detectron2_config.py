@@ -16,7 +16,7 @@ from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
 from senet_transfer.export.conversion import convert_file
 from tests.engine.conftest import SMALL
 
-# A narrow ResNet-50, which fits in a checkpoint of a megabyte.
+# Options for a narrow ResNet-50, whose checkpoint has about a megabyte.
 NARROW = {
     **SMALL,
     "MODEL.SE.ENABLED": "False",
@@ -28,7 +28,7 @@ NARROW = {
 }
 CONFIGS = ("faster_rcnn_r50", "faster_rcnn_c4_se_r50")
 
-# A script that cannot import this project.
+# Script that prints Detectron2's detections and cannot import this project.
 SCRIPT = """
 import json, sys
 sys.modules["senet_transfer"] = None
@@ -46,7 +46,7 @@ print(json.dumps(results))
 
 
 def _run(name, folder, **overrides):
-    """Save a detector with random weights and norms, and its config as at the end of a run."""
+    """Save a detector with random weights and norm statistics, and its config."""
     options = {**NARROW, **overrides}
     cfg = load_config(name, [word for item in options.items() for word in item])
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Tests of folded networks and exported files against the eager networks."""
+"""Tests that compare deployed networks and exported files with the eager networks."""
 
 import json
 import runpy
@@ -29,7 +29,7 @@ STAGES = ["res2", "res3", "res4", "res5"]
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    """Set random norms and gates, as after training, and return the model in evaluation mode."""
+    """Randomise norms and gates, as if trained, and return the model in evaluation mode."""
     torch.manual_seed(0)
     for key, tensor in model.state_dict().items():
         if key.endswith("running_var"):
@@ -65,7 +65,7 @@ def test_deployed_backbones_compute_the_same_without_norms(name, norm):
         torch.testing.assert_close(found[key], tensor, rtol=1e-9, atol=1e-9)
     for key, tensor in backbone.state_dict().items():
         assert torch.equal(tensor, before[key])
-    if "cifar" not in name:  # In CIFAR networks, norms precede convolutions.
+    if "cifar" not in name:  # in CIFAR networks, norms precede convolutions and remain
         norms = (nn.BatchNorm2d, FrozenBatchNorm2d)
         assert not any(isinstance(module, norms) for module in deployed.modules())
     assert not any(parameter.requires_grad for parameter in deployed.parameters())
@@ -110,7 +110,7 @@ def test_a_gate_that_starts_from_the_input_of_its_convolution_stays_the_same(var
 @pytest.fixture(scope="module")
 def classifier() -> nn.Module:
     model = randomised(create_classifier("se_resnet18", num_classes=7))
-    model.linear.weight.data *= 30  # Make the classes' logits differ.
+    model.linear.weight.data *= 30  # makes the logits of classes differ
     return model
 
 
@@ -119,7 +119,7 @@ def classifier() -> nn.Module:
 def test_a_written_classifier_computes_the_same(classifier, tmp_path, form):
     path = tmp_path / f"model{formats.FORMATS[form]}"
     options = {"form": form, "preprocessing": classifier.preprocessing, "size": (64, 48)}
-    # export_network itself compares the outputs, with a different batch size than in tracing.
+    # export_network compares outputs itself, with a different batch size than for tracing.
     assert 0 < export_network(classifier, path, **options) < 1e-5
     assert path.stat().st_size > 40e6
 
@@ -145,7 +145,7 @@ def test_exporting_leaves_the_model_on_its_device_and_in_its_mode(
 
 
 def with_statistics(model: nn.Module, side: int) -> nn.Module:
-    """Set the norms' statistics from random images; arbitrary ones amplify rounding errors."""
+    """Compute norm statistics on random images, because arbitrary ones amplify rounding errors."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
@@ -154,7 +154,7 @@ def with_statistics(model: nn.Module, side: int) -> nn.Module:
     return model.eval()
 
 
-# One model per block type. The others are as deep as in their papers, and therefore slow.
+# One model per block type. The other models are as deep as in their papers and therefore slow.
 SMALL = [
     "se_resnet18",
     "se_resnet50",
@@ -182,11 +182,11 @@ def test_every_classifier_is_exported_as_it_is_built_from_a_config(name, tmp_pat
     options = ["MODEL.CLASSIFIER.NUM_CLASSES", "7", "MODEL.CLASSIFIER.MIXUP", "0.2"]
     torch.manual_seed(0)
     loaded = find_model(name, options=options).build("cpu")
-    # Inception-ResNet has unpadded convolutions and needs larger images.
+    # Inception-ResNet needs larger images, because its convolutions are not padded.
     side = 96 if "inception_resnet" in name else min(loaded.preprocessing.crop, 64)
     model = with_statistics(randomised(loaded.model), side)
     path = tmp_path / "model.ts"
-    # export_model compares the exported file with the eager model.
+    # export_model itself compares the exported file with the eager model.
     export_model(model, loaded.cfg, str(path), size=[side])
     images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
     with torch.no_grad():
@@ -196,7 +196,7 @@ def test_every_classifier_is_exported_as_it_is_built_from_a_config(name, tmp_pat
 
 
 class Hidden(nn.Module):
-    """Neck with one hidden layer between backbone and linear layer; VGG has two."""
+    """Neck with one hidden layer between the backbone and the linear layer, where VGG has two."""
 
     out_channels = 5
 
@@ -258,7 +258,7 @@ def test_a_file_that_computes_something_else_is_refused(classifier, tmp_path, mo
 
 @pytest.mark.long
 def test_onnx_runs_without_torch_as_the_evaluation_does(classifier, tmp_path):
-    # Classify an image file; the top classes must be those of eval_classifier.py.
+    # Classify an image file. The top classes must equal those of eval_classifier.py.
     preprocessing = Preprocessing(
         format="BGR", mean=(90.0, 100.0, 110.0), std=(50.0, 60.0, 70.0), resize=72, crop=64
     )
@@ -303,7 +303,7 @@ def test_a_traced_detector_finds_the_same_objects(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model", "se_resnet18", "--output", "model.h5"], "Expected one of: .onnx, .pt2, .ts"),
+        (["--model", "se_resnet18", "--output", "model.h5"], "expected one of: .onnx, .pt2, .ts"),
         (
             ["--model", "se_resnet18", "--output", "missing/model.ts"],
             "folder missing does not exist",

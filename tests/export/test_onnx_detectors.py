@@ -1,4 +1,4 @@
-"""Tests of detectors in ONNX files against the eager detectors, and of tools/detect_onnx.py."""
+"""Tests that compare ONNX detectors with eager detectors, and tests for tools/detect_onnx.py."""
 
 import itertools
 import json
@@ -31,7 +31,7 @@ CLASSES = ["circle", "square", "triangle", "star", "cross"]
 
 
 def untrained(*options: str) -> LoadedModel:
-    """Return a detector with random weights, all of whose objects have scores of about 1/6."""
+    """Return a detector with random weights. All its detections have scores of about 1/6."""
     cfg = load_config(DEMO, ["MODEL.DEVICE", "cpu", "DATASETS.CLASSES", str(CLASSES), *options])
     cfg.defrost()
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(CLASSES)
@@ -40,7 +40,7 @@ def untrained(*options: str) -> LoadedModel:
 
 
 def detect_without_torch(*words: str | Path) -> str:
-    """Run tools/detect_onnx.py in a process that can import neither torch nor this package."""
+    """Run tools/detect_onnx.py in a process that can't import torch or this package."""
     argv = [str(ROOT / "tools" / "detect_onnx.py"), *map(str, words)]
     code = (
         "import sys, runpy; sys.modules['torch'] = sys.modules['senet_transfer'] = None; "
@@ -54,9 +54,9 @@ def detect_without_torch(*words: str | Path) -> str:
 def check_detections(
     loaded: LoadedModel, model: Path, images: list[str], folder: Path, threshold: float
 ) -> int:
-    """Compare the detections of detect_onnx.py with those of ``senet predict``.
+    """Compare detections of detect_onnx.py and ``senet predict``, and return their number.
 
-    Both are in pixels of the original images. Return their number.
+    Both programs report coordinates in pixels of the original images.
     """
     output = folder / "detections.json"
     detect_without_torch(model, *images, "--output", output, "--threshold", threshold)
@@ -80,7 +80,7 @@ def check_detections(
             assert one["score"] == pytest.approx(other["score"], abs=1e-3)
             if "segmentation" in other:
                 masks = [mask_util.decode(each["segmentation"]) for each in (one, other)]
-                # A pixel may differ where a probability is nearly 0.5.
+                # A mask pixel may differ if its probability is nearly 0.5.
                 assert (masks[0] != masks[1]).sum() <= 1e-3 * masks[1].sum() + 1
     return len(found)
 
@@ -130,7 +130,7 @@ def test_a_file_that_detects_something_else_is_refused(small, tmp_path, monkeypa
     monkeypatch.setattr(onnx_detectors, "deploy", wrong)
     path = tmp_path / "model.onnx"
     path.write_bytes(b"earlier")
-    with pytest.raises(UserError, match="which differ from the 100 objects detected by the model"):
+    with pytest.raises(UserError, match="They differ from the 100 objects detected by the model"):
         export_model(loaded.model, loaded.cfg, str(path), image=images[0])
     assert path.read_bytes() == b"earlier"
     assert list(tmp_path.iterdir()) == [path]
@@ -138,12 +138,12 @@ def test_a_file_that_detects_something_else_is_refused(small, tmp_path, monkeypa
 
 @pytest.mark.long
 def test_openvino_detects_the_same(small):
-    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed (pip install)")
+    openvino = pytest.importorskip("openvino", reason="OpenVINO is missing (pip install openvino)")
     _, model, images = small
     pixels = np.asarray(Image.open(images[1]), np.float32).transpose(2, 0, 1).copy()
     session = onnxruntime.InferenceSession(str(model))
     names = [each.name for each in session.get_outputs()]
-    # On processors with bfloat16 units, OpenVINO's default is bfloat16.
+    # On CPUs with bfloat16 support, OpenVINO uses bfloat16 by default.
     compiled = openvino.Core().compile_model(str(model), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     found = compiled({"image": pixels})
     for name, expected in zip(names, session.run(names, {"image": pixels}), strict=True):
@@ -167,7 +167,7 @@ def test_detectors_that_onnx_cannot_express_are_refused(options, words, tmp_path
         export_model(torch.nn.Identity(), cfg, str(tmp_path / "model.onnx"))
 
 
-# Detectron2's options that turn the demo's Faster R-CNN with an FPN into other detectors.
+# Detectron2 options that change the demo's Faster R-CNN with FPN into other detectors.
 LEVELS = [
     *("MODEL.ANCHOR_GENERATOR.SIZES", "[[16], [32], [64], [128]]"),
     *("MODEL.RPN.IN_FEATURES", "['p2', 'p3', 'p4', 'p5']"),
@@ -203,7 +203,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def eight_images(shared_data, tmp_path_factory) -> tuple[str, list[str]]:
-    """Return the annotations and paths of eight images with three to eight large objects each."""
+    """Return an annotation file and the paths of eight images with 3 to 8 large objects each."""
     folder = shared_data / "coco128"
     coco = json.loads((folder / "annotations" / "instances_train2017.json").read_text())
     objects = Counter(each["image_id"] for each in coco["annotations"])
@@ -253,12 +253,12 @@ def test_an_overfitted_detector_detects_the_same_in_onnx_runtime(
 
 
 def check_run(weights: str, model: Path, images: list[str], folder: Path) -> None:
-    """Compare a detector with its ONNX file, on images with and without objects."""
+    """Compare a detector with its ONNX file on images with and without objects."""
     loaded = load_trained(weights)
     assert loaded.cfg.INPUT.FORMAT == "RGB"
     assert check_detections(loaded, model, images, folder, 0.5) >= 20
 
-    # ONNX Runtime and the eager model at more sizes.
+    # Compare ONNX Runtime with the eager model at more image sizes.
     session = onnxruntime.InferenceSession(str(model))
     above = 0
     for path, short in itertools.product(images, (120, 124, 132, 136)):
@@ -273,7 +273,7 @@ def check_run(weights: str, model: Path, images: list[str], folder: Path) -> Non
         assert difference.max(initial=0) <= 0.1
         above += int((scores > 0.5).sum())
     assert above >= 20
-    # With a high threshold, nothing is detected in images of one colour.
+    # With a high score threshold, nothing is detected in single-colour images.
     strict = folder / "strict.onnx"
     limits = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "MODEL.RETINANET.SCORE_THRESH_TEST"]
     options = [word for key in limits for word in (key, "0.9999")]

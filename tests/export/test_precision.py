@@ -1,4 +1,4 @@
-"""Tests of ONNX files with float16 and int8."""
+"""Tests for converting ONNX files to float16 and int8."""
 
 import json
 from collections import Counter
@@ -25,7 +25,7 @@ COLOURS = {"blue": (40, 60, 190), "green": (50, 180, 60), "red": (200, 50, 40)}
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> CalibrationImages:
-    """Write four noisy images of each of three colours; each colour is a class."""
+    """Write four noisy images in each of three colours; each colour is a class."""
     folder, draw = tmp_path_factory.mktemp("colours"), np.random.default_rng(0)
     for name, colour in COLOURS.items():
         (folder / name).mkdir()
@@ -37,7 +37,7 @@ def images(tmp_path_factory) -> CalibrationImages:
 
 @pytest.fixture(scope="module")
 def exported(images, tmp_path_factory) -> Path:
-    """Export a classifier whose linear layer is fitted to the three colours."""
+    """Fit a classifier's linear layer to the three colours, and export the classifier."""
     model = randomised(create_classifier("se_cifar_resnet8", num_classes=3))
     with_statistics(model, 32)
     batch = torch.from_numpy(np.concatenate(list(images.batches(images.paths()))))
@@ -71,7 +71,7 @@ def test_a_converted_classifier_has_small_weights_and_the_same_classes(
     assert said.endswith("The top-1 error is 0.00% before and 0.00% after.")
 
     model = onnx.load(path)
-    # Seven convolutions, six linear layers of gates, and the classifier's linear layer.
+    # Count the weights of seven convolutions, six linear layers in gates, and the final layer.
     weights = Counter(each.data_type for each in model.graph.initializer if len(each.dims) > 1)
     assert weights[stored] >= 10
     sessions = [onnxruntime.InferenceSession(each) for each in (exported, path)]

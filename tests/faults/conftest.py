@@ -1,6 +1,6 @@
-"""Fixtures: small data sets and training runs.
+"""Fixtures that provide small data sets and training runs.
 
-The files are in /dev/shm if it has space, because the tests write gigabytes.
+The tests write gigabytes, so their files are in /dev/shm if it has enough space.
 """
 
 import os
@@ -21,7 +21,7 @@ from senet_transfer.data.shards.write import convert
 from tests.faults import runs
 from tests.small_networks import SE_RESNEXT50
 
-# Options that enable everything with state in a checkpoint.
+# Options for all runs, which enable the features whose state is stored in checkpoints.
 SMALL = {
     "MODEL.WEIGHTS": "",
     "MODEL.DEVICE": "cpu",
@@ -44,7 +44,7 @@ CLASSIFICATION = {
     "SOLVER.AMP.ENABLED": "True",
     "SOLVER.AMP.DTYPE": "float16",
 }
-# Network for images in memory, to which most keys of SMALL do not apply.
+# Options for the network for images in memory. Most network keys in SMALL do not apply to it.
 MEMORY = {f"MODEL.RESNETS.{key}": None for key in ("DEPTH", "NUM_GROUPS", "WIDTH_PER_GROUP")}
 MEMORY |= {f"MODEL.RESNETS.{key}_OUT_CHANNELS": None for key in ("STEM", "RES2")}
 MEMORY |= {
@@ -67,7 +67,7 @@ DETECTION = {
 
 @pytest.fixture(scope="session")
 def disk():
-    """Yield a folder that is deleted after the tests."""
+    """Yield a folder for all files of the tests, and delete it after the last test."""
     in_memory = "/dev/shm"
     free = shutil.disk_usage(in_memory).free if os.path.isdir(in_memory) else 0
     with tempfile.TemporaryDirectory(
@@ -78,7 +78,7 @@ def disk():
 
 @pytest.fixture(scope="session")
 def words(disk):
-    """Return the command line of a small run for each kind of data."""
+    """Write small data sets; return the arguments of a training run on each kind of data."""
     tree, shards = disk / "tree", disk / "shards"
     random = np.random.RandomState(0)
     for name in ("blue", "green", "red"):
@@ -106,14 +106,14 @@ def words(disk):
         "shards": line(classifier, **CLASSIFICATION, **{"DATASETS.TRAIN": f"('{shards}',)"}),
         "memory": line("configs/base/cifar10.yaml", **memory),
         "detection": line(detector, *own, **DETECTION),
-        # The seed is drawn at the start of the run and stored in its checkpoints.
+        # The run draws a random seed at its start and stores it in its checkpoints.
         "unseeded": line(detector, *own, **DETECTION, SEED="-1"),
     }
 
 
 @pytest.fixture
 def work(words, disk):
-    """Yield a function that prepares a run on a kind of data; delete its files after the test."""
+    """Yield a function that creates a run on a kind of data; delete its files afterwards."""
     folder = Path(tempfile.mkdtemp(dir=disk))
     yield lambda kind, *options: runs.Work(folder / "run", [*words[kind], *options])
     shutil.rmtree(folder)
@@ -121,7 +121,7 @@ def work(words, disk):
 
 @pytest.fixture(scope="session")
 def straight(words, disk):
-    """Return a function that gives an uninterrupted run and its seconds for a kind of data."""
+    """Return a function that trains without interruption; it returns the run and its duration."""
     done: dict[tuple[str, int], tuple[runs.Work, float]] = {}
 
     def run(kind: str, ranks: int = 1) -> tuple[runs.Work, float]:
@@ -142,7 +142,7 @@ def straight(words, disk):
 
 @pytest.fixture
 def half(work, straight):
-    """Return a function that gives a run killed after its third checkpoint."""
+    """Return a function that returns a run in the state after its third checkpoint."""
 
     def make(kind: str) -> runs.Work:
         begun, whole = work(kind), straight(kind)[0].folder

@@ -1,4 +1,4 @@
-"""Failures injected into a run, inside its process and before its script starts."""
+"""Functions that inject failures into a run's process before its script starts."""
 
 import ctypes
 import os
@@ -15,7 +15,7 @@ _CALLS = ("fsync", "replace", "unlink", "truncate")
 
 
 def die_at_call(count: int) -> None:
-    """Kill the process at the given call of fsync, replace, unlink or truncate."""
+    """Kill the process at the n-th call of fsync, replace, unlink or truncate, with n = count."""
     left = [count]
 
     def counted(function):
@@ -32,18 +32,18 @@ def die_at_call(count: int) -> None:
 
 
 def die_at_byte(count: int) -> None:
-    """Let the system kill the process when it writes beyond the given size of a file in bytes."""
+    """Let the system kill the process when a file grows beyond the given number of bytes."""
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_FSIZE, (count, count))
 
 
 def full_at_byte(count: int) -> None:
-    """Make writes beyond the given size of a file in bytes fail, as on a full disk."""
+    """Make writes beyond the given number of bytes per file fail, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (count, count))
 
 
 def obey_permissions() -> None:
-    """Drop the superuser's capability to write to read-only folders."""
+    """Drop root's capabilities, so that writes to read-only folders fail."""
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     nothing = (ctypes.c_uint32 * 6)()
     if ctypes.CDLL(None, use_errno=True).capset(header, nothing):
@@ -51,7 +51,7 @@ def obey_permissions() -> None:
 
 
 def slow_steps() -> None:
-    """Make each training step take an additional minute."""
+    """Make each training step take a minute longer."""
     step = StepTrainer.run_step
 
     def slow(self):
@@ -62,7 +62,7 @@ def slow_steps() -> None:
 
 
 def poison(iterations: tuple[int, ...], rank: int) -> None:
-    """Make the loss of one process NaN in the given iterations."""
+    """Make the loss NaN in the given iterations of one rank."""
     loss = StepTrainer._loss
 
     def poisoned(self, part, totals):
@@ -76,7 +76,7 @@ def poison(iterations: tuple[int, ...], rank: int) -> None:
 
 
 def no_batch(iteration: int, rank: int) -> None:
-    """Make the data loader of one process raise UserError in an iteration."""
+    """Make the data loader of one rank raise UserError in an iteration."""
     next_batch = StepTrainer._next_batch
 
     def broken():
@@ -92,7 +92,7 @@ def no_batch(iteration: int, rank: int) -> None:
 
 
 def raise_in_the_model(iterations: tuple[int, ...], rank: int) -> None:
-    """Make the model of one process raise the error that Detectron2 raises for NaN values."""
+    """Raise Detectron2's error for NaN values in the given iterations of one rank."""
     loss = StepTrainer._loss
 
     def raising(self, part, totals):

@@ -1,7 +1,7 @@
 """Runs of tools/train_net.py in subprocesses, with optional injected failures.
 
-Importing PyTorch and Detectron2 takes longer than a small run. Therefore a fork server imports them
-once, and each run is a fork of it that executes the script.
+Importing PyTorch and Detectron2 takes longer than a small run, so a fork server imports them once.
+Each run executes the script in a process forked from this server.
 """
 
 import dataclasses
@@ -25,13 +25,13 @@ from tests.comparing import assert_same
 ROOT = Path(__file__).resolve().parents[2]
 PERIOD = 3
 ITERATIONS = 11
-# Maximum seconds of a run on a loaded machine; a run that takes longer is considered hanging.
+# Time limit in seconds for a run on a busy machine. A run that takes longer is considered to hang.
 LIMIT = 120.0
 
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(
     [
-        "torch._dynamo",  # imported by the first step of an optimizer
+        "torch._dynamo",  # optimizers import this in their first step
         "torch.utils.tensorboard",
         "senet_transfer.cli.arguments",
         "senet_transfer.engine.launch",
@@ -42,7 +42,7 @@ _forks.set_forkserver_preload(
 
 @dataclasses.dataclass
 class Work:
-    """A small training run.
+    """Small training run.
 
     Attributes:
         folder: Output folder of the run.
@@ -59,7 +59,7 @@ class Work:
     def start(
         self, *flags: str, harm: Callable[[], None] | None = None, **environment: str
     ) -> multiprocessing.Process:
-        """Start a process, which calls ``harm``, a module-level function, before the script."""
+        """Start a process that calls ``harm`` (a module-level function) and then the script."""
         words = [*flags, *self.words, "OUTPUT_DIR", str(self.folder)]
         process = _forks.Process(target=_run, args=(words, str(self.log), harm, environment))
         process.start()
@@ -68,7 +68,7 @@ class Work:
     def start_ranks(
         self, *flags: str, ranks: int = 2, harm: Callable[[], None] | None = None
     ) -> list[multiprocessing.Process]:
-        """Start several processes of one job, with the environment that torchrun sets."""
+        """Start one process per rank, with the environment variables that torchrun sets."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -80,35 +80,35 @@ class Work:
         ]
 
     def run(self, *flags: str, harm: Callable[[], None] | None = None) -> int:
-        """Run the command to its end and return the exit status."""
+        """Run the script until it ends, and return its exit status."""
         return end_of(self.start(*flags, harm=harm))
 
     def output(self) -> str:
-        """Return the output of all commands so far."""
+        """Return everything that this run's processes have printed so far."""
         return self.log.read_text(errors="replace") if self.log.is_file() else ""
 
     def wait_for(self, words: str, process: multiprocessing.Process, count: int = 1) -> None:
-        """Wait until the log contains the words ``count`` times, or the process has ended."""
+        """Wait until the output contains the words ``count`` times or the process has ended."""
         until = time.monotonic() + LIMIT
         while self.output().count(words) < count and process.is_alive():
-            assert time.monotonic() < until, f"no {words!r}:\n{self.output()[-3000:]}"
+            assert time.monotonic() < until, f"{words!r} is not in:\n{self.output()[-3000:]}"
             time.sleep(0.01)
 
     def started_at(self) -> int:
-        """Return the first iteration after the most recent start."""
+        """Return the iteration at which the most recent process started training."""
         return int(re.findall(r"Starting training from iteration (\d+)", self.output())[-1])
 
     def last_iteration(self) -> int:
-        """Return the iteration of the newest intact checkpoint, or -1 without one."""
+        """Return the iteration of the newest intact checkpoint, or -1 if there is none."""
         for name in history.checkpoints(self.folder):
             if not history.verify_checkpoint(self.folder / name):
                 return load(self.folder / name)["iteration"]
         return -1
 
     def go_on(self, ranks: int = 1) -> None:
-        """Resume the run, or start it again without a checkpoint, and run it to the end.
+        """Resume the run, or start it again if it has no checkpoint, and train to the end.
 
-        It must continue at the iteration after the newest intact checkpoint.
+        Assert that training continues at the iteration after the newest intact checkpoint.
         """
         last = self.last_iteration()
         flags = ["--resume"] if history.checkpoints(self.folder) else ["--overwrite"]
@@ -136,13 +136,13 @@ class Work:
     def assert_ends_as(self, straight: "Work") -> None:
         """Assert that the final checkpoint equals that of an uninterrupted run bit for bit."""
         found, expected = (load(work.folder / "model_final.pth") for work in (self, straight))
-        # The description of the file that the model was loaded from.
+        # Ignore metadata, which describes the file that the model was loaded from.
         found.pop("senet_transfer"), expected.pop("senet_transfer")
         assert_same(found, expected)
 
 
 def end_of(process: multiprocessing.Process, limit: float = LIMIT) -> int:
-    """Wait for a process and return its exit status, which is negative after a signal."""
+    """Wait for a process and return its exit status, which is negative if a signal killed it."""
     process.join(limit)
     if process.exitcode is None:
         os.killpg(process.pid, signal.SIGKILL)
@@ -154,7 +154,7 @@ def _run(
     words: list[str], log: str, harm: Callable[[], None] | None, environment: dict[str, str]
 ) -> None:
     os.setsid()
-    # The default start method in a script that is started normally.
+    # Use the default start method of a normal script.
     multiprocessing.set_start_method("fork", force=True)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)

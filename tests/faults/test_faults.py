@@ -1,4 +1,4 @@
-"""Tests of runs with failures at random points, chosen by a seed.
+"""Tests for runs with failures at random points, determined by a seed.
 
 Runs are killed or receive signals, the disk is full, or checkpoints are damaged. After each
 failure, the run is resumed. It must continue after its last intact checkpoint, leave no incomplete
@@ -22,7 +22,7 @@ KINDS = ("folder", "shards", "detection", "memory")
 
 
 def seeded(count: int) -> list[tuple[str, int]]:
-    """Return pairs of kind of data and seed, with alternating kinds."""
+    """Return (kind of data, seed) pairs that cycle through the kinds."""
     return [(KINDS[seed % len(KINDS)], seed) for seed in range(count)]
 
 
@@ -54,7 +54,7 @@ def test_a_run_killed_while_it_writes_leaves_no_part_of_a_file(work, straight, k
         size = (unbroken.folder / "model_0000002.pth").stat().st_size
         harm = functools.partial(harms.die_at_byte, draw.randrange(size // 10, size))
     else:
-        # Saving a checkpoint takes about ten such calls.
+        # Saving a checkpoint needs about ten of these calls.
         harm = functools.partial(harms.die_at_call, draw.randrange(3, 50))
     status = run.run(harm=harm)
     assert status in (0, -signal.SIGKILL, -signal.SIGXFSZ)
@@ -72,7 +72,7 @@ def test_a_run_told_to_stop_finishes_the_step_saves_and_says_so(work, straight, 
     process = run.start()
     run.wait_for("Starting training", process)
     process.join(draw.uniform(0, lasts / 2))
-    # Like a terminal or a scheduler, send the signal to the data loader's workers, too.
+    # Like a terminal or scheduler, also send the signal to the data loader's workers.
     os.killpg(process.pid, draw.choice([signal.SIGTERM, signal.SIGINT]))
     status = runs.end_of(process)
     if status == 75:
@@ -106,7 +106,7 @@ def flipped(folder, draw):
 
 
 def flipped_without_a_sum(folder, draw):
-    # Flip a bit of a tensor's data, because damage in the padding has no effect.
+    # Flip a bit in a tensor's data, because damage to padding has no effect.
     path = folder / "model_0000008.pth"
     data = bytearray(path.read_bytes())
     start = data.index(b"model_0000008/data/1" if b"model_0000008/data/1" in data else b"data/1")

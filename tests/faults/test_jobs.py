@@ -1,4 +1,4 @@
-"""Tests of jobs with several processes, started with torchrun and with ``--num-gpus``."""
+"""Tests for jobs with several processes, started with torchrun or ``--num-gpus``."""
 
 import contextlib
 import os
@@ -17,12 +17,12 @@ from tests.faults import runs
 
 pytestmark = pytest.mark.faults
 
-# Seconds, for two processes that import PyTorch twice on a loaded machine.
+# Time limit in seconds for two processes that import PyTorch twice on a busy machine.
 LIMIT = 400
 
 
 class Command:
-    """Context manager that runs a command in a new process group and kills it at the end."""
+    """Context manager that runs a command in a new process group and kills the group on exit."""
 
     def __init__(self, *words: str):
         self.log = Path(words[-1]).with_suffix(".job")
@@ -46,7 +46,7 @@ class Command:
         self.process.wait()
 
     def output(self) -> str:
-        """Return the output of the command so far."""
+        """Return everything that the command has printed so far."""
         return self.log.read_text(errors="replace")
 
     def wait_for(self, ready) -> None:
@@ -127,7 +127,7 @@ def test_the_command_that_started_two_processes_ends_with_them(work, straight, h
             os.kill(job.process.pid, signal.SIGTERM)
             assert job.ends(60) in (75, 0), job.output()[-3000:]
         else:
-            # The first child is the resource tracker of `multiprocessing`.
+            # The first child process is multiprocessing's resource tracker.
             os.kill(job.children()[-1], signal.SIGKILL)
             assert job.ends(60) == 1
             assert (
@@ -144,7 +144,7 @@ def test_gradients_of_two_times_four_images_are_those_of_one_times_eight(work, w
         for index in range(count):
             (eight / name).mkdir(parents=True, exist_ok=True)
             shutil.copy(tree / name / f"{index}.jpg", eight / name)
-    # A step of SGD without momentum at a learning rate of 1 equals the gradient.
+    # With a learning rate of 1 and no momentum, a step of SGD changes a weight by its gradient.
     descent = {
         "BASE_LR": "1.0",
         "MOMENTUM": "0.0",

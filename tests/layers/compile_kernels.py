@@ -1,8 +1,7 @@
-"""Compilation of the fused kernels for Hopper on a machine without a GPU.
+"""Script that compiles the fused kernels for Hopper GPUs, on a machine without a GPU.
 
-Prints registers, spilled bytes and shared memory of each kernel, and fails if a kernel does not
-compile, spills registers or, with channels-last bfloat16 feature maps, has a load or a store of
-less than 16 bytes per thread in its loop over tiles.
+It prints the number of registers of each kernel. It fails if a kernel can't be compiled, spills
+registers, or does not load and store its feature maps in units of 16 bytes.
 """
 
 import re
@@ -17,7 +16,7 @@ from senet_transfer.layers.fused import kernels
 
 TARGET = GPUTarget("cuda", 90, 32)
 
-# Pointers to feature maps; all others point to float32.
+# Arguments that point to feature maps. All other pointers are to float32.
 MAPS = {
     "x_ptr", "shortcut_ptr", "out_ptr", "dout_ptr", "masked_ptr", "dx_ptr", "sum_ptr", "extra_ptr",
     "branch_ptr",
@@ -28,12 +27,12 @@ LAYOUTS = {
     "channels_last": {"LAST": True, "BP": 32, "BC": 64},
     "contiguous": {"LAST": False, "BP": 1024, "BC": 2},
 }
-# Tiles of float32 have half the size, as in `launch._TILE`.
+# For float32, tiles have half the size, as in `launch._TILE`.
 HALVED = {"channels_last": {"BP": 16}, "contiguous": {"BC": 1}}
 GATES = {"GATE": True, "BIAS": True, "ACT": "sigmoid", "BR": 64}
 NO_GATES = {"GATE": False, "BIAS": False, "ACT": "", "BR": 1}
 
-# Name of a kernel, names of absent arguments, and constants.
+# Kernel name, names of absent pointers (without ``_ptr``), and constants.
 TILED = [
     (
         "moments",
@@ -60,7 +59,7 @@ TILED = [
         },
     ),
 ]  # fmt: skip
-# Triton passes sizes of 1 as constants.
+# Triton compiles arguments that are 1 as constants.
 ONES = {"C": 1, "P": 1, "S": 1, "CHUNK": 1, "COUNT": 1, "ROWS": 1, "N": 1, "R": 1}
 NO_GATE = "dsum dhidden hidden pooled dw1 db1 dw2 db2"
 OTHERS = [
@@ -97,14 +96,14 @@ OTHERS = [
 
 
 def compile_kernel(name: str, missing: str, constants: dict, warps: int, maps: str) -> str:
-    """Return the PTX of a kernel.
+    """Compile a kernel and return its PTX code.
 
     Args:
-        name: the kernel's name.
-        missing: names of absent pointers, without ``_ptr``.
-        constants: values of its constants except ACC.
-        warps: number of warps of a program.
-        maps: Triton's name of the dtype of the feature maps.
+        name: Name of the kernel.
+        missing: Names of absent pointers, without ``_ptr``.
+        constants: Values of the kernel's constants, except ACC.
+        warps: Number of warps per program.
+        maps: Triton's name for the dtype of the feature maps, such as "bf16".
     """
     kernel = getattr(kernels, name)
     constants = {**constants, "ACC": tl.float32, **{f"{m}_ptr": None for m in missing.split()}}
@@ -131,7 +130,7 @@ def compile_kernel(name: str, missing: str, constants: dict, warps: int, maps: s
 
 
 def assemble(ptx: str) -> tuple[int, int]:
-    """Return the number of registers and of spilled bytes of a kernel."""
+    """Assemble PTX code, and return the numbers of registers and spilled bytes."""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
@@ -145,7 +144,7 @@ def assemble(ptx: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    """Compile all kernels."""
+    """Compile all kernels in all layouts and dtypes."""
     for name, missing, constants, warps in OTHERS:
         for ones in ({"S": 1}, ONES):
             compile_kernel(name, missing, {**constants, **ones}, warps, "bf16")

@@ -1,4 +1,4 @@
-"""Tests of the area that Cutout sets to zero."""
+"""Tests for Cutout: the size and position of the area that is set to zero."""
 
 import pytest
 import torch

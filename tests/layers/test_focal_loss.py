@@ -1,4 +1,4 @@
-"""Tests of the focal loss against torchvision, cross-entropy and its definition."""
+"""Tests that compare the focal loss with torchvision, cross-entropy and its definition."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Tests of the fused gated sum against the plain expression ``se(norm(conv(x))) + shortcut``."""
+"""Tests that compare the fused gated sum with ``se(norm(conv(x))) + shortcut``."""
 
 import copy
 
@@ -21,7 +21,7 @@ every_layout = pytest.mark.parametrize("layout", [torch.contiguous_format, torch
 
 
 class Sum(nn.Module):
-    """End of a residual block, computed by the fused functions or by the plain expression."""
+    """End of a residual block, computed by ``gated_sum`` or by the plain expression."""
 
     def __init__(self, norm: str, *, inputs: int = 6, channels: int = 8, kernel: int = 1, **se):
         super().__init__()
@@ -38,7 +38,7 @@ class Sum(nn.Module):
         for tensor in (*self.se.parameters(), self.conv.norm.weight, self.conv.norm.bias):
             nn.init.normal_(tensor, std=0.7)
         if self.se.fc1.bias is not None:
-            nn.init.ones_(self.se.fc1.bias)  # Some hidden units are active.
+            nn.init.ones_(self.se.fc1.bias)  # makes some hidden units active
         nn.init.normal_(self.conv.norm.running_mean)
         nn.init.uniform_(self.conv.norm.running_var, 0.5, 2)
         self.train("evaluation" not in norm)
@@ -118,7 +118,7 @@ def test_gradients_are_those_of_finite_differences(norm, node, few, monkeypatch)
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("learns", ["all", "all but x", "the gate", "x"])
 def test_small_and_large_maps_have_the_same_gradients(layout, count, learns, monkeypatch):
-    """Check all combinations of trainable parts; frozen parts get no gradient."""
+    """Check different combinations of trainable and frozen parts."""
     ours, theirs = both("FrozenBN")
     x, y = maps(layout, n=count)
     for model in (ours, theirs):
@@ -253,7 +253,7 @@ def test_a_second_derivative_is_refused_not_wrong():
 @pytest.mark.parametrize(("name", "plain"), [("se_resnet50", "resnet50")])
 @pytest.mark.long
 def test_training_keeps_at_most_2_percent_more_than_without_gates(name, plain, norm):
-    """Compare the tensors that autograd saves; with the plain product it saves 20 to 50% more."""
+    """Compare the bytes that autograd saves. With the plain product, it saves 20 to 50% more."""
     kept = {}
     for model in (name, plain):
         backbone = create_backbone(model, norm=norm).train()

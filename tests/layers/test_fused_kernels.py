@@ -1,8 +1,7 @@
-"""Tests of the fused kernels against the plain expression in float64.
+"""Tests that compare the fused kernels with plain PyTorch expressions in float64.
 
-They run on a GPU, or on the CPU in Triton's interpreter, which is selected by
-``TRITON_INTERPRET=1`` before Triton is imported. Without a GPU and without this variable, only
-`test_the_kernels_in_the_interpreter` runs, which runs this file in a process with the variable.
+The tests run on a GPU or, with ``TRITON_INTERPRET=1``, in Triton's interpreter on a CPU. With
+neither, `test_the_kernels_in_the_interpreter` runs this file in a process with this variable.
 """
 
 import copy
@@ -42,22 +41,22 @@ from senet_transfer.models.backbones.blocks import SEBottleneckBlock
 ROOT = Path(__file__).resolve().parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-# The kernels compute in float64 only in the interpreter.
+# The kernels support float64 only in the interpreter.
 DOUBLE = torch.float64 if INTERPRETED else torch.float32
-# The interpreter truncates numbers to bfloat16 instead of rounding them.
+# Use float16 in the interpreter, which truncates numbers to bfloat16 instead of rounding them.
 HALF = torch.float16 if INTERPRETED else torch.bfloat16
 
 
 def runs_kernels(test: Callable) -> Callable:
-    """Mark a test that launches kernels."""
+    """Mark a test as one that launches kernels."""
     test = pytest.mark.usefixtures("kernels_run")(test)
     return test if INTERPRETED else pytest.mark.gpu(test)
 
 
-# The largest relative errors that were found, by dtype and tensor.
+# Largest relative errors found so far, by dtype and tensor.
 WORST: dict[tuple[str, str], tuple[float, str]] = {}
 
-# Relative errors, ||found - exact|| / ||exact||.
+# Bounds for the relative error ||found - exact|| / ||exact||.
 BOUNDS = {
     torch.float64: 1e-9,
     torch.float32: 5e-6,
@@ -78,7 +77,7 @@ def _report() -> Iterator[None]:
 @pytest.mark.parametrize("tests", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_the_kernels_in_the_interpreter(tests):
     if INTERPRETED:
-        pytest.skip("this process runs the kernels in the interpreter already")
+        pytest.skip("this process already runs the kernels in the interpreter")
     pytest.importorskip("triton")
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     options = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
@@ -97,7 +96,7 @@ def test_the_kernels_in_the_interpreter(tests):
 
 
 class End(nn.Module):
-    """Norm, gate, sum and ReLU, of which each is optional; fused, or the plain expression."""
+    """End of a block: norm, gate, sum and ReLU, each optional, computed fused or plainly."""
 
     def __init__(self, channels: int, norm: str = "BN", gate: str = "sigmoid", **options):
         super().__init__()
@@ -116,7 +115,7 @@ class End(nn.Module):
             for parameter in self.se.parameters():
                 nn.init.normal_(parameter, std=channels**-0.5)
             if self.se.fc1.bias is not None:
-                nn.init.constant_(self.se.fc1.bias, 0.5)  # Some hidden units are active.
+                nn.init.constant_(self.se.fc1.bias, 0.5)  # makes some hidden units active
         self.relu = options.get("relu", True)
         self.plain = False
         self.train("evaluation" not in norm)
@@ -150,7 +149,7 @@ def plain_gate(se: SqueezeExcitation, x: torch.Tensor) -> torch.Tensor:
 
 
 def run(model: nn.Module, maps: list, upstream: list, autocast: bool = False) -> dict:
-    """Return outputs, gradients of feature maps and parameters, and buffers, by name."""
+    """Return outputs, gradients of inputs and parameters, and buffers of a model, by name."""
     leaves = {f"map{i}": x for i, x in enumerate(maps) if x is not None}
     leaves |= {name: p for name, p in model.named_parameters() if p.requires_grad}
     outputs = model(*maps)
@@ -169,7 +168,7 @@ def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype, last: bool, seed: int) -> torch.Tensor:
-    """Return a random feature map whose channels have different means and variances."""
+    """Return a random feature map. Its channels have different means and variances."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
     channels = torch.arange(shape[1], dtype=torch.float64)[:, None, None]
@@ -186,9 +185,9 @@ def check(
     upstream: list | None = None,
     outputs: int = 1,
 ) -> None:
-    """Compare a model with its plain expression in float64, on the same numbers.
+    """Compare a model with its plain expression in float64, on the same inputs.
 
-    In float32, an error up to twice that of the plain expression in float32 is accepted, too.
+    In float32, errors of up to twice those of the plain float32 expression are also accepted.
     """
     dtype = maps[0].dtype
     model = model.to(DEVICE)
@@ -223,7 +222,7 @@ def check(
 
 @pytest.fixture
 def kernels_run() -> Iterator[None]:
-    """Skip a test if Triton is not installed, and compute convolutions in full precision."""
+    """Skip the test if Triton is not installed, and compute convolutions without TF32."""
     pytest.importorskip("triton")
     with torch.backends.cudnn.flags(allow_tf32=False):
         yield
@@ -231,7 +230,7 @@ def kernels_run() -> Iterator[None]:
 
 @pytest.fixture
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let a program of the large kernels process several tiles, as those of large batches do."""
+    """Make each program of the large kernels process several tiles, as with large batches."""
     monkeypatch.setattr(launch, "_PROGRAMS", 1)
     launch._plan.cache_clear()
     yield
@@ -240,8 +239,8 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 NORMS = ["BN", "BN in evaluation", "FrozenBN", ""]
 
-# Number of channels, and then of positions, that are not multiples of the blocks; one image; one
-# position; one channel; more channels than a block has; several chunks per image.
+# The shapes cover numbers of channels and positions that are not multiples of the block size, one
+# image, one position, one channel, more channels than in a block, and several chunks per image.
 SHAPES = [
     (2, 5, 3, 4),
     (1, 8, 5, 3),
@@ -254,7 +253,7 @@ SHAPES = [
 
 
 def cases() -> Iterator[tuple]:
-    """Yield shapes, layouts, norms and gates: every pair of them at least once."""
+    """Yield cases (shape, layout, norm, gate) in which every pair of values occurs."""
     gates = ["sigmoid", "", "tanh", "relu"]
     for index, shape in enumerate(SHAPES):
         for number, norm in enumerate(NORMS):
@@ -269,7 +268,7 @@ CASES = list(dict.fromkeys(cases()))
 
 
 def fast_if(condition: bool) -> tuple:
-    """Return the marks of a test that takes a second or more in the interpreter."""
+    """Return pytest marks: none if the condition is true, otherwise ``slow``."""
     return () if condition else (pytest.mark.slow,)
 
 
@@ -317,7 +316,7 @@ def test_a_gate_without_biases(norm):
 
 
 class Layouts:
-    """Feature maps in layouts that are neither contiguous nor channels-last."""
+    """Functions that convert feature maps to layouts other than contiguous and channels-last."""
 
     transposed = staticmethod(lambda x: x.transpose(2, 3).contiguous().transpose(2, 3))
     strided = staticmethod(lambda x: x.repeat_interleave(2, 3)[:, :, :, ::2])
@@ -361,9 +360,9 @@ def test_lower_precision(dtype, norm, last):
 @runs_kernels
 @pytest.mark.parametrize("last", [True, False], ids=["channels_last", "contiguous"])
 def test_a_variance_far_below_the_mean(last):
-    """Compare with float64 for a mean of 1,000 standard deviations.
+    """Check norms of inputs whose mean is about 1,000 standard deviations.
 
-    In float32, the mean of squares minus the square of the mean has an error of 10% here.
+    Here, the float32 formula E[x^2] - E[x]^2 has an error of 10%.
     """
     x = draw((3, 4, 20, 30), torch.float64, last, 1).float() + 1e3
     norm = nn.BatchNorm2d(4).to(DEVICE)
@@ -391,7 +390,7 @@ def test_running_statistics_over_several_steps():
 
 @runs_kernels
 def test_tensors_that_a_hook_copies_until_the_backward_pass():
-    """Such as ``torch.autograd.graph.save_on_cpu``, whose copies are contiguous."""
+    """Check hooks such as ``torch.autograd.graph.save_on_cpu``, whose copies are contiguous."""
     maps = [draw((2, 6, 3, 4), DOUBLE, True, seed) for seed in (1, 2)]
     with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.contiguous, lambda kept: kept):
         check(End(6), maps)
@@ -417,7 +416,7 @@ def test_another_batch_size_needs_no_other_kernels(monkeypatch):
 
 @runs_kernels
 def test_integers_as_momentum_and_epsilon(monkeypatch):
-    """Triton compiles an integer 1 as a constant, which a later norm with 0.3 must not get."""
+    """Check that integers are passed as floats, because Triton compiles 1 as a constant."""
     numbers, original = [], launch._launch
 
     def collect(kernel, grid, key, arguments, flags):
@@ -445,13 +444,13 @@ def test_non_finite_numbers_are_not_hidden(norm):
 
 
 class PreAct(nn.Module):
-    """Gate, sum, norm and ReLU of pre-activation blocks, fused or as the plain expression."""
+    """Gate, sum, norm and ReLU of a pre-activation block, computed fused or plainly."""
 
     def __init__(self, channels: int, norm: str, gate: str):
         super().__init__()
         parts = End(channels, norm, gate)
         self.norm, self.se, self.plain = parts.norm, parts.se, False
-        # The dtype of the sum, which the norm reads.
+        # The sum is rounded to this dtype before the norm.
         self.dtype = DOUBLE
         self.train(parts.training)
 
@@ -482,7 +481,7 @@ def test_the_end_of_a_pre_activation_block(shape, gate, norm):
 @runs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 def test_lower_precision_of_a_pre_activation_block(dtype):
-    """The statistics are those of the rounded sum, as in PyTorch."""
+    """Check that norm statistics are those of the rounded sum, as in PyTorch."""
     maps = [draw((3, 8, 6, 5), dtype, True, seed) for seed in (1, 2)]
     model = PreAct(8, "BN", "sigmoid")
     model.dtype = dtype
@@ -505,7 +504,7 @@ def test_one_of_the_outputs_of_a_pre_activation_block_is_unused(unused):
 
 
 class Branch(nn.Module):
-    """Last convolution of a residual branch, and the end of the block."""
+    """Last convolution of a residual branch, with the end of the block."""
 
     def __init__(
         self,
@@ -620,7 +619,7 @@ def inputs_of(model: nn.Module, dtype: torch.dtype | None = None) -> list[torch.
 
 
 def shifted(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy whose address is no multiple of 16 bytes."""
+    """Return a copy of a tensor at an address that is not a multiple of 16 bytes."""
     buffer = tensor.new_empty(tensor.numel() + 1)
     return buffer[1:].view_as(tensor).copy_(tensor.detach())
 
@@ -628,7 +627,7 @@ def shifted(tensor: torch.Tensor) -> torch.Tensor:
 @runs_kernels
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
 def test_tensors_at_any_address(norm):
-    """Compute with aligned tensors, then with others, in kernels that are compiled already."""
+    """Check unaligned tensors with kernels that were compiled for aligned tensors."""
     aligned = End(6, norm).to(DEVICE, DOUBLE)
     other = copy.deepcopy(aligned)
     for parameter in other.parameters():
@@ -675,7 +674,7 @@ def test_exported_it_computes_the_same(name):
 @runs_kernels
 @every_model
 def test_the_operators_pass_pytorch_s_checks(name, monkeypatch):
-    """Run ``opcheck``: schema, fake implementation, registered gradient and AOT dispatch."""
+    """Run ``opcheck`` on schema, fake implementation, registered gradient and AOT dispatch."""
     calls = []
     for operator in ("norm_gate_add", "conv_gate_add", "gate_add_norm"):
         defined = getattr(operators, operator)
@@ -713,7 +712,7 @@ def test_backward_again_and_activation_checkpointing(name):
 @runs_kernels
 @pytest.mark.parametrize("name", ["BN", "FrozenBN", "pre-activation"])
 def test_autocast(name):
-    """Compare the result under autocast with the plain expression in float64."""
+    """Compare results under autocast with the plain expression in float64."""
     model = MODELS[name]().to(DEVICE)
     model.dtype = HALF
     exact = copy.deepcopy(model).double()
@@ -759,7 +758,7 @@ def test_without_gradients_nothing_is_saved():
 
 
 class AllOperators(nn.Module):
-    """Network that uses each of the three operators."""
+    """Network that uses all three operators."""
 
     def __init__(self):
         super().__init__()
@@ -772,7 +771,7 @@ class AllOperators(nn.Module):
 
 
 def save_gradients(rank: int, folder: Path) -> None:
-    """Compute the gradients of one of two processes with DistributedDataParallel."""
+    """Compute gradients in one of two processes with DistributedDataParallel, and save them."""
     options = {"rank": rank, "world_size": 2, "init_method": f"file://{folder / 'store'}"}
     torch.distributed.init_process_group("gloo", **options)
     model = DistributedDataParallel(AllOperators().double())
@@ -803,7 +802,7 @@ def test_gradients_of_two_processes_are_the_mean_of_those_of_each(tmp_path):
 @runs_kernels
 @pytest.mark.parametrize("norm", NORMS[:3])
 def test_a_gate_saves_no_feature_map_more(norm):
-    """Compare the tensors that autograd saves with those of PyTorch's block without a gate."""
+    """Compare the bytes that autograd saves with those of a plain block without a gate."""
     inputs = draw((2, 4, 24, 24), DOUBLE, False, 1).requires_grad_()
     shortcut = draw((2, 8, 24, 24), DOUBLE, False, 2).requires_grad_()
     kept = {}
@@ -821,7 +820,7 @@ def test_a_gate_saves_no_feature_map_more(norm):
 @runs_kernels
 @pytest.mark.parametrize("norm", NORMS[:3])
 def test_a_gate_saves_its_input_in_a_pre_activation_block(norm):
-    """PyTorch's block without a gate saves the norm's input (frozen: nothing) and the output."""
+    """Check saved tensors: the output, the norm's input (unless frozen) and the gate's input."""
     shape = (2, 8, 24, 24)
     kept, saved = {}, {}
     for name, gate in (("plain", ""), ("fused", ""), ("gated", "sigmoid")):
@@ -878,8 +877,7 @@ def test_the_number_of_kernels(name, forward, backward, monkeypatch):
     assert (found, len(launched) - found) == (forward, backward), launched
 
 
-# For each kernel, a line and its replacement. The other lines with the same text are in other
-# kernels, which the second word names.
+# Mutations of the kernels: "kernel: changed term", the original code and its replacement.
 MUTATIONS = {
     "moments: mean": ("mean += change", "mean += 0 * change"),
     "moments: squares": ("square += change * (value - mean)", "square += 0 * change"),
@@ -920,7 +918,7 @@ MUTATIONS = {
     "input_gradient: products": ("stored.to(ACC) * branch", "0 * branch"),
 }  # fmt: skip
 
-# One mutation of each kernel; the others are slow.
+# One mutation of each kernel. The tests of all others are marked as slow.
 FAST = {
     "moments: squares", "merge: squares between chunks", "hidden_units: norm",
     "_excite: bias", "apply: shortcut", "gradient_sums: total", "gate_backward: ReLU",
@@ -929,7 +927,7 @@ FAST = {
 
 
 def check_all() -> None:
-    """Compare two models that together use every term of every kernel."""
+    """Check two models that together use every term in every kernel."""
     for shape, last in (((2, 5, 3, 4), False), ((2, 66, 7, 10), True)):
         maps = [draw(shape, DOUBLE, last, seed) for seed in (1, 2)]
         launch._plan.cache_clear()
@@ -938,7 +936,7 @@ def check_all() -> None:
 
 
 def mutated_kernels(name: str, folder: Path) -> object:
-    """Return the module of the kernels with a mutation, loaded from a temporary file."""
+    """Load the kernel module with a mutation, from a temporary file."""
     from senet_transfer.layers.fused import kernels
 
     old, new = MUTATIONS[name]
@@ -946,7 +944,7 @@ def mutated_kernels(name: str, folder: Path) -> object:
         Path(kernels.__file__).read_text().partition(f"def {name.partition(':')[0]}(")
     )
     kernel, decorator, others = f"{kernel}{after}".partition("@triton.jit")
-    assert kernel.count(old) == 1, f"{kernel.count(old)} times in the kernel: {old}"
+    assert kernel.count(old) == 1, f"found {kernel.count(old)} times in the kernel: {old}"
     path = folder / "mutated.py"
     path.write_text(before + kernel.replace(old, new) + decorator + others)
     spec = importlib.util.spec_from_file_location("mutated", path)
@@ -956,7 +954,7 @@ def mutated_kernels(name: str, folder: Path) -> object:
 
 
 @runs_kernels
-@pytest.mark.skipif(not INTERPRETED, reason="the interpreter shows this, and needs no compilation")
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter runs mutations without compiling them")
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=fast_if(name in FAST)) for name in MUTATIONS],
@@ -965,7 +963,7 @@ def test_the_check_fails_if_a_term_is_missing(name, tmp_path, monkeypatch):
     module = mutated_kernels(name, tmp_path)
     monkeypatch.setattr(fused, "kernels", module)
     worst = dict(WORST)
-    # With few programs, a program processes several tiles and an image has several chunks.
+    # With few programs, each processes several tiles and images have several chunks.
     monkeypatch.setattr(launch, "_PROGRAMS", 8)
     with pytest.raises(AssertionError):
         check_all()
@@ -1000,7 +998,7 @@ def test_the_check_passes_if_no_term_is_missing(monkeypatch):
     ids=str,
 )
 def test_networks_compute_the_same(name, options):
-    """Compare outputs, gradients and buffers of a network with and without fused kernels."""
+    """Compare a network's outputs, gradients and buffers with and without fused kernels."""
     torch.manual_seed(0)
     plain = create_backbone(name, fused=False, **options)
     for key, parameter in plain.named_parameters():
@@ -1018,7 +1016,7 @@ def test_networks_compute_the_same(name, options):
         gradients = [p.grad for p in model.parameters() if p.requires_grad]
         results.append([*outputs, *gradients, *model.buffers()])
     for found, other, expected in zip(*results, strict=True):
-        # In float32, the errors of PyTorch's operators grow from layer to layer.
+        # In float32, even the errors of PyTorch's operators grow from layer to layer.
         accepted = 1e-6 if torch.float64 == DOUBLE else 1e-4 + 3 * relative(other, expected)
         assert relative(found, expected) < accepted
 
@@ -1063,7 +1061,7 @@ def test_a_gradient_of_an_exported_deployed_block_is_an_error():
     set_fused(block, True)
     exported = torch.export.export(block, (x,)).module()
     torch.testing.assert_close(exported(x), block(x))
-    with pytest.raises(RuntimeError, match="squeezed.*before deploy"):
+    with pytest.raises(RuntimeError, match="squeezed.*result of deploy"):
         exported(x.requires_grad_()).sum().backward()
 
 
@@ -1119,7 +1117,7 @@ def test_one_value_per_channel_is_pytorch_s_error():
 
 @pytest.mark.slow
 def test_every_kernel_compiles_for_a_gpu():
-    """Compile variants of every kernel for Hopper, which needs no GPU."""
+    """Compile variants of each kernel for Hopper GPUs. Compilation does not need a GPU."""
     pytest.importorskip("triton")
     if INTERPRETED:
         pytest.skip("interpreted kernels can't be compiled")
@@ -1166,7 +1164,7 @@ def test_auto_fuses_what_is_faster_with_its_launches(
 
 
 class FakeKernel:
-    """Kernel with one flag after its arguments, which records how it is called."""
+    """Stand-in for a Triton kernel with one flag, which records compilations and launches."""
 
     arg_names = ("x_ptr", "size", "FLAG")
 
@@ -1191,7 +1189,7 @@ class FakeKernel:
 
 
 def test_a_kernel_is_compiled_once_for_each_key_and_flags(monkeypatch):
-    """Later launches pass addresses, numbers and flags in the order of the kernel's parameters."""
+    """Check that later launches pass addresses, numbers and flags in the kernel's order."""
     monkeypatch.setattr(launch, "_COMPILED", {})
     kernel, x = FakeKernel(), torch.zeros(4)
     for key, size, flag in (("a", 5, True), ("a", 7, True), ("a", 7, False), ("b", 7, True)):

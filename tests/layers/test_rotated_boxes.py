@@ -1,4 +1,4 @@
-"""Tests of the operators for rotated boxes against OpenCV and torchvision."""
+"""Tests that compare the operators for rotated boxes with OpenCV and torchvision."""
 
 import cv2
 import numpy as np
@@ -32,7 +32,7 @@ def test_the_iou_of_random_boxes_is_that_of_opencv():
     expected = np.zeros((40, 50))
     for i, one in enumerate(first.tolist()):
         for j, other in enumerate(second.tolist()):
-            # OpenCV's angle is clockwise.
+            # OpenCV's angles are clockwise.
             rects = [((x, y), (w, h), -angle) for x, y, w, h, angle in (one, other)]
             _, corners = cv2.rotatedRectangleIntersection(*rects)
             if corners is not None:
@@ -48,7 +48,7 @@ def test_the_iou_of_random_boxes_is_that_of_opencv():
         ((5, 3, 4, 2, 0), (5, 3, 4, 2, 180), 1),
         ((5, 3, 4, 2, -90), (5, 3, 2, 4, 0), 1),
         ((0, 0, 2, 2, 0), (1, 0, 2, 2, 0), 1 / 3),
-        # A square in a square rotated by 45 degrees: their common area is an octagon.
+        # The intersection of a square and the same square rotated by 45 degrees is an octagon.
         ((0, 0, 2, 2, 0), (0, 0, 2, 2, 45), (8 * 2**0.5 - 8) / (16 - 8 * 2**0.5)),
         ((0, 0, 2, 2, 0), (2, 0, 2, 2, 0), 0),
         ((0, 0, 10, 10, 30), (0, 0, 2, 5, 77), 0.1),
@@ -102,7 +102,7 @@ def test_a_region_turned_by_90_degrees_is_the_region_of_the_turned_image():
     features = torch.rand(1, 2, 16, 16, generator=torch.Generator().manual_seed(7))
     box = torch.tensor([[0.0, 7, 5, 6, 4, 90]])
     found = roi_align_rotated(features, box, (4, 6), 1.0, 2)
-    # Turning the image clockwise makes the box horizontal; (7, 5) moves to (16 - 5, 7).
+    # Rotating the image clockwise makes the box horizontal and moves (7, 5) to (16 - 5, 7).
     turned = torch.rot90(features, -1, (2, 3))
     level = torch.tensor([[0.0, 16 - 5, 7, 6, 4, 0]])
     torch.testing.assert_close(found, roi_align_rotated(turned, level, (4, 6), 1.0, 2))

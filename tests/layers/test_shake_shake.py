@@ -1,4 +1,4 @@
-"""Tests of the shake-shake operator and of the blocks that use it."""
+"""Tests for the shake-shake operator and for the blocks that use it."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ BLOCKS = [ShakeBasicBlock, ShakeBottleneckBlock]
 
 
 def coefficients(mix: ShakeMix, images: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return alpha and beta of every image, derived from outputs and gradients."""
+    """Return alpha and beta of each image, derived from outputs and gradients."""
     a = torch.ones(images, 3, 2, 2, requires_grad=True)
     b = torch.zeros(images, 3, 2, 2, requires_grad=True)
     out = mix(a, b)
@@ -66,7 +66,7 @@ def test_reduced_precision_stays_reduced(dtype):
 @pytest.mark.parametrize("placement", [None, "standard", "identity"])
 @pytest.mark.long
 def test_the_expectation_over_draws_is_the_test_time_block(kind, placement):
-    """Compare the mean over many draws; the ReLU after the sum must not clip anything for this."""
+    """Compare with the mean over many draws, for sums that the final ReLU does not clip."""
     torch.manual_seed(0)
     se = SEOptions(placement=placement) if placement else None
     block = kind(16, 32, stride=2, se=se).eval()
@@ -75,12 +75,12 @@ def test_the_expectation_over_draws_is_the_test_time_block(kind, placement):
         block.shortcut.norm.bias.data.fill_(100.0)
     with torch.no_grad():
         expected = block(x)
-        block.mix.train()  # only the mix: the norms keep their statistics
-        # Each image of a batch has a draw of its own.
+        block.mix.train()  # only the mix, so that norms keep their statistics
+        # The mix draws a value for each image in the batch.
         many = block(x.repeat(3000, 1, 1, 1)).unflatten(0, (3000, 2))
     assert many.std(0).max() > 0.1
     error = (many.mean(0) - expected).abs() / (many.std(0) / 3000**0.5 + 1e-5)
-    assert error.max() < 6  # in standard errors, the maximum of 2 x 32 x 16 values
+    assert error.max() < 6  # maximum of 2 x 32 x 16 values, in standard errors
 
 
 @pytest.mark.parametrize("kind", BLOCKS)

@@ -1,4 +1,4 @@
-"""Tests of the SE operator against plain implementations of the paper's equations."""
+"""Tests that compare the SE operator with plain implementations of the paper's equations."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def nothing_compiled_before():
 
 
 def stated_gate(se: SqueezeExcitation, x: torch.Tensor) -> torch.Tensor:
-    """Compute equations 2 and 3 and the variants of section 6 with loops over images."""
+    """Compute gates with equations 2 and 3 of the paper, or their variants, image by image."""
     gates = []
     for image in x.double():
         if se.squeeze == "avg":

@@ -1,4 +1,4 @@
-"""Tests of backbones and detectors built from configs."""
+"""Tests for backbones and detectors built from configs."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def build(cfg):
 
 
 def small(cfg):
-    """Configure the detector's heads to be fast."""
+    """Change a detector's config to make its heads fast, and return the config."""
     cfg.MODEL.RPN.PRE_NMS_TOPK_TRAIN = cfg.MODEL.RPN.PRE_NMS_TOPK_TEST = 50
     cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 10
     cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 8
@@ -209,12 +209,12 @@ def test_the_c4_heads_res5_has_the_backbones_own_gates(enabled):
     assert sum(p.numel() for p in gates) == expected
     stage = create_backbone("se_resnet50" if enabled else "resnet50", norm="FrozenBN").res5
     assert set(model.roi_heads.res5.state_dict()) == set(stage.state_dict())
-    assert model.roi_heads.res5[0].conv1.stride == (2, 2)  # Detectron2's STRIDE_IN_1X1 default
+    assert model.roi_heads.res5[0].conv1.stride == (2, 2)  # Detectron2's default stride
 
 
 @pytest.mark.long
 def test_detectron2s_own_c4_head_would_drop_the_gates():
-    """Check that ``SENetRes5ROIHeads`` is needed."""
+    """Check that Detectron2's head has no gates, so ``SENetRes5ROIHeads`` is needed."""
     model = build_model(config(**{"MODEL.SE.ENABLED": True}))
     assert not [key for key, _ in model.roi_heads.named_parameters() if ".se." in key]
 

@@ -1,4 +1,4 @@
-"""Tests of the meta-architecture: inputs, outputs, and equality with the plain classifier."""
+"""Tests for the meta-architecture ImageClassifier, including equality with plain classifiers."""
 
 import pytest
 import torch
@@ -226,7 +226,7 @@ def test_an_exported_classifier_computes_the_same_for_any_batch_size():
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.long
 def test_a_compiled_classifier_computes_the_same(training):
-    # This compiles the code around the backbone; test_matrix.py compiles every backbone.
+    # This test compiles the code around the backbone. test_matrix.py compiles every backbone.
     model = build(**{"MODEL.CLASSIFIER.LABEL_SMOOTHING": "0.1"})
     model.train(training)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

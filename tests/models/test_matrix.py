@@ -1,4 +1,4 @@
-"""Tests of every registered model in bfloat16, exported and compiled."""
+"""Tests for every registered model: in bfloat16, exported and compiled."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ SMALL = [
     "se_mobilenet",
     "se_shufflenet_g3",
 ]
-# Models of the families that are slow to trace.
+# One model of each family that is slow to trace.
 LARGE = [
     "se_vgg16_bn",
     "se_resnext50_32x4d",
@@ -30,7 +30,7 @@ def model_and_images(name: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     model = create_classifier(name, num_classes=64).eval()
     side = 8 if model_entry(name).preprocessing.crop == 32 else 64
-    # Unpadded convolutions need larger images.
+    # Inception-ResNet needs larger images, because its convolutions are not padded.
     side = 96 if "inception_resnet" in name else side
     return model, torch.randn(2, 3, side, side)
 
@@ -66,8 +66,8 @@ WAYS = {"bf16": in_bf16, "export": exported, "aot_eager": compiled, "inductor": 
 
 def _cases() -> list:
     names = [*list_models(), "se_cifar_resnet8"]
-    # Most networks are deep and slow to trace; the small ones consist of the same blocks. Compiling
-    # starts with the same trace as an export, so the slowest of the small ones is only exported.
+    # Most networks are deep and slow to trace. The small ones have the same blocks. As compiling
+    # starts with the same trace as an export, the slowest small network is only exported.
     fast = {(name, way) for name in SMALL for way in ("bf16", "export", "aot_eager")}
     fast.remove(("se_bn_inception", "aot_eager"))
     cases = [
@@ -87,8 +87,8 @@ def _cases() -> list:
 def test_every_model_computes_the_same_in_every_way(name, way):
     model, x = model_and_images(name)
     if way != "bf16":
-        # The eager network may use a different order of operations. Feature maps of deep untrained
-        # backbones have values in the thousands, so compare in float64, which reveals errors.
+        # Compare in float64: operations may run in a different order, and the feature maps of deep
+        # untrained backbones have values in the thousands, so float32 would hide errors.
         model, x = model.double(), x.double()
     with torch.no_grad():
         WAYS[way](model, x, model(x))

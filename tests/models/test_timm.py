@@ -1,4 +1,4 @@
-"""Tests of timm's networks as backbones and classifiers, compared with timm itself."""
+"""Tests that compare timm's networks as backbones and classifiers with timm itself."""
 
 import sys
 from dataclasses import replace
@@ -19,7 +19,7 @@ from senet_transfer.weights.hub import timm_networks
 from tests.engine.conftest import SMALL
 from tests.weights.peers import STAGES, peer, randomise
 
-# Small networks of the families that have SE layers, and of two without.
+# Small networks: some from families with SE layers, and two without.
 NETWORKS = (
     "resnet10t",
     "regnety_002",
@@ -32,13 +32,13 @@ WITH_SE = ("seresnet18", "regnety_002", "test_efficientnet", "mobilenetv3_small_
 
 @pytest.fixture(autouse=True)
 def timm():
-    """Return the package, or skip the test without it; its import takes a second."""
+    """Return the package timm, whose import takes a second, or skip the test."""
     return pytest.importorskip("timm")
 
 
 @pytest.fixture
 def state_dict(tmp_path):
-    """Return a function that saves one of timm's networks with random weights by timm's names."""
+    """Return a function that saves a timm network's tensors with timm's names."""
 
     def write(network, suffix=".safetensors", **extra):
         path = tmp_path / f"weights{suffix}"
@@ -151,7 +151,7 @@ def test_complexity_is_the_published_one_and_includes_the_se_layers(name, millio
 def test_preprocessing_is_that_of_the_pretrained_weights():
     found = create_backbone("timm/test_resnet.r160_in1k").preprocessing
     assert (found.format, found.mean, found.std) == ("RGB", (127.5,) * 3, (127.5,) * 3)
-    # timm's crop_pct is 0.95: 160 / 0.95 = 168.4
+    # timm's crop_pct of 0.95 gives 160 / 0.95 = 168.4
     assert (found.resize, found.crop, found.interpolation) == (168, 160, "bilinear")
 
 
@@ -159,13 +159,13 @@ def test_preprocessing_is_that_of_the_pretrained_weights():
     ("name", "options", "message"),
     [
         ("timm/test_vit", {}, "have the strides 16; expected 4, 8, 16 and 32"),
-        ("timm/test_coatnet", {}, "only takes images of"),
+        ("timm/test_coatnet", {}, "only accepts images of"),
         ("timm/regnety_02", {}, "Did you mean .*timm/regnety_002"),
         ("timm/resnet18.xyz", {}, "Invalid pretrained tag .* It has: .*resnet18.a1_in1k"),
         ("timm/test_resnet", {"norm": "GN"}, "The norm is GN"),
         ("timm/test_resnet", {"freeze_at": 6}, "freeze_at is 6"),
         ("timm/test_resnet", {"out_features": ["stem"]}, "expected a list of names from: res2"),
-        ("timm/test_resnet", {"se_ratio": 8}, "timm builds its SE layers"),
+        ("timm/test_resnet", {"se_ratio": 8}, "timm builds this network's SE layers"),
     ],
 )
 def test_a_network_or_option_that_does_not_fit_is_an_error(name, options, message):
@@ -211,7 +211,7 @@ def test_a_file_of_another_network_is_an_error_that_lists_the_tensors(state_dict
     with pytest.raises(UserError, match=r"missing from the file: net.conv1.0.weight"):
         create_backbone("timm/test_resnet", state_dict(other))
     stated = state_dict(timm.create_model("test_resnet"), ".pth", arch="test_efficientnet")
-    with pytest.raises(UserError, match="states that its network is test_efficientnet"):
+    with pytest.raises(UserError, match="contains the network test_efficientnet"):
         create_backbone("timm/test_resnet", stated)
     with pytest.raises(UserError, match="weight family is 'torchvision_v1'"):
         create_backbone("timm/test_resnet", stated, family="torchvision_v1")
@@ -235,7 +235,7 @@ def test_a_name_outside_the_catalogue_is_downloaded_by_timm_once(tmp_path, monke
         assert loaded.cfg.INPUT.CLASSIFICATION.TEST_CROP == 160
         assert loaded.classes[:2] == ["tench", "goldfish"]
     assert [call for call in calls if call[1]] == [("test_resnet.r160_in1k", True)]
-    with pytest.raises(UserError, match="states that its network is test_resnet.r160_in1k"):
+    with pytest.raises(UserError, match="contains the network test_resnet.r160_in1k"):
         create_backbone("timm/resnet10t", "timm/test_resnet.r160_in1k")
 
 

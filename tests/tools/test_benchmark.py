@@ -1,4 +1,4 @@
-"""Tests of the benchmark's statistics and command line."""
+"""Tests for the benchmark's statistics and command line."""
 
 import json
 import random
@@ -20,7 +20,7 @@ def test_the_interval_holds_the_median_as_often_as_it_says(count):
     draw = random.Random(count)
     found = [Ratio.of([draw.gauss(1.5, 0.1) for _ in range(count)]) for _ in range(2000)]
     assert sum(ratio.low <= 1.5 <= ratio.high for ratio in found) / 2000 > 0.94
-    # The interval is as narrow as possible: without its outermost values it covers less than 95%.
+    # The interval is not too wide: if it is halved, it contains the median less often.
     skipped = sum(ratio.low <= 1.5 <= ratio.high for ratio in map(_narrower, found)) / 2000
     assert skipped < 0.9
 
@@ -31,7 +31,7 @@ def _narrower(ratio: Ratio) -> Ratio:
 
 
 def test_ratios_are_taken_within_a_round():
-    """Check that ratios do not change if the machine becomes ten times slower."""
+    """Check that ratios do not change while the machine becomes ten times slower."""
     drift = [1.0 + index for index in range(11)]
     found = Comparison("", "a", {"a": drift, "b": [1.1 * second for second in drift]})
     ratio = found.ratio("b")
@@ -72,7 +72,7 @@ def test_kept_bytes_are_those_of_the_storages_that_autograd_keeps():
     layer = nn.Linear(4, 8)
     x = torch.randn(16, 4)
     held = []
-    # The layer's input and the sigmoid's output are saved, but not the weight.
+    # Autograd saves the layer's input and the sigmoid's output. The weight is not counted.
     forward = lambda: held.append(layer(x).sigmoid())  # noqa: E731
     assert saved_bytes(forward, layer) == 4 * (16 * 4 + 16 * 8)
 
@@ -109,7 +109,7 @@ def test_the_command_starts_from_any_folder(tmp_path):
     ["block", "trunk", "inference", "detector", "loader", "scaling", "startup", "engine"],
 )
 def test_every_part_runs_from_the_command_line(part, tmp_path):
-    """Run each part as briefly as possible and check that all candidates are reported."""
+    """Run a part as briefly as possible and check that all its candidates are reported."""
     output = tmp_path / "benchmark.json"
     command = ["tools/benchmark.py", part, "--seconds", "0", "--quiet", "--output", str(output)]
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)

@@ -1,4 +1,4 @@
-"""Tests that the training loops compared by the benchmark are equivalent."""
+"""Tests that the training loops that the benchmark compares are equivalent."""
 
 import copy
 
@@ -39,6 +39,6 @@ def test_the_plain_loop_and_the_engine_end_with_the_same_weights(tmp_path):
 
 @pytest.mark.slow
 def test_augmentation_is_fast_enough_for_the_recipes():
-    """Require only a third of the target (20,000 images/s on two cores), as CPUs may be busy."""
+    """Require only a third of the target of 20,000 images/s, because the CPU may be busy."""
     rates = list(measure_augment(Options(seconds=10)))[-1].values
     assert min(rates.values()) > 7000

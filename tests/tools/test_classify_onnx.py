@@ -1,4 +1,4 @@
-"""The images that tools/classify_onnx.py passes to a network, compared with torchvision."""
+"""Tests that tools/classify_onnx.py reads and resizes images as in evaluation."""
 
 import runpy
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_views_equal_those_of_the_evaluation(tmp_path, mode, size):
     found = SCRIPT["load"](str(path), preprocessing, (32, 32), mode)
     expected = EvalTransform(mode=mode, resize=37, crop=32)(path.read_bytes()).numpy()
     expected = expected.reshape(-1, 3, 32, 32)
-    # The order of the ten crops has no effect on their mean.
+    # Compare in any order, because the order of the ten crops does not affect their mean.
     assert sorted(view.tobytes() for view in found.astype(np.uint8)) == sorted(
         view.tobytes() for view in expected
     )
@@ -101,7 +101,7 @@ def test_a_file_for_another_task_is_refused(tmp_path):
     path.write_bytes(model.SerializeToString())
     with pytest.raises(SystemExit, match="is detection; expected classification"):
         SHARED["open_model"](str(path), "classification")
-    helper.set_model_props(model, {"classes": "{0: 'person'}"})  # as other programs write it
+    helper.set_model_props(model, {"classes": "{0: 'person'}"})  # as in other programs' exports
     path.write_bytes(model.SerializeToString())
     with pytest.raises(SystemExit, match="is unknown; expected classification"):
         SHARED["open_model"](str(path), "classification")

@@ -1,4 +1,4 @@
-"""Tests of the progress that `make setup` prints, with a script in place of pip."""
+"""Tests for the progress output of `make setup`, with a script in place of pip."""
 
 import importlib.util
 import io
@@ -35,7 +35,7 @@ def script():
 
 @pytest.fixture
 def install(script, tmp_path):
-    """Return a function that runs the script with a fake pip and returns its exit status."""
+    """Return a function that runs pip_progress.py with a fake pip and returns the exit status."""
     (tmp_path / "constraints.txt").write_text("# versions\ntorch==2.14.1\nfvcore==1\n\nnumpy==2\n")
     (tmp_path / "output.txt").write_text(OUTPUT)
 

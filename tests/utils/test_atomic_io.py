@@ -1,4 +1,4 @@
-"""Tests of atomic file writing."""
+"""Tests for atomic file writing."""
 
 import json
 import os

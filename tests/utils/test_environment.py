@@ -1,4 +1,4 @@
-"""Tests of the commit in the records of runs."""
+"""Tests for the commit that is recorded for a run."""
 
 import subprocess
 

@@ -1,4 +1,4 @@
-"""Tests of the warnings that commands hide."""
+"""Tests that commands hide irrelevant warnings of libraries, and no others."""
 
 import logging
 import warnings

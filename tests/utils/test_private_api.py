@@ -1,4 +1,4 @@
-"""Tests that the private APIs used from other libraries still behave as expected."""
+"""Tests that private APIs of other libraries still behave as this project expects."""
 
 import argparse
 import subprocess
@@ -111,7 +111,7 @@ def test_metadata_of_a_state_dict_are_saved_and_ignored_when_it_is_loaded(tmp_pa
     read = torch.load(tmp_path / "state.pth", weights_only=True)
     assert read._metadata == {"made_by": {"version": 1}}
     module.load_state_dict(read)
-    # torch uses the same attribute.
+    # PyTorch uses the same attribute for its own metadata.
     assert module.state_dict()._metadata[""]["version"] == 2
 
 
@@ -186,8 +186,8 @@ def test_a_module_that_is_being_imported_is_told_from_a_finished_one(tmp_path, m
     assert not private_api.is_initializing(ModuleType("made_by_hand"))
 
 
-# Methods and attributes with a leading underscore that subclasses in this package override or use.
-# The base classes must still call or define them.
+# Tests for private methods and attributes that this package's subclasses override or use. The base
+# classes must still call or define them.
 
 
 def test_the_checkpointer_calls_the_methods_that_ours_defines(tmp_path):
@@ -239,7 +239,7 @@ def test_the_coco_evaluator_calls_the_method_that_ours_defines(monkeypatch):
     finally:
         MetadataCatalog.pop("private_api_test")
     assert [(len(predictions), images) for predictions, _, images in called] == [(1, [7])]
-    # Our evaluator replaces this attribute while it runs.
+    # Our evaluator replaces this class while it runs.
     assert isinstance(coco_evaluation.COCOeval, type)
 
 

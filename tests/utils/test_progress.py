@@ -1,4 +1,4 @@
-"""Tests of progress bars, which are only shown on a terminal."""
+"""Tests that progress bars are shown only on a terminal."""
 
 import io
 import re
@@ -11,7 +11,7 @@ from senet_transfer.utils.progress import no_bars, progress
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = sorted([*(ROOT / "tools").glob("*.py"), *(ROOT / "datasets").glob("*.py")])
-# Commands without --quiet, which finish in seconds or show only the output of pip.
+# Commands without --quiet, because they finish in seconds or show only pip's output.
 AT_ONCE = (
     "classify_onnx.py",
     "detect_onnx.py",
@@ -19,12 +19,12 @@ AT_ONCE = (
     "onnx_images.py",
     "prepare_coco.py",
 )
-# It shows the progress of pip in one line of its own.
+# Command that shows the progress of pip in its own format.
 OWN_PROGRESS = ("pip_progress.py",)
 
 
 class Screen(io.StringIO):
-    """Stand-in for stderr that is connected to a terminal or to a pipe."""
+    """Stand-in for stderr, connected either to a terminal or to a pipe."""
 
     def __init__(self, terminal: bool):
         super().__init__()

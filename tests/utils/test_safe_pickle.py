@@ -1,4 +1,4 @@
-"""Tests of the safe pickle reader: valid data is read correctly, and no code is executed."""
+"""Tests that the safe pickle reader reads valid data correctly and never executes code."""
 
 import argparse
 import collections
@@ -124,7 +124,7 @@ def test_pickles_follow_one_another_in_a_stream():
 
 
 def test_the_standard_library_s_unpickler_has_the_parts_that_are_overridden():
-    # pickle._Unpickler is private: this test fails first if a Python version changes it.
+    # pickle._Unpickler is private. If a new Python version changes it, this test should fail first.
     from senet_transfer.utils.safe_pickle import _PlainUnpickler
 
     assert _PlainUnpickler.__mro__[1] is pickle._Unpickler
@@ -139,7 +139,7 @@ def test_the_standard_library_s_unpickler_has_the_parts_that_are_overridden():
     assert set(_PlainUnpickler.dispatch) < set(pickle._Unpickler.dispatch)
 
 
-# Payloads that must be rejected. Each would create a file if anything in it were executed.
+# Payloads that must be rejected. Each would create a file if it were executed.
 
 
 class _Runs:
@@ -171,7 +171,7 @@ def _names(name: str) -> str:
 @pytest.mark.parametrize("protocol", [0, 1, 2, 4, 5])
 def test_a_pickle_that_runs_code_is_refused_by_name(name, protocol, tmp_path):
     sentinel = tmp_path / "ran"
-    if name == "getattr":  # a module can't be pickled, so the call is written by hand
+    if name == "getattr":  # modules can't be pickled, so this pickle is written by hand
         data = b"cbuiltins\ngetattr\n(cos\nsystem\nS'x'\ntR."
     else:
         content = {"model": _arrays(), "hook": _payloads(sentinel)[name]}
@@ -227,7 +227,7 @@ def test_odd_ways_to_name_things_run_nothing(data, tmp_path):
 
 
 def test_what_an_attacker_sets_on_a_name_does_not_outlive_the_file():
-    # BUILD with a slot state sets attributes. On a real class, they would outlast the file.
+    # BUILD with a slot state sets attributes. On a real class, they would persist after loading.
     slot_state = b"N}U\x05buildNs\x86b."
     for name in (b"cnumpy\ndtype\n", b"ccollections\nOrderedDict\n"):
         with pytest.raises((ValueError, TypeError)):
@@ -252,10 +252,10 @@ _U1 = b"cnumpy\ndtype\n(S'u1'\nI0\nI1\ntR"
 @pytest.mark.parametrize(
     "data",
     [
-        _ARRAY + b"p0\n0g0\n(I1\n(I1\nt" + _U1 + b"I00\ng0\ntb.",  # an array in its own memory
+        _ARRAY + b"p0\n0g0\n(I1\n(I1\nt" + _U1 + b"I00\ng0\ntb.",  # an array as its own buffer
         _ARRAY + b"(I1\n(I1\nt" + _U1 + b"I00\n]tb.",
         b"cnumpy.core.numeric\n_frombuffer\n(" + _ARRAY + _U1 + b"(I0\ntS'C'\ntR.",
-        _ARRAY + b"(I1\n(I1\nt" + _U1 + b"I00\nS'a'\ntbI0\nI7\ns.",  # an item set
+        _ARRAY + b"(I1\n(I1\nt" + _U1 + b"I00\nS'a'\ntbI0\nI7\ns.",  # sets an item
         _ARRAY + b"}b.",
         _ARRAY + b"N}S'shape'\nI1\ns\x86b.",
         _U1 + b"}S'value'\nN}sb.",
@@ -325,7 +325,8 @@ def test_objects_of_any_class_next_to_the_model_are_left_out(name, protocol, tmp
     assert file.metadata == {"epoch": 3, **kept}
 
 
-# After a model: an object of an unknown class, and instructions that try to make it act.
+# A pickle with a model, to which tests append an object of an unknown class and instructions that
+# try to make it execute something.
 _MODEL = b"\x80\x02}(U\x05model" + pickle.dumps(_ONES, 2)[2:-1] + b"U\x01x"
 _UNKNOWN = b"cunknown_module\nRuns\n"
 
@@ -345,10 +346,10 @@ _UNKNOWN = b"cunknown_module\nRuns\n"
         _UNKNOWN + b")R(U\x01aK\x01\x90",
         _UNKNOWN + b")RU\x01aK\x01s",
         _UNKNOWN + b")RU\x01aa",
-        # A key that is not hashed.
+        # The key must not be hashed.
         pytest.param(_UNKNOWN + b")RK\x01" + b"\x85" * 100_000 + b"K\x01s", marks=pytest.mark.long),
         _UNKNOWN + b"q\x050h\x05h\x05h\x05\x85R\x85R",
-        b"}" + _UNKNOWN + b")RK\x01s",  # a key of a dictionary
+        b"}" + _UNKNOWN + b")RK\x01s",  # as a key of a dictionary
         b"}(" + _UNKNOWN + _UNKNOWN + b"\x86K\x01u",
         b"c__builtin__\nset\n](" + _UNKNOWN + _UNKNOWN + b"e\x85R",
         b"ccopy_reg\n_reconstructor\n(" + _UNKNOWN + b"c__builtin__\nobject\nNtR}b",
@@ -504,6 +505,6 @@ def test_a_bomb_is_refused_at_once(name, tmp_path):
     path = tmp_path / "bomb.pkl"
     path.write_bytes(BOMBS[name])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # The least CPU time of up to three attempts, because the machine may be busy.
+    # Allow three attempts, because the machine may be busy.
     assert any(_seconds_until_refused(path) < 2 for _ in range(3))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB

@@ -1,4 +1,4 @@
-"""Tests of text formatting for messages."""
+"""Tests for formatting text in messages."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Tests of the writers for experiment trackers, with stand-ins for their packages."""
+"""Tests for writers to experiment trackers, with stand-ins for the trackers' packages."""
 
 import json
 import sys
@@ -12,12 +12,12 @@ from senet_transfer.utils.tracking import build_tracking_writers, check_trackers
 
 
 class Service:
-    """Stand-in for the packages wandb and mlflow, which records what it receives."""
+    """Stand-in for wandb and mlflow that records all calls."""
 
     def __init__(self):
         self.received, self.started, self.finished = [], [], 0
 
-    def init(self, *, id, **options):  # noqa: A002  # wandb's name
+    def init(self, *, id, **options):  # noqa: A002  # the name in wandb
         self.started.append(id)
         return SimpleNamespace(
             id=id or "w1", log=lambda values, step: self.log_metrics(values, step=step),
@@ -57,7 +57,7 @@ def test_a_tracker_gets_each_metric_once_with_its_step(name, first, tmp_path, mo
     named = "bbox/AP-a_b_" if name == "mlflow" else "bbox/AP-a(b)"
     assert service.received == [(0, {"total_loss": 3.0, named: 50.0}), (2, {"total_loss": 1.0})]
     assert service.finished == 1
-    # A resumed run continues the same run of the tracker.
+    # When a run is resumed, the tracker continues the same run.
     build_tracking_writers([name], str(tmp_path), "SEED: 1\n")
     assert service.started == [None, first]
     assert json.loads((tmp_path / "tracking.json").read_text()) == {name: first}

@@ -1,7 +1,7 @@
-"""Builders of the SENet authors' and CSAIL's Caffe networks, based on their prototxt files.
+"""Builders for the Caffe networks of SENet's authors and CSAIL, based on their prototxt files.
 
-Sources: hujie-frank/SENet ``models/*.prototxt`` (SE-BN-Inception among them), CSAILVision/places365
-``deploy_resnet152_places365.prototxt``. Weights and statistics are random.
+Sources: ``models/*.prototxt`` in hujie-frank/SENet, including SE-BN-Inception, and
+``deploy_resnet152_places365.prototxt`` in CSAILVision/places365. Weights and statistics are random.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from tests.weights.caffe_writer import CaffeNet
 
 @dataclass(frozen=True)
 class Design:
-    """Architecture options of the authors' networks."""
+    """Architecture options of the SENet authors' networks."""
 
     blocks: tuple[int, ...]
     groups: int = 1
@@ -34,7 +34,7 @@ DESIGNS = {
 
 
 class _Random:
-    """Generator of random weights that preserve the scale of the activations in deep networks."""
+    """Generator of random weights that preserve the scale of activations in deep networks."""
 
     def __init__(self, seed: int):
         self.rng = np.random.default_rng(seed)
@@ -55,7 +55,7 @@ class _Random:
 
 
 def senet(name: str, size: tuple[int, int] = (64, 96), classes: int = 1000) -> CaffeNet:
-    """Build one of the authors' networks; ``name`` is the name in its prototxt."""
+    """Build one of the SENet authors' networks, given the name in its prototxt."""
     design, random = DESIGNS[name], _Random(0)
     net = CaffeNet(name, (1, 3, *size))
     x = _stem(net, design, random)
@@ -114,8 +114,8 @@ def _block(net, design, random, stage: int, index: int, x: str, inputs: int) -> 
     return net.relu(f"{at}/relu", net.axpy(at, gate, y, x))
 
 
-# Widths per module: 1x1; 3x3 and the 1x1 before it; two 3x3 and the 1x1 before them; the 1x1 after
-# the pool. Modules of stride 2 have neither the first nor the last.
+# Channels in each module: 1x1 branch; 1x1 and 3x3 of the second branch; 1x1 and both 3x3 of the
+# third branch; 1x1 after the pool. Modules with stride 2 have neither the first nor the last.
 BN_INCEPTION = {
     "3a": (64, 64, 64, 64, 96, 32),
     "3b": (64, 64, 96, 64, 96, 64),
@@ -131,7 +131,7 @@ BN_INCEPTION = {
 
 
 def se_bn_inception(size: tuple[int, int] = (64, 96), classes: int = 1000) -> CaffeNet:
-    """Build the authors' SE-BN-Inception."""
+    """Build the SENet authors' SE-BN-Inception."""
     random = _Random(3)
     net = CaffeNet("SE-BN-Inception", (1, 3, *size))
 
@@ -181,7 +181,7 @@ def _inception(net, random, conv_bn, at: str, x: str, inputs: int, widths) -> tu
 def places_resnet(
     blocks: tuple[int, ...], size: tuple[int, int] = (64, 96), classes: int = 365
 ) -> CaffeNet:
-    """Build CSAIL's ResNet; blocks of (3, 8, 36, 3) give ResNet-152."""
+    """Build CSAIL's ResNet with the given blocks per stage; ResNet-152 has (3, 8, 36, 3)."""
     random = _Random(1)
     net = CaffeNet("ResNet-152-places365", (1, 3, *size))
 
@@ -199,7 +199,7 @@ def places_resnet(
         width, outputs = 64 * 2 ** (stage - 2), 256 * 2 ** (stage - 2)
         for index in range(count):
             stride = 2 if stage > 2 and index == 0 else 1
-            # a, b, c in short stages; a, b1, b2, ... in long ones.
+            # Blocks are called a, b, c in short stages and a, b1, b2, ... in long ones.
             letter = "abc"[index] if count == 3 else ("a" if index == 0 else f"b{index}")
             at = f"{stage}{letter}"
             y = x

@@ -1,4 +1,4 @@
-"""Execution of a Caffe network in plain PyTorch, from the layers that the reader returns.
+"""Plain-PyTorch execution of Caffe networks, given the layers that this project's reader returns.
 
 Each operation follows Caffe's documentation of the layer, not this project's modules.
 """
@@ -14,12 +14,12 @@ from senet_transfer.weights.formats.caffe.layers import CaffeLayer, window_of
 def run_caffe(
     layers: Iterable[CaffeLayer], tensors: dict[str, torch.Tensor], image: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Return every blob of the network by name, after the last layer that writes it.
+    """Run a network and return the final value of each blob by name.
 
     Args:
-        layers: The layers of a caffemodel.
-        tensors: The tensors that ``caffe_tensors`` returns.
-        image: (N, C, H, W), the network's input.
+        layers: Layers of a caffemodel.
+        tensors: Tensors returned by ``caffe_tensors``.
+        image: Input of the network, (N, C, H, W).
     """
     blobs: dict[str, torch.Tensor] = {}
     for layer in layers:

@@ -1,6 +1,6 @@
-"""Writer of Caffe networks for the tests, using Caffe's message definitions and protobuf's format.
+"""Writer of Caffe files for the tests, which encodes Caffe's messages in protobuf's format.
 
-It shares no code with the tested reader: field numbers and types are repeated here.
+It shares no code with the reader under test. Field numbers and types are therefore repeated here.
 """
 
 import struct
@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-# Message: {field name: (number, kind)}. Kinds: i int, b bool, f float, s string, e the names of an
-# enumeration, m a nested message.
+# Messages map field names to (number, kind). A kind is i (int), b (bool), f (float), s (string),
+# the names of an enumeration, or a nested message.
 _FILLER = {"type": (1, "s"), "value": (2, "f")}
 _SHAPE = {"dim": (1, "i")}
 _MESSAGES: dict[str, tuple[int, int | None, dict[str, tuple[int, Any]]]] = {
@@ -79,14 +79,14 @@ _V1_TYPES = {
 class CaffeNet:
     """Caffe network that is built layer by layer.
 
-    Methods that add a layer return the name of its output. Arrays are float32 numpy arrays, or
-    convertible to them, in PyTorch's shapes. ``batch_norm``, ``scale`` and ``relu`` work in place,
-    as in the published definitions.
+    Methods that add a layer return the name of its output. Arrays have PyTorch's shapes and are
+    converted to float32. ``batch_norm``, ``scale`` and ``relu`` work in place, as in the published
+    definitions.
 
     Args:
-        name: The name of the network.
-        shape: The shape of the input, (N, C, H, W).
-        data: The name of the input.
+        name: Name of the network.
+        shape: Shape of the input, (N, C, H, W).
+        data: Name of the input.
     """
 
     def __init__(self, name: str, shape: tuple[int, ...] = (1, 3, 224, 224), data: str = "data"):
@@ -98,7 +98,7 @@ class CaffeNet:
     def layer(
         self, kind: str, name: str, bottoms: list[str], top: str, blobs: Any = (), **params: Any
     ) -> str:
-        """Add a layer of any kind; ``params`` are messages, such as ``scale_param={"axis": 0}``."""
+        """Add a layer of any kind with messages such as ``scale_param={"axis": 0}``."""
         arrays = [np.ascontiguousarray(blob, dtype=np.float32) for blob in blobs]
         self.layers.append(
             {"type": kind, "name": name, "bottoms": bottoms, "top": top}
@@ -118,7 +118,7 @@ class CaffeNet:
         group: int = 1,
         top: str | None = None,
     ) -> str:
-        """Add a convolution; ``weight`` has the shape (out, in / group, kernel, kernel)."""
+        """Add a convolution with a weight of shape (out, in / group, kernel, kernel)."""
         params = {"num_output": weight.shape[0], "kernel_size": weight.shape[2], "stride": stride}
         params |= {"pad": pad} if pad else {}
         params |= {"group": group} if group != 1 else {}
@@ -136,7 +136,7 @@ class CaffeNet:
         factor: float = 1.0,
         eps: float | None = None,
     ) -> str:
-        """Add the statistics of a batch norm; Caffe stores them multiplied by ``factor``."""
+        """Add the statistics of a batch norm, which Caffe stores multiplied by ``factor``."""
         params: dict[str, Any] = {"use_global_stats": True}
         params |= {} if eps is None else {"eps": eps}
         blobs = [np.asarray(mean) * factor, np.asarray(var) * factor, np.array([factor])]
@@ -161,12 +161,12 @@ class CaffeNet:
         """Add a convolution, batch norm and optional ReLU, named as in the SENet authors' files.
 
         Args:
-            name: The name of the convolution; the norm's layers are ``name/bn`` and
+            name: Name of the convolution. The norm's layers are called ``name/bn`` and
                 ``name/bn/scale``.
-            bottom: The input of the convolution.
-            weight: The weight of the convolution, which has no bias.
+            bottom: Input of the convolution.
+            weight: Weight of the convolution, which has no bias.
             bn: ``weight``, ``bias``, ``running_mean`` and ``running_var`` of the norm.
-            relu: The name of the ReLU; None adds no ReLU.
+            relu: Name of the ReLU. None adds no ReLU.
             factor: See :meth:`batch_norm`.
             **geometry: Options of :meth:`conv`.
         """
@@ -176,17 +176,17 @@ class CaffeNet:
         return top if relu is None else self.relu(relu, top)
 
     def relu(self, name: str, bottom: str) -> str:
-        """Add a ReLU, in place."""
+        """Add an in-place ReLU."""
         return self.layer("ReLU", name, [bottom], bottom)
 
     def sigmoid(self, name: str, bottom: str) -> str:
-        """Add a sigmoid, in place."""
+        """Add an in-place sigmoid."""
         return self.layer("Sigmoid", name, [bottom], bottom)
 
     def pool(
         self, name: str, bottom: str, kernel: int, stride: int, pad: int = 0, method: str = "MAX"
     ) -> str:
-        """Add a pooling layer; Caffe rounds its output size up."""
+        """Add a pooling layer, whose output size Caffe rounds up."""
         params = {"pool": method, "kernel_size": kernel, "stride": stride}
         params |= {"pad": pad} if pad else {}
         return self.layer("Pooling", name, [bottom], name, pooling_param=params)
@@ -197,7 +197,7 @@ class CaffeNet:
         return self.layer("Pooling", name, [bottom], name, pooling_param=params)
 
     def fc(self, name: str, bottom: str, weight: Any, bias: Any = None) -> str:
-        """Add an inner product; ``weight`` has the shape (out, in)."""
+        """Add a fully connected (InnerProduct) layer with a weight of shape (out, in)."""
         params: dict[str, Any] = {"num_output": weight.shape[0]}
         params |= {"bias_term": False} if bias is None else {}
         blobs = [weight] if bias is None else [weight, bias]
@@ -208,7 +208,7 @@ class CaffeNet:
         return self.layer("Axpy", name, [gate, residual, shortcut], name)
 
     def add(self, name: str, *bottoms: str) -> str:
-        """Add an elementwise sum."""
+        """Add an elementwise sum of layers."""
         return self.layer("Eltwise", name, list(bottoms), name, eltwise_param={"operation": "SUM"})
 
     def concat(self, name: str, *bottoms: str) -> str:
@@ -216,7 +216,7 @@ class CaffeNet:
         return self.layer("Concat", name, list(bottoms), name)
 
     def dropout(self, name: str, bottom: str, ratio: float) -> str:
-        """Add a dropout layer, in place; it has no effect at test time."""
+        """Add an in-place dropout layer, which has no effect at test time."""
         return self.layer("Dropout", name, [bottom], bottom, dropout_param={"dropout_ratio": ratio})
 
     def softmax(self, name: str, bottom: str) -> str:
@@ -224,7 +224,7 @@ class CaffeNet:
         return self.layer("Softmax", name, [bottom], name)
 
     def gate_channels(self, name: str, bottom: str, gate: str) -> str:
-        """Apply a gate as SE-BN-Inception does: a Reshape to (N, C) and a Scale of axis 0."""
+        """Apply a gate as in SE-BN-Inception, with a Reshape to (N, C) and a Scale of axis 0."""
         flat = self.layer(
             "Reshape",
             f"{name}_prob_reshape",
@@ -243,15 +243,15 @@ class CaffeNet:
         Args:
             prototxt: Path of the definition.
             caffemodel: Path of the weights.
-            for_opencv: Exchange the last two inputs of every Axpy in the definition. OpenCV's
-                importer applies the gate to the third input, whereas the authors' layer applies it
-                to the second. (OpenCV also supports only one image per batch there.)
+            for_opencv: Whether to swap the last two inputs of each Axpy layer in the definition.
+                OpenCV applies the gate to the third input, but the authors' layer to the second.
+                (OpenCV's Axpy also supports only one image per batch.)
         """
         Path(prototxt).write_text(self.prototxt(for_opencv=for_opencv))
         Path(caffemodel).write_bytes(self.caffemodel())
 
     def prototxt(self, *, for_opencv: bool = False) -> str:
-        """Return the definition in the current format."""
+        """Return the network's definition in the current prototxt format."""
         dims = {"shape": {"dim": list(self.shape)}}
         lines = [f'name: "{self.name}"', "layer {", f'  name: "{self.data}"', '  type: "Input"']
         lines += [f'  top: "{self.data}"', *_text("input_param", dims, "  "), "}"]
@@ -269,12 +269,12 @@ class CaffeNet:
     def caffemodel(
         self, *, legacy_shapes: bool = False, doubles: bool = False, packed: bool = True
     ) -> bytes:
-        """Return the weights and the layers' parameters in the current format.
+        """Return the weights and layer parameters in the current caffemodel format.
 
         Args:
-            legacy_shapes: State shapes in four dimensions (num, channels, height, width).
-            doubles: Store values in double precision.
-            packed: Store each array as a packed field, as Caffe does.
+            legacy_shapes: Whether to store four-dimensional shapes (num, channels, height, width).
+            doubles: Whether to store values in double precision.
+            packed: Whether to store each array as a packed field, as Caffe does.
         """
         out = bytearray(_bytes(1, self.name.encode()))
         for layer in self.layers:
@@ -291,7 +291,7 @@ class CaffeNet:
         return bytes(out)
 
     def v1_caffemodel(self) -> bytes:
-        """Return the weights in the format of 2014: V1LayerParameter without BatchNorm."""
+        """Return the weights in the format of 2014, with V1LayerParameter and without BatchNorm."""
         out = bytearray(_bytes(1, self.name.encode()))
         for layer in self.layers:
             body = b"".join(_bytes(2, bottom.encode()) for bottom in layer["bottoms"])

@@ -1,4 +1,4 @@
-"""Small detectors with this project's backbones, and one training step."""
+"""Small detectors with this project's backbones, and their first training step."""
 
 import torch
 from detectron2.config import CfgNode
@@ -13,7 +13,7 @@ STAGES = ["res2", "res3", "res4", "res5"]
 
 
 def config(arch: str, classes: int = 3, kind: str = "fpn") -> CfgNode:
-    """Return the config of a detector; ``kind`` is "fpn", "mask", "c4" or "retinanet"."""
+    """Return a detector's config. ``kind`` is "fpn", "mask", "c4" or "retinanet"."""
     cfg = get_senet_config()
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.BACKBONE.ARCH = arch
@@ -50,7 +50,7 @@ def config(arch: str, classes: int = 3, kind: str = "fpn") -> CfgNode:
 
 
 def detector(arch: str, classes: int = 3, kind: str = "fpn", seed: int = 0, **keys) -> nn.Module:
-    """Build a detector; ``keys`` are set in ``MODEL.RESNETS``."""
+    """Build a detector with the given ``MODEL.RESNETS`` keys."""
     cfg = config(arch, classes, kind)
     for key, value in keys.items():
         cfg.MODEL.RESNETS[key] = value
@@ -59,7 +59,7 @@ def detector(arch: str, classes: int = 3, kind: str = "fpn", seed: int = 0, **ke
 
 
 def first_losses(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
-    """Return the losses of the first training step, on a random image with one box."""
+    """Return the losses of the first training step on a random image with one object."""
     generator = torch.Generator().manual_seed(0)
     truth = Instances((64, 96))
     truth.gt_boxes = Boxes(torch.tensor([[5.0, 5.0, 40.0, 50.0]]))

@@ -1,4 +1,4 @@
-"""Writers of old file formats: pickles of Python 2 and torch's first formats."""
+"""Writers of old file formats: Python 2's pickles and PyTorch's first formats."""
 
 import argparse
 import collections
@@ -25,14 +25,14 @@ import yacs.config
 
 
 class Mode(enum.Enum):
-    """Enum as defined in training scripts."""
+    """Enum like those in training scripts."""
 
     TRAIN = "train"
     TEST = "test"
 
 
 class EasyDict(dict):
-    """Dictionary with attributes, as in many training scripts."""
+    """Subclass of dict, as in many training scripts."""
 
 
 def _optimizer() -> torch.optim.Optimizer:
@@ -43,7 +43,7 @@ def _optimizer() -> torch.optim.Optimizer:
     return optimizer
 
 
-# Functions that create objects which training scripts save next to a model.
+# Functions that create objects like those that training scripts save next to a model.
 NEXT_TO_A_MODEL: dict[str, Callable[[], Any]] = {
     "Namespace": lambda: argparse.Namespace(lr=0.1, out=pathlib.PosixPath("runs/1")),
     "PosixPath": lambda: pathlib.PosixPath("runs/1"),
@@ -70,7 +70,7 @@ NEXT_TO_A_MODEL: dict[str, Callable[[], Any]] = {
     "Generator": lambda: np.random.default_rng(0),
     "module": lambda: torch.nn.CrossEntropyLoss(),
 }
-# The same for torch.save, with tensors.
+# The same, and objects with tensors, which only torch.save can write.
 NEXT_TO_A_TORCH_MODEL: dict[str, Callable[[], Any]] = {
     **NEXT_TO_A_MODEL,
     "model": lambda: torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm2d(2)),
@@ -80,7 +80,7 @@ NEXT_TO_A_TORCH_MODEL: dict[str, Callable[[], Any]] = {
 
 
 class Python2Pickler(pickle._Pickler):
-    """Pickler that writes text and bytes as Python 2's single string type."""
+    """Pickler that writes both str and bytes as Python 2's string type."""
 
     def __init__(self, file: Any, protocol: int = 2, **_: Any):
         super().__init__(file, protocol)
@@ -100,7 +100,7 @@ class Python2Pickler(pickle._Pickler):
             self.write(b"T" + struct.pack("<i", len(raw)) + raw)
         self.memoize(memo_key)
 
-    dispatch = {  # noqa: RUF012 - the base class's own table, by its own rule
+    dispatch = {  # noqa: RUF012 - mutable, as in the base class
         **pickle._Pickler.dispatch,
         str: save_text,
         bytes: save_raw,
@@ -108,14 +108,14 @@ class Python2Pickler(pickle._Pickler):
 
 
 def python2_pickle(value: Any, protocol: int = 2) -> bytes:
-    """Return a pickle as written by Python 2 and numpy of that time."""
+    """Return a pickle like those of Python 2 with NumPy versions from that time."""
     file = io.BytesIO()
     Python2Pickler(file, protocol).dump(value)
     return file.getvalue().replace(b"cnumpy._core.", b"cnumpy.core.")
 
 
 def python2_torch_file(value: Any, path: Path) -> None:
-    """Write a file of ``torch.save`` under Python 2: the legacy format with Python 2's strings."""
+    """Write the legacy format of ``torch.save`` with Python 2's strings."""
     module = types.SimpleNamespace(
         Pickler=Python2Pickler,
         dump=lambda obj, file, protocol=2: file.write(python2_pickle(obj, protocol)),
@@ -126,9 +126,9 @@ def python2_torch_file(value: Any, path: Path) -> None:
 
 
 def tar_torch_file(tensors: dict[str, torch.Tensor], path: Path, **besides: Any) -> None:
-    """Write a file of torch's first format, before 0.1.12, with one storage per tensor.
+    """Write the format of PyTorch before 0.1.12, with one storage per tensor.
 
-    The format follows the code of ``torch.load``, which reads these files in the tests too.
+    The format follows the code of ``torch.load``, which also reads these files in the tests.
     """
     storages, views = io.BytesIO(), io.BytesIO()
     storages.write(python2_pickle(len(tensors)))

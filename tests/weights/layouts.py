@@ -1,4 +1,4 @@
-"""Checkpoints as other projects' training scripts write them, with a small network."""
+"""Checkpoints of a small network, like those of other projects' training scripts."""
 
 import argparse
 import collections
@@ -21,7 +21,7 @@ WIDTH = 8
 
 
 class TinyResNet(nn.Module):
-    """ResNet-18 with torchvision's blocks and names, and 8 channels in its stem."""
+    """ResNet-18 with torchvision's blocks and tensor names, and 8 channels in the stem."""
 
     def __init__(self, classes: int = 5) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class TinyResNet(nn.Module):
 
 
 def tiny(seed: int = 0, classes: int = 5) -> TinyResNet:
-    """Return a random network."""
+    """Return a TinyResNet with random weights."""
     model = TinyResNet(classes)
     randomise(model, seed)
     return model
@@ -58,7 +58,7 @@ State = dict[str, Any]
 
 
 def prefixed(prefix: str, state: State) -> State:
-    """Add a prefix to all names."""
+    """Return a state dict with a prefix added to all names."""
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
@@ -71,12 +71,12 @@ def _sgd(model: nn.Module) -> State:
 
 
 def averaged(model: nn.Module) -> AveragedModel:
-    """Return torch's averaged model, as in torchvision's references, with other weights."""
+    """Wrap a model in PyTorch's AveragedModel, as torchvision's references do."""
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999), use_buffers=True)
 
 
 def timm_train(model: nn.Module, ema: nn.Module | None = None) -> State:
-    """Return what timm's CheckpointSaver saves."""
+    """Return the content of a checkpoint from timm's CheckpointSaver."""
     state = {
         "epoch": 3,
         "arch": "resnet18",
@@ -91,7 +91,7 @@ def timm_train(model: nn.Module, ema: nn.Module | None = None) -> State:
 
 
 def torchvision_references(model: nn.Module, ema: nn.Module | None = None) -> State:
-    """Return what torchvision's references/classification/train.py saves."""
+    """Return the content of a checkpoint from torchvision's references/classification/train.py."""
     state = {
         "model": model.state_dict(),
         "optimizer": _sgd(model),
@@ -105,7 +105,7 @@ def torchvision_references(model: nn.Module, ema: nn.Module | None = None) -> St
 
 
 def lightning(state: State) -> State:
-    """Return what Lightning's ModelCheckpoint saves for a module's state dict."""
+    """Return the content of a checkpoint from Lightning's ModelCheckpoint."""
     return {
         "epoch": 3,
         "global_step": 40,
@@ -126,9 +126,9 @@ def lightning(state: State) -> State:
 
 
 def mmengine(state: State, ema: State | None = None) -> State:
-    """Return what mmengine's CheckpointHook saves.
+    """Return the content of a checkpoint from mmengine's CheckpointHook.
 
-    Its EMAHook exchanges the values of both state dicts before they are saved.
+    With EMA, mmengine's EMAHook swaps the values of both state dicts before saving.
     """
     content = {
         "meta": {"epoch": 3, "mmengine_version": "0.10.5", "time": "20250101", "seed": 1},
@@ -147,7 +147,7 @@ def mmengine(state: State, ema: State | None = None) -> State:
 
 
 def moco(query: nn.Module, key: nn.Module) -> State:
-    """Return what MoCo's main_moco.py saves."""
+    """Return the content of a checkpoint from MoCo's main_moco.py."""
     state = {
         **prefixed("module.encoder_q.", query.state_dict()),
         **prefixed("module.encoder_k.", key.state_dict()),
@@ -158,7 +158,7 @@ def moco(query: nn.Module, key: nn.Module) -> State:
 
 
 def dino(student: nn.Module, teacher: nn.Module) -> State:
-    """Return what DINO's main_dino.py saves for a convolutional network."""
+    """Return the content of a checkpoint from DINO's main_dino.py for a convolutional network."""
 
     def with_head(model: nn.Module, prefix: str) -> State:
         state = {n: t for n, t in model.state_dict().items() if not n.startswith("fc.")}
@@ -177,7 +177,7 @@ def dino(student: nn.Module, teacher: nn.Module) -> State:
 
 
 def swav(model: nn.Module) -> State:
-    """Return what SwAV's main_swav.py saves."""
+    """Return the content of a checkpoint from SwAV's main_swav.py."""
     state = {n: t for n, t in model.state_dict().items() if not n.startswith("fc.")}
     state["projection_head.0.weight"] = torch.randn(16, 64)
     state["projection_head.1.running_var"] = torch.ones(16)
@@ -186,7 +186,7 @@ def swav(model: nn.Module) -> State:
 
 
 def deepspeed(state: State, *, zero3: bool = False) -> State:
-    """Return what DeepSpeed saves as mp_rank_00_model_states.pt."""
+    """Return the content of DeepSpeed's mp_rank_00_model_states.pt."""
     shapes = collections.OrderedDict((n, t.shape) for n, t in state.items())
     if zero3:
         state = {
@@ -215,7 +215,7 @@ def deepspeed(state: State, *, zero3: bool = False) -> State:
 
 
 def write_shards(state: State, folder: Path, parts: int = 2) -> Path:
-    """Write a sharded model as huggingface_hub does, and return the path of its index."""
+    """Write a sharded model like huggingface_hub, and return the path of its index."""
     names = list(state)
     weight_map = {}
     for part in range(parts):
@@ -232,7 +232,7 @@ def write_shards(state: State, folder: Path, parts: int = 2) -> Path:
 
 Writer = Callable[[State, Path], Any]
 
-# Writers of a flat state dict.
+# Functions that write a flat state dict, by format.
 FLAT_WRITERS: dict[str, Writer] = {
     "pth": torch.save,
     "safetensors": lambda state, path: safetensors.torch.save_file(

@@ -1,17 +1,17 @@
-"""Random damage to files, determined by a seed."""
+"""Random changes to files, determined by a seed."""
 
 import struct
 from collections.abc import Callable
 
 import numpy as np
 
-# Lengths, counts and indices that readers may handle wrongly.
+# Lengths, counts and indices that readers may not handle correctly.
 _EXTREMES = (0, 1, 2**7, 2**8 - 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1)
 _EDGE = 256
 
 
 def _place(rng: np.random.Generator, data: bytes) -> int:
-    """Return a position in the file, half of the time in its first or last bytes (headers)."""
+    """Return a random position; half of them are near the file's start or end, as headers are."""
     edge = min(_EDGE, len(data))
     where = rng.integers(4)
     if where == 0:
@@ -103,12 +103,12 @@ def mutate(data: bytes, other: bytes, seed: int) -> tuple[str, bytes]:
     """Damage a file once or twice.
 
     Args:
-        data: The content of the file.
-        other: The content of another file, parts of which may be inserted.
-        seed: The seed, which determines the damage.
+        data: Content of the file.
+        other: Content of another file, parts of which may be inserted.
+        seed: Seed that determines the damage.
 
     Returns:
-        A description of the damage, for failure messages, and the damaged content.
+        A description of the damage for failure messages, and the damaged content.
     """
     rng = np.random.default_rng(seed)
     done = []

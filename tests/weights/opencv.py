@@ -1,4 +1,4 @@
-"""OpenCV's execution of Caffe networks."""
+"""Loading of Caffe networks with OpenCV."""
 
 from pathlib import Path
 

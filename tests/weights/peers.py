@@ -1,4 +1,4 @@
-"""Networks of other projects with random weights, and their comparison with this project's."""
+"""Networks of other projects with random weights, and comparisons with this project's networks."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ STAGES = ("res2", "res3", "res4", "res5")
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Set random weights and norm statistics that keep the signal's scale through many blocks."""
+    """Set random weights and norm statistics that preserve the signal's scale over many blocks."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -42,23 +42,23 @@ def peer(package: str, name: str, seed: int = 0) -> nn.Module:
         model = library.models.get_model(name)
     else:
         model = getattr(library, name)(pretrained=None)
-        # The original has a window of 7 pixels and only supports images of 224.
+        # The original pool has a 7x7 window and supports only images of 224 pixels.
         model.avg_pool = nn.AdaptiveAvgPool2d(1)
     return randomise(model, seed)
 
 
 def images(seed: int = 0, size: tuple[int, int] = (64, 96)) -> Tensor:
-    """Return two images with sides divisible by 32, so that all geometries give equal shapes."""
+    """Return two random images. For the default size, all geometries give the same shapes."""
     return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
 def outputs_of_peer(model: nn.Module, x: Tensor, stages: list[nn.Module] | None = None) -> dict:
-    """Return res2 to res5 and logits of a network that has ``layer1`` to ``layer4``."""
+    """Return a network's logits and the outputs of its four stages."""
     found: dict[str, Tensor] = {}
     modules = stages or [getattr(model, f"layer{i}") for i in (1, 2, 3, 4)]
     hooks = [
-        # A copy, because the next block may work in place.
+        # Copy the output, because the next block may modify it in place.
         module.register_forward_hook(lambda m, args, out, name=name: found.update({name: +out}))
         for name, module in zip(STAGES, modules, strict=True)
     ]
@@ -70,13 +70,13 @@ def outputs_of_peer(model: nn.Module, x: Tensor, stages: list[nn.Module] | None 
 
 @torch.no_grad()
 def outputs_of_ours(model: Classifier, x: Tensor) -> dict[str, Tensor]:
-    """Return res2 to res5 and logits of a classifier of this project."""
+    """Return the outputs of res2 to res5 and the logits of this project's classifier."""
     stages = [getattr(model.backbone, name) for name in STAGES]
     return outputs_of_peer(model, x, stages)
 
 
 def worst(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
-    """Return the largest difference of two networks' outputs, relative to the largest value."""
+    """Return the largest difference between outputs, relative to each output's largest value."""
     assert first.keys() == second.keys()
     differences = []
     for name, value in first.items():
@@ -92,7 +92,7 @@ def save(model: nn.Module, path: Path) -> Path:
 
 
 def load_and_expect_no_change(model: nn.Module, path: Path) -> None:
-    """Load a file that must raise an error, and check that the model is unchanged."""
+    """Load a file for which an error is expected, and check that the model is unchanged."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     preprocessing = getattr(model, "preprocessing", None)
     try:
@@ -104,7 +104,7 @@ def load_and_expect_no_change(model: nn.Module, path: Path) -> None:
 
 
 def geometry_options(model: Classifier) -> dict[str, object]:
-    """Return the options of a classifier that differ between weight files."""
+    """Return a classifier's options that may differ between weight families."""
     block = model.backbone.res3[0]
     options: dict[str, object] = {"stem_pool": model.backbone.stem.pool}
     if hasattr(block, "conv3") and type(block).__name__ != "SENet154Block":
@@ -118,10 +118,10 @@ def geometry_options(model: Classifier) -> dict[str, object]:
 
 
 def check_traps(ours: str, right: Classifier, expected: dict, path: Path, **fixed: object) -> None:
-    """Check networks with a different geometry, which have the same tensors but other outputs.
+    """Check networks with the same tensors but a different geometry and therefore other outputs.
 
-    ``load_weights`` must raise an error for each. ``load_state_dict`` accepts the tensors; the
-    outputs must then differ from the peer's, which shows that the comparison detects such errors.
+    ``load_weights`` must raise an error for each of them. ``load_state_dict`` accepts the tensors.
+    The outputs must then differ from the peer's, which shows that comparisons detect such errors.
     """
     fixed["num_classes"] = right.linear.out_features
     options = {**geometry_options(right), **fixed}
@@ -139,13 +139,13 @@ def check_traps(ours: str, right: Classifier, expected: dict, path: Path, **fixe
 def check_peer(
     model: nn.Module, stages: list, path: Path, ours: str, family: str, **overrides: object
 ) -> Classifier:
-    """Load a file and compare the outputs of the model with those of the original network.
+    """Load a file, compare outputs with those of the original network, and return the new model.
 
     Args:
-        model: The original network, from which the file was saved.
+        model: Original network, from which the file was saved.
         stages: Modules of the original network whose outputs are res2 to res5.
         path: Path of the weight file.
-        ours: Name of this project's model that loads the file.
+        ours: Name of this project's model into which the file is loaded.
         family: Weight family that must be detected.
         overrides: Options of this project's model.
     """

@@ -2,7 +2,7 @@
 
 Sources: mmpretrain's ``models/backbones/{resnet,seresnet}.py`` and ``models/utils/se_layer.py``;
 moskomule's ``senet/{se_module,se_resnet}.py``; Caffe2's and Detectron's ResNets (MSRA). Module
-names and the order of operations are the originals'; this project's names are not used.
+names and the order of operations are those of the originals, not this project's.
 """
 
 import pickle
@@ -17,7 +17,7 @@ BLOCKS = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}
 
 
 class Activated(nn.Module):
-    """Convolution named ``conv`` and its activation, as mmcv's ConvModule."""
+    """Convolution named ``conv`` with an activation, like mmcv's ConvModule."""
 
     def __init__(self, inputs: int, outputs: int, activation: Callable[[Tensor], Tensor]):
         super().__init__()
@@ -29,7 +29,7 @@ class Activated(nn.Module):
 
 
 class MMSELayer(nn.Module):
-    """SE layer of mmpretrain; older versions have plain convolutions instead of ConvModules."""
+    """mmpretrain's SE layer. Older versions have plain convolutions instead of ConvModules."""
 
     def __init__(self, channels: int, wrapped: bool):
         super().__init__()
@@ -50,7 +50,7 @@ class MMSELayer(nn.Module):
 
 
 class BiasFreeSELayer(nn.Module):
-    """SE layer of moskomule: two linear layers without biases in a Sequential named ``fc``."""
+    """moskomule's SE layer, which has two linear layers without biases in ``fc``."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -67,7 +67,7 @@ class BiasFreeSELayer(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual block; ``se`` is (attribute, module) or None."""
+    """Residual block. ``se`` is None or (attribute name, function that returns the SE layer)."""
 
     def __init__(self, inputs, planes, stride, *, bottleneck, stride_in_1x1, se):
         super().__init__()
@@ -126,7 +126,7 @@ class Backbone(nn.Module):
 
 
 class PlainClassifier(Backbone):
-    """Classifier with ``fc`` next to the stages, as in torchvision and moskomule's project."""
+    """Classifier whose ``fc`` is next to the stages, as in torchvision and moskomule's project."""
 
     def __init__(self, depth: int, classes: int = 1000, **options):
         super().__init__(depth, **options)
@@ -143,7 +143,7 @@ class _Head(nn.Module):
 
 
 class MMClassifier(nn.Module):
-    """Classifier with the names of mmpretrain's ImageClassifier: ``backbone`` and ``head.fc``."""
+    """Classifier with ``backbone`` and ``head.fc``, as in mmpretrain's ImageClassifier."""
 
     def __init__(self, depth: int, se: bool, wrapped: bool = True):
         super().__init__()
@@ -161,7 +161,7 @@ def moskomule(depth: int) -> nn.Module:
 
 
 def write_detectron2(model: PlainClassifier, path: Path) -> Path:
-    """Write a file like Detectron2's MSRA R-50.pkl: Caffe2's names, norms with statistics."""
+    """Write a file like Detectron2's MSRA R-50.pkl, with Caffe2's names and norm statistics."""
     norm = {"weight": "gamma", "bias": "beta", "running_mean": "running_mean"}
     blobs = _caffe2_blobs(model, {**norm, "running_var": "running_var"})
     with open(path, "wb") as file:
@@ -170,7 +170,7 @@ def write_detectron2(model: PlainClassifier, path: Path) -> Path:
 
 
 def write_detectron1(model: PlainClassifier, path: Path) -> Path:
-    """Write a file like Detectron's R-50.pkl: statistics folded into a scale and a bias."""
+    """Write a file like Detectron's R-50.pkl, with norm statistics folded into scale and bias."""
     state = model.state_dict()
     for name in [name for name in state if name.endswith("running_var")]:
         norm = name.removesuffix(".running_var")

@@ -1,4 +1,4 @@
-"""Tests that a mutated file either loads consistently or raises UserError."""
+"""Tests that files with random changes either load consistently or raise UserError."""
 
 import random
 import time
@@ -23,7 +23,7 @@ ODD = ["", ".", "x", "fc", "layer1.0", "layer9.9.conv9.weight", "backbone.", "st
 
 
 def _mutate(file: WeightFile, rng: random.Random) -> WeightFile:
-    """Change names, shapes, dtypes and metadata at random, as damage and mistakes do."""
+    """Change names, shapes, dtypes or metadata at random, to simulate damage and mistakes."""
     tensors, metadata = dict(file.tensors), dict(file.metadata)
     for _ in range(rng.choice([1, 1, 2, 5])):
         name = rng.choice(list(tensors))

@@ -1,4 +1,4 @@
-"""Tests of checkpoints of other projects: they load right, or the error names the remedy."""
+"""Tests that other projects' checkpoints load correctly, or that the error says how to fix it."""
 
 import re
 
@@ -29,7 +29,7 @@ def _logits(path, **choice):
 
 
 def _assert_is(peer, path, **choice):
-    """Check that the file's classifier computes the same logits as the other project's network."""
+    """Check that a classifier loaded from a file computes the same logits as the original."""
     with torch.no_grad():
         expected = peer.eval()(_IMAGES)
     torch.testing.assert_close(_logits(path, **choice), expected, rtol=1e-4, atol=1e-4)
@@ -42,7 +42,7 @@ def _assert_backbone_is(peer, path, **choice):
         torch.testing.assert_close(backbone(_IMAGES)["res5"], expected, rtol=1e-4, atol=1e-4)
 
 
-# Prefixes, alike in all formats.
+# Prefixes, which work in the same way in all formats.
 
 _PREFIXES = [
     *("", "module.", "_orig_mod.", "model.", "net.", "encoder.", "backbone.", "student."),
@@ -147,7 +147,7 @@ def test_moco_s_checkpoints(tmp_path):
         create_backbone("resnet18", weights=path, **_SIZE)
     _assert_backbone_is(query, path, prefix="encoder_q.")
     _assert_backbone_is(key, path, prefix="encoder_k.")
-    # MoCo v2 has an MLP in place of the linear layer.
+    # In MoCo v2, an MLP replaces the linear layer.
     query.fc = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 9))
     torch.save(layouts.moco(query, key), path)
     with pytest.raises(UserError, match=r"head='ignore' \(MODEL.WEIGHTS_HEAD"):
@@ -292,7 +292,7 @@ def test_a_file_with_averaged_weights_only(key, tmp_path):
         _logits(path, ema=True)
 
 
-# Odd dtypes, shapes and values.
+# Unusual dtypes, shapes and values.
 
 
 @pytest.mark.parametrize("kind", FLAT_WRITERS)
@@ -324,7 +324,7 @@ def test_float8_is_converted(dtype, kind, tmp_path):
     FLAT_WRITERS[kind](small, tmp_path / "a")
     peer.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in small.items()})
     _assert_is(peer, tmp_path / "a")
-    # Scaled weights can't be converted without the scales' meaning.
+    # Scaled weights can't be converted, because the meaning of the scales is unknown.
     FLAT_WRITERS[kind](small | {"conv1.weight_scale": torch.ones(1)}, tmp_path / "a")
     with pytest.raises(UserError, match="conv1.weight_scale"):
         _logits(tmp_path / "a")
@@ -346,7 +346,7 @@ def test_weights_of_a_training_that_diverged_are_rejected_in_every_format(kind, 
 def test_a_sharded_model_loads_from_its_index(tmp_path):
     index = write_shards(prefixed("model.", (peer := tiny()).state_dict()), tmp_path)
     _assert_is(peer, index)
-    with pytest.raises(UserError, match=r"one of the 2 files.*model\.safetensors\.index\.json"):
+    with pytest.raises(UserError, match=r"one of 2 files.*model\.safetensors\.index\.json"):
         _logits(tmp_path / "model-00001-of-00002.safetensors")
     with pytest.raises(UserError, match=r"Hugging Face model folder.*safetensors\.index\.json"):
         _logits(tmp_path)
@@ -389,7 +389,7 @@ def test_a_malformed_index_is_rejected(content, words, tmp_path):
         (["latest", "zero_to_fp32.py"], "DeepSpeed.*python zero_to_fp32.py"),
         (["mp_rank_00_model_states.pt"], r"DeepSpeed.*Use .*mp_rank_00_model_states\.pt"),
         (["zero_pp_rank_0_mp_rank_00_model_states.pt"], r"DeepSpeed.*zero_to_fp32\.py"),
-        (["data.pkl", "version"], "unpacked file of torch.save"),
+        (["data.pkl", "version"], "unpacked torch.save file"),
         (["saved_model.pb"], "TensorFlow"),
         (["last.ckpt"], r"is a folder.*last\.ckpt"),
         ([], "Check the path"),

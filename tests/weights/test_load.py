@@ -1,4 +1,4 @@
-"""Tests of load_weights and save_weights: every tensor is accounted for, or loading fails."""
+"""Tests for load_weights and save_weights. Loading fails if any tensor is unaccounted for."""
 
 import pytest
 import torch
@@ -16,18 +16,18 @@ AUTHORS = {"stem_pool": "ceil", "stride_in_1x1": True}
 
 @pytest.fixture(scope="module")
 def r18(tmp_path_factory):
-    """Save a plain ResNet-18 of torchvision."""
+    """Save torchvision's ResNet-18 and return the path."""
     return save(peer("torchvision", "resnet18"), tmp_path_factory.mktemp("r18") / "r18.pth")
 
 
 @pytest.fixture(scope="module")
 def se_r18(tmp_path_factory):
-    """Save an SE-ResNet-18 of timm, whose backbone has `se_divisor=8`."""
+    """Save timm's SE-ResNet-18, whose backbone has `se_divisor=8`, and return the path."""
     return save(peer("timm", "seresnet18"), tmp_path_factory.mktemp("se_r18") / "se_r18.pth")
 
 
 def _changed(path, folder, change):
-    """Write a copy of a file after ``change`` modified its dict in place."""
+    """Write a copy of a file whose state dict ``change`` has modified in place."""
     state = torch.load(path, weights_only=True)
     change(state)
     torch.save(state, folder / "changed.pth")
@@ -35,7 +35,7 @@ def _changed(path, folder, change):
 
 
 def _is_filled_from(model, prefix, path):
-    """Return whether the backbone's tensors equal those of a backbone built from the file."""
+    """Return whether a model's backbone has the tensors of a backbone created from the file."""
     backbone = create_backbone("se_resnet18", weights=path).state_dict()
     state = model.state_dict()
     return all(torch.equal(state[prefix + name], tensor) for name, tensor in backbone.items()
@@ -45,7 +45,7 @@ def _is_filled_from(model, prefix, path):
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
 @pytest.mark.long
 def test_all_statistics_must_come_from_the_file(norm, r18, tmp_path):
-    # Detectron2's frozen norms silently fill missing statistics with 0 and 1.
+    # Detectron2's frozen norms silently replace missing statistics with 0 and 1.
     path = _changed(r18, tmp_path, lambda state: state.pop("layer3.1.bn2.running_var"))
     model = create_backbone("resnet18", norm=norm)
     with pytest.raises(UserError, match=r"1 missing from the file: res4.1.conv2.norm.running_var"):
@@ -130,7 +130,7 @@ def test_a_backbone_cut_short_leaves_the_rest_of_the_file(r18):
 @pytest.mark.parametrize("kind", ["fpn", "c4"])
 @pytest.mark.long
 def test_a_detector_takes_a_backbone_and_says_what_is_new(kind, se_r18, tmp_path):
-    # res5 of a C4 head is loaded from the backbone's res5.
+    # The file's res5 is loaded into the head of a C4 detector.
     model = detector("resnet18", kind=kind, NORM="BN")
     plain = save(peer("torchvision", "resnet18"), tmp_path / "plain.pth")
     report = _load_rgb(model, plain)
@@ -149,7 +149,7 @@ def test_a_detector_takes_a_backbone_and_says_what_is_new(kind, se_r18, tmp_path
 
 
 def _load_rgb(model, path):
-    """Load a file for RGB images into a detector that was not built from it."""
+    """Load a file for RGB images into a detector, after adapting the detector's preprocessing."""
     model.input_format = "RGB"
     model.pixel_mean.copy_(torch.tensor(Preprocessing().mean)[:, None, None])
     model.pixel_std.copy_(torch.tensor(Preprocessing().std)[:, None, None])
@@ -158,7 +158,7 @@ def _load_rgb(model, path):
 
 @pytest.mark.long
 def test_a_detector_refuses_pixels_of_another_kind(r18):
-    # No tensor's shape depends on channel order, mean and std.
+    # Channel order, mean and std do not affect the shape of any tensor.
     with pytest.raises(UserError, match="INPUT.FORMAT") as error:
         load_and_expect_no_change(detector("resnet18"), r18)
     assert "MODEL.PIXEL_MEAN" in str(error.value)
@@ -242,7 +242,7 @@ def test_a_detector_of_the_model_zoo_has_msra_s_geometry(tmp_path):
 @pytest.mark.usefixtures("zero_initial_weights")
 @pytest.mark.long
 def test_own_files_say_what_they_are(suffix, whole, tmp_path):
-    # The file contains geometry and preprocessing, which are restored with the weights.
+    # The file contains geometry and preprocessing, which are restored together with the weights.
     path = tmp_path / f"own{suffix}"
     first = randomise(create_classifier("se_resnet50", 10, se_ratio=8, **AUTHORS))
     first.backbone.preprocessing = Preprocessing("BGR", (1.0, 2.0, 3.0), (4.0, 5.0, 6.0), 300, 299)
@@ -344,7 +344,7 @@ def test_networks_of_another_kind_are_saved_and_loaded_strictly_too(marked, tmp_
 
 
 def _forced(path):
-    # The family can't be detected from these names and must be given.
+    # The family can't be detected from these names and must be specified.
     with pytest.raises(UserError, match="match no known family"):
         load_weights(OtherBackbone(), path)
     with pytest.raises(UserError, match="detected as senet_transfer"):
@@ -361,7 +361,7 @@ def test_the_report_reads_well(r18, caplog):
     text = str(load_weights(model, r18))
     assert text in caplog.text
     assert "120 tensors loaded, family torchvision_v1" in text
-    assert "could also be: torchvision_v2, timm" in text
+    assert "could also be of the family torchvision_v2, timm" in text
     assert "initialised, 32 (SE layers: the file has none): backbone.res2.0.se" in text
     assert "and 20 more" in text
     assert "expects RGB, mean (123.675, 116.28, 103.53)" in text

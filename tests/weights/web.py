@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Site:
-    """Content and behaviour of the server, and a log of its requests.
+    """Content and behaviour of a local server, with a log of its requests.
 
     Attributes:
         pages: Status, headers and body by path.
@@ -24,7 +24,7 @@ class Site:
         self.asked: list[tuple[str, str | None]] = []
 
     def add(self, name: str, body: bytes, status: int = 200, **headers: str) -> str:
-        """Serve a file and return its address."""
+        """Serve a file and return its URL."""
         headers = {key.replace("_", "-"): value for key, value in headers.items()}
         headers = {"Content-Type": "application/octet-stream", "ETag": '"1"', **headers}
         self.pages[f"/{name}"] = (status, headers, body)
@@ -38,7 +38,7 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 10
     site: Site
 
-    def do_GET(self) -> None:  # noqa: N802 - the base class's name
+    def do_GET(self) -> None:  # noqa: N802 - name required by the base class
         site, wanted = self.site, self.headers.get("Range")
         site.asked.append((self.path, wanted))
         status, headers, body = site.pages.get(self.path, (404, {}, b"none"))
@@ -57,12 +57,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *args) -> None:
-        """Log nothing."""
+        """Suppress the log of requests."""
 
 
 @contextmanager
 def serving():
-    """Yield a site that is served until the block ends."""
+    """Yield a site whose server runs until the block ends."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.daemon_threads = True
     site = Site(server.server_address[1])

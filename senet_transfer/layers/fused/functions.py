@@ -1,11 +1,12 @@
-"""Parts of residual blocks that use the fused operators if possible, and their selection.
+"""Parts of residual blocks that use the fused operators where these are supported and selected.
 
-The option ``fused`` of a layer is "auto", True (fused, or an error if the kernels cannot run on the
-device) or False. On a GPU, "auto" fuses all parts in eager mode except batch norms without a gate
-that are in training mode. Their kernels are faster, too, but take the host longer to launch than
-PyTorch's; this pays in CUDA graphs, for which the engine sets True. Compilers get PyTorch's
-operators, which they fuse themselves. Modules that the operators do not support, such as SyncBN and
-gates without an average pool, are computed by PyTorch's operators, and so are modules with hooks.
+A layer's option ``fused`` is "auto", True or False. True raises an error if the kernels cannot run
+on the device. In eager mode on a GPU, "auto" fuses everything except batch norms in training mode
+without a gate. Their fused kernels are also faster on the GPU, but take the host longer to launch
+than PyTorch's. They are useful in CUDA graphs, for which the engine sets True. Compilers get
+PyTorch's operators, which they fuse themselves. PyTorch's operators are also used for modules with
+hooks and for modules that the fused operators do not support, such as SyncBN and gates without
+average pooling.
 """
 
 import importlib.util
@@ -25,27 +26,28 @@ from senet_transfer.utils.private_api import has_hooks, intercepts_operators
 
 FUSED = ("auto", True, False)
 
-# Triton must not be imported before a kernel is launched: it takes a second, and installations for
-# a CPU only do not have it.
+# Triton must not be imported before a kernel is launched, because importing it takes a second and
+# CPU-only installations do not include it.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Fusable:
-    """Mixin of modules with the option ``fused``."""
+    """Mixin for modules with the option ``fused``."""
 
     fused: str | bool = "auto"
 
 
 def set_fused(model: nn.Module, fused: str | bool) -> None:
-    """Set the option ``fused`` of all modules of a network that have it.
+    """Set the option ``fused`` of all :class:`Fusable` modules in a network.
 
     Args:
         model: The network.
-        fused: "auto", True or False. It has no effect on parameters, buffers and checkpoints.
+        fused: "auto", True or False. The option has no effect on parameters, buffers or
+            checkpoints.
 
     Raises:
-        UserError: If ``fused`` has another value.
+        UserError: If ``fused`` has any other value.
     """
     check_fused(fused)
     for module in model.modules():
@@ -57,12 +59,12 @@ def check_fused(fused: object, name: str = "fused") -> None:
     """Raise UserError unless ``fused`` is "auto", True or False."""
     if fused != "auto" and not isinstance(fused, bool):
         raise UserError(
-            f"{name} is {fused!r}, expected 'auto' (fused kernels on a GPU), True or False."
+            f"{name} is {fused!r}; expected 'auto' (fused kernels on a GPU), True or False."
         )
 
 
 def uses_kernels(fused: str | bool, x: Tensor) -> bool:
-    """Return whether the option selects the fused kernels for a tensor.
+    """Return whether the option ``fused`` selects the fused kernels for a tensor's device.
 
     Raises:
         UserError: If ``fused`` is True, but the kernels cannot run on the tensor's device.
@@ -81,8 +83,8 @@ def uses_kernels(fused: str | bool, x: Tensor) -> bool:
         )
     raise UserError(
         f"fused is True, but the feature maps are on the device {device!r} and the fused kernels "
-        "require a CUDA GPU. Set fused (MODEL.SE.FUSED) to 'auto', or for tests, the environment "
-        "variable TRITON_INTERPRET to 1 before the program starts."
+        "require a CUDA GPU. Set fused (MODEL.SE.FUSED) to 'auto', or, for tests, set the "
+        "environment variable TRITON_INTERPRET to 1 before the program starts."
     )
 
 
@@ -95,14 +97,15 @@ def norm_gate_add(
     *,
     relu: bool = True,
 ) -> Tensor:
-    """Return ``relu(gate(norm(x)) * norm(x) + shortcut)``, computed by the fused kernels.
+    """Compute ``relu(gate(norm(x)) * norm(x) + shortcut)`` with the fused kernels.
 
     Args:
         norm: BatchNorm2d with running statistics or FrozenBatchNorm2d; None for no norm.
-        se: A gate with an average pool; None for no gate.
+        se: A gate with average pooling; None for no gate.
         x: Feature map ``(N, C, H, W)``.
         shortcut: Feature map of the same shape and dtype; None for no sum.
-        squeezed: Feature map ``(N, K, H, W)`` that the gate reads instead, for inference only.
+        squeezed: Feature map ``(N, K, H, W)`` that the gate reads instead of ``norm(x)``, for
+            inference only; None for ``norm(x)``.
         relu: Whether to apply the ReLU.
     """
     batch, values, eps = _norm_values(norm)
@@ -136,15 +139,15 @@ def residual_end(
 
     Args:
         conv: The last convolution of the residual branch, with its norm.
-        se: The gate of the convolution's output; None for a block without a gate.
+        se: The gate for the convolution's output; None for a block without a gate.
         x: Input of the convolution, ``(N, K, H, W)``.
         shortcut: Output of the shortcut, ``(N, C, H / stride, W / stride)``; None for no shortcut.
-        fused: The block's option.
+        fused: The block's ``fused`` option.
         relu: Whether to apply the ReLU.
     """
     norm = conv.norm
     if norm is None and shortcut is None:
-        return None  # A ReLU at most; there is nothing to fuse.
+        return None  # At most a ReLU is left, so there is nothing to fuse.
     if conv.activation is not None or not _is_selected(fused, x, norm, se, conv):
         return None
     squeezed = x if se is not None and se.takes_input else None
@@ -182,7 +185,7 @@ def gate_and_add(
         se: The gate.
         x: Output of the residual branch, ``(N, C, H, W)``.
         shortcut: Output of the shortcut, ``(N, C, H, W)``.
-        fused: The block's option.
+        fused: The block's ``fused`` option.
         scale: Factor of the gated branch; only 1 is fused.
     """
     fits = scale == 1 and x.dtype == shortcut.dtype and x.shape == shortcut.shape
@@ -201,7 +204,7 @@ def gate_add_norm(
         norm: The norm of the sum, which is the first one of the next pre-activation block.
         x: Output of the residual branch, ``(N, C, H, W)``.
         shortcut: Output of the shortcut, ``(N, C, H, W)``.
-        fused: The block's option.
+        fused: The block's ``fused`` option.
     """
     if not _is_selected(fused, x, norm, se) or _lacks_variance(norm, x):
         return None
@@ -221,7 +224,7 @@ def _is_selected(
     se: SqueezeExcitation | None,
     *others: nn.Module,
 ) -> bool:
-    """Return whether the option selects the kernels and they support the tensor and modules."""
+    """Return whether the fused kernels are selected and support the given tensor and modules."""
     if not uses_kernels(fused, x):
         return False
     compiling = torch.compiler.is_compiling()
@@ -249,17 +252,17 @@ def _is_supported(norm: nn.Module) -> bool:
 
 
 def _uses_batch(norm: nn.Module) -> bool:
-    """Return whether a norm uses the statistics of the batch and updates the running ones."""
+    """Return whether a norm uses batch statistics and updates the running statistics."""
     return norm.training and type(norm) is nn.BatchNorm2d
 
 
 def _lacks_variance(norm: nn.Module | None, x: Tensor) -> bool:
-    """Return whether a batch has one value per channel; the norm then raises an error."""
+    """Return whether a training norm would raise an error because a channel has only one value."""
     return norm is not None and norm.training and x.numel() == x.shape[1]
 
 
 def _learns(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor | None) -> bool:
-    """Return whether the gradient of a feature map or a parameter may be needed."""
+    """Return whether the gradient of any feature map or parameter may be needed."""
     tensors = (x, shortcut, *conv.parameters(), *se.parameters())
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
@@ -267,7 +270,7 @@ def _learns(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor | N
 def _repeats_conv(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) -> bool:
     """Return whether the backward pass repeats the convolution instead of saving its output.
 
-    A frozen norm saves nothing, so that a block without a gate does not save this output.
+    A frozen norm saves nothing, so a block without a gate does not save this output either.
     """
     one = (1, 1)
     is_pointwise = conv.kernel_size == conv.stride == one and conv.padding == (0, 0)
@@ -287,10 +290,10 @@ _Statistics = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def _norm_values(norm: nn.Module | None) -> tuple[bool, _Statistics, float]:
-    """Return whether a norm uses the statistics of the batch, its tensors and its epsilon."""
+    """Return a norm's arguments: whether it uses batch statistics, its tensors and its epsilon."""
     if norm is None:
         return False, (None, None, None, None), 0.0
-    eps = float(norm.eps)  # Triton compiles other code for an integer.
+    eps = float(norm.eps)  # Triton would compile different code for an integer.
     if _uses_batch(norm):
         return True, (None, None, norm.weight, norm.bias), eps
     return False, (norm.running_mean, norm.running_var, norm.weight, norm.bias), eps
@@ -314,11 +317,12 @@ def _call(
     """Call the autograd function or the custom operator, and update the running statistics.
 
     Args:
-        norm: The norm, if its running statistics may have to be updated.
+        norm: The norm, whose running statistics are updated in training; None for no norm.
         function: The autograd function.
         operator: The custom operator.
-        options: Their arguments.
-        position: Index of the mean in the operator's results, which the variance follows.
+        options: Arguments for the function or the operator.
+        position: Index of the batch mean in the operator's results. The variance is the next
+            result.
     """
     trained = norm if norm is not None and _uses_batch(norm) else None
     if not torch.compiler.is_compiling():

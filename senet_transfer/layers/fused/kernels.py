@@ -2,15 +2,16 @@
 
 A feature map ``(N, C, H, W)`` is processed as ``N`` matrices of ``C`` channels and ``P = H * W``
 positions, in contiguous or channels-last layout (``LAST``). The positions of an image are divided
-into ``S`` chunks of ``CHUNK`` positions. A program of the large kernels processes the tiles of one
-chunk, of ``BP`` positions by ``BC`` channels, and writes at most one row of partial sums, so that
-no kernel needs atomics and results do not depend on the order of programs. Row ``n * S + s`` of an
+into ``S`` chunks of ``CHUNK`` positions. A program of the large kernels processes one chunk in
+tiles of ``BP`` positions by ``BC`` channels. It writes at most one row of partial sums, so no
+kernel needs atomics, and results do not depend on the order of programs. Row ``n * S + s`` of an
 array of partial sums belongs to chunk ``s`` of image ``n``.
 
-Sizes that affect no address are not specialised, so that fewer kernels have to be compiled.
+Kernels are not specialised for sizes that do not affect addresses, so fewer of them are compiled.
 
-All arithmetic is in ``ACC``, which is float32, or float64 for float64 inputs. Triton is imported
-only by this module, and this module only by functions that are about to launch a kernel.
+All arithmetic uses the dtype ``ACC``: float32, or float64 for float64 inputs. Only this module
+imports Triton at module level, and only functions that are about to launch a kernel import this
+module.
 """
 
 import triton
@@ -21,7 +22,7 @@ import triton.language as tl
 
 @triton.jit
 def _locate(C, BC: tl.constexpr):
-    """Return the row, the channels and the mask of the channels of this program."""
+    """Return this program's row, its channels and their mask."""
     blocks = tl.cdiv(C, BC)
     pid = tl.program_id(0)
     c = pid % blocks * BC + tl.arange(0, BC)
@@ -64,7 +65,7 @@ def _activate(value, ACT: tl.constexpr):
     elif ACT == "tanh":
         value = 2 * tl.sigmoid(2 * value) - 1
     else:
-        value = tl.where(value < 0, 0, value)  # Unlike a maximum, keeps NaN.
+        value = tl.where(value < 0, 0, value)  # Unlike tl.maximum, this keeps NaN.
     return value
 
 
@@ -97,11 +98,11 @@ def moments(
     BIAS: tl.constexpr, ACT: tl.constexpr, BR: tl.constexpr, LAST: tl.constexpr, ACC: tl.constexpr,
     BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Compute the mean, and the sum of squared deviations from it, of each chunk and channel.
+    """Compute the mean and the sum of squared deviations per chunk and channel.
 
-    With ``SUM``, they are those of ``x + shortcut`` or ``gate * x + shortcut``, which is written to
-    ``sum_ptr``; the gates are written to ``gate_ptr``. Each lane uses Welford's algorithm; the
-    lanes are merged at the end.
+    With ``SUM``, these are the moments of ``x + shortcut`` or ``gate * x + shortcut``. This sum is
+    written to ``sum_ptr``, and the gates are written to ``gate_ptr``. Each lane uses Welford's
+    algorithm, and the lanes are merged at the end.
     """
     row, c, inside = _locate(C, BC)
     image = row // S
@@ -122,7 +123,8 @@ def moments(
             if GATE:
                 value *= gate[None, :]
             value += tl.load(shortcut_ptr + base + offsets, mask=mask, other=0).to(ACC)
-            # The statistics are those of the rounded sum, which the backward pass reads.
+            # Compute the statistics from the rounded sum, which is also what the backward pass
+            # reads.
             stored = value.to(sum_ptr.dtype.element_ty)
             tl.store(sum_ptr + base + offsets, stored, mask=mask)
             value = stored.to(ACC)
@@ -150,9 +152,9 @@ def merge(
     momentum, C, P, S, ROWS, CHUNK,
     RUNNING: tl.constexpr, ACC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Merge the moments of all chunks into the mean and variance of each channel (Chan et al.).
+    """Merge the moments of all chunks into a mean and variance per channel (Chan et al.).
 
-    With ``RUNNING``, also update the running statistics and the counter of a batch norm.
+    With ``RUNNING``, also update a batch norm's running statistics and batch counter.
     """
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     inside = c < C
@@ -190,7 +192,7 @@ def merge(
 @triton.jit
 def _image_mean(means_ptr, n, c, inside, C, P, S, CHUNK, ACC: tl.constexpr, BS: tl.constexpr,
                 BC: tl.constexpr):  # fmt: skip
-    """Return the mean of an image's channels from the means of its chunks."""
+    """Return an image's mean per channel from the means of its chunks."""
     summed = tl.zeros((BS, BC), ACC)
     for first in range(0, S, BS):
         s = first + tl.arange(0, BS)
@@ -204,7 +206,7 @@ def _image_mean(means_ptr, n, c, inside, C, P, S, CHUNK, ACC: tl.constexpr, BS: 
 @triton.jit
 def _image_sum(sums_ptr, n, c, inside, C, S, ACC: tl.constexpr, BS: tl.constexpr,
                BC: tl.constexpr):  # fmt: skip
-    """Return the sum of an image's channels from the sums of its chunks."""
+    """Return an image's sum per channel from the sums of its chunks."""
     summed = tl.zeros((BS, BC), ACC)
     for first in range(0, S, BS):
         s = first + tl.arange(0, BS)
@@ -216,7 +218,7 @@ def _image_sum(sums_ptr, n, c, inside, C, S, ACC: tl.constexpr, BS: tl.constexpr
 
 @triton.jit
 def _slope(gate, ACT: tl.constexpr):
-    """Return the derivative of the gate's activation from its value."""
+    """Return the derivative of the gate's activation, computed from the gate's value."""
     if ACT == "sigmoid":
         slope = gate * (1 - gate)
     elif ACT == "tanh":
@@ -233,9 +235,9 @@ def hidden_units(
     NORM: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexpr,
     BS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Compute ``relu(fc1(squeeze))`` from the means of chunks, for image i and block j of units.
+    """Compute ``relu(fc1(squeeze))`` from the chunk means, for one image and one block of units.
 
-    Also write the mean of each image and channel before the norm.
+    Also write the mean per image and channel before the norm.
     """
     n = tl.program_id(0)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
@@ -267,7 +269,7 @@ def apply(
     BIAS: tl.constexpr, ACT: tl.constexpr, BR: tl.constexpr, LAST: tl.constexpr, ACC: tl.constexpr,
     BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Compute ``relu(gate * norm(x) + shortcut)``, of which each part is optional.
+    """Compute ``relu(gate * norm(x) + shortcut)``, in which each part is optional.
 
     The gates are also written to ``gate_ptr``.
     """
@@ -305,10 +307,10 @@ def gradient_sums(
     NORM: tl.constexpr, RELU: tl.constexpr, KEEP: tl.constexpr,
     LAST: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Sum the gradient, and its product with the centred feature map, over each chunk.
+    """Sum the gradient and its product with the centred feature map over each chunk.
 
-    With ``RELU``, the gradient is first masked by the block's output; with ``KEEP``, the masked
-    gradient is written, as the gradient of the shortcut.
+    With ``RELU``, the gradient is first masked by the block's output. With ``KEEP``, the masked
+    gradient is written; it is the gradient of the shortcut.
     """
     row, c, inside = _locate(C, BC)
     base = (row // S).to(tl.int64) * C * P
@@ -346,10 +348,11 @@ def gate_backward(
     NORM: tl.constexpr, SUMS: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr, BS: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of an image's gate: of both layers' sums and of the pooled features.
+    """Compute the gradients of an image's fc2 output, fc1 output and pooled features.
 
-    With ``SUMS``, also write the image's contributions to the gradients of the norm's bias and
-    weight, through the gated feature map and through the squeeze.
+    These gradients are written to ``dsum_ptr``, ``dhidden_ptr`` and ``dpooled_ptr``. With ``SUMS``,
+    also write the image's contributions to the gradients of the norm's bias and weight. These
+    contributions include the gradients through the gated feature map and the squeeze.
     """
     n = tl.program_id(0)
     at = n.to(tl.int64) * C
@@ -398,11 +401,11 @@ def parameter_gradients(
     SUMS: tl.constexpr, SCALED: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr,
     BIAS: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Sum the gradients of the norm's and the gate's parameters over rows or images.
+    """Sum the gradients of the norm and gate parameters over rows or images.
 
-    With ``SCALED``, the aligned sums are of the normalised feature map, otherwise of the centred
-    one. With ``NORM``, a norm precedes the gate. Program (i, j) computes block i of the channels
-    and block j of the hidden units.
+    With ``SCALED``, the aligned sums were computed from the normalised feature map, otherwise from
+    the centred one. With ``NORM``, a norm precedes the gate. Program (i, j) computes block i of the
+    channels and block j of the hidden units.
     """
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     inside = c < C
@@ -467,12 +470,12 @@ def input_gradient(
     KEEP: tl.constexpr, EXTRA: tl.constexpr, DOT: tl.constexpr,
     LAST: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradient of the input of the norm, or of the gate without a norm.
+    """Compute the gradient of the norm's input or, without a norm, of the gate's input.
 
-    ``BATCH`` adds the gradients through the mean and the variance of the batch, which are
-    constants otherwise, and ``GATE`` the gradient through the squeeze. ``RELU`` masks the gradient
-    by the output; ``KEEP`` writes the masked gradient. ``EXTRA`` adds another gradient of ``x``;
-    ``DOT`` then sums the product of the result with the feature map ``branch`` over each chunk.
+    ``BATCH`` adds the gradients through the batch mean and variance, which are constants otherwise.
+    ``GATE`` adds the gradient through the squeeze. ``RELU`` masks the gradient by the output, and
+    ``KEEP`` writes the masked gradient. ``EXTRA`` adds another gradient of ``x``. ``DOT`` then
+    multiplies the result by the feature map ``branch`` and sums the products over each chunk.
     """
     row, c, inside = _locate(C, BC)
     image = row // S

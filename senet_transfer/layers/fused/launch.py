@@ -1,4 +1,4 @@
-"""Launches of the fused kernels, and the forward and backward passes that consist of them."""
+"""Launching of the fused kernels, and the forward and backward passes built from them."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -8,22 +8,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Elements of a tile of a feature map, by dtype, and of a tile of the weights of a gate. A thread
-# loads 32 bytes of a feature map at a time.
+# Number of elements in a feature map tile, by dtype, and in a tile of gate weights. A thread loads
+# 32 bytes of a feature map at a time.
 _TILE = {torch.float16: 2048, torch.bfloat16: 2048, torch.float32: 1024, torch.float64: 2048}
 _GATE_TILE = 16384
 
-# Hidden units of a gate that a program computes.
+# Number of a gate's hidden units per program.
 _UNITS = 16
 
-# Number of programs that occupies a large GPU; images are divided into chunks to reach it.
+# Number of programs that fully occupies a large GPU. Images are divided into chunks to reach this
+# number.
 _PROGRAMS = 1024
 
 Maybe: TypeAlias = Tensor | None
 _Results: TypeAlias = tuple[Maybe, ...]
 
 
-# What Triton compiles into a kernel about an integer: whether it is 1, divisible by 16 and 32-bit.
+# Properties of an integer argument that Triton specialises kernels for: whether it equals 1, is
+# divisible by 16, and fits in 32 bits.
 _Kind: TypeAlias = tuple[bool, bool, bool]
 
 
@@ -31,11 +33,11 @@ class _Plan(NamedTuple):
     """Division of a feature map into tiles and chunks; see :mod:`.kernels`.
 
     Attributes:
-        programs: Number of programs of the large kernels.
-        rows: Number of chunks of all images.
+        programs: Number of programs in a launch of a large kernel.
+        rows: Total number of chunks in all images.
         sizes: Channels, positions, chunks per image and positions per chunk.
         tile: Compile-time arguments of the large kernels.
-        kinds: What the kernels are specialised for.
+        kinds: Properties of the sizes for which the kernels are specialised.
     """
 
     programs: int
@@ -70,8 +72,8 @@ def _plan(n: int, channels: int, positions: int, last: bool, dtype: torch.dtype)
     splits = -(-positions // chunk)
     acc = tl.float64 if dtype == torch.float64 else tl.float32
     sizes = channels, positions, splits, chunk
-    # On AMD's GPUs, Triton uses 32-bit offsets for tensors of less than 2 GiB. Which of the tensors
-    # of a large shape are that small depends on the shape and the dtypes.
+    # On AMD GPUs, Triton uses 32-bit offsets for tensors smaller than 2 GiB. For large shapes, the
+    # shape and the dtypes determine which tensors are that small.
     large = (n, channels, positions) if 8 * n * channels * positions >= 2**31 else None
     return _Plan(
         programs=n * splits * blocks,
@@ -83,17 +85,18 @@ def _plan(n: int, channels: int, positions: int, last: bool, dtype: torch.dtype)
 
 
 def _aligned(value: Any) -> Any:
-    """Return a tensor whose address is a multiple of 16 bytes, and any other value unchanged."""
+    """Return a tensor with an address aligned to 16 bytes, or any other value unchanged."""
     if isinstance(value, Tensor) and value.data_ptr() % 16:
         return value.clone()
     return value
 
 
 def _prepared(function: Callable[..., _Results]) -> Callable[..., _Results]:
-    """Make the GPU of the arguments the current one, to which Triton launches kernels.
+    """Decorate a function that launches kernels, so it runs on the GPU of its arguments.
 
-    Tensors that are not aligned are copied. The function's first argument becomes the key of its
-    launches: its name and the dtypes of its tensors.
+    Unaligned tensors are copied. The decorated function gets a key for its launches as an
+    additional first argument. The key consists of the function's name, the device index and the
+    dtypes of the tensors.
 
     Raises:
         RuntimeError: If the tensors are on different devices.
@@ -123,12 +126,12 @@ def _prepared(function: Callable[..., _Results]) -> Callable[..., _Results]:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Return whether ``x`` is in channels-last and not also in contiguous layout."""
+    """Return whether ``x`` has the channels-last layout and is not also contiguous."""
     return not x.is_contiguous() and x.stride(1) == 1
 
 
 class _Norm(NamedTuple):
-    """Statistics and parameters of a norm, ``(C,)`` each; all are None for no norm."""
+    """Statistics and parameters of a norm, each ``(C,)``; all are None for no norm."""
 
     mean: Maybe
     var: Maybe
@@ -154,32 +157,32 @@ def _make_gate(w1: Maybe, b1: Maybe, w2: Maybe, b2: Maybe) -> _Gate | None:
 
 _Key: TypeAlias = tuple[Any, ...]
 
-# Compiled kernels and the values of their compile-time arguments; see `_launch`.
+# Cache of compiled kernels and the values of their compile-time arguments; see `_launch`.
 _COMPILED: dict[_Key, tuple[Any, list[Any]]] = {}
 
 
 def _launch(
     kernel: Any, grid: tuple[int, ...], key: _Key, arguments: Sequence[Any], flags: dict[str, Any]
 ) -> None:
-    """Launch a kernel, and keep what Triton has compiled for later launches.
+    """Launch a kernel, and cache the compiled kernel for later launches.
 
-    Triton inspects all arguments of each launch, which takes the host longer than most kernels take
-    the GPU. Addresses as integers spare the driver looking up each of them.
+    Triton inspects all arguments for each launch. On the host, this takes longer than most kernels
+    take on the GPU. Addresses are passed as integers, so the driver does not have to look them up.
 
     Args:
         kernel: The kernel.
         grid: Number of programs in each dimension.
-        key: Everything that Triton's result depends on, except for the kernel and the flags: the
-            device, the dtypes of the tensors, which must be aligned, and the kinds of the integers.
-            Other numbers must be of the type float.
+        key: Everything that the compiled kernel depends on, except for ``kernel`` and ``flags``:
+            the device, the dtypes of the tensors, which must be aligned, and the kinds of the
+            integers. Other numbers must be floats.
         arguments: Tensors, numbers and None, in the order of the kernel's parameters.
-        flags: Compile-time arguments of the kernel, and options of Triton.
+        flags: Compile-time arguments of the kernel and Triton options.
     """
     key = (id(kernel), key, *flags, *flags.values())
     found = _COMPILED.get(key)
     if found is None:
         compiled = kernel[grid](*arguments, **flags)
-        if compiled is not None:  # It is None in the interpreter.
+        if compiled is not None:  # Triton's interpreter returns None.
             constants = [flags[name] for name in kernel.arg_names[len(arguments) :]]
             _COMPILED[key] = compiled, constants
     else:
@@ -189,14 +192,14 @@ def _launch(
 
 
 class _Gates(NamedTuple):
-    """Second layer of a gate, which is computed by the kernels that scale a feature map.
+    """Second layer of a gate, which the kernels that scale a feature map also compute.
 
     Attributes:
         hidden: Hidden units of all images; None for no gates.
         w2: Weights ``(C, R)``.
         b2: Biases ``(C,)``, or None.
-        value: The gates ``(N, C)``, which the kernel writes.
-        activation: The activation.
+        value: Output tensor for the gates, ``(N, C)``.
+        activation: Name of the activation.
     """
 
     hidden: Maybe = None
@@ -212,11 +215,11 @@ class _Gates(NamedTuple):
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """The arguments of a kernel."""
+        """The kernel arguments that describe the gates."""
         return self.hidden, self.w2, self.b2, self.value, self.units
 
     def flags(self, launch: "_Launcher") -> dict[str, Any]:
-        """Return the compile-time arguments and the key of a launch."""
+        """Return the compile-time arguments and the key for a kernel launch."""
         return {
             "GATE": self.value is not None,
             "BIAS": self.b2 is not None,
@@ -230,14 +233,14 @@ _NO_GATES = _Gates()
 
 
 class _Launcher:
-    """Launches of the kernels on feature maps of one shape, layout and device."""
+    """Launcher of the kernels for feature maps of one shape, layout and device."""
 
     def __init__(self, key: _Key, like: Tensor, last: bool | None = None):
         """
         Args:
-            key: The key of the function that launches.
-            like: A feature map.
-            last: Whether the layout is channels-last; None takes that of ``like``.
+            key: The key of the calling function; see :func:`_prepared`.
+            like: A feature map with this shape.
+            last: Whether the layout is channels-last; None for the layout of ``like``.
         """
         from senet_transfer.layers.fused import kernels
 
@@ -252,7 +255,7 @@ class _Launcher:
         self.dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
 
     def dense(self, x: Tensor) -> Tensor:
-        """Return ``x`` in this layout, without a copy if it is already."""
+        """Return ``x`` in the launcher's layout, without a copy if possible."""
         layout = torch.channels_last if self.last else torch.contiguous_format
         return x.contiguous(memory_format=layout)
 
@@ -261,7 +264,7 @@ class _Launcher:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def rows(self) -> Tensor:
-        """Return an uninitialised tensor for the sums of all chunks."""
+        """Return an uninitialised tensor for sums per chunk and channel."""
         return self.new(self.plan.rows, self.c)
 
     def run(self, kernel: Any, *arguments: Any, key: _Key | _Kind = (), **flags: Any) -> None:
@@ -278,11 +281,11 @@ class _Launcher:
         key: _Key | _Kind = (),
         **flags: Any,
     ) -> None:
-        """Launch a kernel that processes sums, or values per image and channel."""
+        """Launch a kernel that processes sums or values per image and channel."""
         _launch(kernel, grid, (*self.key, *key), arguments, flags | {"ACC": self.acc})
 
     def moments(self, x: Tensor, *, square: bool) -> tuple[Tensor, Maybe]:
-        """Return the means and the sums of squared deviations of all chunks."""
+        """Return the means and, if ``square``, the sums of squared deviations of all chunks."""
         means, squares = self.rows(), self.rows() if square else None
         self.run(
             self.kernels.moments, x, None, None, means, squares, *_NO_GATES.arguments,
@@ -293,12 +296,12 @@ class _Launcher:
     def add(
         self, x: Tensor, shortcut: Tensor, gates: "_Gates", *, moments: bool
     ) -> tuple[Tensor, Maybe, Maybe]:
-        """Return the sum of feature map and shortcut, and the moments of its chunks.
+        """Return the sum of the gated feature map and the shortcut, and the moments of its chunks.
 
         Args:
             x: The feature map.
             shortcut: The shortcut.
-            gates: The gates of the feature map.
+            gates: The gates for the feature map.
             moments: Whether to compute the moments.
         """
         added = torch.empty_like(x)
@@ -323,15 +326,15 @@ class _Launcher:
     def gradient_sums(
         self, gradient: Tensor, out: Maybe, x: Tensor, norm: _Norm, masked: Maybe
     ) -> tuple[Maybe, Tensor]:
-        """Return the sums of gradients and of their products with ``x`` of all chunks.
+        """Return the sums of the gradient, and of its product with ``x``, over each chunk.
 
         Args:
             gradient: Gradient of the output.
             out: Output of the ReLU, which masks the gradient; None for no ReLU.
             x: The feature map.
-            norm: The norm, whose mean is subtracted from ``x``. Without one, the sums of the
-                gradients are None.
-            masked: Where to write the masked gradient.
+            norm: The norm, whose mean is subtracted from ``x``. Without a norm, the gradient sums
+                are None.
+            masked: Output tensor for the masked gradient.
         """
         has_norm = norm.mean is not None
         total, aligned = self.rows() if has_norm else None, self.rows()
@@ -342,14 +345,14 @@ class _Launcher:
         return total, aligned
 
     def _row_tile(self) -> dict[str, int]:
-        """Return the rows of a tile of 16 channels of the sums of all chunks, and its warps."""
+        """Return the rows of a tile of chunk sums with 16 channels, and its number of warps."""
         rows = min(256, max(16, _power_of_2(self.plan.rows)))
         return {"BR": rows, "num_warps": 4 if rows <= 64 else 8}
 
     def merge(
         self, means: Tensor, squares: Maybe, running: "Running | None"
     ) -> tuple[Tensor, Tensor]:
-        """Return mean and variance of the batch, and update the running statistics if given."""
+        """Return the batch mean and variance, and update the running statistics if given."""
         mean, var = self.new(self.c), self.new(self.c)
         channels, positions, splits, chunk = self.plan.sizes
         tensors = running[:3] if running else ()
@@ -365,8 +368,8 @@ class _Launcher:
         """Return the pooled features and the hidden units of all images.
 
         Args:
-            means: Means of the chunks of this feature map.
-            norm: The norm between feature map and gate.
+            means: Means of the feature map's chunks.
+            norm: The norm between the feature map and the gate.
             gate: The gate.
         """
         units = len(gate.w1)
@@ -406,9 +409,9 @@ class _Launcher:
         """Return the gradients of the pooled features and of the parameters.
 
         Args:
-            total: Sums of the gradient of all chunks; only needed with a norm.
-            aligned: Sums of the gradient's products with the feature map, which is centred if there
-                is a norm.
+            total: Sums of the gradient over each chunk; only needed with a norm.
+            aligned: Sums of the gradient times the feature map over each chunk. The feature map is
+                centred if there is a norm.
             norm: The norm before the gate.
             gate: The gate.
             saved: Pooled features, hidden units and gates of all images.
@@ -416,8 +419,8 @@ class _Launcher:
             sums: Whether the gradients of the norm's parameters are needed.
 
         Returns:
-            The gradients of the pooled features, and those of weight and bias of the norm, and of
-            w1, b1, w2 and b2.
+            The gradients of the pooled features, of the norm's weight and bias, and of w1, b1, w2
+            and b2.
         """
         pooled, hidden, value = saved
         units, has_norm = len(gate.w1), norm.mean is not None
@@ -465,18 +468,18 @@ class _Launcher:
         extra: Maybe = None,
         branch: Maybe = None,
     ) -> tuple[Tensor, Maybe]:
-        """Return the gradient of a norm's or a gate's input, and sums of its products.
+        """Return the gradient of the input of a norm or gate, and the sums for ``branch``.
 
         Args:
             gradient: Gradient of the output.
             norm: The norm.
-            affine: Gradients of weight and bias of the norm; None for fixed statistics.
+            affine: Gradients of the norm's weight and bias; None for fixed statistics.
             out: Output of the ReLU, which masks the gradient; None for no ReLU.
-            x: Input of the norm, for the statistics of the batch.
+            x: Input of the norm; only needed for batch statistics.
             gated: The gates, and the gradients of the pooled features.
-            masked: Where to write the masked gradient.
-            extra: Another gradient of the input, to be added.
-            branch: Feature map for the sums of products.
+            masked: Output tensor for the masked gradient.
+            extra: Another gradient of the input, which is added.
+            branch: Feature map whose product with the gradient is summed over each chunk.
         """
         dx, dots = torch.empty_like(gradient), None if branch is None else self.rows()
         batch = affine[0] is not None
@@ -503,7 +506,7 @@ _NO_NORM = _Norm(None, None, None, None, 0.0)
 _NO_AFFINE = (None, None)
 
 
-# The implementations. Results that do not exist are None.
+# The implementations of the operators. Results that do not exist are None.
 
 
 @_prepared
@@ -526,9 +529,10 @@ def end_forward(
     relu: bool,
     running: Running | None = None,
 ) -> _Results:
-    """Return the output, mean and variance of the batch, pooled features, hidden units and gates.
+    """Return the output, batch mean, batch variance, pooled features, hidden units and gates.
 
-    ``squeezed`` is the feature map that the gate reads; None is the norm's output.
+    ``squeezed`` is the feature map that the gate reads. If it is None, the gate reads the norm's
+    output.
     """
     launch, gate = _Launcher(key, x), _make_gate(w1, b1, w2, b2)
     x = launch.dense(x)
@@ -580,11 +584,11 @@ def end_backward(
 ) -> _Results:
     """Return the gradients of x, shortcut, weight, bias, w1, b1, w2 and b2.
 
-    That of the shortcut is None if it is ``dout``.
+    The shortcut's gradient is None if it equals ``dout``.
     """
     launch, gate = _Launcher(key, dout, last), _make_gate(w1, b1, w2, b2)
     gradient, norm = launch.dense(dout), _Norm(mean, var, weight, bias, eps)
-    out = None if out is None else launch.dense(out)  # hooks for saved tensors may change strides
+    out = None if out is None else launch.dense(out)  # saved-tensor hooks may change strides
     masked = torch.empty_like(gradient) if add and out is not None else None
     if not sums and gate is None:
         dx, _ = launch.input_gradient(gradient, norm, _NO_AFFINE, out=out, masked=masked)
@@ -656,7 +660,7 @@ def conv_backward(
 ) -> _Results:
     """Return the gradients of inputs, kernel, shortcut, w1, b1, w2 and b2.
 
-    The convolution is repeated, because a block without a gate does not save its output.
+    The convolution is recomputed, because its output is not saved, as in a block without a gate.
     """
     x = _convolve(inputs, kernel)
     norm, saved = (mean, var, weight, bias), (pooled, hidden, value)
@@ -692,7 +696,7 @@ def preact_forward(
     excitation: str,
     running: Running | None = None,
 ) -> _Results:
-    """Return the sum, its norm and ReLU, and the further results of :func:`end_forward`."""
+    """Return the sum, ``relu(norm(sum))``, and the further results of :func:`end_forward`."""
     launch, gate = _Launcher(key, x), _make_gate(w1, b1, w2, b2)
     x = launch.dense(x)
     found: tuple[Maybe, ...] = (None, None)
@@ -737,7 +741,7 @@ def preact_backward(
 ) -> _Results:
     """Return the gradients of x, shortcut, weight, bias, w1, b1, w2 and b2.
 
-    That of x is None if it is the gradient of the shortcut.
+    The gradient of x is None if it equals the gradient of the shortcut.
     """
     launch, gate = _Launcher(key, out), _make_gate(w1, b1, w2, b2)
     gradient, norm = launch.dense(dout), _Norm(mean, var, weight, bias, eps)

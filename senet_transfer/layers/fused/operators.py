@@ -4,21 +4,23 @@
 operator         result
 ===============  =========================================================================
 `norm_gate_add`  ``relu(gate(norm(x)) * norm(x) + shortcut)``, the end of a residual block
-`conv_gate_add`  the same of ``norm(conv(x))``, with a 1x1 convolution and a frozen norm
-`gate_add_norm`  ``gate(x) * x + shortcut``, and ``relu(norm(...))`` of it (pre-activation)
+`conv_gate_add`  the same for ``norm(conv(x))``, with a 1x1 convolution and a frozen norm
+`gate_add_norm`  ``s = gate(x) * x + shortcut`` and ``relu(norm(s))`` (pre-activation)
 ===============  =========================================================================
 
-The gate is optional, except in `conv_gate_add`; in `norm_gate_add`, so are norm, shortcut and ReLU.
+The gate is optional, except in `conv_gate_add`. In `norm_gate_add`, norm, shortcut and ReLU are
+optional, too.
 
-Each operator exists twice, with the same kernels. Eager code calls an autograd function, which
-takes a quarter of a custom operator's host time and updates the running statistics in one of the
-kernels. Compilers get a custom operator, such as ``torch.ops.senet_transfer.norm_gate_add``, with a
-fake implementation and a registered gradient, so that their graphs stay whole.
+Each operator exists in two forms, which use the same kernels. Eager code calls an autograd
+function, which takes a quarter of a custom operator's host time and updates the running statistics
+in one of the kernels. Compilers get a custom operator, such as
+``torch.ops.senet_transfer.norm_gate_add``, with a fake implementation and a registered gradient, so
+it does not break their graphs.
 
-For the backward pass, the operators save what PyTorch saves for norm and ReLU of a block without a
-gate, the norm's input and the ReLU's output, and a few values per image and channel. With a frozen
-norm, PyTorch saves the output only; `conv_gate_add` therefore repeats the convolution. A gate in
-front of the sum of a pre-activation block saves its input in addition.
+For the backward pass, the operators save the norm's input and the ReLU's output, as PyTorch does
+for a block without a gate, and a few values per image and channel. With a frozen norm, PyTorch
+saves the output only, so `conv_gate_add` recomputes the convolution. In a pre-activation block, a
+gate before the sum additionally saves the gate's input.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,7 +43,7 @@ _SAVED = "Tensor? pooled, Tensor? hidden, Tensor? value"
 def _define(
     name: str, implementation: Callable[..., tuple[Maybe, ...]], arguments: str, results: int
 ) -> torch.library.CustomOpDef:
-    """Register a custom operator; results that do not exist become empty tensors."""
+    """Register a custom operator that returns empty tensors for results that do not exist."""
 
     def run(*values: Any) -> tuple[Tensor, ...]:
         return _existing(implementation(*values), values)
@@ -57,7 +59,7 @@ def _existing(found: Sequence[Maybe], values: Sequence[Any]) -> tuple[Tensor, ..
 
 
 def _needed(ctx: Any, found: Sequence[Maybe]) -> tuple[Maybe, ...]:
-    """Return the gradients that are needed; the others become None."""
+    """Return the gradients, with None for those that are not needed."""
     found = (*found, *[None] * (len(ctx.needs_input_grad) - len(found)))
     return tuple(
         value if needed else None for value, needed in zip(found, ctx.needs_input_grad, strict=True)
@@ -65,7 +67,7 @@ def _needed(ctx: Any, found: Sequence[Maybe]) -> tuple[Maybe, ...]:
 
 
 def _keep(ctx: Any, results: Sequence[Maybe], options: tuple[Any, ...], *tensors: Maybe) -> None:
-    """Save tensors and options, and declare all further results as not differentiable."""
+    """Save tensors and options for the backward pass, and mark results as non-differentiable."""
     ctx.save_for_backward(*tensors)
     ctx.options = options
     ctx.set_materialize_grads(False)
@@ -135,7 +137,7 @@ def _end_gradients(ctx: Any, dout: Maybe, backward: _Backward) -> tuple[Maybe, .
     if ctx.is_squeezed_given:
         raise RuntimeError(
             "norm_gate_add computes no gradients if the gate reads another feature map (squeezed). "
-            "Use the network from before deploy(), or set fused to False."
+            "Use the original network instead of the result of deploy(), or set fused to False."
         )
     if dout is None:
         return _needed(ctx, ())

@@ -1,4 +1,4 @@
-"""Residual blocks, with and without SE, and stems, as subclasses of Detectron2's.
+"""Residual blocks, with and without SE, and stems, derived from Detectron2's classes.
 
 Convolutions and norms are Detectron2's, so the parameters of a block have the same names as in its
 plain counterpart. The gate's parameters have the prefix ``se.``.
@@ -81,7 +81,7 @@ class SEBlock(Fusable, CNNBlockBase):
     def fold_squeeze(self) -> None:
         """Fold the last convolution into the gate, for inference with folded norms.
 
-        See :func:`senet_transfer.layers.fused_gate.fold_squeeze`.
+        See :func:`senet_transfer.layers.fused_gate.fold_squeeze` for details.
         """
         if self.placement == "standard" and hasattr(self, "conv3") and not self.relu_before:
             fold_squeeze(self.conv3, self.se)
@@ -138,7 +138,7 @@ class SEBottleneckBlock(SEBlock, BottleneckBlock):
 
 
 class _WideBottleneck(CNNBlockBase):
-    """Convolutions of :class:`SENet154Block`."""
+    """Base class with the convolutions of :class:`SENet154Block`."""
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1, norm: str = "BN"):
         super().__init__(in_channels, out_channels, stride)
@@ -205,8 +205,8 @@ class ResNetStem(Fusable, BasicStem):
     """Detectron2's stem (7x7 convolution and max pool) with an option for the pool's padding.
 
     If the input's height and width are multiples of 4, both options give feature maps of the same
-    size. Weights trained with the other option can therefore be loaded without an error, but give a
-    lower accuracy.
+    size. Weights trained with one option can therefore be loaded into a network with the other
+    option without an error, but the accuracy is lower.
     """
 
     def __init__(

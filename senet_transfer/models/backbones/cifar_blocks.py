@@ -74,7 +74,7 @@ class NormReLU(Fusable, CNNBlockBase):
         return self.norm
 
     def forward(self, x: Tensor | SumAndOutput) -> Tensor:
-        """Apply the norm and the ReLU to ``(N, C, H, W)``, unless the preceding block has."""
+        """Apply norm and ReLU to ``(N, C, H, W)``, unless the preceding block has applied them."""
         return x[1] if isinstance(x, tuple) else norm_relu(self.norm, x, self.fused)
 
 
@@ -119,14 +119,14 @@ class PreActBlock(GatedBlock):
             se: SE variant; None for a block without SE.
             projection: Whether a shortcut that changes the shape is a 1x1 convolution. Otherwise,
                 it is a :class:`PaddedShortcut`.
-            shared: Whether the shortcut starts after the first norm and ReLU; if None, it does so
-                only if it changes the shape.
+            shared: Whether the shortcut starts after the first norm and ReLU; None means only if
+                the shortcut changes the shape.
 
         Raises:
             UserError: If the block does not support the SE placement.
         """
         super().__init__(in_channels, out_channels, stride)
-        # In a tuple, so that the next block does not become a submodule.
+        # Stored in a tuple, so the next block does not become a submodule.
         self._following: tuple[PreActBlock | NormReLU, ...] = ()
         changes = in_channels != out_channels or stride != 1
         self.shared = changes if shared is None else shared
@@ -155,22 +155,22 @@ class PreActBlock(GatedBlock):
 
     @property
     def first_norm(self) -> nn.Module | None:
-        """The norm that directly follows the preceding block's sum; None if a gate does."""
+        """The norm applied directly to the preceding block's sum; None if a gate comes first."""
         return None if self.placement == "pre" and not self.shared else self.norm1
 
     def link(self, following: "PreActBlock | NormReLU") -> None:
-        """Let this block also apply the first norm and ReLU of the next one, in fused kernels.
+        """Let this block also apply the next block's first norm and ReLU if fused kernels are used.
 
         Args:
-            following: the block that directly follows this one and uses its output alone.
+            following: The next block. No other block may use the output of this one.
         """
         self._following = (following,)
 
     def forward(self, x: Tensor | SumAndOutput) -> Tensor | SumAndOutput:
         """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``.
 
-        With fused kernels, linked blocks pass the sum together with the output of the next norm and
-        ReLU.
+        With fused kernels, a linked block also returns the output of the next block's first norm
+        and ReLU.
         """
         x, out = x if isinstance(x, tuple) else (x, None)
         if self.shared:
@@ -189,7 +189,7 @@ class PreActBlock(GatedBlock):
         return self._linked_end(out, shortcut) or self._leave(self._sum(out, shortcut))
 
     def _linked_end(self, residual: Tensor, shortcut: Tensor) -> SumAndOutput | None:
-        """Return the sum and the next block's first norm and ReLU of it, or None if not fused."""
+        """Return the sum and the next block's ``relu(norm(sum))``, or None if not fused."""
         if not self._following or self.placement == "post":
             return None
         (following,) = self._following

@@ -22,7 +22,8 @@ def make_norm(norm: str, channels: int, eps: float = _EPS) -> nn.Module:
     """Build a norm from its Detectron2 name.
 
     Raises:
-        UserError: If the norm is GN and the number of channels is not a multiple of its groups.
+        UserError: If the norm is GN and the number of channels is not a multiple of the number of
+            groups.
     """
     if norm == "GN" and channels % _NORM_GROUPS:
         raise UserError(

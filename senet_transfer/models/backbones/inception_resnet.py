@@ -1,19 +1,19 @@
 """Inception-ResNet-v2, with and without SE.
 
 Network: Szegedy et al. 2017, "Inception-v4, Inception-ResNet and the Impact of Residual Connections
-on Learning", in the version that its authors published in TensorFlow and that timm and
-``pretrainedmodels`` provide. Its widths differ from the paper's figures.
+on Learning", in the version that the authors published in TensorFlow and that timm and
+``pretrainedmodels`` provide. This version's widths differ from the paper's figures.
 
 With SE, each of the 40 residual blocks gates its residual branch, between the branch's last 1x1
 convolution and the scaling before the sum. The modules that change resolution have no identity
-branch and no gate. The SENet paper does not specify the position and only mentions "similar
-schemes" (section 3.3). With r = 16 and 1000 classes, the gates add 8,543,980 parameters to the
-plain network's 55,843,464.
+branch and no gate. The SENet paper does not specify the position of the gate and only mentions
+"similar schemes" (section 3.3). With r = 16 and 1000 classes, the gates add 8,543,980 parameters to
+the plain network's 55,843,464.
 
 With ``padding="valid"``, as in the published network, many convolutions and pools are not padded.
-With ``padding="same"``, they are padded, so that feature maps are aligned with the image according
-to their strides, as detectors and FPNs require. TensorFlow's detectors with this backbone also pad
-them, and use the same weights.
+With ``padding="same"``, they are padded, so feature maps are aligned with the image according to
+their strides, as detectors and FPNs require. TensorFlow's detectors with this backbone also use
+padding, with the same weights.
 """
 
 import torch
@@ -57,7 +57,7 @@ Branch = tuple[tuple[int | tuple[int, int], int], ...]
 
 
 def _branch(inputs: int, layers: Branch, *, norm: str, reduces: bool, pad: bool) -> nn.Sequential:
-    """Build a sequence of convolutions, the last of which has stride 2 if ``reduces`` is True."""
+    """Build a sequence of convolutions. If ``reduces`` is True, the last one has stride 2."""
     convs = []
     for index, (kernel, width) in enumerate(layers):
         last = reduces and index == len(layers) - 1
@@ -235,7 +235,7 @@ def _stage(
     blocks.append(MixedBlock(inputs, MIXED[stage], projection=projection, norm=norm, pad=pad))
     channels = blocks[-1].out_channels
     for index in range(COUNTS[stage]):
-        # The last block of res5 adds its residual unscaled and has no ReLU.
+        # The last block of res5 adds its residual without scaling and has no ReLU.
         last = stage == 5 and index == COUNTS[stage] - 1
         blocks.append(
             InceptionResidualBlock(
@@ -250,7 +250,7 @@ def _stage(
     return blocks
 
 
-# The sizes are from section 5 of the SENet paper; mean and std are those of the published weights.
+# The sizes come from section 5 of the SENet paper, mean and std from the published weights.
 _PREPROCESSING = Preprocessing(
     mean=(127.5, 127.5, 127.5), std=(127.5, 127.5, 127.5), resize=352, crop=299
 )

@@ -56,7 +56,7 @@ def build_resnet(
         width_per_group: Number of channels per group in res2.
         stride_in_1x1: Whether bottlenecks have their stride in the first 1x1 convolution.
         stem_pool: Border handling of the stem's max pool, "pad" or "ceil"; see :class:`ResNetStem`.
-        res5_dilation: Dilation of res5: 1, or 2 for a res5 with stride 16.
+        res5_dilation: Dilation of res5: 1, or 2 to give res5 stride 16.
         stem_out_channels: Number of output channels of the stem.
         res2_out_channels: Number of output channels of res2, which doubles in each later stage.
             None uses 256, or 64 for depths 18 and 34.
@@ -187,11 +187,11 @@ def build_places365_wideresnet18(
     out_features: list[str] | None = None,
     freeze_at: int = 0,
 ) -> ResNet:
-    """Build the network of CSAIL's file ``wideresnet18_places365.pth.tar``.
+    """Build the network for CSAIL's file ``wideresnet18_places365.pth.tar``.
 
-    The network is ResNet-18 without the max pool of the stem, so that its last feature map has
-    stride 16 (14x14 for images of 224x224). Despite its name, it is not wider than ResNet-18.
-    Source: ``wideresnet.py`` in CSAILVision/places365. See :func:`build_resnet` for the arguments.
+    The network is ResNet-18 without the max pool of the stem, so its last feature map has stride 16
+    (14x14 for 224x224 images). Despite its name, it is not wider than ResNet-18. Source:
+    ``wideresnet.py`` in CSAILVision/places365. See :func:`build_resnet` for the arguments.
     """
     stages = _stages(18, 1, 64, (64, 64), se, norm, stride_in_1x1=False, res5_dilation=1)
     stem = UnpooledStem(in_channels, norm=norm)

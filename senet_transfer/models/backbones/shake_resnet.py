@@ -12,8 +12,9 @@ a residual function, so the standard placement gates each branch before the two 
 ``se_placement="mixture"`` gates the mixture, with half as many gates. "pre" gates the common input
 of the branches, "identity" the shortcut, and "post" the sum (after the ReLU, if there is one).
 "3x3" adds a gate to each branch and is only available in the second network. A gate on C channels
-has ``2 C (C // r) + C + C // r`` parameters. With r = 16 (6 and 16 hidden units in the first stage
-of the two networks) and the paper's data sets (number of classes in parentheses), the gates add:
+has ``2 C (C // r) + C + C // r`` parameters. The table shows the parameters of the plain networks
+and the parameters that the gates add, with r = 16 and the number of classes in parentheses. In the
+first stage of the two networks, the gates have 6 and 16 hidden units.
 
 ===========================  ==========  ===========  ==========
 network                      plain       standard     mixture
@@ -199,7 +200,7 @@ class FinalReLU(CNNBlockBase):
         super().__init__(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the ReLU; the shape of ``x`` does not change."""
+        """Apply the ReLU to a feature map of any shape."""
         return F.relu(x)
 
 

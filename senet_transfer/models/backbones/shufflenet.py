@@ -1,8 +1,8 @@
 """ShuffleNet 1x with 3 groups, with and without SE.
 
 Network: Zhang et al. 2018, "ShuffleNet", Table 1 and Figure 2. Pointwise convolutions are grouped,
-and their channels are shuffled before a depthwise 3x3 convolution. Units with stride 2 concatenate
-the branch and the shortcut, an average pool, instead of adding them.
+and their channels are shuffled before a depthwise 3x3 convolution. In units with stride 2, the
+shortcut is an average pool, and is concatenated with the branch instead of being added to it.
 
 With SE (Table III of the SENet paper), each of the 16 units gates its residual branch, after its
 last norm and before the sum or the concatenation. The paper does not specify the position. With
@@ -65,8 +65,8 @@ class ShuffleUnit(GatedBlock):
         self.depthwise = make_conv(inner, inner, 3, stride=stride, groups=inner, norm=norm)
         self.expand = make_conv(inner, residual, 1, groups=num_groups, norm=norm)
         if se is not None:
-            # Number of channels of the gated tensor. Other placements gate the input or the
-            # shortcut.
+            # Number of channels of the gated tensor. All other placements gate the input or the
+            # shortcut, which have in_channels channels.
             channels = {"standard": residual, "post": out_channels}
             self.placement = se.placement
             self.se = se.operator(channels.get(se.placement, in_channels))

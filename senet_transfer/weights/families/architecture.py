@@ -18,7 +18,7 @@ _DEPTHS: dict[tuple[tuple[int, ...], bool], int] = {
 }
 
 
-# Networks other than ResNets, each with a pattern for a tensor name that no other network has.
+# Networks other than ResNets, each with a pattern that matches tensor names of this network only.
 _OTHERS = {
     "bn_inception": re.compile(r"res[3-5]\.\d+\.branch_double\.\d\.weight"),
     "inception_resnet_v2": re.compile(r"res[3-5]\.\d+\.branches\.\d\.\d\.weight"),
@@ -30,7 +30,7 @@ _OTHERS = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """Backbone architecture, as far as tensor names and shapes determine it.
+    """Backbone architecture, as far as it can be inferred from tensor names and shapes.
 
     Attributes:
         blocks: Number of blocks per stage, starting with res2; shorter for a truncated backbone.
@@ -43,8 +43,8 @@ class Architecture:
         se_divisor: 8 if the hidden widths are rounded to multiples of 8, else 1.
         se_bias: Whether the SE layers have biases; True without SE.
         classes: Number of classifier outputs; 0 without a classifier.
-        network: Name, without SE prefix, of a network that is not a ResNet; empty for a ResNet. If
-            it is set, the fields that describe residual blocks are not used.
+        network: Name without SE prefix if the network is not a ResNet; empty for a ResNet. If the
+            name is set, the fields that describe residual blocks are not used.
     """
 
     blocks: tuple[int, ...]
@@ -72,7 +72,8 @@ class Architecture:
             if match := _BLOCK.match(name):
                 stage, index = int(match[1]), int(match[2])
                 counts[stage] = max(counts.get(stage, 0), index + 1)
-        # The widths follow from the second convolution; without it, the architecture is unknown.
+        # The widths are inferred from the second convolution. Without it, the architecture is
+        # unknown.
         conv = _shape(tensors, "res2.0.conv2.weight")
         if not counts or len(conv) != 4 or 0 in conv:
             return None
@@ -90,12 +91,12 @@ class Architecture:
 
     @property
     def is_senet154(self) -> bool:
-        """Return whether the blocks and stem are SENet-154's, which differ from ResNeXt's."""
+        """Return whether the blocks and the stem are those of SENet-154 instead of a ResNeXt."""
         return self.deep_stem and self.groups == 64 and self.bottleneck
 
     @property
     def name(self) -> str:
-        """Return the name of the model, or a description if no model has this architecture."""
+        """Return the model name, or a description if no registered model has this architecture."""
         if self.network:
             return f"se_{self.network}" if self.se_stages else self.network
         if self.is_senet154 and self.blocks == (3, 8, 36, 3):
@@ -112,7 +113,7 @@ class Architecture:
         return f"se_{name}" if self.se_stages and depth else name
 
     def differences(self, other: "Architecture") -> list[str]:
-        """Describe how this architecture (a file's) differs from a model's, as sentences."""
+        """Return sentences on how this architecture of a file differs from that of a model."""
         found = []
         if self.name.removeprefix("se_") != other.name.removeprefix("se_"):
             found.append(f"The file contains {self.name}, but the model is {other.name}.")
@@ -168,7 +169,8 @@ def _se(tensors: Mapping[str, Tensor]) -> _SEFields:
         if match and name.endswith(".se.fc1.weight") and tensors[name].ndim == 2:
             hidden, channels = tensors[name].shape
             widths[int(match[1])] = (channels, max(1, hidden))
-    # Count a stage even if fc1 is missing, so that a damaged file is not treated as one without SE.
+    # Count a stage even if fc1 is missing. Otherwise, a damaged file would be treated as one
+    # without SE.
     stages = {int(m[1]) for name in tensors if ".se." in name and (m := _BLOCK.match(name))}
     ratio = 0
     if widths:

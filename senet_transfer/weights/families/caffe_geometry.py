@@ -1,7 +1,8 @@
 """Geometry specified by the layer parameters in a Caffe file.
 
-A ``.caffemodel`` usually contains layer parameters in addition to the weights. They take precedence
-over the family's geometry, because networks with modified definitions have been trained too.
+A ``.caffemodel`` usually contains layer parameters in addition to the weights. These parameters
+take precedence over the family's geometry, because some networks were trained with modified
+definitions.
 """
 
 import re
@@ -20,7 +21,7 @@ _FIRST_3X3 = re.compile(r"conv[345]_1_3x3|res[345]a_branch2b")
 
 
 def stated_geometry(path: str | Path, layers: Iterable[CaffeLayer], expected: Geometry) -> Geometry:
-    """Return the geometry specified by the layers, completed with ``expected``.
+    """Return the geometry specified by the layers, with missing values taken from ``expected``.
 
     Raises:
         UserError: If no backbone of this project supports these strides or this stem pool.
@@ -69,12 +70,12 @@ def adjust_variances(
     tensors: dict[str, Tensor],
     eps: float,
 ) -> list[str]:
-    """Adjust variances in place for norms whose eps in the file differs from ``eps``.
+    """Adjust the variances of norms in place if their eps in the file differs from ``eps``.
 
-    The difference is added to the variance, so that the outputs stay the same.
+    The difference is added to the variance, so the outputs stay the same.
 
     Returns:
-        Notes for the user.
+        Sentences with notes for the user.
     """
     count, found = 0, set()
     for layer in layers:

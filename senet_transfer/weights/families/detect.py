@@ -1,6 +1,6 @@
 """Detection of a file's family from its tensor names and metadata.
 
-Each family has one detection function. Several of them can return True for the same file.
+Each family has one detection function. Several functions can return True for the same file.
 """
 
 import re
@@ -17,10 +17,10 @@ Detector = Callable[[Tensors, Metadata], bool]
 
 
 def having(*needed: str) -> Detector:
-    """Return a detection function that requires each pattern to fully match some tensor name.
+    """Return a detection function that requires each pattern to match a complete tensor name.
 
-    Each pattern should match many names, so that a file with missing tensors is still detected and
-    the error can list the missing tensors.
+    Each pattern should match many names. A file with missing tensors is then still detected, and
+    the error message can list the missing tensors.
     """
     patterns = [re.compile(pattern) for pattern in needed]
 
@@ -56,13 +56,13 @@ torchvision_v1 = any_of(plain_torchvision, _vgg_with_norms)
 
 
 def places365(tensors: Tensors, metadata: Metadata) -> bool:
-    """Detect CSAIL's Places365 files by their number of classes."""
+    """Detect CSAIL's Places365 files by the number of classes."""
     shape = tuple(tensors["fc.weight"].shape) if "fc.weight" in tensors else ()
     return plain_torchvision(tensors, metadata) and shape[:1] == (365,)
 
 
 def timm(tensors: Tensors, metadata: Metadata) -> bool:
-    """Detect timm's files, except legacy_se*."""
+    """Detect timm's files, except those of its legacy_se* models."""
     if _inception_resnet(tensors, metadata):
         return "last_linear.weight" not in tensors
     with_se = having(r"(conv1|bn1)\.weight", r"layer\d\.\d+\.se\.fc\d\.weight")
@@ -74,7 +74,7 @@ cadene_like = having(r"layer0\.(conv|bn)\d\.weight", r"layer\d\.\d+\.se_module\.
 
 
 def cadene(tensors: Tensors, metadata: Metadata) -> bool:
-    """Detect Cadene's files; all of his SE networks have bottlenecks."""
+    """Detect files of Cadene's pretrainedmodels, in which all SE networks have bottlenecks."""
     if _inception_resnet(tensors, metadata):
         return "classif.weight" not in tensors
     with_se = cadene_like(tensors, metadata) and _bottlenecks(tensors, metadata)
@@ -90,7 +90,7 @@ _own_names = having(
     r"(.*\.)?stem\.(\d\.)?conv\d?\.(norm\.)?weight", r"(.*\.)?res\d\.\d+\.\w+(\.\d)*\.weight"
 )
 
-# State dicts of this project's other networks, whose norms are named as in Detectron2.
+# State dicts of this project's networks other than ResNets. Their norms are named as in Detectron2.
 own_of_another_kind = having(r".*\.norm\.running_var", r"linear\.weight")
 
 
@@ -104,7 +104,7 @@ def own(tensors: Tensors, metadata: Metadata) -> bool:
 
 
 def detectron1(tensors: Tensors, metadata: Metadata) -> bool:
-    """Detect Detectron's files, whose norms are folded."""
+    """Detect Detectron's files, which have folded norms."""
     folded = having(r"res\d_\d+_branch2a_w", r"res\d_\d+_branch2a_bn_s")
     return folded(tensors, metadata) and not detectron2(tensors, metadata)
 
@@ -120,7 +120,7 @@ def detectron2(tensors: Tensors, metadata: Metadata) -> bool:
 
 
 def converted(tensors: Tensors, metadata: Metadata) -> bool:
-    """Detect torchvision's weights that were converted with Detectron2's script."""
+    """Detect torchvision weights that were converted with Detectron2's script."""
     if OWN_METADATA in metadata:
         return False
     return _own_names(tensors, metadata) and metadata.get("__author__") in (None, "torchvision")

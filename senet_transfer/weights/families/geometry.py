@@ -20,15 +20,15 @@ _WORDS = {
 class Geometry:
     """Network options that tensor shapes do not determine.
 
-    A file can be loaded into a network with a different geometry without an error, but the accuracy
-    drops. None means that an option is unknown or does not apply to the network.
+    Loading a file into a network with a different geometry causes no error but lowers the accuracy.
+    None means that an option is unknown or does not apply to the network.
 
     Attributes:
         stride_in_1x1: Whether bottlenecks have their stride in the first 1x1 convolution instead of
             the 3x3 convolution (ResNet and ResNeXt with 50 or more layers).
         stem_pool: Border handling of the stem's max pool: "pad" (padding 1) or "ceil" (no padding,
-            ceil mode). "none" means that the network has no such pool; it is a separate model, not
-            an option.
+            ceil mode). "none" means that the network has no max pool, and is therefore a separate
+            model.
         se_relu_before: Whether a ReLU is applied to the residual branch before its SE gate.
     """
 
@@ -45,11 +45,11 @@ class Geometry:
 
     @property
     def has_pool(self) -> bool:
-        """Return whether the stem has a max pool, as in all networks except one."""
+        """Return whether the stem has a max pool. All networks except ``wideresnet18`` have one."""
         return self.stem_pool != "none"
 
     def contradictions(self, model: "Geometry") -> list[str]:
-        """Describe how this geometry (a file's) differs from a model's, as sentences."""
+        """Return sentences on how this geometry of a file differs from that of a model."""
         found = []
         for name, value in asdict(self).items():
             if value is None:
@@ -65,7 +65,7 @@ class Geometry:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Geometry":
-        """Create a geometry from the result of ``asdict``; values of the wrong type become None."""
+        """Create a geometry from the result of ``asdict``. Values of the wrong type become None."""
         stride, pool, relu = (values.get(field.name) for field in fields(cls))
         return cls(
             stride_in_1x1=stride if isinstance(stride, bool) else None,
@@ -84,14 +84,15 @@ def built_geometry(backbone: nn.Module, stages: dict[str, nn.Module]) -> Geometr
     """Return the geometry of a built model.
 
     Args:
-        backbone: Backbone.
+        backbone: The model's backbone.
         stages: Stages by name, including res5 of a C4 head, which is not part of the backbone.
     """
-    # Imported here to avoid a circular import: it registers the models, which import this module.
+    # Imported here to avoid a circular import: importing Detectron2 registers the models, which
+    # import this module.
     from detectron2.modeling.backbone.resnet import BasicStem
 
     stem = getattr(backbone, "stem", None)
-    # Detectron2's own stem has no such option and always pads.
+    # Detectron2's own stem has no option for the pool and always pads.
     pool = getattr(stem, "pool", "pad" if isinstance(stem, BasicStem) else None)
     stride, relu = None, None
     for stage in stages.values():

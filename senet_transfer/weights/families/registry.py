@@ -1,11 +1,11 @@
 """Registry of weight file families.
 
 Each family has a record with its detection function, its tensor names, and properties that tensor
-shapes do not determine: stride placement, stem pool, channel order, mean and std. These are taken
-from the projects' own model code and network definitions.
+shapes do not determine: stride placement, stem pool, channel order, mean and std. The properties
+are taken from each project's own model code and network definitions.
 
 Some networks have the same tensor names and shapes but compute different outputs, such as timm's
-``resnetaa50``. They are identified by the file's own statements; see :mod:`~.statements`.
+``resnetaa50``. Information in the file itself identifies such networks; see :mod:`~.statements`.
 """
 
 import re
@@ -40,8 +40,8 @@ class Family:
             files require frozen norms.
         rename_deep: Same as ``rename``, for networks with a three-convolution stem, in which some
             names have a different meaning.
-        background: Networks whose published classifiers have 1001 classes. The first class, which
-            is the background, is dropped.
+        background: Networks with published classifiers for 1001 classes. Their first class, the
+            background, is dropped.
         plain: Whether other projects' networks have the same tensor names.
     """
 
@@ -76,8 +76,8 @@ def _stride_in_3x3(arch: Architecture) -> Geometry:
 def _authors(arch: Architecture) -> Geometry:
     """Return the geometry of the SENet authors' network definitions and of their PyTorch ports.
 
-    The stride is in the first 1x1 convolution in SE-ResNets, and in the 3x3 convolution in
-    SE-ResNeXts and SENet-154.
+    SE-ResNets have the stride in the first 1x1 convolution. SE-ResNeXts and SENet-154 have it in
+    the 3x3 convolution.
     """
     return Geometry(
         stride_in_1x1=None if arch.is_senet154 or not arch.bottleneck else arch.groups == 1,
@@ -87,15 +87,15 @@ def _authors(arch: Architecture) -> Geometry:
 
 
 def _timm_legacy(arch: Architecture) -> Geometry:
-    # Basic blocks (depths 18 and 34), which the authors did not publish, have a ReLU between the
-    # second norm and the gate.
+    # The authors did not publish networks with basic blocks (depths 18 and 34). In the ports, these
+    # blocks have a ReLU between the second norm and the gate.
     return Geometry(**{**vars(_authors(arch)), "se_relu_before": not arch.bottleneck})
 
 
 def _msra(arch: Architecture) -> Geometry:
-    """Return Detectron's geometry.
+    """Return the geometry of Detectron's networks.
 
-    The stride is in the first 1x1 convolution in ResNets, and in the 3x3 convolution in ResNeXts.
+    ResNets have the stride in the first 1x1 convolution, and ResNeXts in the 3x3 convolution.
     """
     return Geometry(
         stride_in_1x1=arch.groups == 1 if arch.bottleneck else None,
@@ -111,7 +111,7 @@ def _unknown(arch: Architecture) -> Geometry:
 _RGB = Preprocessing()
 _BGR = Preprocessing(format="BGR", mean=(104.0, 117.0, 123.0), std=(1.0, 1.0, 1.0))
 # The publisher provides a mean image (places365CNN_mean.binaryproto). ImageNet's channel means are
-# used instead; they differ from that image's averages by a few units.
+# used instead. They differ from the averages of the mean image by a few units.
 _PLACES_BGR = Preprocessing(format="BGR", mean=(104.007, 116.669, 122.679), std=(1.0, 1.0, 1.0))
 _BGR_STD = (57.375, 57.12, 58.395)
 
@@ -127,7 +127,7 @@ def _always(preprocessing: Preprocessing | None) -> Callable[[Architecture], Pre
     return lambda arch: preprocessing
 
 
-# Preprocessing of Google's networks, which differs between projects only in the resizing.
+# Preprocessing for Google's networks. Projects differ only in the resizing.
 _INCEPTION = Preprocessing(mean=(127.5,) * 3, std=(127.5,) * 3, resize=341, crop=299)
 _CADENE_BN_INCEPTION = Preprocessing(format="BGR", mean=(104.0, 117.0, 128.0), std=(1.0,) * 3)
 
@@ -142,7 +142,7 @@ def _detectron2_name(name: str) -> str:
     return names.detectron(name) or names.unchanged(name)
 
 
-# If several families match a file, the first is used and the others are logged.
+# If several families match a file, the first one is used, and the others are logged.
 _RECORDS = (
     Family(
         "senet_transfer",
@@ -275,8 +275,8 @@ _RECORDS = (
 
 FAMILIES: dict[str, Family] = {family.name: family for family in _RECORDS}
 
-# Unsupported networks that share the tensor names of a family: a tensor name pattern, the number of
-# dimensions of that tensor (None for any), and a description of the difference.
+# Unsupported networks with a family's tensor names: a pattern for a tensor name, the tensor's
+# number of dimensions (None for any), and a description of the difference.
 _OTHER_NETWORKS = (
     (r"layer\d\.\d+\.downsample\.1\.weight", 4, "its shortcuts have average pooling"),
     (r"(backbone\.)?stem\.0\.weight", 4, "its stem has three convolutions"),
@@ -287,9 +287,9 @@ _OTHER_NETWORKS = (
 
 
 def what_differs(tensors: Mapping[str, Tensor]) -> str | None:
-    """Describe the feature that makes a file's network unsupported; return None if there is none.
+    """Describe why a file's network is not supported, or return None if no reason is found.
 
-    This detects networks that partly match a supported network, such as timm's resnet50d.
+    This function detects networks that resemble a supported network, such as timm's resnet50d.
     """
     for pattern, dimensions, words in _OTHER_NETWORKS:
         for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""Conversion of other projects' tensor names to this project's names, which follow Detectron2.
+"""Conversion of other projects' tensor names to those of this project, which follow Detectron2.
 
 Each function maps a tensor name in a file of its family to this project's name, or to None if the
 family has no such name. The backbone's names are ``stem.conv1.weight``,
@@ -25,8 +25,8 @@ BACKBONE = ("stem.", "res")
 def renamer(rules: Iterable[tuple[str, str]]) -> Rename:
     """Return a rename function that applies the first rule whose pattern matches the whole name.
 
-    In a replacement, ``{n}`` is the n-th group, and ``{n+1}`` and ``{n-1}`` are the n-th group plus
-    or minus 1.
+    In a replacement, ``{n}`` stands for the n-th group of the match. ``{n+1}`` and ``{n-1}`` stand
+    for the number in this group plus or minus 1.
     """
     compiled = [(re.compile(pattern), replacement) for pattern, replacement in rules]
 
@@ -121,7 +121,7 @@ _mmpretrain = renamer(
         *_stem("backbone."),
         *_blocks("backbone."),
         _classifier(r"head\.fc"),
-        # Files from older versions use the second form.
+        # Older files use the second form.
         *_se("se_layer", r"conv1\.conv", r"conv2\.conv", "backbone."),
         *_se("se_layer", "conv1", "conv2", "backbone."),
     ]
@@ -129,7 +129,7 @@ _mmpretrain = renamer(
 
 
 def mmpretrain(name: str) -> str | None:
-    """Rename a tensor of an mmpretrain classifier, or of a separately saved backbone."""
+    """Rename a tensor of an mmpretrain classifier or of a separately saved mmpretrain backbone."""
     return _mmpretrain(name) or _mmpretrain(f"backbone.{name}")
 
 
@@ -220,12 +220,12 @@ _RES5 = "roi_heads.res5."
 
 
 def unchanged(name: str) -> str:
-    """Return a name unchanged, for files of this project and Detectron2."""
+    """Return the name unchanged, for files from this project and Detectron2."""
     return name
 
 
 def backbone_prefix(names: Iterable[str]) -> str:
-    """Return the prefix of the backbone's tensor names in a file of this project or Detectron2.
+    """Return the prefix of the backbone's tensor names in files from this project or Detectron2.
 
     The prefix is empty for a backbone, "backbone." for a classifier or a C4 detector, and
     "backbone.bottom_up." for a detector with an FPN.

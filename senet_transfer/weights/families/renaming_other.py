@@ -1,4 +1,4 @@
-"""Conversion of tensor names, as in :mod:`~.renaming`, for VGG-16 and two Inception networks."""
+"""Conversion of tensor names for VGG-16 and two Inception networks; see :mod:`~.renaming`."""
 
 import re
 from collections.abc import Mapping
@@ -13,8 +13,8 @@ def _by_layer(layers: Mapping[str, str], norm: str) -> Rename:
 
     Args:
         layers: Mapping from the other project's layer names to this project's.
-        norm: Pattern for the text between the layer name and the tensor name. Its only group is
-            non-empty for norm tensors, and empty for the convolution's own tensors.
+        norm: Pattern for the text between the layer name and the tensor name. The pattern has a
+            single group, which is empty except for the tensors of norms.
     """
     pattern = re.compile(rf"(.+?){norm}{_TENSOR}")
 

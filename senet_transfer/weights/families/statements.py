@@ -1,8 +1,8 @@
-"""Statements in a file about its network: the name of its architecture, or a config.
+"""Information in a weight file about its network: the name of the architecture, or a config.
 
-Tensor names and shapes do not determine a network. Some networks have the same tensors as a
-supported one and compute different outputs, such as timm's ``resnetaa50``. Values that a training
-script stored next to the tensors can distinguish them.
+Tensor names and shapes do not fully determine a network. Some networks, such as timm's
+``resnetaa50``, have the same tensors as a supported network but compute different outputs. Values
+that a training script stored next to the tensors can distinguish these networks.
 """
 
 import re
@@ -19,14 +19,15 @@ from senet_transfer.weights.formats.timm_config import TimmConfig
 # which run_placesCNN_unified.py uses with the file wideresnet18_places365.pth.tar.
 WIDE_RESNET = "places365_wideresnet18"
 
-# Networks with a supported network's tensors but other outputs. Source: timm/models/resnet.py.
+# Networks with the tensors of a supported network but different outputs. Source:
+# timm/models/resnet.py.
 _LOOKALIKES = {
     "resnet18": ("timm's resnetblur18", "CSAIL's wideresnet18"),
     "resnet50": ("timm's resnetaa50", "timm's resnetblur50"),
 }
 
 _NAME_KEYS = ("arch", "architecture", "model_name", "arch_name")
-# Keys for the options of a run, in which the network may also be called "model" or "backbone".
+# Keys for a run's options. In the options, the network's key may also be "model" or "backbone".
 _OPTION_KEYS = ("hyper_parameters", "args", "config", "hparams", "cfg", "opt")
 
 _RESNET = re.compile(
@@ -34,7 +35,8 @@ _RESNET = re.compile(
 )
 _WIDE = re.compile(r"wide_?resnet_?(50|101)_2", re.IGNORECASE)
 _WIDE_18 = re.compile(r"(places365_)?wideresnet18(_places365)?", re.IGNORECASE)
-# Anti-aliased and blurred downsampling, other stems and shortcuts (c, d, s, t), dilation.
+# Networks with anti-aliased or blurred downsampling, other stems or shortcuts (c, d, s, t), or
+# dilation.
 _OTHERS = re.compile(
     r"(?:(?:se|eca)_?)?res(?:net|next)(?:aa|blur|rs|v2_?)_?\d+\w*"
     r"|(?:(?:se|eca)_?)?res(?:net|next)_?\d+(?:c|d|e|s|t|ts)"
@@ -47,14 +49,14 @@ _TEXT = 2**16
 
 @dataclass(frozen=True)
 class Statements:
-    """Statements in a file about its network.
+    """Information in a weight file about its network.
 
     Attributes:
-        contradiction: Sentence about a statement that contradicts the tensors or the supported
-            networks; empty if there is none.
-        confirmed: Whether a statement names the network that the tensors suggest.
+        contradiction: Sentence on how the information contradicts the tensors or the supported
+            networks; empty if there is no contradiction.
+        confirmed: Whether the file names the network that the tensors suggest.
         wide: Whether the network is CSAIL's ``wideresnet18``.
-        preprocessing: Channel order, mean and std; None if they are not stated.
+        preprocessing: Channel order, mean and std; None if they are not specified.
         timm: Content of timm's ``config.json``, which determines the geometry and all of the
             preprocessing; None if there is no such file.
     """
@@ -67,7 +69,7 @@ class Statements:
 
     @property
     def recorded(self) -> frozenset[str]:
-        """Return the field names of the stated geometry and preprocessing."""
+        """Return the names of the geometry and preprocessing fields that the file specifies."""
         pixels = {"format", "mean", "std"} if self.preprocessing or self.timm else set()
         geometry = {field.name for field in fields(Geometry)} if self.timm else set()
         return frozenset(pixels | geometry | ({"stem_pool"} if self.wide else set()))
@@ -76,7 +78,7 @@ class Statements:
 def statements_of(
     metadata: Mapping[str, Any], architecture: Architecture | None, timm: TimmConfig | None = None
 ) -> Statements:
-    """Compare the statements in a file, and next to it, with the architecture of its tensors."""
+    """Compare the information in and next to a file with the architecture of its tensors."""
     if architecture is None:
         return Statements()
     found = Statements(timm=timm)
@@ -98,14 +100,14 @@ def statements_of(
 
 
 def named_model(architecture: Architecture | None, geometry: Geometry) -> str:
-    """Return the name of a network's model, or a description; empty if it is unknown."""
+    """Return the model name or a description of a network, or an empty string if it is unknown."""
     if architecture is None:
         return ""
     return architecture.name if geometry.has_pool else WIDE_RESNET
 
 
 def lookalikes(architecture: Architecture | None) -> tuple[str, ...]:
-    """Return other projects' networks with the same tensors, whose outputs differ."""
+    """Return other projects' networks that have the same tensors but different outputs."""
     return _LOOKALIKES.get(architecture.name, ()) if architecture else ()
 
 
@@ -123,21 +125,22 @@ def _names(metadata: Mapping[str, Any], timm: TimmConfig | None) -> Iterator[tup
 
 
 def _plain(name: str) -> str:
-    """Return a network's name without its publisher and tag, such as timm's ``.a1_in1k``."""
+    """Return a network's name without publisher and tag (such as timm's ``.a1_in1k``)."""
     return _PUBLISHERS.sub("", name.strip()).partition(".")[0].replace("-", "_")
 
 
 def _judge(name: str, architecture: Architecture) -> bool | None:
     """Return whether a name refers to the architecture, or None if the name is unknown.
 
-    Widths are not compared, because scripts also use the standard names for other widths.
+    Widths are not compared, because scripts also use the standard names for networks with other
+    widths.
     """
     name = _plain(name)
     depth = _depth(architecture)
     if _OTHERS.fullmatch(name):
         return False
     if depth is None:
-        # A CIFAR network, for example, or one without a name.
+        # For example, a CIFAR network or a network without a name.
         return True if name == architecture.name else None
     if _WIDE_18.fullmatch(name):
         return depth == "18" and not architecture.se_stages
@@ -147,7 +150,8 @@ def _judge(name: str, architecture: Architecture) -> bool | None:
     if match is None:
         return True if name == architecture.name else None
     has_se, kind, stated, groups, width = match.groups()
-    # SE layers are visible in the tensors, and scripts often have an option for them.
+    # A name without "se" is accepted: the tensors show the SE layers, and scripts often have an
+    # option for them.
     if stated != depth or (has_se and not architecture.se_stages):
         return False
     if groups and (int(groups), int(width)) != (architecture.groups, architecture.width_per_group):
@@ -162,7 +166,7 @@ def _depth(architecture: Architecture) -> str | None:
 
 
 def _from_mm_config(text: str, architecture: Architecture) -> Statements:
-    """Read the backbone and the normalisation in a config of mmpretrain or mmdetection."""
+    """Read the backbone and the normalisation from an mmpretrain or mmdetection config."""
     backbone = text[text.index("backbone") :]
     backbone = re.split(r"\b(?:neck|head|rpn_head|decode_head)\s*=", backbone)[0]
     said = {
@@ -181,8 +185,8 @@ def _from_mm_config(text: str, architecture: Architecture) -> Statements:
         value = re.sub(r"[^\w]", "", said.get(key, values[0]))
         if value not in values:
             return Statements(
-                contradiction=f"its config has a backbone with {key}={said[key]}, which computes "
-                "other outputs than the supported networks"
+                contradiction=f"its config has a backbone with {key}={said[key]}, whose outputs "
+                "differ from those of the supported networks"
             )
     depth = _depth(architecture)
     if depth and said.get("depth", depth) != depth:

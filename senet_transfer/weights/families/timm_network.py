@@ -1,4 +1,4 @@
-"""State dicts of timm's networks, for models called ``timm/NAME``."""
+"""Family of files with the state dicts of timm's networks, for models called ``timm/NAME``."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,12 +9,12 @@ from senet_transfer.weights.families.geometry import Geometry
 from senet_transfer.weights.families.registry import Family
 from senet_transfer.weights.hub.timm_networks import PREFIX, classifier_name, import_timm
 
-# Name of the family. It is not detected, but follows from the model.
+# Name of the family. It is determined by the model instead of being detected.
 TIMM_NETWORK = "timm_network"
 
 
 def timm_family(network: str) -> Family:
-    """Return the family of files with the state dict of a network, such as "timm/regnety_002"."""
+    """Return the family for state dicts of a network such as "timm/regnety_002"."""
     classifier = classifier_name(network)
 
     def rename(tensor: str) -> str:
@@ -32,15 +32,16 @@ def timm_family(network: str) -> Family:
 
 
 def stated_network(path: Path, metadata: Mapping[str, Any], network: str) -> str:
-    """Return the name of a file's network, with the tag of its weights if the file states it.
+    """Return the name of a file's network, including the tag of the weights if it is specified.
 
     Args:
         path: Path of the file.
-        metadata: Values in the file, such as the architecture in checkpoints of timm's training.
+        metadata: Values in the file, such as the architecture in checkpoints from timm's training
+            script.
         network: Name of the model, such as "timm/regnety_002".
 
     Raises:
-        UserError: If the file states that it contains another of timm's networks.
+        UserError: If the file specifies a different timm network.
     """
     stated = metadata.get("architecture") or metadata.get("arch")
     if not isinstance(stated, str) or not import_timm().is_model(stated):
@@ -48,7 +49,7 @@ def stated_network(path: Path, metadata: Mapping[str, Any], network: str) -> str
     arch, _, tag = stated.partition(".")
     if arch != network.removeprefix(PREFIX).partition(".")[0]:
         raise UserError(
-            f"{path} states that its network is {stated}, but the model is {network}. Use weights "
-            f"of this network, or the model {PREFIX}{arch} (MODEL.BACKBONE.ARCH)."
+            f"{path} contains the network {stated}, but the model is {network}. Use weights for "
+            f"this model, or the model {PREFIX}{arch} (MODEL.BACKBONE.ARCH)."
         )
     return PREFIX + stated if tag else network

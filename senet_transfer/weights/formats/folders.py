@@ -1,4 +1,4 @@
-"""Descriptions of folders that are given instead of a weight file."""
+"""Descriptions of folders that a user specified instead of a weight file."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ _SUFFIXES = (
 
 
 def describe(folder: Path) -> str:
-    """Describe the kind of folder and the file to use instead, in two sentences."""
+    """Return two sentences: the kind of folder, and the file to use instead."""
     names = {entry.name for entry in folder.iterdir()}
     inside = [name for name in sorted(names) if name.endswith(_SUFFIXES)]
     if ".metadata" in names or any(name.endswith(".distcp") for name in names):
@@ -24,14 +24,14 @@ def describe(folder: Path) -> str:
         return _deepspeed(folder, names)
     if "data.pkl" in names and ("data" in names or "version" in names):
         return (
-            f"{folder} is an unpacked file of torch.save; expected the file itself. Use the "
-            f"original file, or pack it again without compression: cd {folder.parent} && zip -0 -r "
+            f"{folder} is an unpacked torch.save file; expected the file itself. Use the original "
+            f"file, or pack it again without compression: cd {folder.parent} && zip -0 -r "
             f"weights.pth {folder.name}."
         )
     if "saved_model.pb" in names:
         return (
-            f"{folder} is a SavedModel of TensorFlow, which is not supported; expected a weight "
-            "file. Use the PyTorch weights of this network."
+            f"{folder} is a TensorFlow SavedModel, which is not supported; expected a weight file. "
+            "Use PyTorch weights for this network."
         )
     if "config.json" in names or any(name.endswith(".index.json") for name in names):
         return _hugging_face(folder, inside)
@@ -43,7 +43,7 @@ def _deepspeed(folder: Path, names: set[str]) -> str:
     whole = "mp_rank_00_model_states.pt"
     parts = sorted(folder.glob(f"*/{whole}")) + sorted(folder.glob(whole))
     if parts and not any(folder.glob("**/zero_pp_rank_*_model_states.pt")):
-        return f"{start}Use the model's file in it: {parts[-1].relative_to(folder)}."
+        return f"{start}Use the weight file in this folder: {parts[-1].relative_to(folder)}."
     return (
         f"{start}Join its parts with the script in the checkpoint folder: python zero_to_fp32.py "
         f"{folder if 'zero_to_fp32.py' in names else folder.parent} weights."
@@ -62,7 +62,7 @@ def _hugging_face(folder: Path, inside: list[str]) -> str:
 
 def _advice(inside: list[str]) -> str:
     return (
-        f"Use one of the files in it: {first_of(map(shown, inside), 4)}."
+        f"Use one of the files in this folder: {first_of(map(shown, inside), 4)}."
         if inside
         else ("Check the path.")
     )

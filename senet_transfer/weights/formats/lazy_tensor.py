@@ -1,4 +1,4 @@
-"""Lazy tensors, whose values remain in the file until they are needed."""
+"""Lazy tensors, whose values are read from the file only when they are needed."""
 
 import functools
 import math
@@ -12,9 +12,9 @@ import torch
 from senet_transfer.utils.safe_pickle import check_sizes
 
 
-@dataclass  # unhashable, so that it can't be a dictionary key
+@dataclass  # unhashable, so it can't be a dictionary key
 class Storage:
-    """Contiguous values in a file, which are read when a tensor of the model needs them."""
+    """Contiguous values in a file, which are read when one of the model's tensors needs them."""
 
     dtype: torch.dtype
     numel: int
@@ -26,7 +26,7 @@ class Storage:
 
     @functools.cached_property
     def values(self) -> torch.Tensor:
-        """Return the values, which are read only once."""
+        """Return the values. They are read from the file on the first call only."""
         raw = self.read()
         if isinstance(raw, torch.Tensor):
             return raw
@@ -43,7 +43,7 @@ class Storage:
 
 
 class TensorRef:
-    """Tensor in a file: a view of a :class:`Storage`, checked to be within its bounds."""
+    """Tensor in a file: a view of a :class:`Storage` that stays within the storage's bounds."""
 
     def __init__(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> None:
         self.build((storage, offset, shape, strides))
@@ -63,7 +63,7 @@ class TensorRef:
 
     @property
     def size(self) -> int:
-        """Return the number of elements, like the attribute of a numpy array."""
+        """Return the number of elements, like ``numpy.ndarray.size``."""
         return math.prod(self._shape)
 
     @property

@@ -30,10 +30,10 @@ from senet_transfer.weights.formats.tensor_names import ONLY_NETWORK, Wanted, se
 from senet_transfer.weights.formats.timm_config import TimmConfig, read_timm_config
 from senet_transfer.weights.formats.torch_file import LEGACY_MAGIC, read_legacy, read_tar, read_zip
 
-# Key of this project's own metadata, a dictionary stored with the tensors (as JSON in safetensors
-# files, whose metadata values are strings).
+# Key for this project's own metadata, a dictionary stored with the tensors. Safetensors files
+# contain it as JSON, because their metadata values are strings.
 OWN_METADATA = "senet_transfer"
-# Key in this metadata for the hash from tensors_sha256, which is the only checksum in .safetensors
+# Key in this dictionary for the hash from tensors_sha256. It is the only checksum in .safetensors
 # and .pkl files.
 OWN_HASH = "tensors_sha256"
 
@@ -47,17 +47,16 @@ class WeightFile:
     Attributes:
         path: Path of the file.
         format: File format: "pth", "safetensors", "pkl" or "caffemodel".
-        tensors: Tensors by name, which do not share memory with the file. Common wrappers are
-            removed, and so are the prefixes of training wrappers (see
-            :func:`~.tensor_names.select`). Otherwise, the names are those in the file.
+        tensors: Tensors by name, which do not share memory with the file. The names are those in
+            the file, without the prefixes of common wrappers; see :func:`~.tensor_names.select`.
         metadata: Small plain values stored with the tensors, such as ``arch``, ``epoch``, ``meta``,
             ``__author__``, ``matching_heuristics``, and this project's metadata under
             :data:`OWN_METADATA`.
         layers: Layers of a Caffe file, with their parameters; empty for other formats.
-        verified: Checks that the content passed: "sha256", "zip CRC", or "values" if there is no
-            checksum and only the values were checked (see :func:`check_values`).
-        dropped: Names of omitted tensors, with the reasons.
-        notes: Sentences about choices between several sets of weights.
+        verified: Checks that the content has passed: "sha256", "zip CRC", or "values" if there is
+            no checksum and only the values were checked; see :func:`check_values`.
+        dropped: Names of omitted tensors, and why each was omitted.
+        notes: Sentences on which of several sets of weights were selected.
         timm: Content of timm's ``config.json`` next to the file, if there is one.
     """
 
@@ -77,19 +76,19 @@ def read_tensors(
 ) -> WeightFile:
     """Read a weight file in a ``torch.save``, safetensors, pickle or Caffe format.
 
-    If the same folder contains ``NAME.sha256``, as written by ``sha256sum``, this hash is verified
-    too.
+    If the same folder contains a ``sha256sum`` file called ``NAME.sha256``, the hash in it is
+    verified, too.
 
     Args:
         path: Path of the file.
         sha256: Expected SHA-256 in hexadecimal, or at least its first eight digits, which
             publishers often include in file names.
-        wanted: Network to read from a file that contains several.
+        wanted: Network to read if the file contains several.
 
     Raises:
-        UserError: If the file is missing, is damaged, has an unknown format or a different hash,
-            contains no tensors or invalid values, or contains objects other than tensors and plain
-            values. The message explains how to fix the problem.
+        UserError: If the file is missing or damaged, has an unknown format or a different hash, or
+            contains no tensors, invalid values, or objects other than tensors and plain values. The
+            message explains how to fix the problem.
     """
     path = Path(path)
     kind = sniff(path)
@@ -97,7 +96,7 @@ def read_tensors(
     try:
         name, checkpoint, layers = _READERS[kind](path, wanted)
         _verify_own_hash(path, checkpoint, verified)
-    except (UserError, NameError, ImportError):  # the last two indicate a bug in this package
+    except (UserError, NameError, ImportError):  # the last two types indicate a bug in this package
         raise
     except Exception as error:  # damaged or hostile files can raise any exception
         raise UserError(
@@ -106,7 +105,7 @@ def read_tensors(
         ) from error
     if kind == ZIP:
         verified.append("zip CRC")
-    # Checksums do not detect a training that diverged.
+    # Checksums do not show that training diverged.
     check_values(checkpoint.tensors, path)
     return WeightFile(
         path=path,
@@ -122,12 +121,13 @@ def read_tensors(
 
 
 def check_values(tensors: dict[str, torch.Tensor], path: str | Path = "weights") -> None:
-    """Raise UserError for non-finite values and negative variances, which indicate damage.
+    """Raise UserError if tensors have non-finite values or variances are negative.
 
-    Batch counters are not checked: they have no effect, and overflow in half precision.
+    Batch counters are not checked, because they have no effect on outputs and overflow in half
+    precision.
 
     Raises:
-        UserError: If there are such values; the message lists the tensors.
+        UserError: If there are such values. The message lists the tensors.
     """
     bad = []
     for name, tensor in tensors.items():
@@ -149,15 +149,14 @@ def check_values(tensors: dict[str, torch.Tensor], path: str | Path = "weights")
 def _verify_own_hash(path: Path, checkpoint: Checkpoint, verified: list[str]) -> None:
     own = checkpoint.metadata.get(OWN_METADATA)
     stated = own.get(OWN_HASH) if isinstance(own, dict) else None
-    if stated is None or checkpoint.dropped:  # the hash is that of all tensors
+    if stated is None or checkpoint.dropped:  # the hash covers all tensors
         return
     names = checkpoint.file_names
     renamed = {names.get(name, name): tensor for name, tensor in checkpoint.tensors.items()}
     if stated not in (tensors_sha256(renamed), tensors_sha256(checkpoint.tensors)):
         raise UserError(
-            f"{path} does not contain the tensors that it was saved with: their SHA-256 differs "
-            "from the one in the file's metadata. The file is damaged or was edited. Download or "
-            "save it again."
+            f"The tensors in {path} have a different SHA-256 from the one in the file's metadata. "
+            "The file is damaged or was edited. Download or save it again."
         )
     verified.append("sha256")
 
@@ -186,7 +185,7 @@ def _from_safetensors(
 
     Args:
         files: Names of the tensors that each file must contain; None for any names.
-        path: Path that the user gave, for messages.
+        path: Path specified by the user, for error messages.
         wanted: Network to read.
     """
     with ExitStack() as stack:
@@ -198,7 +197,7 @@ def _from_safetensors(
             if names is not None and found != names:
                 odd = first_of(map(shown, sorted(found ^ names)), _LISTED)
                 raise UserError(
-                    f"{file} does not contain the tensors that {path.name} states (different: "
+                    f"{file} does not contain the tensors listed in {path.name} (different: "
                     f"{odd}). Download all files again."
                 )
             place |= dict.fromkeys(opened.keys(), opened)
@@ -208,13 +207,13 @@ def _from_safetensors(
         if wanted.ema:
             raise UserError(
                 f"{path} is a safetensors file, which has no separate EMA weights. Remove ema=True "
-                "(MODEL.WEIGHTS_EMA), or choose the network with prefix= (MODEL.WEIGHTS_PREFIX)."
+                "(MODEL.WEIGHTS_EMA), or select the network with prefix= (MODEL.WEIGHTS_PREFIX)."
             )
         if OWN_METADATA in metadata:
             metadata[OWN_METADATA] = json.loads(metadata[OWN_METADATA])
         sizes = {n: math.prod(file.get_slice(n).get_shape()) for n, file in place.items()}
         selected = select(sizes, wanted.prefix, path)
-        # Clone the tensors, because safetensors maps them from the file, which may be replaced.
+        # Clone the tensors, because safetensors memory-maps the file, which may be replaced.
         tensors = {n: place[own].get_tensor(own).clone() for n, own in selected.kept.items()}
     return Checkpoint(tensors, metadata, selected.kept, selected.dropped)
 

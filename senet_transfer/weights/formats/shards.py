@@ -1,4 +1,4 @@
-"""Files of a sharded model that are listed in an index, as written by huggingface_hub."""
+"""Index files that list the shards of a model, as written by huggingface_hub."""
 
 import json
 import re
@@ -12,10 +12,10 @@ _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 
 def shard_files(path: Path) -> dict[Path, set[str]]:
-    """Return the files that an index lists, with the names of their tensors.
+    """Return the shards listed in an index file, with the names of each shard's tensors.
 
     Raises:
-        UserError: If the files are missing or are not safetensors files.
+        UserError: If the shards are missing or are not safetensors files.
         ValueError: If the index is malformed.
     """
     if path.stat().st_size > _MAX_INDEX:
@@ -36,24 +36,24 @@ def shard_files(path: Path) -> dict[Path, set[str]]:
     if other:
         raise UserError(
             f"{path} lists files that are not safetensors files ({first_of(other, 4)}). Use the "
-            "index of the safetensors files, or save the model again as a single file."
+            "index for the safetensors files, or save the model again as a single file."
         )
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise UserError(
             f"{path} lists files that are missing from its folder: {first_of(missing, 4)}. "
-            "Download them, too."
+            "Download these files, too."
         )
     return files
 
 
 def check_not_a_shard(path: Path) -> None:
-    """Raise UserError for one of several shards, which is only a part of a network."""
+    """Raise UserError if a file is one of several shards and contains only part of a network."""
     match = _SHARD.fullmatch(path.name)
     if match and int(match[3]) > 1:
         index = path.with_name(f"{match[1]}.safetensors.index.json")
         if index.is_file():
             raise UserError(
-                f"{path} is only one of the {int(match[3])} files of a network. Use the index of "
-                f"all files: {index}."
+                f"{path} is only one of {int(match[3])} files that contain a network. Use the "
+                f"index that lists all files: {index}."
             )

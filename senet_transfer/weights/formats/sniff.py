@@ -13,7 +13,8 @@ INDEX = "index"  # a JSON file that lists the files of a sharded model
 
 _HEAD = 4096
 _MAX_SAFETENSORS_HEADER = 100 * 2**20
-# First bytes of protocol 0 and 1 pickles, which have no magic number: a container or a class.
+# First bytes of protocol 0 and 1 pickles that contain a container or a class. These protocols have
+# no magic number.
 _OLD_PICKLE = re.compile(rb"[(}\]][dlqp(.]|c[A-Za-z_][\w.]*\n[\w.]+\n")
 _OTHER_FORMATS = (
     (b"\x1f\x8b", "a gzip archive", "Unpack it first, with gunzip or tar -xzf"),
@@ -32,8 +33,8 @@ _OTHER_FORMATS = (
 def sniff(path: Path) -> str:
     """Detect the format of a file: ZIP, TAR, PICKLE, SAFETENSORS, INDEX or CAFFE.
 
-    Caffe files have no magic number, so CAFFE is returned for any binary file in no other known
-    format.
+    Caffe files have no magic number, so CAFFE is returned for every binary file that has no other
+    known format.
 
     Raises:
         UserError: If the file is missing, empty, or not a weight file.
@@ -41,7 +42,7 @@ def sniff(path: Path) -> str:
     head = _head(path)
     if path.suffix == ".distcp" or path.name == ".metadata":
         raise UserError(
-            f"{path} is a part of a distributed checkpoint. {folders.describe(path.parent)}"
+            f"{path} is part of a distributed checkpoint. {folders.describe(path.parent)}"
         )
     if head.startswith(b"PK\x03\x04"):
         return ZIP
@@ -96,7 +97,7 @@ def _reject_text(path: Path, head: bytes) -> None:
             f"{path} is a git-lfs pointer, not the file itself. Run `git lfs pull` in its "
             "repository."
         )
-    # A character that is cut off at the end of the head does not make the file binary.
+    # A character cut off at the end of ``head`` does not mean that the file is binary.
     printable = sum(c.isprintable() or c in "\t\r\n" for c in text) - text[:-3].count("\ufffd")
     if not text or printable < 0.98 * len(text):
         return

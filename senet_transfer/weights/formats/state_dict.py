@@ -1,7 +1,7 @@
-"""Extraction of a model's tensors and accompanying plain values from a checkpoint.
+"""Extraction of a model's tensors and accompanying metadata from a checkpoint.
 
-Checkpoints wrap a model's tensors in many ways, and often contain the optimizer, the scheduler and
-the arguments of the run. Only the model's tensors are read into memory.
+Checkpoints wrap a model's tensors in many ways, and often also contain the optimizer, the scheduler
+and the run's arguments. Only the model's tensors are read into memory.
 """
 
 import re
@@ -19,7 +19,7 @@ from senet_transfer.utils.text import shown
 from senet_transfer.weights.formats.lazy_tensor import TensorRef, is_numeric, to_tensor
 from senet_transfer.weights.formats.tensor_names import PREFIXES, Wanted, select
 
-# In order of precedence.
+# Keys for a model's state dict, in order of precedence.
 WRAPPERS = (
     "state_dict",
     "model_state_dict",
@@ -28,15 +28,15 @@ WRAPPERS = (
     "net",
     "blobs",
 )
-# Names that are also those of a part of a network. They are only wrappers if no other dictionary
-# next to them contains tensors.
+# Keys that are also used for parts of a network. They refer to a state dict only if no other
+# dictionary at the same level contains tensors.
 _WEAK_WRAPPERS = ("module", "network", "params", "weights", "model_weights")
-# Keys of averaged weights: state_dict_ema (timm), model_ema (torchvision's references),
+# Keys for averaged weights: state_dict_ema (timm), model_ema (torchvision's references),
 # ema_state_dict (mmengine), params_ema (BasicSR), ema, swa_model, ...
 _AVERAGED = re.compile(
     r"(.*[_.-])?(ema|swa)([_.-].*|\d*|[A-Z].*)|.*EMA|.*(averaged|average|avg)_model(_.*)?"
 )
-# Keys that take precedence over those of unknown dictionaries.
+# Keys that take precedence over unknown keys.
 _USUAL_AVERAGED = ("state_dict_ema", "model_ema")
 
 _TRAINER_STATE = ("optim", "sched", "scaler", "amp", "ema", "momentum")
@@ -50,14 +50,14 @@ _Source = TensorRef | np.ndarray
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors of a model by name, and the plain values stored with them.
+    """Tensors of a model and the metadata stored with them.
 
     Attributes:
         tensors: Tensors by name, without the prefixes of wrappers.
         metadata: Small plain values.
-        file_names: Name of each tensor in its state dict in the file.
-        dropped: Names in the file of tensors that were left out, with the reasons.
-        notes: Choices made between several sets of weights, as sentences.
+        file_names: Name of each tensor in the file's state dict.
+        dropped: Names (in the file) of omitted tensors, and why each was omitted.
+        notes: Sentences on which of several sets of weights were selected.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -70,15 +70,15 @@ class Checkpoint:
 def collect(tree: Any, path: Path, size: int, wanted: Wanted) -> Checkpoint:
     """Extract a model's tensors from a checkpoint.
 
-    Common wrappers are removed, and so are the prefixes of wrappers for training; see
-    :func:`~.tensor_names.select`. Trainer state (optimizer, scheduler) is omitted, as are other
-    objects of unknown classes outside the model. If dictionaries of several networks are next to
-    each other, their keys become prefixes of the tensor names.
+    Common wrappers and the prefixes that they add to names are removed; see
+    :func:`~.tensor_names.select`. Trainer state (optimizer, scheduler) is omitted, as are objects
+    of unknown classes outside the model. If the checkpoint contains dictionaries for several
+    networks at the same level, their keys become prefixes of the tensor names.
 
     Args:
-        tree: Object stored in the file, with tensors that have not been read yet.
+        tree: Object stored in the file. Its tensors have not been read yet.
         path: Path of the file, for error messages.
-        size: Size of the file in bytes, which limits the memory of its tensors.
+        size: Size of the file in bytes, which limits the memory for tensors.
         wanted: Network to take from the file.
 
     Raises:
@@ -99,8 +99,8 @@ def collect(tree: Any, path: Path, size: int, wanted: Wanted) -> Checkpoint:
         tree, prefix = tree[choice.key], choice.prefix
     if wanted.ema and not averaged:
         raise UserError(
-            f"{path} contains no EMA weights next to the model's. Remove ema=True "
-            "(MODEL.WEIGHTS_EMA), or choose the network with prefix= (MODEL.WEIGHTS_PREFIX)."
+            f"{path} contains no EMA weights in addition to the plain weights. Remove ema=True "
+            "(MODEL.WEIGHTS_EMA), or select the network with prefix= (MODEL.WEIGHTS_PREFIX)."
         )
     if isinstance(tree, Placeholder):
         reject_class(path, tree.name)
@@ -119,8 +119,8 @@ def collect(tree: Any, path: Path, size: int, wanted: Wanted) -> Checkpoint:
         _reject_model_objects(tree, path)
         found = shown(", ".join(repr(key) for key in list(tree)[:8])) or "nothing"
         raise UserError(f"{path} contains no model tensors (found: {found}). Check the file.")
-    # In a malicious file, many tensors may be views of the same few bytes. Tied weights add up to
-    # at most a small multiple of the file's size.
+    # In a malicious file, many tensors may be views of the same few bytes. Legitimate tied weights
+    # use at most a small multiple of the file's size.
     if sum(source.nbytes for source in sources.values()) > 4 * size + 2**20:
         raise ValueError("its tensors would require far more memory than the file's size")
     selected = select({name: source.size for name, source in sources.items()}, prefix, path)
@@ -140,7 +140,7 @@ def _named_tensors(tree: dict, path: Path) -> dict[str, _Source]:
 
 
 class _Choice(NamedTuple):
-    """Key of a dictionary in a checkpoint, the rest of the prefix, and a note for the user."""
+    """Selected key of a checkpoint, the rest of the wanted prefix, and a note for the user."""
 
     key: str
     prefix: str
@@ -149,7 +149,7 @@ class _Choice(NamedTuple):
 
 
 def _choose(tree: dict, prefix: str, ema: bool | None, path: Path) -> _Choice | None:
-    """Choose the entry that contains the model, or return None if ``tree`` is a state dict."""
+    """Select the entry that contains the model, or return None if ``tree`` is a state dict."""
     start = prefix.removesuffix(".") + "."
     for key in tree if prefix else ():
         if isinstance(key, str) and start.startswith(f"{key}.") and _has_tensors(tree[key]):
@@ -163,7 +163,7 @@ def _choose(tree: dict, prefix: str, ema: bool | None, path: Path) -> _Choice | 
     alone = not (_has_direct_tensors(tree) or len(_candidates(tree)) > 1)
     if plain is None and ema is None and not alone and not usual:
         return None
-    # A dictionary with another key can also be a loss with buffers, or a second network.
+    # A dictionary with a different key can also be a loss with buffers or a second network.
     guessed = plain is not None and plain not in WRAPPERS
     small = guessed and _count(tree[first]) > 2 * _count(tree[plain])
     if plain in averaged or small or (guessed and usual and ema is not False):
@@ -176,9 +176,9 @@ def _choose(tree: dict, prefix: str, ema: bool | None, path: Path) -> _Choice | 
             )
         return _Choice(first, prefix, True, f"the weights are EMA weights ({shown(first)})")
     if _is_mmengine(tree) and first == "ema_state_dict" and plain == "state_dict":
-        # mmengine's EMAHook exchanges the values of these two entries when it saves a checkpoint.
+        # mmengine's EMAHook swaps the values of these two entries when it saves a checkpoint.
         names = ("ema_state_dict", "state_dict")
-        swapped = ", which mmengine saves in exchanged order"
+        swapped = ", which mmengine swaps when saving a checkpoint"
         take = ema is not False
     else:
         names, swapped = (plain, first), ""
@@ -203,7 +203,7 @@ def _is_optimizer(key: str) -> bool:
 
 
 def _is_network(value: Any) -> bool:
-    """Return whether a value is a state dict, and not only counters."""
+    """Return whether a value is a dictionary with tensors other than counters."""
     return isinstance(value, dict) and any(
         is_numeric(leaf) and leaf.size > 1
         for _, leaf in _leaves(value)
@@ -221,7 +221,7 @@ def _is_mmengine(tree: dict) -> bool:
 
 
 def _is_timm(tree: dict, plain: str, averaged: str) -> bool:
-    """Return whether timm wrote a checkpoint, whose own loader takes the EMA weights."""
+    """Return whether timm wrote a checkpoint. timm's own loader uses the EMA weights."""
     if (plain, averaged) != ("state_dict", "state_dict_ema"):
         return False
     names = [{_bare(name) for name, _ in _leaves(tree[key])} for key in (plain, averaged)]
@@ -235,7 +235,7 @@ def _bare(name: str) -> str:
 
 
 def _check_partitions(tree: dict, key: str, path: Path) -> None:
-    """Raise UserError for DeepSpeed's ZeRO-3 files, whose parameters are empty."""
+    """Raise UserError for a DeepSpeed ZeRO-3 file, in which the parameters are empty."""
     if not ({"ds_config", "ds_version"} & tree.keys()) or not isinstance(tree[key], dict):
         return
     weights = [
@@ -258,7 +258,7 @@ def _reject_model_objects(tree: dict, path: Path) -> None:
 
 
 def _networks(tree: dict) -> dict | None:
-    """Return the entries of several networks next to each other, without what is next to them."""
+    """Return the entries with networks if there are several of them in ``tree``, otherwise None."""
     if _has_direct_tensors(tree):
         return None
     found = {key: tree[key] for key in _candidates(tree)}
@@ -304,8 +304,8 @@ def _leaves(
     tree: dict, depth: int = _MAX_DEPTH, prefix: str = "", budget: list[int] | None = None
 ) -> Iterator[tuple[str, _Source | Placeholder]]:
     """Yield the tensors and placeholders in nested dictionaries, with their joined keys."""
-    # A dictionary can contain another one many times, so both the depth and the number of entries
-    # are limited.
+    # A dictionary can contain the same dictionary many times, so both the depth and the number of
+    # entries are limited.
     budget = [_MAX_ENTRIES] if budget is None else budget
     for key, value in tree.items():
         budget[0] -= 1
@@ -331,7 +331,7 @@ def _take_plain(metadata: dict[str, Any], values: dict) -> None:
 
 
 class _NotPlain(Exception):  # noqa: N818 - only used in this file
-    """Exception for a value that is not kept as metadata, because it is too large or not plain."""
+    """Exception for values that are too large or not plain, so they are not kept as metadata."""
 
 
 def _plain(value: Any, budget: list[int], depth: int = 0) -> Any:

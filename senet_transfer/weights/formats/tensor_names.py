@@ -1,8 +1,8 @@
 """Selection of one network's tensors from the flat names of a state dict.
 
-Wrappers for distributed training, compilation and averaging change the names of a model's tensors,
-and training scripts store several networks, or counters, in one state dict. The same rules apply to
-all file formats.
+Wrappers for distributed training, compilation and averaging change the names of a model's tensors.
+Training scripts may also store several networks, or counters, in one state dict. The same rules
+apply to all file formats.
 """
 
 import re
@@ -13,10 +13,10 @@ from pathlib import Path
 from senet_transfer.errors import UserError
 from senet_transfer.utils.text import first_of, shown
 
-# Prefixes that DataParallel and torch.compile add to all of a model's tensor names.
+# Prefixes that DataParallel and torch.compile add to all tensor names of a model.
 PREFIXES = ("module.", "_orig_mod.")
 # Parts that torch.compile, FSDP, activation checkpointing and Lightning Fabric insert anywhere in a
-# name. No network has a module with one of these names.
+# name. No network's own modules have these names.
 _INSERTED = re.compile(
     r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
@@ -30,13 +30,13 @@ _FLAT_PARAMETER = re.compile(r"(.*\.)?_?flat_param(_\d+)?")
 
 @dataclass(frozen=True)
 class Wanted:
-    """Choice of one network in a file that may contain several.
+    """Specification of one network in a file that may contain several.
 
     Attributes:
         prefix: Prefix of the network's tensor names, or the key of its state dict, with or without
             a dot at the end. Empty for a file with a single network.
-        ema: Whether to take the averaged (EMA) weights if the file contains both these and plain
-            weights. None follows the project that wrote the file.
+        ema: Whether to take the averaged (EMA) weights if the file contains both averaged and plain
+            weights. None does what the project that saved the file would do.
     """
 
     prefix: str = ""
@@ -51,8 +51,8 @@ class Selected:
     """Selected tensor names.
 
     Attributes:
-        kept: Names in the file by their new names, without prefixes.
-        dropped: Names of the tensors that were left out, with the reasons.
+        kept: Original name of each tensor, by its new name without prefixes.
+        dropped: Names of the omitted tensors, and why each was omitted.
     """
 
     kept: dict[str, str]
@@ -64,7 +64,7 @@ def select(sizes: Mapping[str, int], prefix: str, path: Path) -> Selected:
 
     Args:
         sizes: Number of elements of each tensor by its name in the file.
-        prefix: Prefix of the network's names, which is removed; empty if there is none.
+        prefix: Prefix of the network's tensor names, which is removed; empty if there is none.
         path: Path of the file, for error messages.
 
     Raises:
@@ -73,8 +73,8 @@ def select(sizes: Mapping[str, int], prefix: str, path: Path) -> Selected:
     flat = [name for name in sizes if _FLAT_PARAMETER.fullmatch(name)]
     if flat:
         raise UserError(
-            f"{path} contains flat parameters of FSDP ({first_of(flat, 2)}), from which the "
-            "network's tensors can't be restored without its code. Save the model again with "
+            f"{path} contains flat FSDP parameters ({first_of(flat, 2)}). The network's tensors "
+            "can't be restored from them without the network's code. Save the model again with "
             "StateDictType.FULL_STATE_DICT, or with "
             "torch.distributed.checkpoint.state_dict.get_model_state_dict and "
             "full_state_dict=True."
@@ -89,28 +89,28 @@ def select(sizes: Mapping[str, int], prefix: str, path: Path) -> Selected:
 
 
 def _without_inserted(names: Iterable[str]) -> dict[str, str]:
-    """Return the names in the file by their names without inserted parts, if these are unique."""
+    """Map names without inserted parts to the original names, unless this would be ambiguous."""
     names = list(names)
     kept = {_INSERTED.sub("", name): name for name in names}
     return kept if len(kept) == len(names) else {name: name for name in names}
 
 
 def _drop_copies(selected: Selected) -> None:
-    """Drop the copies without averaging that mmcv's EMAHook registers as ``ema_conv1_weight``."""
+    """Drop plain copies that mmcv's EMAHook registers under names such as ``ema_conv1_weight``."""
     copies = {f"ema_{name.replace('.', '_')}" for name in selected.kept if "." in name}
     for name in copies & selected.kept.keys():
         selected.dropped[selected.kept.pop(name)] = "copy of mmcv's EMAHook"
 
 
 def _drop_counters(selected: Selected, sizes: Mapping[str, int]) -> None:
-    """Drop the counters of an averaged model, next to names that all begin with a wrapper's."""
+    """Drop an averaged model's counters if all other names begin with a wrapper's prefix."""
     found = {name for name, own in selected.kept.items() if name in _COUNTERS and sizes[own] == 1}
     starts = {name.partition(".")[0] for name in selected.kept.keys() - found}
     if not starts <= _AVERAGED_WRAPPERS:
         found &= {"n_averaged"}
     if len(found) < len(selected.kept):
         for name in found:
-            selected.dropped[selected.kept.pop(name)] = "counter, not a part of the network"
+            selected.dropped[selected.kept.pop(name)] = "counter that is not part of the network"
 
 
 def _keep_prefix(selected: Selected, prefix: str, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Statements about a network in the ``config.json`` that timm writes next to a weight file."""
+"""Information about a network in the ``config.json`` that timm writes next to a weight file."""
 
 import json
 import math
@@ -11,10 +11,10 @@ from senet_transfer.errors import UserError
 from senet_transfer.preprocessing import Preprocessing
 from senet_transfer.utils.text import shown
 
-# Names of weight files in a repository of the Hugging Face Hub, in order of preference.
+# Names of weight files in a Hugging Face Hub repository, in order of preference.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
-# Arguments of timm's models whose values follow from the tensors.
+# Arguments of timm's models whose values can be inferred from the tensors.
 _DETERMINED = {"num_classes", "in_chans", "pretrained", "drop_rate", "drop_path_rate"}
 
 
@@ -23,9 +23,9 @@ class TimmConfig:
     """Content of timm's ``config.json``.
 
     Attributes:
-        architecture: Name of timm's model, such as "resnet18".
+        architecture: Name of the timm model, such as "resnet18".
         preprocessing: Preprocessing at test time.
-        classes: Class names in the order of the model's outputs; empty if they are not stated.
+        classes: Class names in the order of the model's outputs; empty if they are not specified.
     """
 
     architecture: str
@@ -34,10 +34,10 @@ class TimmConfig:
 
 
 def read_timm_config(weights: Path) -> TimmConfig | None:
-    """Read the ``config.json`` next to a weight file of a Hugging Face folder.
+    """Read the ``config.json`` next to a weight file in a Hugging Face folder.
 
     Returns:
-        The statements, or None if there is no such file or if it was not written by timm.
+        The config, or None if there is no such file or if it was not written by timm.
 
     Raises:
         UserError: If the file is damaged, or describes a network or preprocessing that is not
@@ -55,7 +55,7 @@ def read_timm_config(weights: Path) -> TimmConfig | None:
         ) from error
     if not isinstance(content, Mapping) or not isinstance(content.get("architecture"), str):
         return None
-    # Files written before timm 0.9 contain the values of pretrained_cfg themselves.
+    # Files written before timm 0.9 contain the values of pretrained_cfg at the top level.
     stated = content.get("pretrained_cfg") or content
     try:
         model_args = dict(content.get("model_args") or {})
@@ -65,19 +65,19 @@ def read_timm_config(weights: Path) -> TimmConfig | None:
             raise ValueError(f"model_args contains {', '.join(map(shown, unknown))}")
         names = content.get("label_names") or stated.get("label_names") or ()
         if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
-            raise ValueError("label_names is not a list of text")
+            raise ValueError("label_names is not a list of strings")
         return TimmConfig(content["architecture"], _preprocessing(stated), tuple(names))
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(
             f"{path}, which describes {weights.name}, is not supported: {shown(error)}. Expected "
-            "input_size, mean, std, crop_pct and interpolation (bilinear or bicubic) as timm "
-            "writes them, with the crop_mode center and no model_args that change the network. "
-            "Remove this file to load the weights without its statements."
+            "input_size, mean, std, crop_pct and interpolation (bilinear or bicubic) in timm's "
+            "format, the crop_mode center, and no model_args that change the network. Remove this "
+            "file to load the weights without the information in it."
         ) from error
 
 
 def _preprocessing(stated: Mapping[str, Any]) -> Preprocessing:
-    """Convert timm's values. As in timm, the shorter side is resized to ``crop / crop_pct``."""
+    """Convert timm's config. As in timm, the shorter side is resized to ``crop / crop_pct``."""
     channels, height, width = stated["input_size"]
     mean, std = (
         tuple(round(255 * float(value), 4) for value in stated[key]) for key in ("mean", "std")

@@ -5,7 +5,7 @@ A model consists of dense tensors in plain containers. Unlike with
 skipped without running their code. ``torch.load(weights_only=True)`` is not used, because it is not
 safe for damaged or hostile files:
 
-- it does not verify zip checksums, so that a flipped byte results in a wrong weight;
+- it does not verify zip checksums, so a flipped byte results in a wrong weight;
 - it accepts a tensor larger than its storage, and fills the rest with uninitialised memory;
 - it does not limit the memory and time of unpickling;
 - it can't read the tar format, some Python 2 pickles, or files with objects of other classes.
@@ -51,13 +51,13 @@ _DTYPES = {
     "Bool": torch.bool,
     "ComplexDouble": torch.complex128,
     "ComplexFloat": torch.complex64,
-    # Quantized tensors are not read; only their size in bytes is needed.
+    # Quantized tensors are not read. Only their size in bytes is needed.
     "QInt32": torch.int32,
     **dict.fromkeys(("QInt8", "QUInt8", "QUInt4x2", "QUInt2x4"), torch.uint8),
 }
 
 
-# Dtypes that only _rebuild_tensor_v3 uses, with untyped storages.
+# Dtypes that only occur with untyped storages, in _rebuild_tensor_v3.
 _UNTYPED = (
     *(torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2),
     *(torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu),
@@ -74,7 +74,7 @@ def _untyped_tensor(
     dtype: Any,
     *_: Any,
 ) -> TensorRef:
-    """Return a tensor whose dtype is not that of its storage of bytes."""
+    """Return a tensor whose dtype is specified separately from its untyped storage."""
     dtype = dtype.value if isinstance(dtype, Named) else None
     if not (isinstance(storage, Storage) and storage.dtype == torch.uint8):
         raise ValueError("a tensor has no untyped storage")
@@ -87,11 +87,11 @@ def _untyped_tensor(
 
 
 def _empty_tensor() -> TensorRef:
-    # Stand-in for torch.FloatTensor(), which old pickles create empty and fill with BUILD.
+    # Stand-in for torch.FloatTensor(). Old pickles create it empty and fill it with BUILD.
     return TensorRef(Storage(torch.float32, 0, bytearray), 0, (0,), (1,))
 
 
-# Stand-ins for the names in a file. A storage class is represented by its dtype.
+# Stand-ins by name in a pickle. A storage class is represented by its dtype.
 ALLOWED: Mapping[str, Any] = {
     **PLAIN,
     **{f"{m}.{n}Storage": d for n, d in _DTYPES.items() for m in ("torch", "torch.cuda")},
@@ -109,10 +109,10 @@ ALLOWED: Mapping[str, Any] = {
 
 
 class _Storages(dict[Any, Storage]):
-    """Storages of a file by key, with a check that the pickle describes each one consistently."""
+    """Storages in a file by key. The pickle must describe each storage consistently."""
 
     def named(self, identity: tuple, read: Callable[[Any, int], bytearray]) -> Storage:
-        """Return the storage for a persistent id; ``read`` takes its key and length in bytes."""
+        """Return the storage for a persistent id. ``read`` takes its key and length in bytes."""
         kind, storage_type, key, _, numel = identity
         dtype = storage_type.value if isinstance(storage_type, Named) else None
         if kind != "storage" or not isinstance(dtype, torch.dtype) or type(key) not in (str, int):
@@ -129,8 +129,8 @@ def read_zip(path: Path, wanted: Wanted) -> Checkpoint:
     """Read a zip file written by ``torch.save``, and verify the checksum of every record.
 
     Raises:
-        UserError: If the file is a different kind of archive, or the model contains objects other
-            than tensors and plain containers.
+        UserError: If torch.save did not write the archive, or the model contains objects other than
+            tensors and plain containers.
         Exception: If the file is damaged; the type depends on the damage, such as
             zipfile.BadZipFile or ValueError.
     """
@@ -166,7 +166,7 @@ def read_zip(path: Path, wanted: Wanted) -> Checkpoint:
 
 
 def _check_records(archive: zipfile.ZipFile, path: Path) -> str:
-    """Return the folder of all records, after checking that torch.save wrote the archive."""
+    """Check that torch.save wrote an archive, and return the folder that contains all records."""
     records, names = archive.infolist(), archive.namelist()
     root = next((n.removesuffix("/data.pkl") for n in names if n.endswith("/data.pkl")), None)
     if root is None:
@@ -194,7 +194,7 @@ def _check_records(archive: zipfile.ZipFile, path: Path) -> str:
 
 
 def read_legacy(stream: io.BytesIO, path: Path, wanted: Wanted) -> Checkpoint:
-    """Read a file in torch's legacy format, starting after its magic number."""
+    """Read a stream in torch's legacy format, positioned after the magic number."""
     if load_plain(stream, path) != 1001:
         raise ValueError("the version of the legacy format is not 1001")
     if load_plain(stream, path).get("little_endian") is not True:
@@ -222,7 +222,7 @@ def read_legacy(stream: io.BytesIO, path: Path, wanted: Wanted) -> Checkpoint:
 
 
 def read_tar(path: Path, wanted: Wanted) -> Checkpoint:
-    """Read torch's oldest format, a tar archive of ``storages``, ``tensors`` and ``pickle``."""
+    """Read a tar archive in torch's oldest format: ``storages``, ``tensors`` and ``pickle``."""
     with tarfile.open(path, mode="r:") as tar:
         members = {member.name: member for member in tar.getmembers()}
         if not {"storages", "tensors", "pickle"} <= members.keys():
@@ -234,8 +234,8 @@ def read_tar(path: Path, wanted: Wanted) -> Checkpoint:
         parts = {}
         for name in ("storages", "tensors", "pickle"):
             member = tar.extractfile(members[name])
-            # A sparse member can claim any size, but the data of an ordinary member must be in the
-            # file.
+            # A sparse member can claim any size, whereas the data of a regular member must be in
+            # the file.
             if member is None or not members[name].isreg() or members[name].issparse():
                 raise ValueError(f"its member {name} is not a regular file")
             parts[name] = io.BytesIO(member.read())
@@ -289,7 +289,7 @@ def _raw(stream: io.BytesIO, start: int, nbytes: int) -> bytearray:
 
 
 def _skip_data(stream: io.BytesIO, storage: Storage) -> int:
-    """Skip the data of a storage, check its length, and return its start position."""
+    """Skip a storage's data after checking its length, and return its start position."""
     if struct.unpack("<q", stream.read(8)) != (storage.numel,):
         raise ValueError("the data does not have the length that its tensor requires")
     start = stream.tell()

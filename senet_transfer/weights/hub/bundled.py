@@ -1,8 +1,8 @@
-"""Weights that are part of this package, such as ``senet_transfer/cifar10_jpeg_se_resnet20``.
+"""Weights that are included in this package, such as ``senet_transfer/cifar10_jpeg_se_resnet20``.
 
-Each network has three files in ``senet_transfer/pretrained``: ``NAME-HASH.safetensors``, in which
-HASH are the first digits of the file's SHA-256, its config ``NAME.yaml`` and its model card
-``NAME.md``. ``senet push --bundle`` writes them.
+Each network has three files in ``senet_transfer/pretrained``: the weights
+``NAME-HASH.safetensors``, the config ``NAME.yaml`` and the model card ``NAME.md``. HASH stands for
+the first digits of the weight file's SHA-256. ``senet push --bundle`` writes these files.
 """
 
 import json
@@ -16,18 +16,18 @@ from senet_transfer.weights.formats.reader import OWN_METADATA
 
 PUBLISHER = "senet_transfer"
 FOLDER = Path(__file__).parents[2] / "pretrained"
-MAX_BYTES = 10_000_000  # of all weights in the package
+MAX_BYTES = 10_000_000  # publisher of all weights in the package
 
 _FILE = re.compile(r"(?P<name>\w+)-(?P<sha256>[0-9a-f]{8,64})\.safetensors")
 
 
 def is_bundled_name(name: object) -> bool:
-    """Return whether a name has the form of weights in this package."""
+    """Return whether a name has the form used for weights in this package."""
     return isinstance(name, str) and name.startswith(f"{PUBLISHER}/")
 
 
 def bundled_files(folder: Path | None = None) -> dict[str, tuple[Path, str]]:
-    """Return the path and the first digits of the SHA-256 of each weight file by network name."""
+    """Return each weight file's path and first SHA-256 digits, by network name."""
     found = {}
     for path in sorted((folder or FOLDER).glob("*.safetensors")):
         if match := _FILE.fullmatch(path.name):
@@ -36,13 +36,13 @@ def bundled_files(folder: Path | None = None) -> dict[str, tuple[Path, str]]:
 
 
 def bundled_config(name: str) -> str:
-    """Return the path of the config for the name of weights in this package, or ""."""
+    """Return the path of the config for weights in this package, or "" for other names."""
     path = FOLDER / f"{name.removeprefix(f'{PUBLISHER}/')}.yaml"
     return str(path) if is_bundled_name(name) and path.is_file() else ""
 
 
 def stated_metadata(path: Path) -> dict[str, Any]:
-    """Return the metadata of a file in this project's format, or {} if the file is damaged."""
+    """Return a file's metadata in this project's format, or {} if the file is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             return dict(json.loads((file.metadata() or {})[OWN_METADATA]))

@@ -1,6 +1,6 @@
 """Catalogue of published weights, such as ``cadene/se_resnet50``.
 
-They are downloaded on first use, except for those in this package.
+The weights are downloaded on first use, except for those in this package.
 """
 
 import difflib
@@ -30,7 +30,7 @@ from senet_transfer.weights.hub.download import check_sha256, fetch
 from senet_transfer.weights.hub.repositories import hub_weights, is_hub_name
 from senet_transfer.weights.hub.timm_networks import fetch_timm, timm_publishes
 
-# Mapping from publishers' network names to this project's, if they differ.
+# Mapping from publishers' network names to this project's names, if they differ.
 _RENAMED = {
     "bninception": "bn_inception",
     "inceptionresnetv2": "inception_resnet_v2",
@@ -48,17 +48,17 @@ class Entry:
         name: Name that users type.
         url: URL of the file, or of a page that links to it if it must be downloaded by hand. Empty
             for a file in this package.
-        file: File name in the cache, or in the folder.
-        sha256: First digits of the SHA-256 given by the publisher, or None if there is no hash. In
-            that case, the file can't be verified.
+        file: File name in the cache or in ``folder``.
+        sha256: First digits of the SHA-256 specified by the publisher. If there is none, the value
+            is None and the file can't be verified.
         family: Weight family, one of ``FAMILIES``.
         model: This project's name for the network.
-        licence: Licence given by the publisher, or empty.
+        licence: Licence specified by the publisher, or empty.
         note: Further information, or empty.
         by_hand: Whether the file must be downloaded by hand.
-        view: Fields of :class:`Preprocessing` that differ from the family's: resize, crop or
-            interpolation, as the publisher states them for this file.
-        folder: Folder of a file in this package; None for a file in the cache.
+        view: Preprocessing fields (``resize``, ``crop`` or ``interpolation``) that the publisher
+            specifies for this file and that differ from those of the family.
+        folder: Folder of the file if it is in this package; None for a file in the cache.
     """
 
     name: str
@@ -80,20 +80,20 @@ class Entry:
 
     @property
     def path(self) -> Path:
-        """Return the file's path in this package or torch.hub's cache, shared by many projects."""
+        """Return the file's path in this package or in torch.hub's cache."""
         return (self.folder or Path(torch.hub.get_dir(), "checkpoints")) / self.file
 
 
 @lru_cache(maxsize=1)
 def load_catalogue() -> dict[str, Entry]:
-    """Return all published weights by name. ``catalogue.yaml`` is read only once."""
+    """Return the entries for all published weights by name. ``catalogue.yaml`` is read once."""
     text = (package_files(__package__) / "catalogue.yaml").read_text(encoding="utf-8")
     listed = (entry for group in yaml.safe_load(text) for entry in _entries(**group))
     return {entry.name: entry for entry in (*_bundled_entries(), *listed)}
 
 
 def _bundled_entries() -> Iterator[Entry]:
-    """Yield the entries of the files in this package. They are verified when they are used."""
+    """Yield the entries for the files in this package. Files are verified when they are used."""
     for name, (path, sha256) in bundled_files().items():
         stated = stated_metadata(path)
         yield Entry(
@@ -122,7 +122,7 @@ def _entries(
     cache_prefix: str = "",
     view: dict[str, Any] | None = None,
 ) -> Iterator[Entry]:
-    """Yield the entries of a group in ``catalogue.yaml``, whose header describes the arguments."""
+    """Yield the entries of a group in ``catalogue.yaml``. Its header describes the arguments."""
     for name, path in files.items():
         file = cache_prefix + path.rpartition("/")[2]
         stated = _HASH.search(file)
@@ -155,7 +155,7 @@ def catalogue_entry(name: str) -> Entry:
     """Return the catalogue entry called ``name``.
 
     Raises:
-        UserError: If the name is unknown; the message suggests similar names.
+        UserError: If the name is unknown. The message suggests similar names.
     """
     catalogue = load_catalogue()
     if name not in catalogue:
@@ -175,7 +175,7 @@ def catalogue_entry(name: str) -> Entry:
 
 
 def nearest_names(name: str) -> list[str]:
-    """Return up to four similar names of published weights, or an empty list."""
+    """Return up to four names of published weights that are similar to a name."""
     catalogue = load_catalogue()
     begun = [known for known in catalogue if known.startswith(name)]
     return begun[:4] or difflib.get_close_matches(name, catalogue, n=4, cutoff=0.75)
@@ -184,7 +184,7 @@ def nearest_names(name: str) -> list[str]:
 def names_published(weights: str | Path) -> bool:
     """Return whether a string has the form of a catalogue name, PUBLISHER/NAME.
 
-    The publisher must be in the catalogue. An existing file with that name takes precedence.
+    The publisher must be in the catalogue. If a file with this path exists, the result is False.
     """
     if isinstance(weights, Path) or os.path.exists(weights):
         return False
@@ -195,9 +195,9 @@ def names_published(weights: str | Path) -> bool:
 
 
 def only_in_timm(name: str) -> bool:
-    """Return whether a name refers to weights that timm provides but this catalogue does not.
+    """Return whether a name refers to weights that timm provides but the catalogue does not.
 
-    The name of a network without a tag is ambiguous if the catalogue has weights of this network.
+    A network name without a tag is ambiguous if the catalogue contains weights for the network.
     """
     known = any(other == name or other.startswith(f"{name}.") for other in load_catalogue())
     return names_published(name) and not known and timm_publishes(name)
@@ -206,7 +206,7 @@ def only_in_timm(name: str) -> bool:
 def resolve(name: str) -> Path:
     """Return the path of published weights, after downloading them to torch.hub's cache if needed.
 
-    Files in this package are not downloaded, but verified in the same way.
+    Files in this package are verified in the same way, but not downloaded.
 
     Raises:
         UserError: If the name is unknown, the file must be downloaded by hand, the download fails,
@@ -230,15 +230,15 @@ def resolve(name: str) -> Path:
 
 @lru_cache(maxsize=64)
 def _check_once(path: Path, size: int, modified: int, sha256: str | None, remedy: str) -> None:
-    """Verify a file once per process, and again only if its size or modification time changes."""
+    """Verify a file once per process, or again if its size or modification time has changed."""
     check_sha256(path, sha256, remedy)
 
 
 def published_entries(path: str | Path) -> list[Entry]:
-    """Return the catalogue entries of a file, which is known by its name and verified by its hash.
+    """Return the catalogue entries for a file with a published name and hash.
 
-    Several publishers list the same file. A file without a hash in the catalogue is only known in
-    the cache, where it was downloaded by name.
+    Several publishers may list the same file. If the catalogue contains no hash for the file, it
+    must be in the cache, to which it was downloaded by name.
     """
     path = Path(path)
     named = [entry for entry in load_catalogue().values() if entry.file == path.name]
@@ -251,12 +251,12 @@ def published_entries(path: str | Path) -> list[Entry]:
 def locate_weights(weights: str | Path, family: str | None = None) -> tuple[str | Path, str | None]:
     """Return the weight file and its family for a path, a catalogue name or a Hub repository.
 
-    For a name "timm/NAME" that is not in the catalogue, timm downloads its pretrained weights.
+    If the name is "timm/NAME" and not in the catalogue, timm downloads its own pretrained weights.
 
     Args:
-        weights: Path, which is returned unchanged even if it does not exist, catalogue name, or
-            name of a repository of the Hugging Face Hub, such as "hf-hub:owner/name".
-        family: Family to use instead of the catalogue's; None uses the catalogue's.
+        weights: Path, catalogue name, or Hugging Face Hub repository such as "hf-hub:owner/name". A
+            path is returned unchanged, even if it does not exist.
+        family: Weight family; None for the family in the catalogue.
 
     Raises:
         UserError: If ``weights`` is neither a path nor a name, or the file can't be downloaded.

@@ -1,9 +1,9 @@
 """Atomic, verified file download over HTTPS, with resumption after interruptions.
 
-Files of the catalogue are not downloaded by torch.hub or huggingface_hub. torch.hub does not retry,
-and accepts a truncated file if there is no hash. huggingface_hub resumes without If-Range, so it
-can mix parts of two files. Both follow redirects to plain HTTP, and accept a web page instead of
-the file.
+Files in the catalogue are not downloaded with torch.hub or huggingface_hub. torch.hub does not
+retry, and accepts a truncated file if there is no hash. huggingface_hub resumes without If-Range,
+so it can mix parts of two files. Both follow redirects to plain HTTP, and accept a web page instead
+of the file.
 """
 
 import http.client
@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = 3
 TIMEOUT = 30.0  # seconds without receiving any data
 PAUSE = 2.0  # seconds before the second attempt; later pauses are longer
-# Time in seconds that other processes wait for a download, enough for a large file on a slow
-# connection.
+# Time in seconds that other processes wait for a download. It is sufficient for a large file on a
+# slow connection.
 LOCK_TIMEOUT = 2 * 3600
 _CHUNK = 2**20
 _LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -58,20 +58,20 @@ def fetch(url: str, path: Path, sha256: str | None, *, hint: str = "") -> Path:
 
     If several processes request the same file at once, it is downloaded only once. The file appears
     under its final name only when it is complete and, if ``sha256`` is given, verified. A failed
-    download leaves only the empty file that locks it, ``.<name>.lock``.
+    download leaves only an empty lock file, ``.<name>.lock``.
 
     Args:
-        url: URL, which must use HTTPS, or HTTP on this machine.
+        url: URL of the file. It must use HTTPS, or HTTP if the server runs on this machine.
         path: Path of the file to create.
-        sha256: SHA-256 in hexadecimal, or its first digits; None if it is unknown.
+        sha256: Expected SHA-256 in hexadecimal, or its first digits; None if it is unknown.
         hint: Text to append to error messages.
 
     Returns:
         ``path``.
 
     Raises:
-        UserError: If the download fails. The message gives the reason, and explains how to download
-            the file by hand.
+        UserError: If the download fails. The message contains the reason and explains how to
+            download the file by hand.
     """
     if path.is_file():
         return path
@@ -100,18 +100,18 @@ def fetch(url: str, path: Path, sha256: str | None, *, hint: str = "") -> Path:
 
 
 def check_sha256(path: Path, sha256: str | None, remedy: str = "") -> None:
-    """Raise UserError if a file's SHA-256 does not begin with ``sha256``, and say how to fix it."""
+    """Raise UserError if a file's SHA-256 does not begin with ``sha256``."""
     if sha256 and not (found := file_sha256(path)).startswith(sha256):
         raise UserError(
-            f"{path} is damaged or not the expected file: its SHA-256 is {found}; expected "
+            f"{path} is damaged or is not the expected file: its SHA-256 is {found}; expected "
             f"{sha256}... {remedy or 'Delete the file to download it again.'}"
         )
 
 
 def _download(url: str, path: Path, sha256: str | None) -> None:
-    """Download to a temporary file, and rename it if it is complete and verified."""
+    """Download to a temporary file, and rename the file if it is complete and verified."""
     _check_scheme(url)
-    # The lock may not work between machines that share a disk.
+    # File locks may not work between machines that share a disk.
     partial = path.with_name(f".{path.name}.{platform.node()}.partial")
     try:
         with open(partial, "wb") as file:
@@ -158,7 +158,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def _transfer(url: str, file: BinaryIO) -> None:
-    """Download the content of ``url``, in several attempts if needed."""
+    """Download the content of ``url`` to a file, retrying if needed."""
     logger.info("Downloading %s", url)
     tag = ""
     for attempt in range(1, ATTEMPTS + 1):
@@ -177,7 +177,7 @@ def _transfer(url: str, file: BinaryIO) -> None:
 
 
 def _open(url: str, done: int, tag: str) -> http.client.HTTPResponse:
-    """Request the bytes after ``done`` if the ETag is still ``tag``, otherwise the whole file."""
+    """Request the bytes from ``done`` on if the ETag is still ``tag``, otherwise the whole file."""
     request = urllib.request.Request(url, headers={"User-Agent": "senet_transfer"})
     if done and tag and not tag.startswith("W/"):  # weak ETags do not guarantee equal bytes
         request.add_header("Range", f"bytes={done}-")
@@ -202,7 +202,7 @@ def _open(url: str, done: int, tag: str) -> http.client.HTTPResponse:
 
 
 def _receive(url: str, answer: http.client.HTTPResponse, file: BinaryIO) -> None:
-    """Append the response to the file, or start over if the server sends the whole file."""
+    """Append a response to a file, or start over if the server sends the whole file."""
     done = file.tell()
     if answer.status != 206 or not (answer.getheader("Content-Range") or "").startswith(
         f"bytes {done}-"

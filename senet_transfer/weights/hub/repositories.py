@@ -1,4 +1,4 @@
-"""Weights in repositories of the Hugging Face Hub, such as ``hf-hub:timm/resnet18.a1_in1k``."""
+"""Weights in Hugging Face Hub repositories, such as ``hf-hub:timm/resnet18.a1_in1k``."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,12 +11,12 @@ from senet_transfer.weights.formats.timm_config import WEIGHT_FILES
 
 PREFIX = "hf-hub:"
 
-# Files that describe the network. No other files are downloaded: repositories can contain code.
+# Files that describe the network. Other files are not downloaded, because they can contain code.
 _DESCRIPTIONS = ["config.yaml", "config.json"]
 
 
 def is_hub_name(name: object) -> bool:
-    """Return whether a name is that of a repository of the Hugging Face Hub."""
+    """Return whether a name refers to a Hugging Face Hub repository."""
     return isinstance(name, str) and name.startswith(PREFIX)
 
 
@@ -36,8 +36,8 @@ def parse_hub_name(name: str) -> tuple[str, str | None]:
         validate_repo_id(repository)
     except HFValidationError as error:
         raise UserError(
-            f"{name} is not the name of a repository of the Hugging Face Hub: {error}. Give a name "
-            f"such as {PREFIX}timm/resnet18.a1_in1k."
+            f"{name} is not the name of a Hugging Face Hub repository: {error}. Use a name such as "
+            f"{PREFIX}timm/resnet18.a1_in1k."
         ) from error
     return repository, revision or None
 
@@ -47,8 +47,9 @@ def hub_weights(name: str) -> Path:
     """Return the path of a repository's weight file, after downloading it if it has changed.
 
     The file is in huggingface_hub's cache, next to the ``config.yaml`` and ``config.json`` of the
-    repository. Without network access, the cached files are used. A process asks only once for a
-    name. Access to private repositories is that of huggingface_hub, such as the variable HF_TOKEN.
+    repository. Without network access, the cached files are used. Each process contacts the Hub
+    only once per name. Credentials for private repositories are those of huggingface_hub, such as
+    the environment variable HF_TOKEN.
 
     Args:
         name: Name such as "hf-hub:owner/name" or "hf-hub:owner/name@revision". The revision is a
@@ -71,14 +72,14 @@ def hub_weights(name: str) -> Path:
         found = HfApi().list_repo_files(repository, revision=revision)
     raise UserError(
         f"{name} contains no {' or '.join(WEIGHT_FILES)}; its files are: "
-        f"{first_of(map(shown, found), 8)}. Expected a repository written by `senet push` or by "
-        "timm. For other files, download the file and pass its path."
+        f"{first_of(map(shown, found), 8)}. Expected a repository written by `senet push` or timm. "
+        "To use a different file, download it and pass its path."
     )
 
 
 @contextlib.contextmanager
 def hub_errors(name: str) -> Iterator[None]:
-    """Convert errors of huggingface_hub for a repository to UserErrors."""
+    """Convert huggingface_hub's errors for a repository to UserErrors."""
     from huggingface_hub import constants, errors
 
     try:
@@ -96,11 +97,12 @@ def hub_errors(name: str) -> Iterator[None]:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise UserError(
-            f"{name} has no such revision. Give an existing branch, tag or commit after the @."
+            f"The revision in {name} does not exist. Use an existing branch, tag or commit after "
+            "the @."
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise UserError(
-            f"{name} is not completely in the cache ({constants.HF_HUB_CACHE}), and "
+            f"{name} is not completely cached in {constants.HF_HUB_CACHE}, and "
             f"{constants.ENDPOINT} can't be reached. Check the network access (HF_HUB_OFFLINE, "
             "HF_ENDPOINT), or download the repository on a different machine and pass the path of "
             "its weight file."
@@ -114,7 +116,9 @@ def hub_errors(name: str) -> Iterator[None]:
         ) from error
     except UserError:
         raise
-    except Exception as error:  # those of the HTTP library have no common base with the above
+    except (
+        Exception
+    ) as error:  # errors from the HTTP library have no base class in common with those above
         raise UserError(
             f"The transfer between this machine and {name} failed: "
             f"{shown(error, 200) or type(error).__name__}. Check the network access and the disk "

@@ -42,7 +42,7 @@ def is_timm(name: object) -> bool:
 
 
 def timm_publishes(name: str) -> bool:
-    """Return whether ``timm/NAME`` names pretrained weights of the installed timm."""
+    """Return whether ``timm/NAME`` refers to pretrained weights of the installed timm version."""
     if not is_timm(name) or importlib.util.find_spec("timm") is None:
         return False
     names = import_timm().models
@@ -50,7 +50,7 @@ def timm_publishes(name: str) -> bool:
 
 
 def pretrained_config(name: str) -> dict[str, Any]:
-    """Return timm's ``pretrained_cfg`` of a network.
+    """Return timm's ``pretrained_cfg`` for a network.
 
     Args:
         name: Name such as "timm/resnet50" or "timm/resnet50.a1_in1k".
@@ -96,10 +96,10 @@ def timm_preprocessing(name: str) -> Preprocessing:
 def evaluation_mode(name: str) -> str:
     """Return a network's evaluation mode (``INPUT.CLASSIFICATION.TEST_MODE``).
 
-    It is "short_side" for all networks that timm does not build.
+    The mode is "short_side" for all networks that timm does not build.
 
     Raises:
-        UserError: If timm evaluates the network in a mode that this project does not have.
+        UserError: If timm evaluates the network in a mode that this project does not support.
     """
     if not is_timm(name):
         return "short_side"
@@ -108,14 +108,14 @@ def evaluation_mode(name: str) -> str:
     if data["crop_mode"] not in modes:
         raise UserError(
             f"timm evaluates {name} with the crop_mode {data['crop_mode']}; expected "
-            f"{' or '.join(modes)}. Use another network, or a config, which states how images are "
+            f"{' or '.join(modes)}. Use another network, or a config that specifies how images are "
             "resized."
         )
     return modes[data["crop_mode"]]
 
 
 def classifier_name(name: str) -> str:
-    """Return the name of the classifier layer in timm's network, or "" if it has none or several.
+    """Return the name of a timm network's classifier layer, or "" if it has none or several.
 
     Networks with several classifiers, such as distilled transformers, average their logits.
     """
@@ -124,10 +124,10 @@ def classifier_name(name: str) -> str:
 
 
 def fetch_timm(name: str) -> Path:
-    """Return the file of timm's pretrained weights, which timm downloads on first use.
+    """Return the path of timm's pretrained weights, after downloading them on first use.
 
-    timm downloads the weights to the Hugging Face cache and converts their tensor names to those of
-    its network. The result is kept in torch.hub's cache.
+    timm downloads the weights to the Hugging Face cache and converts the tensor names to those of
+    its own network. The result is stored in torch.hub's cache.
 
     Raises:
         UserError: If timm can't load the weights.
@@ -139,11 +139,11 @@ def fetch_timm(name: str) -> Path:
         return path
     try:
         tensors = timm.create_model(full, pretrained=True).state_dict()
-    # Hugging Face's client and timm raise many types, which depend on the cause.
+    # Hugging Face's client and timm raise exceptions of many types.
     except Exception as error:
         raise UserError(
-            f"timm can't load its weights {full}: {str(error).splitlines()[0]}. Check the network "
-            f"connection and HF_HOME, or put a file with the state dict of timm's network at "
+            f"timm can't load the weights {full}: {str(error).splitlines()[0]}. Check the network "
+            "connection and HF_HOME, or put a file with the state dict of timm's network at "
             f"{os.path.abspath(path)}."
         ) from error
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Detectors in Detectron2's model zoo, by name, downloaded on first use."""
+"""Detectors from Detectron2's model zoo, which are downloaded on first use."""
 
 import os
 from pathlib import Path
@@ -10,15 +10,15 @@ from senet_transfer.weights.hub.download import fetch
 
 
 def is_zoo_name(name: str) -> bool:
-    """Return whether a name has the form of one in Detectron2's model zoo."""
+    """Return whether a name has the form of a config name in Detectron2's model zoo."""
     folder = name.partition("/")[0]
     return bool(folder) and folder != name and not os.path.exists(name) and folder in _folders()
 
 
 def zoo_model(name: str) -> tuple[str, Path]:
-    """Return the config file of a detector, and its weights after downloading them if needed.
+    """Return the paths of a detector's config and weights, after downloading the weights if needed.
 
-    The weights are kept in torch.hub's cache. Their publisher provides no hash.
+    The weights are stored in torch.hub's cache. The publisher provides no hash.
 
     Args:
         name: A name such as "COCO-Detection/faster_rcnn_R_50_FPN_3x"; the suffix ".yaml" is
@@ -44,7 +44,7 @@ def zoo_model(name: str) -> tuple[str, Path]:
 
 
 def _folders() -> list[str]:
-    """Return the folders of the model zoo's configs."""
+    """Return the names of the folders that contain the model zoo's configs."""
     import detectron2.model_zoo
 
     configs = Path(detectron2.model_zoo.__file__).parent / "configs"

@@ -1,4 +1,4 @@
-"""Adaptation of weights for colour images to other channels, in the first convolution."""
+"""Adaptation of the first convolution's weights from colour images to other channels."""
 
 from dataclasses import replace
 
@@ -13,10 +13,11 @@ _COLOURS = 3
 
 
 def adapt_channels(source: Source, target: Target) -> Source:
-    """Adapt the first convolution of a file for colour images to the model's channels.
+    """Adapt the first convolution of a network for colour images to the model's channels.
 
-    The file is returned unchanged if the model is for colour or grey images, or the file is not for
-    colour images. A note about the adaptation is added to the source.
+    If the model is for colour or grey images, or the file's network is not for colour images, the
+    source is returned unchanged. Otherwise, the returned source contains a note about the
+    adaptation.
 
     Args:
         source: Examined file.
@@ -48,10 +49,10 @@ def adapt_channels(source: Source, target: Target) -> Source:
 
 
 def adapted_weight(weight: Tensor, channels: int) -> Tensor:
-    """Return the weight of a convolution on RGB images, ``(O, 3, H, W)``, for other channels.
+    """Adapt the weight of a convolution on RGB images, ``(O, 3, H, W)``, to other channels.
 
-    As in timm, a single channel has the sum of the weights. Otherwise, the weights are repeated and
-    scaled, so that equal channels have the same outputs as before.
+    As in timm, the weights are summed for a single channel. Otherwise, they are repeated and
+    scaled, so the outputs are the same as before if all channels are equal.
     """
     if channels == 1:
         return weight.float().sum(1, keepdim=True).to(weight.dtype)

@@ -1,4 +1,4 @@
-"""Matching of file tensors with model tensors, and errors for files that do not fit."""
+"""Matching of the tensors in a file with those of a model, and errors for files that do not fit."""
 
 import re
 from collections.abc import Iterable
@@ -33,12 +33,12 @@ class Match:
     """Result of matching a file with a model.
 
     Attributes:
-        filled: Values from the file for the model's tensors, by this project's names.
-        initialised: Names of the model's tensors that keep their initial values, with the reasons.
-        ignored: Names of the file's tensors that are not used, with the reasons.
+        filled: Values from the file for the model's tensors, by tensor name in this project.
+        initialised: Names of the model's tensors that keep their initial values, and why.
+        ignored: Names of the file's tensors that are not used, and why.
         missing: Names of the model's tensors that are missing from the file but required.
         left_over: Names of the file's tensors that the model does not have.
-        misfits: Descriptions of the tensors with a different shape or dtype.
+        misfits: Descriptions of tensors whose shape or dtype differs from the model's.
     """
 
     filled: dict[str, Tensor] = field(default_factory=dict)
@@ -92,8 +92,8 @@ def _not_in_file(result: Match, source: Source, target: Target, name: str, exact
     classifier = name.startswith(CLASSIFIER)
     se = ".se." in name and source.architecture and not source.architecture.se_stages
     if name.endswith(".num_batches_tracked"):
-        # Evaluation does not use this counter, and files from old versions or other frameworks do
-        # not contain it.
+        # Evaluation does not use this counter, and files from old versions or other frameworks lack
+        # it.
         return
     if exact:
         result.missing.append(target.own_names[name])
@@ -108,7 +108,7 @@ def _not_in_file(result: Match, source: Source, target: Target, name: str, exact
 
 
 def _other_classes(source: Source, target: Target, name: str) -> str | None:
-    """Return why a tensor with a different shape may keep its initial values, or None."""
+    """Return why a tensor of a different shape may keep its initial values; None if it may not."""
     found, expected = source.tensors[name], target.tensors[name]
     if not found.is_floating_point() or found.shape[1:] != expected.shape[1:]:
         return None
@@ -128,7 +128,7 @@ def _misfit(name: str, found: Tensor, expected: Tensor) -> str:
 
 
 def _why_ignored(source: Source, target: Target, name: str, exact: bool) -> str | None:
-    """Return why a tensor of the file may be ignored; None if it may not."""
+    """Return why one of the file's tensors may be ignored, or None if it may not."""
     for pattern, reason in _NOT_WEIGHTS:
         if pattern.fullmatch(name):
             return reason
@@ -178,7 +178,7 @@ def check_match(result: Match, source: Source, target: Target) -> None:
 
 
 def _remedy(result: Match, source: Source, target: Target) -> str:
-    """Return advice that depends on which tensors differ."""
+    """Return advice for the user, depending on which tensors differ."""
     # Misfits are described as "name (shapes)".
     misfits = [text.partition(" ")[0] for text in result.misfits]
     outside = {target.own_names[name] for name in target.outside}
@@ -190,15 +190,15 @@ def _remedy(result: Match, source: Source, target: Target) -> str:
     )
     if heads_only and not (result.missing or result.left_over):
         return (
-            "The detector in the file has another number of classes. Evaluate it on data with the "
-            "classes that it was trained on; to train it on other classes, leave out --eval-only "
+            "The detector in the file has a different number of classes. Evaluate it on data with "
+            "the classes that it was trained on. To train it on other classes, omit --eval-only "
             "and --resume."
         )
     if heads_only:
         return (
-            "Only the detector's parts outside the backbone differ. To train this model from the "
-            f"file's backbone, write the backbone to a file with `senet convert "
-            f"{source.path} backbone.pth --backbone`, and set MODEL.WEIGHTS to it."
+            "Only the detector's parts outside the backbone differ. To train this model starting "
+            "from the file's backbone, write the backbone to a new file with `senet convert "
+            f"{source.path} backbone.pth --backbone`, and set MODEL.WEIGHTS to the new file."
         )
     return (
         "Use a file for this network, or build the file's network. If the detected family is "
@@ -207,7 +207,7 @@ def _remedy(result: Match, source: Source, target: Target) -> str:
 
 
 def _classes(result: Match, source: Source, target: Target) -> str:
-    """Return advice for a classifier with a different number of classes, the only difference."""
+    """Return advice for a classifier that differs only in the number of classes."""
     pair = [tensors.get("linear.weight") for tensors in (source.tensors, target.tensors)]
     only = result.misfits and not result.missing and not result.left_over
     if not only or any(weight is None or not weight.ndim for weight in pair):
@@ -220,10 +220,10 @@ def _classes(result: Match, source: Source, target: Target) -> str:
     if found == expected:
         return ""
     return (
-        f"The file {source.path} is a classifier for {found} classes, but the model has {expected} "
-        f"classes. Use data with the {found} classes of the file, or train the file's network on "
-        f"these data first (MODEL.WEIGHTS {source.path} in a training run), which replaces its "
-        "classifier."
+        f"The file {source.path} contains a classifier for {found} classes, but the model has "
+        f"{expected} classes. Use data with the {found} classes of the file, or first train the "
+        f"file's network on your data (MODEL.WEIGHTS {source.path} in a training run), which "
+        "replaces the classifier."
     )
 
 

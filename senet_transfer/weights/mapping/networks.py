@@ -1,4 +1,4 @@
-"""Networks under a prefix, in files of training scripts that store several parts together."""
+"""Search for networks under a prefix, in files from training scripts that store several parts."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -12,7 +12,7 @@ from senet_transfer.weights.families import detect
 from senet_transfer.weights.families.registry import FAMILIES, Family
 from senet_transfer.weights.formats.reader import OWN_METADATA, WeightFile
 
-# Families whose detection functions accept their names behind any prefix.
+# Families whose detection functions accept tensor names with any prefix.
 _BEHIND_PREFIXES = ("senet_transfer", "detectron2", "detectron2_torchvision")
 _FAMILIES = [family for name, family in FAMILIES.items() if name not in _BEHIND_PREFIXES]
 _own = detect.any_of(
@@ -22,7 +22,7 @@ _own = detect.any_of(
         r"(backbone\.(bottom_up\.)?|roi_heads\.)?res\d\.\d+\.\w+(\.\d)*\.weight",
     ),
 )
-# mmpretrain's tensor names begin with this prefix, and so do those of many other projects.
+# The tensor names of mmpretrain and many other projects begin with this prefix.
 _BACKBONE = "backbone."
 _MAX_DEPTH = 6
 _MAX_TENSORS = 20_000
@@ -30,14 +30,14 @@ _SHOWN = 6
 
 
 def only_network(file: WeightFile) -> tuple[WeightFile, tuple[str, ...]]:
-    """Find the only network in a file, and remove the prefix of its tensor names.
+    """Find the only network in a file, and remove the prefix from its tensor names.
 
     Returns:
-        The file with the network's tensors, and the names of the tensors outside its prefix. If no
-        network is found, the file is returned unchanged.
+        The file content with only the network's tensors, and the names of the tensors outside its
+        prefix. If no network is found, the content is returned unchanged.
 
     Raises:
-        UserError: If there are several networks; the message lists their prefixes.
+        UserError: If there are several networks. The message lists their prefixes.
     """
     if OWN_METADATA in file.metadata or len(file.tensors) > _MAX_TENSORS:
         return file, ()
@@ -45,7 +45,7 @@ def only_network(file: WeightFile) -> tuple[WeightFile, tuple[str, ...]]:
     if len(found) > 1:
         raise UserError(
             f"{file.path} contains {len(found)} networks, whose tensor names have the prefixes "
-            f"{first_of(map(shown, found), _SHOWN)}. Choose one with prefix= "
+            f"{first_of(map(shown, found), _SHOWN)}. Select one with prefix= "
             f"(MODEL.WEIGHTS_PREFIX), such as {shown(found[0])}"
         )
     prefix = found[0] if found else ""
@@ -60,7 +60,7 @@ def only_network(file: WeightFile) -> tuple[WeightFile, tuple[str, ...]]:
 def _networks(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], prefix: str = "", depth: int = 0
 ) -> Iterator[str]:
-    """Yield the prefixes of networks, from the outside to the inside."""
+    """Yield the prefixes of all networks that the tensors contain, outer ones first."""
     if _own(tensors, {}):
         yield prefix
         return

@@ -1,4 +1,4 @@
-"""Examination of weight files: family, renamed tensors, architecture and geometry."""
+"""Examination of weight files to find the family, renamed tensors, architecture and geometry."""
 
 import logging
 from collections.abc import Collection, Iterable, Mapping
@@ -45,25 +45,27 @@ class Source:
 
     Attributes:
         path: Path of the file.
-        family: Family, given or detected.
-        alternatives: Other families with the same tensor names and shapes, and their differences.
-        tensors: Tensors by this project's names. Backbone names have no prefix, even in a
+        family: Family, as specified by the user or detected.
+        alternatives: Other families with the same tensor names and shapes, and how they differ.
+        tensors: Tensors by their names in this project. Backbone names have no prefix, even in a
             classifier or a detector.
-        original: Name of each tensor in the file, by this project's name.
+        original: Name of each tensor in the file, by its name in this project.
         unknown: Tensor names in the file that are not part of the family.
-        notes: Changes made to the tensors, as sentences.
+        notes: Sentences on changes made to the tensors.
         architecture: Backbone architecture; None if it is unknown.
-        geometry: Backbone geometry, as far as it is known.
+        geometry: Backbone geometry. Unknown fields are None.
         preprocessing: Preprocessing that the network expects; None if it is unknown.
         detector: Whether the file has tensors outside the backbone and the classifier.
-        ignored: Names in the file of tensors that were left out on purpose, with the reasons.
-        head: Those of ``unknown`` that do not belong to the backbone, such as a projection head.
-        lookalikes: Other projects' networks with the same tensors that compute different outputs,
-            if nothing in the file excludes them.
-        recorded: Names of the fields of the geometry and the preprocessing that the file itself or
-            the catalogue states. The others follow from the names of the tensors.
+        ignored: Names (in the file) of intentionally omitted tensors, and why each was omitted.
+        head: Names in ``unknown`` that do not belong to the backbone but, for example, to a
+            projection head.
+        lookalikes: Other projects' networks with the same tensors but different outputs, unless the
+            file rules them out.
+        recorded: Names of the geometry and preprocessing fields that the file itself or the
+            catalogue specifies. Other fields are inferred from the tensor names.
         classes: Class names in the order of the network's outputs; empty if they are unknown.
-        network: Name of timm's network, such as "timm/regnety_002"; empty for other networks.
+        network: Model name, such as "timm/regnety_002", if timm builds the network; otherwise
+            empty.
     """
 
     path: str
@@ -86,17 +88,17 @@ class Source:
 
     @property
     def detected_as(self) -> str:
-        """Return the family's name and title, for messages."""
+        """Return the name and title of the file's family, for messages."""
         return f"{self.family.name} ({self.family.title})"
 
     @property
     def model_name(self) -> str:
-        """Return the name of the network's model, or a description; empty if it is unknown."""
+        """Return the network's model name or a description, or an empty string if it is unknown."""
         return self.network or named_model(self.architecture, self.geometry)
 
     @property
     def num_classes(self) -> int:
-        """Return the number of outputs of the classifier, or 0 if there is no classifier."""
+        """Return the number of classifier outputs, or 0 if there is no classifier."""
         weight = self.tensors.get("linear.weight")
         return len(weight) if weight is not None and weight.ndim else 0
 
@@ -111,7 +113,7 @@ class Source:
         return options
 
     def backbone_only(self) -> "Source":
-        """Return this file without the tensors outside the backbone."""
+        """Return a copy of this source without the tensors outside the backbone."""
         tensors = {n: tensor for n, tensor in self.tensors.items() if n.startswith(names.BACKBONE)}
         return replace(
             self,
@@ -139,13 +141,14 @@ def examine(
         path: Path of the file.
         family: Name of the file's family. If None, the family is detected. If several families
             match, the first one in ``FAMILIES`` is used, and the others are logged.
-        prefix: See :func:`senet_transfer.load_weights`, as for ``ema`` and ``head``.
+        prefix: Prefix of the network's tensor names. See :func:`senet_transfer.load_weights` for
+            details of ``prefix``, ``ema`` and ``head``.
         ema: Whether to take the averaged weights.
         head: "strict" or "ignore".
-        stated: Names and values of the geometry and preprocessing that the user has stated; see
-            :func:`with_stated`.
-        network: Name of timm's network whose state dict the file contains, such as
-            "timm/regnety_002"; not used for files of this project.
+        stated: Names and values of geometry and preprocessing fields that the user has specified;
+            see :func:`with_stated`.
+        network: Model name, such as "timm/regnety_002", if timm builds the network; otherwise
+            empty. Not used for files that this project wrote.
 
     Raises:
         UserError: If the file is missing or damaged, contains several networks, or its family is
@@ -178,15 +181,15 @@ def examine(
 
 
 def _timm_source(file: WeightFile, network: str, family: str | None, head: str) -> Source:
-    """Return the content of a file with the state dict of timm's network.
+    """Return the source for a file with the state dict of a timm network.
 
     Raises:
-        UserError: If the file is stated to belong to another family, or states another network.
+        UserError: If ``family`` is a different family, or the file specifies a different network.
     """
     if family not in (None, "timm"):
         raise UserError(
-            f"The weight family is {family!r}, but the model is {network}, whose weights are state "
-            "dicts of this network, as written by timm. Omit the family."
+            f"The weight family is {family!r}, but the model is {network}, which requires weights "
+            "from timm. Omit the family."
         )
     said = {"architecture": file.timm.architecture} if file.timm else file.metadata
     stated = stated_network(file.path, said, network)
@@ -196,7 +199,7 @@ def _timm_source(file: WeightFile, network: str, family: str | None, head: str) 
 
 
 def _as_published(source: Source, published: Iterable[Entry]) -> Source:
-    """Complete a source with what the catalogue states about the file."""
+    """Complete a source with the information about its file in the catalogue."""
     entry = next((entry for entry in published if entry.family == source.family.name), None)
     if entry is None or source.preprocessing is None:
         return source
@@ -209,13 +212,13 @@ def _as_published(source: Source, published: Iterable[Entry]) -> Source:
 
 
 def with_stated(source: Source, stated: Iterable[tuple[str, Any]]) -> Source:
-    """Replace a geometry and preprocessing that only follow from tensor names by the user's.
+    """Replace geometry and preprocessing inferred from tensor names by the user's values.
 
-    Values that the file itself or the catalogue states are not replaced.
+    Values that the file itself or the catalogue specifies are not replaced.
 
     Args:
         source: Examined file.
-        stated: Names of fields of :class:`Geometry` and :class:`Preprocessing`, and their values.
+        stated: Names of :class:`Geometry` and :class:`Preprocessing` fields, and their values.
     """
     notes = []
     for name, value in stated:
@@ -228,7 +231,7 @@ def with_stated(source: Source, stated: Iterable[tuple[str, Any]]) -> Source:
             continue
         source = replace(source, **{part: replace(fields_of, **{name: value})})
         notes.append(
-            f"{name} is {value}, as stated, although the tensor names of the family "
+            f"{name} is {value}, as specified by the user, although the tensor names of the family "
             f"{source.family.name} suggest {suggested}"
         )
         logger.info("%s: %s.", source.path, notes[-1])
@@ -247,7 +250,7 @@ def _detect(file: WeightFile, family: str | None) -> list[Family]:
         if FAMILIES[family] not in found and family != "senet_transfer":
             taken = " or ".join(f.name for f in found) or "no known family"
             raise UserError(
-                f"{file.path} does not belong to the family {family}. Its tensor names match "
+                f"{file.path} does not belong to the family {family}. The tensor names match "
                 f"{taken}. Omit the family, or use a different file."
             )
         return [FAMILIES[family]]
@@ -340,16 +343,16 @@ def _with_statements(
     geometry: Geometry,
     preprocessing: Preprocessing | None,
 ) -> tuple[Geometry, Preprocessing | None]:
-    """Complete the family's geometry and preprocessing with the file's own statements.
+    """Complete the family's geometry and preprocessing with information in the file itself.
 
     Raises:
-        UserError: If a statement contradicts the tensors, or no model is like the stated network.
+        UserError: If the information contradicts the tensors or describes an unsupported network.
     """
     if said.contradiction:
         raise UserError(
             f"{file.path}, detected as {family.name} ({family.title}): {said.contradiction}. The "
-            "network would compute other outputs than the one that was trained. Use weights of a "
-            "supported network. If the statement is wrong, save only the tensors: "
+            "outputs would differ from those of the network that was trained. Use weights of a "
+            "supported network. If this information in the file is wrong, save only the tensors: "
             'torch.save(checkpoint["state_dict"], "weights.pth").'
         )
     if said.wide:
@@ -367,10 +370,10 @@ def _with_statements(
 def _head(
     unknown: Collection[str], outside: Collection[str], known: Mapping[str, str]
 ) -> tuple[str, ...]:
-    """Return the unknown names that do not look like a part of the backbone.
+    """Return the unknown names that do not look like names in the backbone.
 
-    A name looks like a part of the backbone if its first component differs from that of a known
-    tensor at most in its number, such as ``layer5`` and ``layer4``, or ``conv2`` and ``conv1``.
+    A name looks like one in the backbone if its first component and that of a known tensor differ
+    at most in a number, such as ``layer5`` and ``layer4``, or ``conv2`` and ``conv1``.
     """
     own = {_start(name) for name, ours in known.items() if not ours.startswith(names.CLASSIFIER)}
     surrounding = set(outside)
@@ -382,7 +385,7 @@ def _start(name: str) -> str:
 
 
 def _without_head(known: Mapping[str, str], prefix: str) -> tuple[dict[str, str], list[str]]:
-    """Separate the backbone's tensors from those of a classifier or a detector's other parts."""
+    """Separate the backbone's tensors from those of the classifier or other detector parts."""
     kept, removed = {}, []
     for name, ours in known.items():
         if ours.startswith(names.CLASSIFIER) or names.is_outside_backbone(ours, prefix):
@@ -393,10 +396,10 @@ def _without_head(known: Mapping[str, str], prefix: str) -> tuple[dict[str, str]
 
 
 def _convert_dtypes(tensors: dict[str, Tensor], file: WeightFile) -> None:
-    """Convert 8-bit floats, which have no arithmetic in PyTorch, to float32.
+    """Convert 8-bit floats to float32, because PyTorch has no arithmetic for 8-bit floats.
 
     Raises:
-        UserError: If several numbers are packed into one element.
+        UserError: If a dtype packs several numbers into one element.
     """
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
@@ -410,10 +413,10 @@ def _convert_dtypes(tensors: dict[str, Tensor], file: WeightFile) -> None:
 
 
 def _repair_counters(tensors: dict[str, Tensor]) -> list[str]:
-    """Convert counters of batches to integer scalars, and drop those without a clear value.
+    """Convert batch counters to integer scalars, and drop those without a well-defined value.
 
-    Scripts that convert or average all tensors change the dtype and shape of these counters, which
-    have no effect on a network's outputs.
+    Scripts that convert or average all tensors change the dtype and shape of these counters. The
+    counters have no effect on a network's outputs.
     """
     dropped = []
     for name in [name for name in tensors if name.endswith(".num_batches_tracked")]:
@@ -427,13 +430,11 @@ def _repair_counters(tensors: dict[str, Tensor]) -> list[str]:
             del tensors[name]
             dropped.append(name)
     shown_names = first_of(dropped, 2)
-    return [f"counters of batches without a valid value were dropped ({shown_names})"] * bool(
-        dropped
-    )
+    return [f"batch counters without a valid value were dropped ({shown_names})"] * bool(dropped)
 
 
 def _reshaped(name: str, tensor: Tensor) -> Tensor:
-    """Convert a linear layer's weight that is stored as that of a 1x1 convolution."""
+    """Reshape a linear layer's weight that is stored as the weight of a 1x1 convolution."""
     linear = name.startswith("linear.") or (name.startswith(names.BACKBONE) and ".se.fc" in name)
     if linear and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
         return tensor.flatten(1)
@@ -441,7 +442,7 @@ def _reshaped(name: str, tensor: Tensor) -> Tensor:
 
 
 def _fold_biases(tensors: dict[str, Tensor]) -> list[str]:
-    """Fold biases into the running means of the norms that follow them, which is equivalent."""
+    """Fold convolution biases into the running means of the following norms (equivalent)."""
     notes = []
     for name in [name for name in tensors if name.endswith(".bias")]:
         mean = f"{name.removesuffix('.bias')}.norm.running_mean"
@@ -473,11 +474,11 @@ def _drop_background(tensors: dict[str, Tensor]) -> list[str]:
 def _computes(
     file: WeightFile, family: Family, architecture: Architecture | None
 ) -> tuple[Geometry, Preprocessing | None, frozenset[str]]:
-    """Return the geometry and preprocessing from the file's metadata, or else from its family.
+    """Return the geometry and preprocessing from a file's metadata or, if missing, its family.
 
     Returns:
-        The geometry, the preprocessing, and the names of those of their fields that are not the
-        family's.
+        The geometry, the preprocessing, and the names of the fields that were not taken from the
+        family.
     """
     if OWN_METADATA in file.metadata:
         geometry, preprocessing = _own_word(file)
@@ -508,7 +509,7 @@ def _own_word(file: WeightFile) -> tuple[Geometry, Preprocessing | None]:
 
 
 def _own_network(file: WeightFile) -> str:
-    """Return the name of timm's network in the metadata of this project's file, if there is one."""
+    """Return the name of the timm network in the metadata from this project, or "" if none."""
     word = file.metadata.get(OWN_METADATA)
     name = word.get("model") if isinstance(word, Mapping) else None
     return name if isinstance(name, str) and is_timm(name) else ""
@@ -522,7 +523,7 @@ def _class_names(file: WeightFile) -> tuple[str, ...]:
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise UserError(
             f"{file.path} has invalid class names in its metadata: {shown(names)}. Expected a list "
-            "of text. Save the model again with senet_transfer.save_weights."
+            "of strings. Save the model again with senet_transfer.save_weights."
         )
     return tuple(names)
 
@@ -554,7 +555,7 @@ def _preprocessing(file: WeightFile, values: Mapping[str, Any]) -> Preprocessing
 
 
 def _difference(first: Source, other: Source) -> str:
-    """Describe how an alternative's geometry or preprocessing differs; return "" if it does not."""
+    """Describe how the geometry or preprocessing of two sources differs, or return "" if equal."""
     parts = []
     for name, value in vars(other.geometry).items():
         if value != getattr(first.geometry, name):

@@ -1,4 +1,4 @@
-"""Models into which weights are loaded: backbone, tensors and geometry."""
+"""Description of the model that weights are loaded into: backbone, tensors and geometry."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from senet_transfer.weights.families import renaming as names
 from senet_transfer.weights.families.architecture import Architecture
 from senet_transfer.weights.families.geometry import Geometry, built_geometry
 
-# Buffers in old detector files, whose values are set by the config.
+# Buffers in old detector files. The config now sets their values.
 _CONFIG_BUFFERS = ("pixel_mean", "pixel_std")
 
 
@@ -22,14 +22,14 @@ class Target:
     """Model that weights are loaded into.
 
     Attributes:
-        model: Model, without a wrapper for distributed training.
+        model: The model without its wrapper for distributed training.
         backbone: Backbone of the model, or the model itself if it is a backbone.
-        tensors: Parameters and buffers, by the same names as in :class:`~.source.Source`.
-        own_names: Name of each tensor in the model, by this project's name.
+        tensors: Parameters and buffers, with the same names as in :class:`~.source.Source`.
+        own_names: Name of each tensor in the model, by its name in ``tensors``.
         outside: Names of the tensors outside the backbone and the classifier.
         architecture: Backbone architecture; None if it is unknown.
         geometry: Backbone geometry.
-        unused: Names of the tensors of timm's network that the backbone does not need.
+        unused: Names of a timm network's tensors that the backbone does not need.
     """
 
     model: nn.Module
@@ -49,7 +49,7 @@ class Target:
 
     @property
     def network(self) -> str:
-        """Return the name of timm's network, or an empty string for other backbones."""
+        """Return the model name if timm builds the network, or an empty string otherwise."""
         return getattr(self.backbone, "model_name", "")
 
     def pixels(self) -> Preprocessing | None:
@@ -83,7 +83,7 @@ def target_of(model: nn.Module) -> Target:
         model: Backbone, classifier or detector, optionally wrapped for distributed training.
 
     Raises:
-        UserError: If the model is of any other kind.
+        UserError: If the model is not one of these.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         model = model.module

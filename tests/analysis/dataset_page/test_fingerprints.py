@@ -1,4 +1,4 @@
-"""Search for duplicates and near-duplicates."""
+"""Tests for finding duplicate and near-duplicate images."""
 
 import io
 import shutil
@@ -28,7 +28,7 @@ def groups(files, **options):
 def test_near_pairs_equal_those_of_brute_force():
     random = np.random.default_rng(0)
     bits = random.integers(0, 2, (360, 256), dtype=np.uint8)
-    for index in range(60):  # pairs with 0 to 59 different bits
+    for index in range(60):  # pairs that differ in 0 to 59 bits
         bits[300 + index] = bits[index]
         bits[300 + index, :index] ^= 1
     hashes = np.packbits(bits, axis=1).view(np.uint64)
@@ -62,7 +62,7 @@ def test_copies_are_found_and_different_images_are_not(tmp_path):
         "f": jpeg(second),
         "g": jpeg(second),
         "h": jpeg(drawn()),
-        # Images without contrast have no reliable hash.
+        # Images without contrast have no reliable hash and are not grouped.
         "i": jpeg(grey),
         "j": jpeg(white),
         "k": b"\xff\xd8 broken",
@@ -101,8 +101,8 @@ def test_processes_find_the_same_and_a_limit_takes_a_sample(tree):
 
 @pytest.mark.long
 def test_the_copy_in_the_published_blood_cells_is_found(shared_data):
-    # Two photographs of the same place, one of them in the published training list, the other one
-    # in the validation list.
+    # The data set contains two photographs of the same cells. One of them is in its training list
+    # and the other one in its validation list.
     names = [f"BloodImage_{number:05d}.jpg" for number in range(30, 60)]
     folder = shared_data / "bccd" / "JPEGImages"
     files = [str(folder / name) for name in names if (folder / name).exists()]
@@ -115,7 +115,7 @@ def test_copies_of_images_with_five_channels_are_found_and_shown(tmp_path):
     random = np.random.default_rng(0)
     files = []
     for name in "abc":
-        # Large squares of random brightness, as in photographs, not noise.
+        # Large squares of random brightness are more like photographs than noise is.
         coarse = random.integers(0, 256, (6, 8, 5), np.uint8)
         files.append(str(tmp_path / f"{name}.npy"))
         np.save(files[-1], coarse.repeat(10, axis=0).repeat(10, axis=1))

@@ -1,4 +1,4 @@
-"""Training inputs on the data page, compared with those of the mapper and the loader."""
+"""Tests that the data page shows the same training inputs as the mapper and the loader."""
 
 import base64
 import io
@@ -37,7 +37,7 @@ def test_the_images_boxes_and_masks_shown_are_those_of_the_mapper(shapes_config)
     cfg = shapes_config
     records = {record["file_name"]: record for record in DatasetCatalog.get(cfg.DATASETS.TRAIN[0])}
     views = training_views(cfg, 4)
-    # The position in the run seeds the augmentation of an image.
+    # An image's augmentation depends on its position in the run, so try the first positions.
     positions = set()
     for view, plain in views:
         record = records[view.name]
@@ -84,7 +84,7 @@ def test_a_card_contains_these_pixels_and_boxes(shapes_config):
     assert (picture["width"], picture["height"]) == view.pixels.shape[1::-1]
     with Image.open(io.BytesIO(base64.b64decode(picture["src"].partition(",")[2]))) as image:
         difference = np.abs(np.asarray(image).astype(int) - view.pixels)
-    assert difference.mean() < 4  # of a JPEG image
+    assert difference.mean() < 4  # the page contains JPEG images, which are lossy
     left, top, width, height, label = np.array(picture["boxes"]).T
     assert label.tolist() == view.classes
     np.testing.assert_allclose(

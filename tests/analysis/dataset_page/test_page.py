@@ -1,4 +1,4 @@
-"""The page on a data set, from the command line to the browser."""
+"""Tests for the data page, from the command line to the browser."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def embedded(page):
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """Write shapes with mistakes, and with HTML in the name of a class and of an image."""
+    """Write a shapes data set with mistakes, and with HTML in a class name and a file name."""
     root = make_shapes(tmp_path_factory.mktemp("data") / "shapes", train=12, val=4)
     path = root / "annotations" / "instances_train.json"
     content = json.loads(path.read_text())
@@ -40,7 +40,7 @@ def shapes(tmp_path_factory):
     content = json.loads(val.read_text())
     content["categories"][0]["name"] = NAME
     val.write_text(json.dumps(content))
-    # The same image in both parts.
+    # The training and validation sets contain the same image.
     shutil.copy(root / "train" / "000002.jpg", root / "val" / "000002.jpg")
     return root
 

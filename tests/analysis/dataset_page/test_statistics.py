@@ -1,4 +1,4 @@
-"""Statistics of the data page, compared with counts by hand and with Detectron2."""
+"""Tests that compare the data page's statistics with Detectron2 and with counts by hand."""
 
 import numpy as np
 import pytest
@@ -78,8 +78,8 @@ def test_objects_are_compared_with_the_config_s_anchors_in_the_resized_image():
     assert training_scale(cfg, sizes).tolist() == [[1066 / 640, 533 / 320]]
     jitter = load_config("finetune_detector", ["INPUT.LARGE_SCALE_JITTER.ENABLED", "True"])
     assert training_scale(jitter, sizes).tolist() == [[1024 / 640] * 2]
-    # In the resized image, the first box equals the anchor of 64 pixels at the position (320, 320)
-    # on the level of stride 8; the second one is twice as wide as the widest anchor.
+    # In the resized image, the first box equals the 64-pixel anchor at (320, 320) on the level with
+    # stride 8. The second box is twice as elongated as the most elongated anchor.
     scale = 1066 / 640
     boxes = np.array([[288, 288, 352, 352], [4, 4, 9, 5]]) / scale
     objects = Objects(boxes, np.array([0, 1]), np.array([0, 0]), sizes)

@@ -1,4 +1,4 @@
-"""Search for unusual annotations and images."""
+"""Tests for finding unusual annotations and images."""
 
 import xml.etree.ElementTree as ET
 from collections import Counter
@@ -19,7 +19,7 @@ SIZE = (100, 80)
 
 
 def make(*images):
-    """Return objects from one list of (box, class) per image."""
+    """Return objects, given one list of (box, class) pairs per image."""
     rows = [(box, label, k) for k, image in enumerate(images) for box, label in image]
     boxes, labels, places = zip(*rows, strict=True)
     sizes = np.array([SIZE] * len(images))
@@ -28,7 +28,7 @@ def make(*images):
 
 def test_deviations_are_robust():
     values = np.array([1.0, 2, 3, 4, 5, 1000])
-    # Median 3.5; absolute deviations 2.5, 1.5, 0.5, 0.5, 1.5, 996.5, whose median is 1.5.
+    # The median is 3.5. The absolute deviations 2.5, 1.5, 0.5, 0.5, 1.5, 996.5 have the median 1.5.
     assert deviations(values)[0] == pytest.approx(-2.5 / (1.4826 * 1.5))
     assert deviations(np.ones(5)).tolist() == [0] * 5
 
@@ -42,15 +42,15 @@ def test_each_kind_of_mistake_is_found():
         return ([x, y, x + side * ratio, y + side / ratio], 0)
 
     images = [[cell() for _ in range(9)] for _ in range(40)]
-    images[3].append(([10, 10, 11, 40], 1))  # a side of one pixel
-    images[5].append(([90, 10, 110, 30], 1))  # half outside
-    images[7] = images[7][:1]  # one of nine objects
+    images[3].append(([10, 10, 11, 40], 1))  # one pixel wide
+    images[5].append(([90, 10, 110, 30], 1))  # half of the box is outside the image
+    images[7] = images[7][:1]  # only one of nine objects is left
     box = images[9][0][0]
-    images[9].append(([*box[:3], box[3] + 0.5], 0))  # the same box again
-    images[11].append((images[11][0][0], 1))  # the same box with another class
+    images[9].append(([*box[:3], box[3] + 0.5], 0))  # almost the same box again
+    images[11].append((images[11][0][0], 1))  # the same box with a different class
     images[13].append(cell(side=2.5))
     images[15].append(cell(ratio=2.2))
-    images[17].append(([0, 10, 4, 40], 0))  # narrow, but cut off by the border
+    images[17].append(([0, 10, 4, 40], 0))  # narrow, but only because the image border cuts it off
     found = unusual_annotations(make(*images), ["cell", "other"])
     assert {item.kind: item.image for item in found} == {
         "degenerate": 3, "outside": 5, "few": 7, "duplicate": 9, "conflict": 11, "size": 13,
@@ -105,7 +105,8 @@ def test_mistakes_in_the_published_blood_cells_come_to_light(shared_data):
     objects = Objects(*map(np.array, (boxes, labels, images, sizes)))
     found = unusual_annotations(objects, classes)
     shown = {kind: {names[item.image] for item in found if item.kind == kind} for kind in KINDS}
-    # Counted in the XML files: boxes of 1 x 1 pixels, and images with up to four objects.
+    # Expected values were counted in the XML files: boxes of 1 x 1 pixels, and images with at most
+    # four objects.
     assert shown["degenerate"] == {"BloodImage_00338", "BloodImage_00343"}
     counts = Counter(images)
     assert shown["few"] == {name for k, name in enumerate(names) if counts[k] <= 4}

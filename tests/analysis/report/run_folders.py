@@ -1,16 +1,16 @@
-"""Helpers that write the files of a run without training."""
+"""Helpers that write the files of a training run without training."""
 
 import json
 from pathlib import Path
 
 from senet_transfer.config import get_senet_config
 
-# The page must show this as text. If it were parsed as HTML, the script would run.
+# Pages must show this as text. If it is parsed as HTML, the script runs.
 HOSTILE = "<script>document.title='owned'</script>&amp;\"'"
 
 
 def write_run(folder: Path, options: list, rows: list[dict], environment: str = "") -> Path:
-    """Write the config, the metrics log and the environment of a run."""
+    """Write the config, metrics and environment files of a run, and return its folder."""
     folder.mkdir(parents=True)
     cfg = get_senet_config()
     cfg.merge_from_list(["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(folder), *options])

@@ -1,4 +1,4 @@
-"""Tests that the report shows the contents of a run folder."""
+"""Tests that reports show the contents of run folders."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def page(folders, tmp_path, **options) -> Text:
 def test_a_resumed_runs_later_lines_count_and_its_time_is_that_of_all_parts(tmp_path):
     first, again = training_rows(100, 0.9), training_rows(140, 0.5)[2:]
     for row in again:
-        row["elapsed_seconds"] -= 30.0  # The time of the resumed run starts at iteration 60.
+        row["elapsed_seconds"] -= 30.0  # the resumed run counts its time from iteration 60
     run = write_run(tmp_path / "run", [], [*first, *again])
     loaded = load_run(run)
     assert [point[0] for point in loaded.curves["total_loss"]] == [19, 39, 59, 79, 99, 119, 139]
@@ -212,7 +212,7 @@ def test_class_errors_and_calibration_are_those_of_a_plain_count():
 
 
 def crowded_images(images):
-    """Return random objects, some of them crowds, and random detections."""
+    """Return random COCO annotations, including crowds, and random detections."""
     random = np.random.RandomState(5)
 
     def boxes(count):
@@ -298,7 +298,7 @@ def test_of_many_classes_the_most_confused_ones_are_in_the_matrix(detection_run,
     path = folder / "inference" / "own" / "diagnostics.json"
     content = json.loads(path.read_text())
     matrix = np.diag(np.full(61, 9))
-    matrix[50, 7], matrix[60, 3] = 4, 100  # 60 is the background.
+    matrix[50, 7], matrix[60, 3] = 4, 100  # index 60 is the background
     content["bbox"]["confusion"]["matrix"] = matrix.tolist()
     path.write_text(json.dumps(content))
     confusion = page([folder], tmp_path).data["diagnostics"][0]["runs"]["0"]["confusion"]
@@ -348,7 +348,7 @@ def test_the_gallery_holds_the_worst_and_the_best_of_all_runs(detection_run, tmp
 
     ranks = sorted(quality(image) for image in whole["images"])
     kept = sorted(quality(image) for image in part["images"])
-    # Scores are rounded to percent in the page, so one near the threshold may count differently.
+    # The page rounds scores to percent, so a score near the threshold may count differently.
     assert np.allclose(kept, [*ranks[:5], *ranks[-5:]], atol=0.2)
     first = part["images"][0]
     assert first["src"].startswith("data:image/jpeg;base64,")
@@ -383,7 +383,7 @@ def test_figures_of_gates_are_shown_where_they_were_drawn(tmp_path):
 
 @pytest.mark.long
 def test_a_name_with_html_in_it_is_shown(detection_run, classification_run, tmp_path):
-    bold = os.fsdecode(b"<b>bold \xe9")  # not UTF-8
+    bold = os.fsdecode(b"<b>bold \xe9")  # a name that is not valid UTF-8
     folders = [
         detection_run(tmp_path / "bold", data=HOSTILE).rename(tmp_path / bold),
         classification_run(tmp_path / "run", options=["SOLVER.LR_SCHEDULER_NAME", HOSTILE]),

@@ -1,4 +1,4 @@
-"""Browser tests of the report, which must work without external resources."""
+"""Browser tests for reports, which must work without external resources."""
 
 import json
 import os
@@ -15,7 +15,7 @@ PHONE, DESKTOP = (390, 844), (1280, 900)
 
 @pytest.fixture(params=[DESKTOP, PHONE], ids=["desktop", "phone"])
 def show(request, browser):
-    """Return a function that opens a page; check its requests and errors after the test."""
+    """Return a function that opens a page. After the test, check that the page had no errors."""
     width, height = request.param
     page = browser.new_page(viewport={"width": width, "height": height})
     complaints, asked = [], []
@@ -30,14 +30,14 @@ def show(request, browser):
     yield load
     assert complaints == []
     assert [url for url in asked if not url.startswith("data:")] == [page.url]
-    # Only tables and code may be wider than the screen, inside scrollable elements.
+    # The page must fit the screen width. Only tables and code may scroll horizontally.
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.close()
 
 
 @pytest.fixture(scope="module")
 def compared(detection_run, classification_run, tmp_path_factory):
-    """Write a report on two detectors and a classifier."""
+    """Write a report on two detectors and a classifier, and return its path."""
     root = tmp_path_factory.mktemp("runs")
     folders = [
         detection_run(root / HOSTILE.replace("/", "_")),
@@ -53,7 +53,7 @@ def names(gallery):
 
 
 def means(gallery):
-    """Return the mean F1 score of the two runs for each image, as stated in the captions."""
+    """Return the mean of both runs' F1 scores for each image, read from the captions."""
     captions = [text for text in gallery.locator("figcaption").all_inner_texts() if "F1" in text]
     found = [float(text.rpartition(" ")[2]) for text in captions]
     return [round((a + b) / 2, 2) for a, b in zip(found[::2], found[1::2], strict=True)]
@@ -106,12 +106,12 @@ def test_an_image_is_enlarged_and_its_labels_are_switched_off(show, compared):
     assert not large.locator("text").first.is_visible()
     large.get_by_label("labels").check()
     assert large.locator("text").first.is_visible()
-    # The labels of false positives include their type of error.
+    # The label of each false positive ends with its error type.
     wrong = large.locator("rect.wrong").count()
     texts = large.locator("text").all_text_contents()
     types = ("classification", "localisation", "both", "duplicate", "background")
     assert sum(text.endswith(types) for text in texts) == wrong > 0
-    # Browsers close a dialog after the click or key has been handled, so wait for it.
+    # Browsers close a dialog only after they have handled the click or key, so wait.
     large.get_by_role("button", name="Close").click()
     large.wait_for(state="detached")
     first.press("Enter")
@@ -210,7 +210,7 @@ def test_curves_of_all_runs_lie_over_one_another_and_can_be_hidden(show, compare
 
 @pytest.fixture(scope="module")
 def large(shapes, tmp_path_factory):
-    """Write a report on twenty runs and 5,000 images, which are small to save time."""
+    """Write a report on twenty runs and 5,000 small images."""
     tmp_path = tmp_path_factory.mktemp("large")
     content = json.loads((shapes / "annotations" / "instances_val.json").read_text())
     names = [image["file_name"] for image in content["images"]]

@@ -1,4 +1,4 @@
-"""Small synthetic data sets in the official formats of CIFAR."""
+"""Small synthetic data sets in CIFAR's official file formats."""
 
 import hashlib
 import io
@@ -17,7 +17,7 @@ CLASSES = ["cat", "dog", "ship"]
 
 
 def made_up(images: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Return synthetic images ``(N, 3072)`` and labels ``(N,)``, uint8."""
+    """Return synthetic uint8 images ``(N, 3072)`` and uint8 labels ``(N,)``."""
     rng = np.random.default_rng(seed)
     return (
         rng.integers(0, 256, (images, 3072), dtype=np.uint8),
@@ -34,7 +34,7 @@ def binary_batch(images: int, seed: int = 0, coarse: bool = False) -> bytes:
 
 
 def python_batch(images: int, seed: int = 0, key: str = "labels", protocol: int = 2) -> bytes:
-    """Return a batch with keys as bytes, like a Python 2 pickle loaded with Python 3."""
+    """Return a pickled batch whose keys are bytes, as in Python 2's pickles read by Python 3."""
     pixels, labels = made_up(images, seed)
     batch = {
         b"data": pixels,
@@ -46,7 +46,7 @@ def python_batch(images: int, seed: int = 0, key: str = "labels", protocol: int 
 
 
 def official_files(form: str) -> dict[str, bytes]:
-    """Return an archive's members by name: 4 images per training batch and 5 in the test batch."""
+    """Return the files of an archive by name: 20 training images and 5 test images."""
     if form == "cifar-10-binary":
         files = {f"data_batch_{n}.bin": binary_batch(4, n) for n in range(1, 6)}
         files |= {"test_batch.bin": binary_batch(5, 9)}
@@ -79,7 +79,7 @@ def write_tar(path: Path, files: dict[str, bytes], folder: str = "data") -> Path
 
 
 def expected(form: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the expected training images ``(20, 3, 32, 32)`` and labels."""
+    """Return the training images ``(20, 3, 32, 32)`` and labels in a synthetic archive."""
     parts = [made_up(4, n) for n in range(1, 6)] if "10-" in form else [made_up(20, 1)]
     images, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
     return images.reshape(-1, 3, 32, 32), labels
@@ -95,7 +95,7 @@ def make_official(
     monkeypatch: pytest.MonkeyPatch,
     files: dict[str, bytes] | None = None,
 ) -> None:
-    """Replace the checksums of an official distribution with those of the synthetic one."""
+    """Replace the checksums of an official archive with those of a synthetic archive."""
     files, checksum = files or official_files(form), md5(archive.read_bytes())
     if form.endswith("binary"):
         forms = [
@@ -114,7 +114,7 @@ def make_official(
 
 
 class Python2Pickler(pickle._Pickler):
-    """A pickler that writes str in the same way as Python 2, as bytes."""
+    """Pickler that writes str objects as bytes, like Python 2."""
 
     dispatch = dict(pickle._Pickler.dispatch)
 
@@ -127,7 +127,7 @@ class Python2Pickler(pickle._Pickler):
 
 
 def python2_files(form: str) -> dict[str, bytes]:
-    """Return the files of CIFAR's Python version as Python 2 pickles, like the official ones."""
+    """Return the files of CIFAR's Python version as Python 2 pickles, like the official files."""
     files = {}
     for name, data in official_files(form).items():
         stream = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Tests of reading CIFAR's official archives and of the prepared file."""
+"""Tests for reading CIFAR's official archives and the files prepared from them."""
 
 import io
 import os
@@ -143,7 +143,7 @@ def test_a_label_without_a_class_is_refused(tmp_path):
         read_source(path, verify=False)
 
 
-# Images as files.
+# Folders of image files.
 
 
 def encode(size: tuple[int, int] = (32, 32), shade: int = 0, mode: str = "RGB") -> bytes:
@@ -294,7 +294,7 @@ def test_preparing_again_keeps_what_is_there_and_never_overwrites(tmp_path):
     tree(tmp_path / "source" / "test", {"cat/more.png": encode()})
     with pytest.raises(UserError, match="contains a different data set .3 images"):
         prepare_cifar(tmp_path / "source", output)
-    split_file(output, "train").unlink()  # as if the run had been interrupted before writing it
+    split_file(output, "train").unlink()  # as if preparation had been interrupted
     (tmp_path / "source" / "test" / "cat" / "more.png").unlink()
     prepare_cifar(tmp_path / "source", output)
     assert len(load_images(split_file(output, "train"))) == 3

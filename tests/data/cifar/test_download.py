@@ -1,4 +1,4 @@
-"""Tests of CIFAR's download by torchvision, from a local server."""
+"""Tests for downloading CIFAR with torchvision, using a local server."""
 
 import functools
 import threading
@@ -22,7 +22,7 @@ FORMS = {"cifar10": "cifar-10-python", "cifar100": "cifar-100-python"}
 
 @pytest.fixture(params=FORMS)
 def served(request, tmp_path, monkeypatch) -> Iterator[tuple[str, Path, list[str]]]:
-    """Serve an archive locally; return the data set's name, the archive and the requests."""
+    """Serve an archive locally; yield the data set's name, the archive's path and the requests."""
     name, requests = request.param, []
     dataset, form = archives.DOWNLOADS[name], FORMS[name]
     (tmp_path / "site").mkdir()

@@ -1,4 +1,4 @@
-"""Tests of the loaders for data sets in memory."""
+"""Tests for the loaders for data sets in memory."""
 
 from itertools import islice
 
@@ -15,7 +15,7 @@ from senet_transfer.preprocessing import CIFAR10
 
 
 def numbered(images: int = 50) -> ImageArrays:
-    """Return data in which every image and label encodes its index."""
+    """Return images and labels whose values are their indices."""
     labels = torch.arange(images)
     pixels = labels.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 32, 32).clone()
     return ImageArrays(pixels, labels, [str(n) for n in range(images)], "numbered")
@@ -115,7 +115,7 @@ def test_the_real_images_are_prepared_and_a_network_learns_on_them(shared_data, 
     train, test = (load_images(split_file(folder, split)) for split in ("train", "test"))
     assert (len(train), len(test), len(train.classes)) == (50_000, 10_000, 10)
     assert set(train.class_counts()) == {5000}
-    # The mean used in the recipes was computed before the images were recompressed.
+    # The mean in the recipes is that of the original images, not of these JPEG-compressed ones.
     mean = train.images.double().mean((0, 2, 3)).tolist()
     assert mean == pytest.approx(CIFAR10.mean, abs=1)
     torch.manual_seed(0)

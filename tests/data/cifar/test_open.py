@@ -1,4 +1,4 @@
-"""Tests of opening small images in all supported formats."""
+"""Tests for opening small images in all supported data formats."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ from tests.data.cifar.cifar_files import (
 
 @pytest.fixture
 def tree(tmp_path):
-    """Write four images per class and split, losslessly so that pixels can be compared."""
+    """Write four lossless images per class and split, so that pixels can be compared."""
     root = tmp_path / "tree"
     random = np.random.RandomState(0)
     for split in ("train", "test"):
@@ -54,7 +54,7 @@ def test_the_orientation_is_applied_if_requested(tree, tmp_path):
     for path in sorted((tree / "train").rglob("*.png")):
         upright = np.asarray(ImageOps.exif_transpose(Image.open(path)))
         expected.append(upright.transpose(2, 0, 1).tobytes())
-    for place in (tree, tree / "train"):  # two readers
+    for place in (tree, tree / "train"):  # each path uses a different reader
         assert content(open_cifar(place, split="train", reading=UPRIGHT)) == expected
         assert content(open_cifar(place, split="train")) == pixels(tree, "train")
 

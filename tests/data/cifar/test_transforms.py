@@ -1,4 +1,4 @@
-"""Tests of the augmentation of small images."""
+"""Tests for the augmentation of small images."""
 
 import time
 
@@ -13,7 +13,7 @@ MANY = 20_000
 
 
 def chi_square(counts: torch.Tensor) -> float:
-    """Return the deviation of counts from a uniform distribution, in standard deviations."""
+    """Return how far counts deviate from a uniform distribution, in standard deviations."""
     mean = counts.double().mean()
     freedom = counts.numel() - 1
     return float((((counts - mean) ** 2 / mean).sum() - freedom) / (2 * freedom) ** 0.5)
@@ -51,7 +51,7 @@ def test_cutouts_centre_is_uniform_over_all_pixels():
 
 
 def stated_crop(image: torch.Tensor, pad: int, padding: str, top: int, left: int, flip: bool):
-    """Compute a crop from a padded canvas, as a reference implementation."""
+    """Crop and flip a padded image with explicit loops, as a reference implementation."""
     side = image.shape[-1]
     canvas = torch.zeros(3, side + 2 * pad, side + 2 * pad, dtype=image.dtype)
     canvas[:, pad : pad + side, pad : pad + side] = image
@@ -117,7 +117,7 @@ def test_values_that_make_no_sense_are_refused(options):
 
 
 def test_it_is_not_slow():
-    """Require only a tenth of the target (20,000 images/s on two cores), as CPUs may be busy."""
+    """Require only a tenth of the target of 20,000 images/s, because the CPU may be busy."""
     augment = CifarAugment(cutout=16)
     images = torch.randint(0, 256, (128, 3, 32, 32), dtype=torch.uint8)
     start = time.perf_counter()

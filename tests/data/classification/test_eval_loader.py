@@ -18,7 +18,7 @@ SMALL = EvalTransform(resize=24, crop=16)
 
 
 def evaluated(dataset, ranks=1, workers=0, transform=SMALL, batch_size=5):
-    """Return images and labels of all ranks by key; fail if one is delivered twice."""
+    """Return the image and label of each key from all ranks; fail if a key is delivered twice."""
     found = {}
     for rank in range(ranks):
         loader = build_classification_eval_loader(
@@ -57,7 +57,7 @@ def test_more_consumers_than_images_is_no_problem(val, make_shards):
 
 
 def sources(root, output):
-    """Write a validation split as a folder, an archive, a folder with both, and shards."""
+    """Write a validation split in several formats and return the path of each."""
     archive = root / "val_256.tar"
     with tarfile.open(archive, "w") as tar:
         tar.add(root / "val_256", "val_256")
@@ -106,7 +106,7 @@ def test_ten_crops_are_a_batch_of_ten_views_an_image(val):
     loader = build_classification_eval_loader(open_dataset(val), batch_size=7, transform=transform)
     batch = next(iter(loader))
     assert batch["image"].shape == (7, 10, 3, 16, 16)
-    # The left corners of the mirrored image are the mirrored right corners.
+    # The left crops of the mirrored image are the right crops of the original, mirrored.
     mirrored = batch["image"][:, [1, 0, 3, 2, 4]].flip(-1)
     assert torch.equal(batch["image"][:, 5:], mirrored)
 

@@ -23,7 +23,7 @@ def tree(tmp_path):
 
 @pytest.fixture
 def train(tmp_path):
-    """Write a Places365 train split with nested classes, in torchvision's renamed folder."""
+    """Write a Places365 train split with nested classes and torchvision's folder name."""
     root = write_val(tmp_path / "places", 4)
     lines = []
     for label, name in enumerate(CLASSES):
@@ -58,7 +58,7 @@ def test_a_tree_that_lacks_a_class_keeps_the_labels_of_the_classes_given(tree):
     shutil.rmtree(tree / "cat")
     dataset = open_dataset(tree, classes=classes)
     assert dataset.classes == classes
-    assert sorted(set(dataset.labels().tolist())) == [0, 2]  # Zebra and dog
+    assert sorted(set(dataset.labels().tolist())) == [0, 2]  # of Zebra and dog
     with pytest.raises(UserError, match="not among the 1 expected classes: dog"):
         open_dataset(tree, classes=["Zebra"])
 

@@ -13,7 +13,7 @@ from senet_transfer.data.classification.sampling import (
 
 
 def row(sizes, consumers, epochs, seed=3):
-    """Return the (epoch, unit) pairs of all consumers, merged in sampling order."""
+    """Return all consumers' (epoch, unit) pairs, merged in sampling order."""
     merged = {}
     for consumer in range(consumers):
         positions = unit_positions(
@@ -79,7 +79,7 @@ def test_class_aware_draws_every_class_equally_and_every_image_before_any_again(
     draws = list(class_aware_stream(dataset, seed=0, draws=range(4 * 12)))
     for turn in range(12):
         assert {sample.label for _, sample in draws[4 * turn : 4 * turn + 4]} == {0, 1, 2, 3}
-    # 24 images of 4 classes: 6 per class.
+    # There are 6 images of each of the 4 classes.
     for label in range(4):
         keys = [sample.key for _, sample in draws if sample.label == label]
         assert len(set(keys[:6])) == len(set(keys[6:])) == 6
@@ -89,7 +89,7 @@ def test_class_aware_draws_every_class_equally_and_every_image_before_any_again(
 def test_class_aware_favours_no_class_however_few_images_it_has(val):
     dataset = open_dataset(val)
     images = dataset.images
-    keep = np.flatnonzero((images.labels != 2) | (np.arange(24) == 2))  # one image of class 2
+    keep = np.flatnonzero((images.labels != 2) | (np.arange(24) == 2))  # keep one image of class 2
     labels = images.labels[keep]
     names = [images.names[index] for index in keep]
     few = ImageDataset(type(images)(images.root, names, labels, images.classes, images.sizes[keep]))

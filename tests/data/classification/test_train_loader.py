@@ -27,7 +27,7 @@ def take(batches, count):
 
 
 def consumer_streams(dataset, ranks, workers, batches):
-    """Return the keys that each consumer delivers in training batches."""
+    """Return the keys in the training batches of each consumer (each worker of each rank)."""
     each = max(workers, 1)
     streams = defaultdict(list)
     for rank in range(ranks):
@@ -56,7 +56,7 @@ def test_consumers_together_deliver_each_sample_once_in_every_epoch_of_shard_pos
         while keys:
             size = sizes[shard_of[keys[0]]]
             visit, keys = keys[:size], keys[size:]
-            if len(visit) == size:  # the last visit may be incomplete when the test ends
+            if len(visit) == size:  # each consumer's last shard may be incomplete
                 at_position[consumer + turn * consumers] = visit
             turn += 1
     complete = next(position for position in range(10**6) if position not in at_position)
@@ -89,7 +89,7 @@ def test_resuming_continues_with_the_very_batches_of_the_unbroken_run(
 
 @pytest.mark.long
 def test_class_aware_batches_have_all_classes_equally_whatever_the_ranks_and_workers(val):
-    dataset = open_dataset(val)  # 24 images of 4 classes
+    dataset = open_dataset(val)  # six images of each of four classes
 
     def steps(ranks, workers):
         options = {"batch_size": 12 // ranks, "num_workers": workers, "class_aware": True}
@@ -143,7 +143,7 @@ def test_augmentation_depends_on_seed_epoch_and_key_only(val):
 
 
 def damage(folder, count):
-    """Truncate some images in place without damaging the tar archive."""
+    """Zero the ends of some images in a folder's shards; the tar structure stays intact."""
     done = []
     for tar in sorted(folder.glob("*.tar")):
         data = bytearray(tar.read_bytes())
@@ -244,7 +244,7 @@ print(sum(len(batch["key"]) for batch in islice(batches, 40)))
 
 @pytest.mark.long
 def test_a_schedulers_sigterm_leaves_workers_working_and_the_end_of_the_main_process_ends_them(val):
-    # The script exits while its workers run; a bug would make it wait for them forever.
+    # The script exits while its workers are running, and must not wait for them forever.
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(val)],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Fixtures for tests of detection data sets."""
+"""Fixtures for the tests of detection data sets."""
 
 import json
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 @pytest.fixture
 def catalogs():
-    """Restore Detectron2's catalogs after a test."""
+    """Restore Detectron2's catalogs to their previous state after a test."""
     datasets, metadata = dict(DatasetCatalog), dict(MetadataCatalog)
     contents = {name: dict(vars(value)) for name, value in metadata.items()}
     yield
@@ -22,7 +22,7 @@ def catalogs():
 
 @pytest.fixture
 def annotation():
-    """Return an annotation with all fields that COCO requires."""
+    """Return a function that creates an annotation with all fields that COCO requires."""
 
     def make(number, image_id, category_id, bbox, **more):
         base = {"id": number, "image_id": image_id, "category_id": category_id, "bbox": bbox}
@@ -33,7 +33,7 @@ def annotation():
 
 @pytest.fixture
 def data(annotation):
-    """Return the content of a small, valid annotation file, which tests modify."""
+    """Return the content of a small, valid annotation file for tests to modify."""
     return {
         "images": [
             {"id": 7, "file_name": "a.png", "width": 64, "height": 48},
@@ -51,7 +51,7 @@ def data(annotation):
 
 @pytest.fixture
 def files(tmp_path):
-    """Write `train.json` and the folder `images`, and return both paths."""
+    """Return a function that writes an annotation file and images, and returns both paths."""
 
     def write(content, name="train.json"):
         images = tmp_path / "images"

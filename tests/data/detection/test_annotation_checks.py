@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("catalogs")
 
 
 def spoil(data, path, value):
-    """Set the entry at a path such as "images.0.width", or remove it if the value is REMOVED."""
+    """Set the entry at a path such as "images.0.width", or delete it if the value is REMOVED."""
     *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
     for part in parents:
         data = data[part]
@@ -255,15 +255,15 @@ def test_what_is_odd_but_loads_is_counted_in_a_warning(path, value, message, dat
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         register_coco_dataset("mine", json_file, images)
-    assert not caplog.records  # logged only once
+    assert not caplog.records  # the warning is logged only once
     assert len(DatasetCatalog.get("mine")) == 3
 
 
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("annotations.1.bbox", [-0.5, -0.5, 64.6, 48.5]),  # rounded by annotation tools
-        ("annotations.1.id", 0),  # The evaluator numbers the annotations from 1.
+        ("annotations.1.bbox", [-0.5, -0.5, 64.6, 48.5]),  # annotation tools round coordinates
+        ("annotations.1.id", 0),  # the evaluator renumbers annotations from 1
         ("annotations.1.iscrowd", False),
         ("annotations.1.ignore", 0),
         ("annotations.1.ignore", None),
@@ -272,7 +272,7 @@ def test_what_is_odd_but_loads_is_counted_in_a_warning(path, value, message, dat
         ("annotations.1.segmentation", None),
         ("annotations.1.segmentation", [[1, 2, 3, 4, 5, 6]]),
         ("annotations.1.segmentation", {"counts": [3072], "size": [48, 64]}),
-        # Outlines are not needed for boxes.
+        # Invalid outlines are accepted when only boxes are used.
         ("annotations.1.segmentation", "x"),
         ("annotations.1.segmentation", [1, 2, 3, 4, 5, 6]),
         ("annotations.1.segmentation", {"counts": [1]}),

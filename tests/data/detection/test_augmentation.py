@@ -1,4 +1,4 @@
-"""Tests of a detector's optional augmentation: geometry, seeding, copy-paste and errors."""
+"""Tests for detectors' optional augmentation: geometry, seeding, copy-paste and errors."""
 
 import functools
 import itertools
@@ -60,12 +60,12 @@ def config(**options):
     return cfg
 
 
-# ------------------------------------------------------------------- geometry of flips and turns
+# -------------------------------------------------------------- geometry of flips and rotations
 
 
 @pytest.fixture
 def person(tmp_path):
-    """Return the record of an image with an object that has a box, an outline and 3 keypoints."""
+    """Return the record of an image whose only object has a box, an outline and 3 keypoints."""
     MetadataCatalog.get("own").set(
         keypoint_names=["nose", "left_eye", "right_eye"],
         keypoint_flip_map=[("left_eye", "right_eye")],
@@ -81,7 +81,7 @@ def person(tmp_path):
                 "bbox": [1, 1, 3, 4],
                 "bbox_mode": BoxMode.XYWH_ABS,
                 "category_id": 0,
-                "segmentation": [[1, 1, 4, 1, 4, 3, 2, 3, 2, 5, 1, 5]],  # an L
+                "segmentation": [[1, 1, 4, 1, 4, 3, 2, 3, 2, 5, 1, 5]],  # L-shaped
                 "keypoints": [1.5, 1.5, 2, 3.5, 2.5, 2, 1.5, 4.5, 1],
             }
         ],
@@ -112,8 +112,8 @@ def test_images_boxes_masks_and_keypoints_are_moved_as_by_torchvision(name, pers
     torch.testing.assert_close(other.gt_boxes.tensor, theirs(boxes).as_subclass(torch.Tensor))
     mask = theirs(tv_tensors.Mask(one.gt_masks.tensor.byte())).bool()
     assert torch.equal(other.gt_masks.tensor, mask.as_subclass(torch.Tensor))
-    # torchvision flips keypoints as indices of pixels, and rotates them as coordinates. A mirror
-    # image swaps the eyes.
+    # torchvision treats keypoints as pixel indices in flips, but as coordinates in rotations. A
+    # mirror image swaps the left and right eyes.
     flip = name == "vertical flip"
     shift, order = (0.5, [0, 2, 1]) if flip else (0, [0, 1, 2])
     points = one.gt_keypoints.tensor[0, :, :2] - shift
@@ -142,7 +142,7 @@ def test_both_flips_together_swap_no_keypoints(person):
 
 
 def corners(box):
-    """Return the corners of a rotated box of centre, size and counter-clockwise angle."""
+    """Return the corners of a rotated box (x, y, width, height, counter-clockwise angle)."""
     x, y, width, height, angle = box
     cos, sin = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
     local = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * [width / 2, height / 2]
@@ -159,7 +159,7 @@ def test_rotated_boxes_keep_their_corners(name):
     np.testing.assert_allclose(order(found), order(expected), atol=1e-6)
 
 
-# ------------------------------------------------------------------------------ Detectron2's own
+# ------------------------------------------------------------------- Detectron2's augmentations
 
 
 def test_colours_come_before_resizing_and_saturation_knows_the_channel_order():
@@ -214,7 +214,7 @@ def test_large_scale_jitter_is_detectron2s(records):
 
 
 def picture(colour, size, *boxes):
-    """Return a mapped image of one colour with an object in each box (x0, y0, x1, y1)."""
+    """Return a mapped single-colour image with an object in each box (x0, y0, x1, y1)."""
     masks = torch.zeros(len(boxes), *size, dtype=torch.bool)
     for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True):
         mask[y0:y1, x0:x1] = True
@@ -227,14 +227,14 @@ def picture(colour, size, *boxes):
 
 @pytest.fixture
 def every_object(monkeypatch):
-    """Choose every object for pasting."""
+    """Make copy-paste choose every object."""
     monkeypatch.setattr(torch, "rand", lambda count: torch.zeros(count))
 
 
 @pytest.mark.usefixtures("every_object")
 def test_pasted_objects_cover_others_and_hidden_ones_are_removed():
     target = picture(1, (10, 12), (0, 0, 4, 4), (4, 4, 7, 6), (8, 0, 12, 3))
-    # The source is smaller in one dimension and larger in the other.
+    # The source image is smaller in one dimension and larger in the other.
     source = picture(9, (20, 8), (3, 3, 8, 12), (0, 15, 3, 18))
     before = target["image"].clone()
     found = paste(target, source)
@@ -244,7 +244,7 @@ def test_pasted_objects_cover_others_and_hidden_ones_are_removed():
     assert torch.equal(target["image"], before)
     instances = found["instances"]
     assert instances.gt_classes.tolist() == [1, 1, 9]
-    # The first object loses its corner pixel, but keeps its extent; the second is hidden.
+    # The first object loses a corner pixel but keeps its box. The second object is hidden.
     boxes = [[0, 0, 4, 4], [8, 0, 12, 3], [3, 3, 8, 10]]
     assert instances.gt_boxes.tensor.tolist() == boxes
     assert instances.gt_masks.tensor.flatten(1).sum(1).tolist() == [15, 12, 35]
@@ -270,7 +270,7 @@ def test_each_object_is_chosen_with_probability_one_half():
     source = picture(9, (20, 20), *((x, 0, x + 1, 1) for x in range(20)))
     torch.manual_seed(0)
     counts = [len(paste(picture(1, (20, 20)), source)["instances"]) for _ in range(50)]
-    assert 450 < sum(counts) < 550  # 500 are expected, with a standard deviation of 16
+    assert 450 < sum(counts) < 550  # expected 500, with a standard deviation of 16
     assert len(set(counts)) > 5
 
 
@@ -297,7 +297,7 @@ def assert_same(found, expected):
         assert torch.equal(one.gt_classes, other.gt_classes)
         assert type(one.gt_masks) is type(other.gt_masks)
         for mask, as_before in zip(one.gt_masks, other.gt_masks, strict=True):
-            # A mask is one array, and an outline has one for each polygon.
+            # A bit mask is one array; an outline has one array per polygon.
             for part, before in zip(mask, as_before, strict=True):
                 np.testing.assert_array_equal(part, before)
 

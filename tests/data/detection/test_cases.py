@@ -1,4 +1,4 @@
-"""Annotation files and images from public bug reports, each with its right outcome."""
+"""Tests that annotation files and images from public bug reports are read or rejected correctly."""
 
 import contextlib
 import io
@@ -36,22 +36,22 @@ pytestmark = pytest.mark.usefixtures("catalogs")
 
 
 def paths(cases, case):
-    """Return a case's annotation file and image folder."""
+    """Return the annotation file and the image folder of a case."""
     folder = cases / case
     json_file = folder / ("train.json" if (folder / "train.json").exists() else "val.json")
     if (folder / "images").is_dir():
         return json_file, folder / "images"
-    if case == "fn_backslash":  # its file names begin with the folder
+    if case == "fn_backslash":  # its file names include the image folder
         return json_file, cases / "base"
     return json_file, cases / ("base_val" if case.startswith("val_") else "base") / "images"
 
 
 def load(json_file, images, *, masks=False, evaluated=False, value_range=()):
-    """Check, load and map a file as training does, and return its number of objects."""
+    """Check, load and map an annotation file as in training, and return the number of objects."""
     cfg = get_senet_config()
     cfg.MODEL.MASK_ON = masks
     cfg.INPUT.VALUE_RANGE = value_range
-    if "sh_" not in str(json_file):  # images of extreme shape need the default size
+    if "sh_" not in str(json_file):  # images with extreme aspect ratios need the default size
         cfg.INPUT.MIN_SIZE_TRAIN = (96,)
     register_coco_dataset("own", json_file, images, outlines=masks)
     check_datasets_on_disk(["own"], evaluated=["own"] if evaluated else [])
@@ -64,7 +64,7 @@ def load(json_file, images, *, masks=False, evaluated=False, value_range=()):
     return sum(len(mapper(record)["instances"]) for record in DatasetCatalog.get("own"))
 
 
-# Number of objects, and the warning that is expected, if any.
+# Number of objects and expected warning, if any, by case.
 READ = {
     "base": (57, ""),
     "base_val": (44, ""),
@@ -108,7 +108,7 @@ READ = {
     "val_lacks": (44, ""),
     "val_otherids": (44, ""),
     "val_noiscrowd": (44, "44 of 44 annotations have no `area` or no `iscrowd`"),
-    # In a detector of boxes, outlines do not matter.
+    # Outlines are not checked if the detector predicts only boxes.
     "m_none_one": (57, ""),
     "m_odd": (57, ""),
     "m_poly": (57, ""),
@@ -236,11 +236,11 @@ def test_mask_rcnn_trains_and_is_evaluated_on_outlines_of_both_kinds(case, share
 # ------------------------------------------------------------- evaluation
 
 
-SIGMAS = [0.05, 0.07, 0.09]  # of the three keypoints of ev3_kp
+SIGMAS = [0.05, 0.07, 0.09]  # for the three keypoints in ev3_kp
 
 
 def renumbered(content):
-    """Return a file's content with images, categories and annotations numbered 1 to N."""
+    """Return an annotation file's content with image, category and annotation ids from 1 to N."""
     content = json.loads(json.dumps(content))
     images = {image["id"]: number for number, image in enumerate(content["images"], 1)}
     ordered = sorted(content["categories"], key=lambda category: category["id"])
@@ -260,7 +260,7 @@ def renumbered(content):
 
 
 def detections(content, tasks):
-    """Return detections near most of the objects, by image, in COCO's format."""
+    """Return detections near most of the objects by image id, in COCO's format."""
     rng = np.random.default_rng(0)
     sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
     found = defaultdict(list)
@@ -300,7 +300,7 @@ def as_instances(found, size):
 
 
 def evaluate(cfg, content, found):
-    """Return the results of the run's evaluator for detections with numbered ids."""
+    """Return the results of a run's evaluator for detections with ids from 1 to N."""
     evaluator = Trainer.build_evaluator(cfg, "own")
     evaluator.reset()
     for number, image in enumerate(content["images"], 1):
@@ -311,7 +311,7 @@ def evaluate(cfg, content, found):
 
 
 def expected_results(content, found, task, most):
-    """Return the metrics of pycocotools in percent, for contents with numbered ids."""
+    """Return pycocotools' AP and AP50 in percent for ground truth with ids from 1 to N."""
     results = []
     for image in content["images"]:
         size = image["height"], image["width"]

@@ -114,9 +114,8 @@ def test_a_file_that_changes_is_read_again_in_the_same_process(data, files, anno
     assert dataset_classes("mine") == ["cat", "dog", "fox"]
     assert sum(len(image["annotations"]) for image in DatasetCatalog.get("mine")) == 4
 
-    content = json.dumps(data).replace(
-        "fox", "elk"
-    )  # the same size, so only the modification time differs
+    # The file keeps its size, so only the modification time differs.
+    content = json.dumps(data).replace("fox", "elk")
     path.write_text(content)
     os.utime(path, ns=(0, 1))
     DatasetCatalog.get("mine")
@@ -199,7 +198,7 @@ def test_shapes_load_once_they_are_made(shapes_root):
     coco = COCO(shapes_root / "annotations/instances_tiny.json")
     loaded = DatasetCatalog.get("shapes_tiny")
     assert sum(len(image["annotations"]) for image in loaded) == len(coco.anns)
-    # The classes registered without the file equal those in the file.
+    # The classes that were registered before the file existed equal those in the file.
     assert MetadataCatalog.get("shapes_tiny").as_dict() == before
 
 

@@ -64,7 +64,7 @@ def test_classes_in_another_order_are_mapped_or_refused(data, files, annotation)
     ((item,), *_) = [record["annotations"] for record in DatasetCatalog.get("two") if
                      record["annotations"]]  # fmt: skip
     assert dataset_classes("two")[item["category_id"]] == dogs[0] == "dog"
-    register_coco_dataset("two", *paths)  # for another run, in which it may be the first
+    register_coco_dataset("two", *paths)  # as in a new run that lists this data set first
     assert dataset_classes("two") == ["dog", "cat"]
 
 
@@ -92,7 +92,7 @@ def test_an_unknown_name_gets_the_nearest_ones_and_the_way_to_register(ask):
 
 @pytest.fixture
 def coco_root(tmp_path, monkeypatch):
-    """Redirect Detectron2's built-in COCO data sets to a folder, as DETECTRON2_DATASETS would."""
+    """Move Detectron2's built-in COCO data sets to a folder, as DETECTRON2_DATASETS does."""
     monkeypatch.setattr(builtin, "_root", str(tmp_path / "data"))
     for name in ("coco_2017_train", "coco_2017_val"):
         values = vars(MetadataCatalog.get(name))

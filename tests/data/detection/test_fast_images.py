@@ -1,4 +1,4 @@
-"""Tests that fast decoding is exact, and that fast resizing is close to Detectron2's."""
+"""Tests that fast decoding is exact and that fast resizing is close to Detectron2's."""
 
 import io
 
@@ -30,7 +30,7 @@ def jpegs(shared_data):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """Return the list of the files that were decoded by simplejpeg."""
+    """Return a list that gets one entry for each image that simplejpeg decodes."""
     found, decode = [], simplejpeg.decode_jpeg
     monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *args: found.append(0) or decode(*args))
     return found

@@ -1,4 +1,4 @@
-"""Tests of annotation files whose file names are spelled differently from the files."""
+"""Tests for annotations in which file names are spelled differently than on disk."""
 
 import unicodedata
 

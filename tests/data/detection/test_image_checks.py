@@ -1,4 +1,4 @@
-"""Tests of the image checks before a run, and of unreadable images during training."""
+"""Tests for image checks before a run, and for unreadable images during training."""
 
 import itertools
 import logging
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("catalogs")
 
 @pytest.fixture
 def damaged(data, files):
-    """Return the annotation file and folder of a data set with three bad images."""
+    """Return the annotation file and image folder of a data set with three bad images."""
     path, images = files(data)
     (images / "a.png").write_bytes(b"<html>")
     Image.new("RGB", (5, 5)).save(images / "b.png")
@@ -84,7 +84,7 @@ def test_sizes_are_those_of_the_upright_image(orientation, kind, data, files):
     Image.new("RGB", size[::-1]).save(images / "a.png", kind, exif=exif)
     with pytest.raises(UserError, match="1 of the 3 images"):
         check_images(["mine"])
-    if kind != "TIFF":  # its orientation is always applied
+    if kind != "TIFF":  # Pillow always applies the orientation of TIFF files
         Image.new("RGB", (64, 48)).save(images / "a.png", kind, exif=exif)
         check_images(["mine"], reading=AS_STORED)
 
@@ -149,12 +149,12 @@ def test_the_command_counts_the_images(data, files, capsys):
     assert "no errors in the annotations and 3 images" in capsys.readouterr().out
 
 
-# ------------------------------------------------------------- in training
+# ------------------------------------------------------------- unreadable images in training
 
 
 @pytest.fixture
 def loader(data, files, annotation):
-    """Return a function that loads batches of a data set whose second image is truncated."""
+    """Return a function that builds a loader for a data set whose second image is truncated."""
     for number, image_id in enumerate((3, 5), start=10):
         data["annotations"].append(annotation(number, image_id, 2, [1, 1, 9, 9]))
     path, images = files(data)
@@ -180,10 +180,10 @@ def test_an_unreadable_image_is_replaced_with_the_next(workers, loader, caplog):
     seen = [image["image_id"] for batch in batches for image in batch]
     assert len(seen) == 15
     assert set(seen) == {5, 7}
-    # Each pass shows every image once; records are sorted by id, so image 5 follows image 3.
+    # Records are sorted by id, so image 5 replaces the unreadable image 3 in each epoch.
     assert sorted(seen) == [5] * 10 + [7] * 5
     if not workers:
-        # Each image is reported once.
+        # An unreadable image is reported only once.
         (warning,) = [message for message in caplog.messages if "Skipping" in message]
         assert "b.png (id 3" in warning
 

@@ -28,13 +28,13 @@ ORIENTATION = 274
 
 @pytest.fixture
 def mapper():
-    """Return a mapper for evaluation without augmentation."""
+    """Return an evaluation mapper without augmentation."""
     return CheckedDatasetMapper(is_train=False, augmentations=[], image_format="BGR")
 
 
 @pytest.fixture
 def photo():
-    """Return an RGB image of 48x32 pixels with smooth gradients and detail."""
+    """Return a 48x32 RGB image with smooth gradients and fine detail."""
     x, y = np.meshgrid(np.linspace(0, 1, 48), np.linspace(0, 1, 32))
     channels = [255 * x, 255 * y, 127 * (1 + np.sin(12 * x * y))]
     return Image.fromarray(np.stack(channels, -1).astype(np.uint8))
@@ -159,7 +159,7 @@ def test_images_of_every_8_bit_mode_load_as_detectron2_loads_them(mode, tmp_path
     assert image.shape == (3, 32, 48)
     assert np.array_equal(image.permute(1, 2, 0), detectron2_read_image(str(path), "BGR"))
     if mode not in ("1", "L", "LA"):
-        # Colours and channel order are preserved, up to losses of a palette or JPEG.
+        # Colours and channel order are preserved, apart from palette or JPEG losses.
         error = np.abs(image.permute(1, 2, 0).numpy()[:, :, ::-1].astype(int) - np.asarray(photo))
         assert error.mean() < 16
 
@@ -170,7 +170,7 @@ def test_16_bit_images_are_scaled_to_8_bits(kind, channels, tmp_path, mapper):
     pixels = np.random.default_rng(0).integers(0, 65536, (32, 48, channels)).astype(np.uint16)
     cv2.imwrite(str(tmp_path / f"a.{kind}"), pixels)
     image = mapper(record(tmp_path / f"a.{kind}"))["image"].permute(1, 2, 0)
-    # Pillow decodes colours to their upper 8 bits.
+    # For colour images, Pillow keeps the upper 8 bits.
     expected = np.round(pixels / 257) if channels == 1 else pixels >> 8
     assert np.array_equal(image, np.broadcast_to(expected, (32, 48, 3)))
 

@@ -1,4 +1,4 @@
-"""Tests of the checks of outlines, with masks decoded by pycocotools as the reference."""
+"""Tests for outline checks, with masks decoded by pycocotools as the reference."""
 
 import json
 
@@ -54,7 +54,7 @@ def test_a_changed_run_length_encoding_is_found_unless_it_decodes_to_a_whole_mas
         if outline_problem(rle, WIDTH, HEIGHT):
             found += 1
         else:
-            # pycocotools computes the area from the runs alone.
+            # pycocotools computes the area from the run lengths, without decoding.
             rest = coco_mask.decode(rle)
             assert coco_mask.area(rle) == rest.sum()
     assert found > 200

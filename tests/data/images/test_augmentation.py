@@ -1,4 +1,4 @@
-"""Tests of a classifier's optional augmentation: geometry, values, seeding and errors."""
+"""Tests for classifiers' optional augmentation: geometry, values, seeding and errors."""
 
 import functools
 import io
@@ -44,7 +44,7 @@ def config(base="classification", **options):
 
 
 def augment(image=PICTURE, draws=1, **options):
-    """Return the distinct results of several draws."""
+    """Augment an image several times and return the distinct results by their bytes."""
     torch.manual_seed(0)
     transform = build_augmentation(config(**options))
     return {(image := transform(image0)).numpy().tobytes(): image for image0 in [image] * draws}
@@ -140,10 +140,10 @@ def test_batches_follow_from_seed_and_iteration_and_draw_from_no_other_stream(fo
     torch.manual_seed(0)
     assert torch.rand(1) == drawn
     torch.manual_seed(99)
-    # One worker has the same stream of samples as the main process.
+    # A single worker yields the same samples as the main process.
     for again in (batches(4, num_workers=1), [*batches(2), *batches(2, start_iter=2)]):
         assert all(map(torch.equal, again, straight))
-    # With two workers the order of the images differs, but not their augmentation.
+    # With two workers, the order of the images differs but their augmentation does not.
     images = lambda found: {image.numpy().tobytes() for batch in found for image in batch}  # noqa: E731
     assert images(batches(4, num_workers=2)) == images(straight)
     resumed = batches(2, num_workers=2, start_iter=2)

@@ -1,4 +1,4 @@
-"""Tests of images with any number of channels."""
+"""Tests for images with any number of channels."""
 
 import io
 
@@ -129,7 +129,7 @@ def test_three_channels_are_transformed_as_a_colour_image(values):
         views = [EvalTransform(**size, reading=Reading(channels=c))(data) for c in (3, None)]
         assert views[0].shape == EvalTransform(**size, reading=Reading(channels=3)).output_shape
         assert np.array_equal(*views)
-    # The channels are independent, so that any others have the same values.
+    # Channels are processed independently, so additional channels do not change the first three.
     five = EvalTransform(resize=8, crop=6, reading=Reading(channels=5))(npy(values))
     assert np.array_equal(five[:3], EvalTransform(resize=8, crop=6)(data))
 

@@ -102,7 +102,7 @@ def test_a_size_is_told_of_each_jpeg_that_can_be_decoded_at_a_fraction(kind):
 
 
 def decodings(monkeypatch):
-    """Record in a list the shapes of all images that a transform decodes."""
+    """Return a list that receives the shape of each image that a transform decodes."""
     shapes = []
 
     def noting(*arguments):

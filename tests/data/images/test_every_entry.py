@@ -1,4 +1,4 @@
-"""Image files of all kinds: the same pixels, or an error, in every place that reads images."""
+"""Tests that every entry point reads the same pixels from image files or rejects them."""
 
 import base64
 import functools
@@ -38,19 +38,19 @@ RGB = Image.fromarray((COLOUR // 257).astype(np.uint8))
 
 
 def encoded(image: Image.Image, form: str, **options: object) -> bytes:
-    """Return an image encoded by Pillow."""
+    """Encode an image with Pillow in the given format."""
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
     return buffer.getvalue()
 
 
 def deep(suffix: str) -> bytes:
-    """Return a colour image with 16 bits per channel, encoded by OpenCV."""
+    """Return the 16-bit test image in colour, encoded by OpenCV for a file extension."""
     return cv2.imencode(suffix, COLOUR[:, :, ::-1].astype(np.uint16))[1].tobytes()
 
 
 def transparent() -> Image.Image:
-    """Return an image with an alpha channel that is not constant."""
+    """Return the test image with an alpha channel that is not constant."""
     image = RGB.copy()
     image.putalpha(Image.fromarray((RAMP // 257).astype(np.uint8)))
     return image
@@ -58,7 +58,7 @@ def transparent() -> Image.Image:
 
 @functools.cache
 def files() -> dict[str, bytes]:
-    """Return an image file of each kind, by name."""
+    """Return the content of one image file of each kind by file name."""
     jpeg = encoded(RGB, "JPEG", quality=95)
     whole = {
         "rgb.jpg": jpeg,
@@ -100,7 +100,7 @@ def files() -> dict[str, bytes]:
         exif[ExifTags.Base.Orientation] = orientation
         for suffix, form in {"jpg": "JPEG", "png": "PNG", "tif": "TIFF", "webp": "WEBP"}.items():
             turned[f"turned{orientation}.{suffix}"] = encoded(RGB, form, exif=exif)
-        # Pillow does not write 16-bit colours.
+        # Pillow can't write 16-bit colour images, so insert the EXIF chunk by hand.
         at, chunk = whole["rgb16.png"].index(b"IDAT") - 4, b"eXIf" + exif.tobytes()[6:]
         chunk = len(chunk[4:]).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
         turned[f"rgb16.{orientation}.png"] = deep(".png")[:at] + chunk + deep(".png")[at:]
@@ -118,7 +118,7 @@ def files() -> dict[str, bytes]:
 def by_entry(
     folder: Path, value_range: tuple[float, ...], exif: str
 ) -> dict[str, Callable[[str], object]]:
-    """Return a function for each entry that reads the file of a name in the folder `c`."""
+    """Return, for each entry point, a function that reads the named file in ``images/c``."""
     c = folder / "images" / "c"
     options = ["INPUT.VALUE_RANGE", str(value_range), "INPUT.EXIF", exif]
     cfg = load_config("configs/base/classification.yaml", options)
@@ -165,7 +165,10 @@ def by_entry(
 
 
 def expected(name: str, value_range: tuple[float, ...], upright: bool) -> np.ndarray | str:
-    """Return the pixels by Pillow, or for more than 8 bits, by the definition of the range."""
+    """Return a file's expected pixels, or REJECTED.
+
+    The pixels are Pillow's or, for images with more than 8 bits, computed from the value range.
+    """
     kind = name.partition(".")[0]
     if kind in ("truncated", "html", "drawing", "document"):
         return REJECTED
@@ -186,7 +189,7 @@ def expected(name: str, value_range: tuple[float, ...], upright: bool) -> np.nda
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the files of all kinds, and with shards that were made of them."""
+    """Return a folder that contains files of all kinds, and shards made from them."""
     folder = tmp_path_factory.mktemp("kinds")
     for name in ("c", "d"):
         (folder / "images" / name).mkdir(parents=True)
@@ -213,11 +216,11 @@ def test_every_entry_reads_the_same_pixels_or_rejects_the_file(folder, value_ran
             except (UserError, BrokenImageError, SystemExit, OSError, SyntaxError, ValueError):
                 found = REJECTED
             if entry == "onnx" and name.startswith("rgb16.") and value_range:
-                same = found is REJECTED  # Pillow can't read these images with 16 bits
+                same = found is REJECTED  # Pillow can't read 16-bit colour images
             elif isinstance(found, str) or isinstance(wanted, str):
                 same = found is wanted
             else:
-                # The report shows JPEG images.
+                # The report stores its images as JPEG, which is lossy.
                 error = np.abs(found - wanted)
                 same = error.mean() < 12 if entry == "report" else error.max() == 0
             if not same:
@@ -226,7 +229,7 @@ def test_every_entry_reads_the_same_pixels_or_rejects_the_file(folder, value_ran
 
 
 def test_no_entry_runs_external_programs():
-    # Pillow opens EPS files with Ghostscript, if it is installed.
+    # Pillow would run Ghostscript, if installed, to open an EPS file.
     shared = runpy.run_path(str(TOOLS / "onnx_images.py"))
     assert shared["formats"]() == allowed_formats()
     assert "EPS" in Image.OPEN
@@ -239,7 +242,7 @@ def test_truncated_images_are_rejected_even_if_a_script_makes_pillow_accept_them
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     path = tmp_path / "truncated.jpg"
     path.write_bytes(encoded(RGB.resize((300, 300)), "JPEG")[:-500])
-    Image.open(path).load()  # Pillow fills the missing rows
+    Image.open(path).load()  # Pillow fills in the missing rows
     with pytest.raises(BrokenImageError):
         decode_exact(path.read_bytes())
     with pytest.raises(OSError, match="truncated"):

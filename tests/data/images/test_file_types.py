@@ -1,4 +1,4 @@
-"""Image files of all types, and system files, in every place that reads images."""
+"""Tests that image files of all types are read and system files are ignored everywhere."""
 
 import io
 import json
@@ -29,7 +29,7 @@ SYSTEM = ("._0.jpg", "Thumbs.db", "desktop.ini", ".DS_Store", "@eaDir/0.jpg/SYNO
 
 
 def encoded(seed: int, suffix: str) -> bytes:
-    """Return a 32x32 image, encoded by Pillow in the format of a file extension."""
+    """Return a 32x32 image, encoded by Pillow in the format of the given file extension."""
     Image.init()
     buffer = io.BytesIO()
     options = {"lossless": True} if suffix in (".webp", ".jp2") else {}
@@ -40,7 +40,7 @@ def encoded(seed: int, suffix: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory) -> Path:
-    """Write a file of each type per class, with system files between them."""
+    """Write one image file of each type per class, with system files between them."""
     root = tmp_path_factory.mktemp("mixed")
     for split in ("train", "test"):
         for seed, name in enumerate(("cat", "dog")):
@@ -58,7 +58,7 @@ def mixed(tmp_path_factory) -> Path:
 
 
 def by_pillow(root: Path) -> list[bytes]:
-    """Return the pixels of the files that Pillow's registry calls images, sorted."""
+    """Return the sorted pixels of all files that are images according to Pillow's registry."""
     Image.init()
     paths = [
         path
@@ -74,7 +74,7 @@ def test_extensions_are_those_of_pillow():
     Image.init()
     for suffix in IMAGE_SUFFIXES:
         assert Image.EXTENSION[suffix] in FORMATS
-    # The formats of torchvision's ImageFolder are included.
+    # All file types of torchvision's ImageFolder are included.
     assert set(IMG_EXTENSIONS) <= set(IMAGE_SUFFIXES)
 
 
@@ -141,7 +141,7 @@ def test_real_cases_have_the_images_that_pillow_reads(shared_data, case):
 
 
 def write_webdataset(root: Path, *, label: str = "cls") -> list[tuple[bytes, int]]:
-    """Write shards with webdataset's own writer; return the images and labels in order."""
+    """Write shards with webdataset's writer, and return the images and labels in order."""
     import webdataset
 
     root.mkdir()
@@ -253,7 +253,7 @@ def test_a_parent_of_splits_and_a_single_class_are_noticed(shared_data, tmp_path
     cfg.DATASETS.TRAIN = (str(folders / "single"),)
     with pytest.raises(UserError, match="a single class, only; expected two or more"):
         use_classification_datasets(cfg)
-    # A vehicle data set may have the class "train".
+    # "train" may also be a class, such as in a data set of vehicles.
     for name in ("train", "bus"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.jpg").write_bytes(jpeg(0))

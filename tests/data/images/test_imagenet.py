@@ -17,8 +17,8 @@ from senet_transfer.data.images.imagenet import DEVKIT, open_imagenet
 from senet_transfer.errors import UserError
 from tests.data.drawn_places import command, jpeg
 
-# (number in the kit, WordNet id, names, number of children): neither the rows nor the numbers are
-# in the order of the ids, and inner nodes are not classes.
+# (number in the devkit, WordNet id, names, number of children). Neither rows nor numbers are sorted
+# by WordNet id, and nodes with children are not classes.
 SYNSETS = (
     (1, "n02119789", "kit fox, Vulpes macrotis", 0),
     (2, "n02100735", "English setter", 0),
@@ -26,7 +26,7 @@ SYNSETS = (
     (4, "n02012849", "crane", 0),
     (5, "n00001740", "entity", 4),
 )
-NUMBERS = (3, 1, 4, 4, 2, 1, 3, 2)  # the kit's labels of the validation images
+NUMBERS = (3, 1, 4, 4, 2, 1, 3, 2)  # the devkit's labels for the validation images
 
 
 def add(tar, name, data):
@@ -73,7 +73,7 @@ def val_archive():
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """Write small archives of ImageNet, whose checksums torchvision accepts."""
+    """Write small ImageNet archives and make torchvision accept their checksums."""
     contents = {"devkit": devkit(), "train": train_archive(), "val": val_archive()}
     (tmp_path / "imagenet").mkdir()
     for part, content in contents.items():
@@ -92,7 +92,7 @@ def content(dataset):
 
 
 def of_torchvision(root, split):
-    """Return the classes, and the images with their labels, that torchvision unpacks and reads."""
+    """Unpack and read ImageNet with torchvision; return the classes and (image, label) pairs."""
     dataset = ImageNet(root, split)
     images = [(Path(path).read_bytes(), label) for path, label in dataset.samples]
     return dataset.wnids, sorted(images)
@@ -109,7 +109,8 @@ def test_archives_shards_and_folders_have_torchvisions_labels(root, split, tmp_p
 
     expected = of_torchvision(root, split)
     assert expected[0] == ["n01440764", "n02012849", "n02100735", "n02119789"]
-    found += [open_dataset(root / split), open_dataset(root, split=split)]  # unpacked
+    # torchvision has unpacked the archives.
+    found += [open_dataset(root / split), open_dataset(root, split=split)]
     for dataset in found:
         assert (dataset.classes, content(dataset)) == expected
     (root / f"ILSVRC2012_img_{split}.tar").unlink()
@@ -155,7 +156,7 @@ def test_missing_and_damaged_files_are_reported(root):
     (root / DEVKIT).unlink()
     with pytest.raises(UserError, match="contains no labels; expected ILSVRC2012_devkit"):
         open_imagenet(root, "val")
-    # The names of the inner archives are sufficient for the training images.
+    # Training images need no devkit: the names of the inner archives are their classes.
     assert open_imagenet(root, "train").classes[0] == "n01440764"
     archive = root / "ILSVRC2012_img_train.tar"
     archive.write_bytes(archive.read_bytes()[:3000])

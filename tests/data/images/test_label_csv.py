@@ -1,4 +1,4 @@
-"""CSV files of labels, as training data, evaluation data and source of shards."""
+"""Tests for label CSV files as training data, as evaluation data and as a source of shards."""
 
 import csv
 from pathlib import Path
@@ -26,7 +26,7 @@ def tree(tmp_path):
 
 @pytest.fixture
 def labels(tree, tmp_path) -> Path:
-    """List the images of the tree in reverse order, with paths relative to the CSV file."""
+    """Write a CSV file that lists the images in `tree` in reverse order, with relative paths."""
     reference = ImageFolder(tree)
     path = tmp_path / "lists" / "labels.csv"
     path.parent.mkdir()
@@ -55,7 +55,7 @@ def test_a_csv_file_is_the_same_data_set_as_image_folder_and_as_its_shards(tree,
     dataset = open_dataset(labels)
     assert dataset.classes == reference.classes == ["10", "a é,x", "b"]
     assert content(dataset) == expected
-    assert dataset.read_sample(0).label == 2  # the order is that of the file
+    assert dataset.read_sample(0).label == 2  # samples keep the order of the CSV file
     whole = open_cifar(labels, split="train")
     assert (whole.classes, whole.labels.tolist()) == (reference.classes, [2, 2, 1, 0, 0])
     shards = tmp_path / "shards"

@@ -1,4 +1,4 @@
-"""Tests of damaged and malicious shards, which must be detected and named in the error."""
+"""Tests that damaged and malicious shards are detected and named in the error."""
 
 import hashlib
 import io
@@ -42,7 +42,7 @@ def train(folder, workers=0):
 
 
 def members(path):
-    """Return the header offset, the data offset and the size of each member."""
+    """Return the header offset, data offset and size of each file in a tar archive."""
     with tarfile.open(path) as tar:
         return [(member.offset, member.offset_data, member.size) for member in tar]
 
@@ -52,7 +52,7 @@ def first_shard(folder):
 
 
 def agree(folder):
-    """Update sizes and hashes in the manifest to match damaged shards, like an attacker."""
+    """Update the manifest's sizes and hashes to match altered shards, as an attacker would."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     for shard in manifest["shards"]:
@@ -62,7 +62,7 @@ def agree(folder):
 
 
 def insert(folder, member, data):
-    """Insert a member at the start of a shard."""
+    """Insert a file at the start of the first shard, and update the manifest."""
     path = first_shard(folder)
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -76,7 +76,7 @@ def insert(folder, member, data):
 @pytest.mark.parametrize("use", [evaluate, train])
 def test_a_shard_cut_at_a_member_boundary_is_caught_by_the_manifests_count(shards, use):
     path = first_shard(shards)
-    cut = members(path)[10][0]  # the header of a label, after complete samples
+    cut = members(path)[10][0]  # before a label, after complete samples
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(
         UserError, match=r"val-000000\.tar is damaged: found 5 samples, .* lists 12"
@@ -141,7 +141,7 @@ def test_a_member_that_leads_elsewhere_is_refused_and_nothing_is_written(
 
 
 class Bomb:
-    """An object that creates a folder when it is unpickled."""
+    """Object that creates a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -204,7 +204,7 @@ def test_verify_finds_a_single_flipped_bit_anywhere(shards, where):
     with pytest.raises(UserError, match=r"1 shards are damaged:\n.*val-000000\.tar has SHA-256"):
         verify(shards, workers=2)
     agree(shards)
-    if where != "image":  # an image with a flipped bit may still be valid
+    if where != "image":  # an image with a flipped bit may still be readable
         with pytest.raises(UserError, match=r"1 shards are damaged:\n.*val-000000"):
             verify(shards)
 

@@ -1,4 +1,4 @@
-"""Tests of remote shards: the same results as from disk, even with a broken connection."""
+"""Tests that remote shards give the same results as local ones, even if connections break."""
 
 import contextlib
 import http.server
@@ -29,15 +29,15 @@ HASTY = RemoteOptions(retries=3, backoff=0.01, timeout=1)
 
 
 class Server:
-    """A local HTTP server that can break connections and records requests.
+    """Local HTTP server that records requests and can break connections.
 
     Attributes:
-        address: Address of the root.
+        address: URL of the root folder.
         requests: Requested paths, in order.
         ranges: Whether range requests are supported.
-        break_after: Number of bytes of a tar file after which a connection is closed; None for
-            never.
-        breaks: Number of connections that are still to be broken.
+        break_after: Number of bytes after which the transfer of a tar file is cut off. None never
+            breaks a connection.
+        breaks: Number of transfers that are still to be cut off.
         heads: Whether HEAD requests are supported.
         failing: Whether requests for tar files end with the status 500.
     """
@@ -105,7 +105,7 @@ class Server:
 
 @pytest.fixture
 def serve():
-    """Return a function that starts a server for a folder."""
+    """Return a function that serves a folder over HTTP."""
     servers = []
 
     def start(folder):
@@ -344,7 +344,7 @@ def test_the_place_in_the_cache_differs_by_address_and_content(make_shards, tmp_
     assert len(places) == 4
 
 
-# Object stores.
+# Object storage.
 
 
 MOTO = """
@@ -359,7 +359,7 @@ threading.Event().wait()
 
 @pytest.fixture
 def bucket(monkeypatch):
-    """Create a bucket on a local S3 server; return it with the options for reading it."""
+    """Run a local S3 server; yield an upload function, client options and a kill function."""
     pytest.importorskip("s3fs")
     pytest.importorskip("moto.server")
     boto3 = pytest.importorskip("boto3")
@@ -367,7 +367,7 @@ def bucket(monkeypatch):
         monkeypatch.setenv(name, "testing")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    # A separate process can be killed; a thread would keep serving open connections.
+    # Use a separate process, which can be killed. A thread would keep serving open connections.
     with subprocess.Popen([sys.executable, "-c", MOTO], stdout=subprocess.PIPE) as server:
         endpoint = server.stdout.readline().decode().strip()
         client = boto3.client("s3", endpoint_url=endpoint)

@@ -25,7 +25,7 @@ from tests.data.drawn_places import CLASSES, command, jpeg, shard_bytes, write_v
 
 @pytest.fixture
 def prepare():
-    """Return a function that runs `datasets/prepare_places365.py` and returns its exit status."""
+    """Return a function that runs `senet data places365` and returns its exit status."""
     main = command("prepare_places365")
 
     def call(source, output, *more, split="val"):
@@ -122,9 +122,9 @@ def test_real_images_convert_and_verify(shared_data, tmp_path, prepare, capsys):
 
 
 def run_and_kill(arguments, output, shards):
-    """Run the preparation and kill it with SIGKILL after a given number of further shards."""
+    """Prepare shards in a subprocess and kill it after it has written the given number of them."""
     before = len(list(output.glob("*.tar"))) if output.exists() else 0
-    # A fork, because a new process would first import what this one has imported.
+    # Fork the process, because a new one would have to import all modules again.
     process = multiprocessing.get_context("fork").Process(
         target=command("prepare_places365"), args=(arguments,)
     )
@@ -272,7 +272,7 @@ def test_a_cut_archive_is_refused(val, tmp_path, prepare, capsys):
 
 @pytest.fixture
 def broken(val):
-    """Damage a validation split: two broken images, one missing and one empty."""
+    """Damage a validation split: two images are truncated, one is missing and one is empty."""
     for number in (3, 9):
         path = val / "val_256" / f"Places365_val_{number:08d}.jpg"
         path.write_bytes(path.read_bytes()[:-50])
@@ -375,7 +375,7 @@ def test_numbers_that_make_no_sense_are_refused(val, tmp_path, prepare, capsys, 
     assert wrong[0].strip("-") in capsys.readouterr().err
 
 
-# Shards of a folder with one subfolder per class.
+# Shards made from a folder with one subfolder per class.
 
 
 def test_prepare_folder_takes_the_classes_of_other_shards(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Graphs of operators on a CPU, which behave like CUDA graphs of kernels."""
+"""Recorded CPU operators that behave like CUDA graphs."""
 
 import random
 
@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-# Operators that read a value from the device, which is impossible during a capture.
+# Operators that read a value from the device, which CUDA does not allow during a capture.
 READING = {
     torch.ops.aten._local_scalar_dense,
     torch.ops.aten.equal,
@@ -17,14 +17,14 @@ READING = {
 
 
 class RecordedGraphs:
-    """Source of graphs that record operators with their tensors, numbers and branches.
+    """Stand-in for CUDA graphs that records the operators of a function on a CPU.
 
-    A capture leaves all tensors and random generators unchanged, as on a GPU. A replay runs the
-    recorded operators with the same tensors, and writes to the same outputs.
+    As on a GPU, a capture leaves all tensors and random generators unchanged. A replay runs the
+    recorded operators with the same tensors and numbers, and writes to the same outputs.
 
     Attributes:
-        captures: The number of captures.
-        replays: The number of replays.
+        captures: Number of captures so far.
+        replays: Number of replays so far.
     """
 
     device = torch.device("cpu")
@@ -70,7 +70,7 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if function.overloadpacket in READING:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
-        # The schema of a batch norm does not declare that it changes the running statistics.
+        # Batch norm changes the running statistics, although its schema does not declare it.
         if function._schema.is_mutable or "batch_norm" in function.overloadpacket.__name__:
             for tensor in tree_flatten((args, kwargs))[0]:
                 if isinstance(tensor, torch.Tensor):
@@ -81,6 +81,6 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def restore(self):
-        """Undo all changes of tensors."""
+        """Undo all changes made to tensors while operators were recorded."""
         for storage, before in self._saved.values():
             storage.copy_(before)

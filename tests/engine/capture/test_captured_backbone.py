@@ -1,4 +1,4 @@
-"""Tests of captured backbones of detectors, with a stand-in on a CPU and CUDA graphs on a GPU."""
+"""Tests for captured detector backbones, with a stand-in on a CPU and CUDA graphs on a GPU."""
 
 import copy
 
@@ -18,7 +18,7 @@ from tests.comparing import assert_same
 
 
 class Captures:
-    """Stand-in for `torch.cuda.make_graphed_callables`, with its warm-up and its constraints."""
+    """Stand-in for `torch.cuda.make_graphed_callables` with the same warm-up and constraints."""
 
     def __init__(self):
         self.sizes, self.replays = [], 0
@@ -63,7 +63,7 @@ def test_frequent_sizes_are_captured_up_to_a_limit_and_others_are_eager(caplog):
         for features in (found, wanted):
             next(iter(features.values())).sum().backward()
     assert captures.sizes == [(8, 32), (24, 32)]
-    assert_same(net.state_dict(), expected.state_dict())  # Also the statistics of the norms.
+    assert_same(net.state_dict(), expected.state_dict())  # includes running statistics
     for own, other in zip(net.parameters(), expected.parameters(), strict=True):
         assert_same(own.grad, other.grad)
     assert caplog.text.count("INPUT.SIZE_DIVISIBILITY") == 1
@@ -108,7 +108,7 @@ def test_a_detector_with_a_captured_backbone_learns_the_same(command, tmp_path):
 
     class CapturedTrainer(Trainer):
         def __init__(self, cfg):
-            # A run with this key is rejected on a CPU.
+            # Set this key here, because setup rejects it on a CPU.
             cfg.defrost()
             cfg.SOLVER.COMPILE = "graph"
             cfg.freeze()

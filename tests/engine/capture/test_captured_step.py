@@ -1,4 +1,4 @@
-"""Tests of captured training steps, with recorded operators on a CPU and CUDA graphs on a GPU."""
+"""Tests for captured training steps: recorded operators on a CPU, and CUDA graphs on a GPU."""
 
 import copy
 import random
@@ -34,7 +34,8 @@ def test_a_step_is_eager_three_times_then_captured_once_and_replayed():
     graphs = RecordedGraphs()
     step = CapturedStep(doubled, graphs)
     outputs = [step({"x": torch.full((2,), float(value))})[0] for value in range(6)]
-    assert torch.equal(torch.stack(outputs)[:, 0], torch.arange(6) * 2.0)  # No output is reused.
+    # Later steps do not overwrite earlier outputs.
+    assert torch.equal(torch.stack(outputs)[:, 0], torch.arange(6) * 2.0)
     assert (graphs.captures, graphs.replays) == (1, 3)
 
 
@@ -90,7 +91,7 @@ def fused(parameters, kind):
 
 
 class Small(nn.Module):
-    """Network with shake-shake that is fast in float16 on a CPU, too."""
+    """Small network with shake-shake, which is fast on a CPU even in float16."""
 
     def __init__(self):
         super().__init__()
@@ -105,7 +106,7 @@ class Small(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Loss of a network for CIFAR with batch norm and dropout."""
+    """Module that computes the loss of a classifier with batch norm and dropout."""
 
     def __init__(self, name, bad=()):
         super().__init__()
@@ -130,7 +131,7 @@ def batches(device, bad, sizes):
 
 
 def train(name, graphs, *, device="cpu", bad=(), sizes=(4,) * 10, kind="SGD", **options):
-    """Return everything that ten steps change, with the losses."""
+    """Train for ten steps, and return all changed state and the losses."""
     net = Classifier(name).to(device)
     optimizer = fused(net.parameters(), kind)
     solver_options = {"max_skips": 3, "reads_after": lambda done: done == 9, **options}
@@ -144,7 +145,7 @@ def train(name, graphs, *, device="cpu", bad=(), sizes=(4,) * 10, kind="SGD", **
         for trainer.iter in range(10):
             torch.manual_seed(trainer.iter)
             if trainer.iter == 7:
-                net.net.backbone.eval()  # As at the end of training with frozen statistics.
+                net.net.backbone.eval()  # freezes the batch norm statistics
             for group in optimizer.param_groups:
                 group["lr"] = SCHEDULE[trainer.iter] * (1 + group["params"][0].dim() % 2)
             trainer.run_step()
@@ -156,7 +157,7 @@ def train(name, graphs, *, device="cpu", bad=(), sizes=(4,) * 10, kind="SGD", **
 
 
 class Eager:
-    """Source of graphs that never captures, for the expected values."""
+    """Stand-in whose graphs run the function eagerly, to compute expected values."""
 
     def __init__(self, graphs):
         self.device, self.warm_up = graphs.device, graphs.warm_up
@@ -193,7 +194,7 @@ def test_captured_steps_are_the_eager_ones_to_the_last_bit(name, options):
 
 @pytest.mark.long
 def test_captured_steps_are_those_without_graphs():
-    # The rates are powers of 2. Only the average's weight is rounded to float32.
+    # Learning rates are powers of 2 and therefore exact; only the weight of the average is rounded.
     expected, losses = train("cifar_resnet8", None)
     state, found = train("cifar_resnet8", RecordedGraphs())
     assert_same(found, losses)
@@ -212,11 +213,11 @@ def test_an_optimizer_that_cannot_skip_on_the_device_is_refused():
 
 
 def recorded(graphs):
-    """Return a kind of trainer that captures its steps on a CPU."""
+    """Return a trainer class that captures its steps on a CPU."""
 
     class RecordedTrainer(FusedTrainer):
         def __init__(self, cfg):
-            # A run with this key is rejected on a CPU.
+            # Set this key here, because setup rejects it on a CPU.
             cfg.defrost()
             cfg.SOLVER.COMPILE = "graph"
             cfg.freeze()
@@ -300,7 +301,7 @@ def test_on_a_gpu_a_captured_step_has_one_launch_and_waits_every_20th_step(tmp_p
     options = {"MODEL.DEVICE": "cuda", "SOLVER.COMPILE": "graph"}
     trainer = cifar_network(Trainer, tmp_path, dtype, **options)
     found = waits_of_steps(trainer, CudaWaits())
-    # The first three steps are eager, and PyTorch waits for the device before a capture.
+    # The first three steps are eager. In the next step, PyTorch waits for the device and captures.
     assert {step for step, waits in enumerate(found) if waits} <= {3, 19, len(found) - 1}
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
     with EventStorage() as trainer.storage, profile(activities=activities) as profiler:
@@ -309,5 +310,5 @@ def test_on_a_gpu_a_captured_step_has_one_launch_and_waits_every_20th_step(tmp_p
         trainer.run_step()
     launched = Counter(event.name for event in profiler.events())
     assert launched["cudaGraphLaunch"] == 1
-    # Two kernels for the seed, and copies of the results.
+    # Two kernels set the seed, and others copy the results.
     assert sum(n for name, n in launched.items() if "LaunchKernel" in name) < 10

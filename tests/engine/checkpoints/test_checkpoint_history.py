@@ -1,4 +1,4 @@
-"""Tests of the checkpoint history: keeping, falling back, deleting and verifying."""
+"""Tests for the checkpoint history: retention, fallback, deletion and verification."""
 
 import logging
 
@@ -13,7 +13,7 @@ from senet_transfer.engine.checkpoints.checkpointer import Checkpointer, Untagge
 
 @pytest.fixture
 def saver(tmp_path, monkeypatch):
-    """Return a function that saves a checkpoint of a model with a single weight."""
+    """Return a function that saves a checkpoint of a tiny model, given the iteration."""
     monkeypatch.setattr(
         "senet_transfer.engine.checkpoints.checkpointer.model_metadata", lambda _, **__: {}
     )

@@ -1,4 +1,4 @@
-"""Tests of the checkpointer's strict loading of weights and checkpoints."""
+"""Tests that the checkpointer loads weights and checkpoints strictly."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.weights.peers import peer, randomise, save
 
 
 def _run(folder, classes=3, seed=0):
-    """Return the objects that a run stores in a checkpoint."""
+    """Return a model, its optimizer and a checkpointer that stores both and a scheduler."""
     model = detector("se_resnet18", classes, seed=seed)
     cfg = config("se_resnet18")
     optimizer = build_optimizer(cfg, model)
@@ -99,7 +99,7 @@ def test_initial_weights_of_any_family_go_through_the_same_code(tmp_path):
 
 @pytest.mark.long
 def test_a_file_with_nothing_in_common_is_refused_and_the_next_load_works(tmp_path):
-    """Check a case in which Detectron2's checkpointer would continue with random weights."""
+    """Check that an error is raised where Detectron2's checkpointer would keep random weights."""
     torch.save({"state_dict": {"a": torch.zeros(2)}}, tmp_path / "other.pth")
     right = save(randomise(peer("torchvision", "resnet18")), tmp_path / "right.pth")
     checkpointer = Checkpointer(create_classifier("resnet18"))

@@ -1,4 +1,4 @@
-"""Tests of the class names in checkpoints, and of their comparison with those of the data."""
+"""Tests for class names in checkpoints, and for their comparison with the data's class names."""
 
 import copy
 import json
@@ -29,9 +29,10 @@ def cases(shared_data) -> Path:
 
 @pytest.fixture
 def run(cases, command, tmp_path, zero_initial_weights):
-    """Return a function that sets up a run, which trains on `base` and evaluates on another file.
+    """Return a function that sets up a run, and the path of a checkpoint.
 
-    The function also returns the path of the checkpoint of a network for the classes of `base`.
+    The run trains on `base` and evaluates on the given file. The checkpoint has the classes of
+    `base`.
     """
     base = ("--dataset", "base", str(cases / "base/train.json"), str(cases / "base/images"))
 
@@ -49,7 +50,7 @@ def run(cases, command, tmp_path, zero_initial_weights):
 
 
 def perfect(val: Path) -> list[tuple[dict, dict]]:
-    """Return detections of all objects of `base_val`, with the class indices of `base`."""
+    """Return a detection for each object in an annotation file, with class indices of `base`."""
     truth = json.loads(val.read_text())
     names = {item["id"]: item["name"] for item in truth["categories"]}
     found = []
@@ -104,14 +105,14 @@ def test_a_model_is_evaluated_with_its_own_order_of_classes(run, cases, caplog):
     ]
     assert [row["category_id"] for row in written] == expected_ids
 
-    # A run that has the file for validation uses the order of its training data.
+    # A run that only validates on the file uses the class order of its training data.
     cfg = make(alpha)
     assert cfg.DATASETS.CLASSES == OWN
     assert repr(metrics(cfg, plain)) == repr(expected)
-    # Without the model, the file has its own order.
+    # A run that trains on the file, without the weights, uses the file's class order.
     own = {"DATASETS.TRAIN": "('val',)"}
     assert sorted(OWN) == make(alpha, **own).DATASETS.CLASSES
-    # A new run that starts from the weights uses their order.
+    # A new run that starts from the weights uses the class order of the weights.
     assert make(alpha, **own, **options).DATASETS.CLASSES == OWN
 
 
@@ -183,7 +184,7 @@ def test_converted_models_keep_the_class_names(run, tmp_path):
 @pytest.mark.long
 def test_predictions_have_the_class_names_of_the_checkpoint(run, cases, tmp_path):
     make, weights = run
-    # The config of a run on the same classes in a different order.
+    # Write the config of a run with the same classes in a different order.
     cfg = copy.deepcopy(make(cases / "val_alpha/val.json", **{"DATASETS.TRAIN": "('val',)"}))
     assert sorted(OWN) == cfg.DATASETS.CLASSES
     path = tmp_path / "recipe.yaml"

@@ -1,4 +1,4 @@
-"""Tests that a new run does not mix its files with those of an earlier run."""
+"""Tests that a new run does not mix its output files with those of an earlier run."""
 
 import os
 
@@ -32,7 +32,7 @@ WRITTEN = (
     "inference_TTA/my_val/coco_instances_results.json",
     "inference/flowers/predictions.json",
 )
-# Names that are similar, and files that only the user could have written.
+# Files that must be kept: similar names, and files that only the user could have written.
 KEPT = (
     "notes.txt",
     "model_zoo.pth",

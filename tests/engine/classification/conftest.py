@@ -1,4 +1,4 @@
-"""Fixtures: images in one folder per class, and commands that train on them."""
+"""Fixtures that provide images in one folder per class, and train on them."""
 
 from pathlib import Path
 
@@ -32,9 +32,9 @@ SMALL = {
     "SEED": "3",
 }
 
-# Image size for training with batch norm. At 32x32 the last feature map is 1x1, so that each
-# channel would be normalised over one value per image: with two images the gradient norm reaches
-# 1e8, and training diverges. At 96x96 it is 3x3, and the gradient norm stays below 1e3.
+# Options for training with batch norm. With 32x32 images, the last feature map is 1x1, so each
+# channel is normalised over one value per image: with two images, the gradient norm reaches 1e8 and
+# training diverges. With 96x96 images, the map is 3x3 and the gradient norm stays below 1e3.
 BATCH_NORM = {
     "MODEL.RESNETS.NORM": "BN",
     "INPUT.CLASSIFICATION.CROP": "96",
@@ -45,7 +45,7 @@ BATCH_NORM = {
 
 @pytest.fixture(autouse=True)
 def _one_thread(one_thread):
-    """Limit torch to one thread in all tests of this folder."""
+    """Run every test in this folder with one torch thread."""
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +72,7 @@ def shards(tree, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def words(tree, tmp_path):
-    """Return a function that builds the arguments of a small run from flags and overrides."""
+    """Return a function that builds a small run's command line from flags and config overrides."""
 
     def make(*flags: str, config: str = "configs/base/classification.yaml", **overrides: str):
         keys = {**SMALL, "OUTPUT_DIR": str(tmp_path / "run")}
@@ -85,7 +85,7 @@ def words(tree, tmp_path):
 
 @pytest.fixture
 def command(words):
-    """Return a function like ``words`` that returns the parsed options."""
+    """Return a function that takes the arguments of ``words`` and returns parsed run options."""
     return lambda *flags, **overrides: run_options(
         argument_parser().parse_args(words(*flags, **overrides))
     )
@@ -93,7 +93,7 @@ def command(words):
 
 @pytest.fixture
 def train(command):
-    """Return a function that trains with the given flags and overrides and returns the trainer."""
+    """Return a function that trains with flags and config overrides, and returns the trainer."""
 
     def run(*flags: str, **overrides: str) -> Trainer:
         args = command(*flags, **overrides)

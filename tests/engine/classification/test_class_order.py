@@ -1,4 +1,4 @@
-"""Order of classes whose folders are named by numbers, from training to evaluation."""
+"""Tests for the class order of folders with numeric names, in training and evaluation."""
 
 import logging
 import shutil
@@ -81,7 +81,7 @@ def test_the_order_is_chosen_with_classes(command, numbered, tmp_path, caplog, c
     prepare("folder", ["--source", str(numbered), "--output", str(tmp_path / "shards"), "--quiet",
                        "--workers", "1", "--classes", str(given)])  # fmt: skip
     assert load_manifest(str(tmp_path / "shards")).classes == expected
-    # The order is chosen, so there is nothing to warn about.
+    # The user has chosen the order, so no warning is needed.
     assert "are numbers" not in caplog.text + Path(cfg.OUTPUT_DIR, "log.txt").read_text()
 
 
@@ -126,7 +126,7 @@ def test_a_checkpoints_own_order_has_priority(command, numbered, tmp_path, flags
     assert own == load_config(f"{cfg.OUTPUT_DIR}/config.yaml").DATASETS.CLASSES
     log = Path(cfg.OUTPUT_DIR, "log.txt").read_text()
     assert "The order of the weights is used: 9, 10, 1" in log
-    # Training that starts from the weights, and data that lacks a class.
+    # Also check training that starts from the weights, and data without one of the classes.
     cfg = setup(command("--overwrite", *flags, **data, **weights))
     assert own == cfg.DATASETS.CLASSES
     part = shutil.copytree(numbered, tmp_path / "part")

@@ -1,4 +1,4 @@
-"""Tests of prediction with a classifier on image files."""
+"""Tests for running a classifier on image files."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tests of early stopping and of the validation loss of a classifier."""
+"""Tests for early stopping and for a classifier's validation loss."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ from senet_transfer.engine.trainer import Trainer
 from senet_transfer.evaluation.classification_evaluator import ClassificationEvaluator
 from tests.processes import call
 
-# The weights don't change, so only the first evaluation is an improvement.
+# With a learning rate of 0, only the first evaluation is an improvement.
 CONSTANT = {
     "SOLVER.BASE_LR": "0.0",
     "SOLVER.MAX_ITER": "20",
@@ -45,7 +45,7 @@ def test_training_ends_after_two_evaluations_without_improvement(metric, values,
     with EventStorage() as trainer.storage:
         for evaluation, value in enumerate(values, 1):
             trainer.iter = 10 * evaluation - 2
-            hook.after_step()  # not after an evaluation
+            hook.after_step()  # no evaluation in this step
             trainer.iter += 1
             trainer.storage.put_scalar(metric, value)
             hook.after_step()
@@ -82,7 +82,7 @@ def test_a_run_that_ends_early_is_complete(command, tmp_path, monkeypatch):
     ]
     assert losses[-1] == pytest.approx(results["validation"]["total_loss"], rel=1e-6)
 
-    # A run that has ended early ends again when it is resumed, unless it may wait for longer.
+    # When a run that stopped early is resumed, it stops again unless the patience is increased.
     main(command("--resume", **CONSTANT))
     assert (run / "log.txt").read_text().count("Training ends early") == 2
     assert (
@@ -99,7 +99,7 @@ def test_an_interrupted_run_ends_where_it_would_have(command, tmp_path):
     main(command(**CONSTANT))
     Path(run, "last_checkpoint").write_text("model_0000001.pth")
     main(command("--resume", **CONSTANT))
-    # The second of two evaluations without an improvement was the one that followed.
+    # The next evaluation is the second one without an improvement.
     assert torch.load(run / "model_final.pth", weights_only=True)["iteration"] == 2
 
 

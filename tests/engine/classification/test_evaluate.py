@@ -1,4 +1,4 @@
-"""Tests of the evaluation tools against a plain loop with only Pillow and torchvision."""
+"""Tests that compare the evaluation tools with a plain loop of Pillow and torchvision calls."""
 
 import csv
 import json
@@ -46,7 +46,7 @@ def listed(places: Path) -> list[tuple[str, int]]:
 
 
 def copy_of(places: Path, target: Path, images: int | None = None) -> Path:
-    """Link the validation set, or its first images, into a folder that a test may change."""
+    """Link the validation set, or only its first images, into a folder that a test may change."""
     (target / "val_256").mkdir(parents=True)
     lines = (places / "places365_val.txt").read_text().splitlines(keepends=True)[:images]
     (target / "places365_val.txt").write_text("".join(lines))
@@ -59,7 +59,7 @@ def copy_of(places: Path, target: Path, images: int | None = None) -> Path:
 
 @torch.inference_mode()
 def plain_loop(model, places: Path, mode="short_side", resize=37, crop=32) -> torch.Tensor:
-    """Return logits of shape (N, 365) in the order of the list."""
+    """Return logits ``(N, 365)`` in the order of places365_val.txt, computed in a plain loop."""
     transform, logits = views_of(mode, resize, crop), []
     for name, _ in listed(places):
         views = transform(Image.open(places / "val_256" / name).convert("RGB"))
@@ -75,7 +75,7 @@ def errors(logits: torch.Tensor, labels: list[int]) -> tuple[float, float]:
 
 @pytest.fixture(scope="module")
 def network(shared_data):
-    """Return torchvision's ResNet-18 with a linear layer fitted to half of the images."""
+    """Return torchvision's ResNet-18, with its linear layer fitted to half of the images."""
     places = shared_data / "mini_places365"
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=365)
@@ -106,7 +106,7 @@ def weights(network, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def places(shared_data, tmp_path_factory):
-    """Return the validation set in its original layout, as shards, and as an archive."""
+    """Return the path of the validation set in each format."""
     source = shared_data / "mini_places365"
     root = tmp_path_factory.mktemp("places")
     convert(open_places365(source, "val"), root / "shards", split="val", shard_mb=1)
@@ -308,7 +308,7 @@ def test_what_training_left_is_evaluated_with_its_own_config(train, tree, tmp_pa
     trainer = train()
     run = tmp_path / "run"
     expected = trainer.results["classification"]
-    # Without further arguments, everything comes from the config next to the checkpoint.
+    # By default, all settings come from the config next to the checkpoint.
     found = evaluate("--weights", run / "model_final.pth", "--workers", "0")
     assert {key: found[key] for key in expected} == expected
     config = ["--config-file", run / "config.yaml"]

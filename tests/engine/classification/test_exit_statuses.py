@@ -1,10 +1,10 @@
-"""Exit statuses of commands, as documented in docs/reliability.md."""
+"""Tests that commands end with the exit statuses that docs/reliability.md lists."""
 
 import shutil
 
 import pytest
 
-# A training run in which something happens at the first optimizer step.
+# Training script that runs ``harm`` in each optimizer step.
 _HARMED = """
 import os, signal, sys, torch
 step = torch.optim.SGD.step
@@ -18,13 +18,13 @@ command()
 
 
 def senet(*words: object) -> list[str]:
-    """Return the arguments of Python that run a command of ``senet``."""
+    """Return the Python command-line arguments that run a ``senet`` command."""
     return ["-m", "senet_transfer.cli.main", *map(str, words)]
 
 
 @pytest.fixture
 def bad(tmp_path):
-    """Return the path of a file that is neither an image nor weights nor a config."""
+    """Return the path of a file that is not a valid image, weight file or config."""
     path = tmp_path / "bad.jpg"
     path.write_bytes(b"<!DOCTYPE html>")
     return path

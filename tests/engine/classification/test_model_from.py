@@ -1,4 +1,4 @@
-"""Tests of finding and building models: file precedence, and reading each file once."""
+"""Tests for finding and building models: precedence of files, and reading each file only once."""
 
 import shutil
 from collections import Counter
@@ -52,7 +52,7 @@ def trained(train, tmp_path) -> Path:
 
 @pytest.fixture
 def own_weights(tmp_path) -> str:
-    """Return a weight file with its description, in a folder without a config."""
+    """Return a weight file that describes its own network, in a folder without a config."""
     (tmp_path / "weights").mkdir()
     save_weights(create_classifier("se_resnet18", 4), tmp_path / "weights" / "own.pth")
     return str(tmp_path / "weights" / "own.pth")
@@ -125,7 +125,7 @@ def test_a_model_by_name_is_the_one_that_create_classifier_builds(tmp_path):
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(loaded.model(x), expected(x))
-    # The user's preprocessing has precedence over what the names of the file's tensors suggest.
+    # Options from the user override the preprocessing that is inferred from the weight file.
     options = ["INPUT.CLASSIFICATION.TEST_RESIZE", "64", "INPUT.FORMAT", "BGR"]
     changed = find_model("resnet50", weights=path, options=options).build("cpu")
     assert (changed.preprocessing.resize, changed.preprocessing.format) == (64, "BGR")
@@ -158,7 +158,7 @@ def test_the_family_of_initial_weights_is_not_that_of_the_checkpoint(train, tmp_
     loaded = load_trained(checkpoint)
     assert loaded.family == "senet_transfer"
     assert loaded.classes == ["blue", "green", "nested/blue", "red"]
-    # The config's family applies to the weight file named in the config.
+    # The config's weight family applies only to the weight file that the config names.
     config = str(tmp_path / "run" / "config.yaml")
     assert model_config(config_file=config, weights=str(path)).MODEL.WEIGHTS_FAMILY
 

@@ -1,4 +1,4 @@
-"""Names of images and class folders in any script, Unicode form and encoding."""
+"""Tests for names of images and class folders in any script, Unicode form or encoding."""
 
 import csv
 import json
@@ -83,7 +83,7 @@ def test_class_folders_match_classes_in_another_unicode_form(tmp_path, open_any,
     classes = ["tea", given, CHINESE]
     found = open_any(root, classes=classes)
     assert list(found.classes) == classes
-    # ImageFolder sorts by name.
+    # ImageFolder sorts the folders by name.
     own = ImageFolder(root).classes
     expected = [classes.index(given if name == there else name) for name in own]
     labels = found.labels

@@ -22,7 +22,7 @@ NORMALISE = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class GatedBlock(BasicBlock):
-    """torchvision's BasicBlock with torchvision's SE gate between the last norm and the sum."""
+    """torchvision's BasicBlock with torchvision's SE block between the last norm and the sum."""
 
     def __init__(self, inputs, outputs, *args, **kwargs):
         super().__init__(inputs, outputs, *args, **kwargs)
@@ -30,7 +30,7 @@ class GatedBlock(BasicBlock):
 
 
 def torchvisions_se_resnet18(tensors: dict[str, torch.Tensor]) -> nn.Module:
-    """Return a network of torchvision's modules with the weights of our model."""
+    """Build SE-ResNet-18 from torchvision's modules and load this project's weights into it."""
     model = ResNet(GatedBlock, [2, 2, 2, 2], num_classes=len(tensors["linear.bias"]))
     names = {
         r"^linear\.": "fc.",
@@ -55,7 +55,7 @@ def torchvisions_se_resnet18(tensors: dict[str, torch.Tensor]) -> nn.Module:
 
 @torch.inference_mode()
 def plain_loop(model: nn.Module, places: Path, resize: int, crop: int) -> torch.Tensor:
-    """Return logits in the order of the list, computed with only Pillow and torchvision."""
+    """Return logits in the order of places365_val.txt, computed with Pillow and torchvision."""
     steps = [transforms.Resize(resize), transforms.CenterCrop(crop)]
     view = transforms.Compose([*steps, transforms.ToTensor(), NORMALISE])
     names = [line.split()[0] for line in (places / "places365_val.txt").read_text().splitlines()]
@@ -96,13 +96,13 @@ def test_from_the_data_sets_files_to_a_classifier_that_torchvision_agrees_with(
         {"shards": tmp_path / "val", "folder": source, "archive": tmp_path / "val_256.tar"},
         tmp_path,
     )
-    # Chance level for eight classes.
+    # The images are of eight classes, so guessing has an error of about 88%.
     assert found["top1_error"] < 50
     check_logits(run / "model_final.pth", rows, source)
 
 
 def check_sources(weights: Path, sources: dict[str, Path], folder: Path) -> tuple[dict, list]:
-    """Check that the results on all sources are equal, and return them."""
+    """Check that the results for all data sources are equal, and return them with the logits."""
     errors = set()
     for kind, data in sources.items():
         files = ["--output", folder / f"{kind}.json", "--predictions", folder / f"{kind}.csv"]
@@ -118,10 +118,10 @@ def check_sources(weights: Path, sources: dict[str, Path], folder: Path) -> tupl
 
 
 def check_logits(weights: Path, rows: list[dict], source: Path) -> None:
-    """Compare each image's logits with those of torchvision's network and transforms."""
+    """Compare the logits and top 5 classes of each image with torchvision's."""
     tensors = torch.load(weights, weights_only=True)["model"]
     model = torchvisions_se_resnet18(tensors)
-    # The preprocessing of the recipe, which the checkpoint stores.
+    # These sizes are those of the recipe. The tools read them from the checkpoint.
     expected = plain_loop(model, source, resize=73, crop=64)
     logits = [[float(row[f"logit{label}"]) for label in range(365)] for row in rows]
     torch.testing.assert_close(torch.tensor(logits), expected, rtol=0, atol=1e-4)

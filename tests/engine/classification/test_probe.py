@@ -1,4 +1,4 @@
-"""Tests of features, linear probes and nearest neighbours against plain loops and SciPy."""
+"""Tests that compare features, linear probes and nearest neighbours with plain loops and SciPy."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def weights(network, tmp_path_factory) -> Path:
 
 @torch.inference_mode()
 def plain_loop(network, tree: Path) -> tuple[list[Path], torch.Tensor]:
-    """Return the paths and pooled features of a folder, computed with Pillow and torchvision."""
+    """Return the paths and pooled features of the images in a folder, computed by a plain loop."""
     classes = sorted({path.parent for path in tree.rglob("*.jpg")})
     paths = [path for folder in classes for path in sorted(folder.glob("*.jpg"))]
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in
@@ -140,7 +140,7 @@ def test_nearest_neighbours_vote_with_dinos_weights():
             expected[place, labels[other]] += np.exp(cosine[other] / 0.07)
     found = neighbour_scores(*map(torch.from_numpy, (known, labels, images)), k=5, num_classes=7)
     np.testing.assert_allclose(found, expected, rtol=1e-9)
-    # A class without votes is never among the five best.
+    # No neighbour has class 6, so it is never among the top 5.
     errors = top_errors(found.log(), torch.full((9,), 6))
     assert errors == {"images": 9, "top1_error": 100.0, "top5_error": 100.0}
 
@@ -148,7 +148,7 @@ def test_nearest_neighbours_vote_with_dinos_weights():
 @pytest.mark.long
 def test_the_saved_probe_is_a_classifier_with_the_probes_errors(weights, tree, tmp_path, capsys):
     output = tmp_path / "probe"
-    # A folder with other images of three of the four classes.
+    # Create a validation folder with rotated images of three of the four classes.
     val = tmp_path / "val"
     for name in ("blue", "nested/blue", "red"):
         (val / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Tests of training and evaluation on small images in memory."""
+"""Tests for training and evaluation on small images that are kept in memory."""
 
 import shutil
 from itertools import islice
@@ -23,7 +23,7 @@ SIDE = "INPUT.CLASSIFICATION"
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """Return a ``$DETECTRON2_DATASETS`` with a small data set in the layout of CIFAR-10."""
+    """Write a small data set in CIFAR-10's layout and set ``$DETECTRON2_DATASETS``."""
     generator = torch.Generator().manual_seed(0)
     for split, count in (("train", 24), ("test", 10)):
         images = torch.randint(0, 256, (count, 3, 32, 32), generator=generator).to(torch.uint8)
@@ -35,7 +35,7 @@ def root(tmp_path, monkeypatch):
 
 @pytest.fixture
 def small(root):
-    """Return the config overrides for a small network with all augmentations enabled."""
+    """Return config overrides for a small network with all augmentations enabled."""
     return {
         "config": CONFIG,
         "DATASETS.TRAIN": "('cifar10_train',)",

@@ -1,4 +1,4 @@
-"""Tests of fine-tuning by stages: layer-wise learning rates and gradual unfreezing."""
+"""Tests for fine-tuning by stage: layer-wise learning rates and gradual unfreezing."""
 
 import sys
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ UNFREEZE = {
 
 
 def rates(model, **overrides) -> dict[str, float]:
-    """Return the learning rate of each parameter by name."""
+    """Return the learning rate of each of a model's parameters by name."""
     options = {"SOLVER.BASE_LR": "1.0", "SOLVER.LAYER_DECAY": "0.5", **overrides}
     cfg = load_config("", [word for item in options.items() for word in item])
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -39,7 +39,7 @@ def test_the_learning_rate_halves_from_stage_to_stage():
     for name, rate in found.items():
         stage = name.split(".")[1] if name.startswith("backbone.") else ""
         assert rate == pytest.approx(expected.get(stage, 1.0)), name
-    found = rates(create_classifier("cifar_resnet8", 3))  # it has no res5
+    found = rates(create_classifier("cifar_resnet8", 3))  # its last stage is res4
     assert found["backbone.res4.0.conv1.weight"] == 0.5
     assert found["backbone.stem.conv1.weight"] == 0.5**4
 
@@ -76,7 +76,7 @@ def test_stages_are_unfrozen_from_the_last_to_the_first():
     hook.trainer = SimpleNamespace()
     seen = []
     for hook.trainer.iter in range(5):
-        model.train()  # as after an evaluation
+        model.train()  # as the trainer does after an evaluation
         hook.before_step()
         stages = backbone_stages(model)
         stages.pop("backbone.stem")
@@ -112,7 +112,7 @@ def test_frozen_stages_do_not_change_and_a_resumed_run_is_exact(train, tmp_path)
 
     stages = ("stem", "res2", "res3", "res4", "res5")
     changed = {stage: [changes(stage, iteration) for iteration in range(5)] for stage in stages}
-    # res5 is trained in iterations 2 to 5, and res4 in iterations 4 and 5.
+    # Of the five iterations, the last four train res5 and the last two train res4.
     assert changed == {
         "stem": [False] * 5,
         "res2": [False] * 5,
@@ -129,7 +129,7 @@ def test_frozen_stages_do_not_change_and_a_resumed_run_is_exact(train, tmp_path)
 
 @pytest.mark.long
 def test_the_times_can_be_given_in_epochs(train):
-    # 24 images in batches of 4 are 6 iterations.
+    # An epoch of 24 images in batches of 4 has 6 iterations.
     overrides = {
         "SOLVER.UNFREEZE_EPOCHS": "(0.5, 1)",
         "SOLVER.EPOCHS": "0.3",

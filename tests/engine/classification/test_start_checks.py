@@ -1,4 +1,4 @@
-"""Errors in a classifier's config and data that are found when a run starts, and its end."""
+"""Tests for errors in configs and data, and for resuming a finished run."""
 
 import json
 import logging
@@ -53,7 +53,7 @@ def test_a_batch_norm_with_one_value_per_channel_is_found_at_start(
     if not valid:
         with pytest.raises(UserError, match=r"(?s)more than one value per channel.*IMS_PER_BATCH"):
             Trainer(cfg)
-    # PyTorch is the reference.
+    # Check that PyTorch itself raises an error in the same cases.
     model = Trainer.build_model(cfg).backbone.train()
     images = torch.zeros(batch // micro, 3, crop, crop)
     if valid:
@@ -75,7 +75,7 @@ def test_auto_class_weights_are_the_inverse_frequencies_with_a_mean_of_1(command
             "MODEL.CLASSIFIER.CLASS_WEIGHTS": "auto"}  # fmt: skip
     cfg = setup(command(**auto))
     assert cfg.DATASETS.CLASSES == ["common", "medium", "rare"]
-    expected = [3 / 7, 6 / 7, 12 / 7]  # 1/4, 1/2 and 1, divided by their mean, 7/12
+    expected = [3 / 7, 6 / 7, 12 / 7]  # 1/4, 1/2 and 1, divided by their mean of 7/12
     assert pytest.approx(expected) == cfg.MODEL.CLASSIFIER.CLASS_WEIGHTS
     assert Trainer.build_model(cfg).class_weights.tolist() == pytest.approx(expected)
     saved = load_config(f"{cfg.OUTPUT_DIR}/config.yaml")
@@ -144,7 +144,7 @@ def test_resuming_a_finished_run_adds_no_iteration(command):
         assert all(torch.equal(after["model"][name], t) for name, t in before["model"].items())
     rows = [json.loads(row) for row in (folder / "metrics.json").read_text().splitlines()]
     assert max(row["iteration"] for row in rows) <= 2
-    # A run with a later end continues with exactly the missing steps.
+    # If MAX_ITER is increased, a resumed run trains only the missing steps.
     main(command("--resume", **{"SOLVER.MAX_ITER": "3"}))
     assert json.loads((folder / "results.json").read_text())["training"]["iterations"] == 3
 

@@ -1,4 +1,4 @@
-"""Test of a run with one of timm's networks, from its weights to the exported model."""
+"""Tests that a timm network can be fine-tuned, evaluated and exported."""
 
 import shutil
 

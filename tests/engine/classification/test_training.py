@@ -1,4 +1,4 @@
-"""Tests of training runs: output files, exact resuming and several processes."""
+"""Tests for training runs: output files, exact resumption and multiple processes."""
 
 import json
 import math
@@ -17,13 +17,13 @@ from senet_transfer.models import ImageClassifier
 from tests.comparing import assert_same
 from tests.engine.classification.conftest import BATCH_NORM
 
-# Everything that draws random numbers or has state.
+# Options that enable every feature that draws random numbers or has state.
 EVERYTHING = {
     "MODEL.CLASSIFIER.DROPOUT": "0.3",
     "MODEL.CLASSIFIER.MIXUP": "0.2",
     "MODEL.CLASSIFIER.CUTMIX": "1.0",
     **BATCH_NORM,
-    # Training is also stable at ten times this learning rate.
+    # Training is stable even at ten times this learning rate.
     "SOLVER.BASE_LR": "0.0001",
     "SOLVER.EMA.ENABLED": "True",
     "SOLVER.MICRO_BATCHES": "2",
@@ -56,7 +56,7 @@ def test_a_run_broken_off_in_mid_epoch_ends_as_the_unbroken_one_to_the_last_bit(
     (broken / "last_checkpoint").write_text("model_0000003.pth")
     resumed = train("--resume", **keys, OUTPUT_DIR=str(broken))
     assert resumed.start_iter == 4
-    # 24 images, 4 per step: both halves end in the middle of an epoch.
+    # With 24 images and 4 per step, both halves of the run end in the middle of an epoch.
     for name in ("model_final.pth", "model_ema.pth"):
         found, expected = saved(broken, name), saved(straight, name)
         assert found.pop("senet_transfer") == expected.pop("senet_transfer")
@@ -116,7 +116,7 @@ def test_the_best_model_survives_a_resume_and_never_takes_the_tag(train, command
     best = saved(run, "model_best.pth")
     assert best["metric"] == "classification/top1_error"
     assert "trainer" not in best
-    # Pretend that the first half was better than everything that follows.
+    # Pretend that the best model of the first half is better than any later model.
     best["value"] = -1.0
     torch.save(best, run / "model_best.pth")
     (run / "model_best.pth.sha256").unlink()
@@ -232,7 +232,7 @@ def test_a_resumed_run_says_what_it_does_otherwise_and_what_has_no_effect(train,
     ]
     trainer.resume_or_load(resume=True)
     assert {g["initial_lr"] for g in trainer.optimizer.param_groups} == {same.SOLVER.BASE_LR}
-    setup(command("--resume"))  # the saved config is again that of the run
+    setup(command("--resume"))  # the saved config is valid for resuming again
     with pytest.raises(UserError, match="OPTIMIZER is AdamW, but the run to resume has.* SGD"):
         setup(command("--resume", **{"SOLVER.OPTIMIZER": "AdamW"}))
     other = Trainer(setup(command("--resume", **{"SOLVER.WEIGHT_DECAY_BIAS": "0.0"})))
@@ -290,7 +290,7 @@ def test_two_processes_and_one_have_the_same_loss_and_errors(
     keys = BATCH_NORM if norm == "FrozenBN" else {}
     trainer = train(OUTPUT_DIR=str(start), **keys)
     assert trainer.iter == 2
-    # Each step uses the whole data set, so that both runs see the same images in every step.
+    # Each step uses all images, so both runs see the same images in every step.
     keys = {
         **keys,
         "MODEL.RESNETS.NORM": norm,

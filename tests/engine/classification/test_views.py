@@ -1,4 +1,4 @@
-"""Tests of several scales, crops and models against plain loops with only torchvision."""
+"""Tests that compare multi-scale, multi-crop and ensemble evaluation with plain loops."""
 
 import csv
 import json
@@ -35,7 +35,7 @@ TENSOR = transforms.Compose(
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    """Return a folder with images of different sizes, of which two have the same size."""
+    """Return a folder with four images; two of them have the same size."""
     root = tmp_path_factory.mktemp("photos")
     random = np.random.default_rng(0)
     for index, size in enumerate([(60, 50), (60, 50), (50, 83), (64, 64)]):
@@ -48,7 +48,7 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory):
-    """Return two of torchvision's networks, and their weight files."""
+    """Return two torchvision networks with different random weights, and their weight files."""
     folder, found = tmp_path_factory.mktemp("weights"), []
     for seed in range(2):
         torch.manual_seed(seed)
@@ -64,7 +64,7 @@ def evaluate(*words: str) -> dict:
 
 
 def logits_of(photos: Path, out: Path, *words: str) -> tuple[dict, torch.Tensor]:
-    """Return the results and the logits, in the order of the sorted image paths."""
+    """Run the evaluation command; return its results, and the logits sorted by image path."""
     files = ["--predictions", out / "logits.csv", "--logits", "--output", out / "results.json"]
     model = ["--model", "resnet18", "--family", "torchvision_v1", "--data", photos]
     evaluate(*words, *model, *files)
@@ -76,7 +76,7 @@ def logits_of(photos: Path, out: Path, *words: str) -> tuple[dict, torch.Tensor]
 
 @torch.inference_mode()
 def plain_loop(network, photos: Path, view) -> torch.Tensor:
-    """Return the mean logits over the scales, where ``view`` returns the crops at a scale."""
+    """Return each image's mean logits over all scales and crops; ``view`` crops a resized image."""
     logits = []
     for path in sorted(photos.rglob("*.png")):
         image = Image.open(path).convert("RGB")
@@ -130,7 +130,7 @@ def test_the_mean_of_probabilities_is_the_same_in_one_pass_and_from_saved_logits
     torch.testing.assert_close(logits.double().softmax(1), expected, rtol=0, atol=1e-7)
     assert results["weights"] == weights
     assert results["scales"] == [40]
-    # The second file lists the images in another order.
+    # List the images in the second file in a different order.
     header, *rows = files[1].read_text().splitlines(keepends=True)
     files[1].write_text("".join([header, *reversed(rows)]))
     saved = tmp_path / "saved.csv"
@@ -155,7 +155,7 @@ def test_dense_evaluation_applies_fully_connected_layers_at_all_positions():
         logits = DenseClassifier(model)(pack([[image] for image in images]))
         for image, found in zip(images, logits, strict=True):
             x = model.backbone(model.normalise(image[None]))[model.feature]
-            # The layers as convolutions, in section 3.2 of Simonyan and Zisserman.
+            # Apply the layers as convolutions, as in section 3.2 of Simonyan and Zisserman.
             neck, last = model.neck, model.linear
             x = F.relu(F.conv2d(x, neck.fc1.weight.view(64, 64, 7, 7), neck.fc1.bias))
             x = F.relu(F.conv2d(x, neck.fc2.weight[..., None, None], neck.fc2.bias))

@@ -1,4 +1,4 @@
-"""Tests of the drawings: colours, labels, fonts and line widths."""
+"""Tests for drawings of predictions: colours, labels, fonts and line widths."""
 
 import itertools
 import logging
@@ -23,7 +23,7 @@ from senet_transfer.engine.inference.drawing import (
 
 
 def draw(boxes, classes, names, size=(480, 640), scores=None) -> PredictionDrawing:
-    """Return a drawing of boxes on a black image."""
+    """Draw boxes on a black image and return the drawing."""
     found = Instances(size, pred_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32)))
     found.pred_classes = torch.tensor(classes)
     found.scores = torch.tensor(scores or [0.5] * len(boxes))
@@ -38,7 +38,7 @@ def test_every_object_of_a_class_has_the_same_colour_in_every_image():
     second = draw(boxes, [3, 3], list("abcd")).image
     expected = np.array(class_colour(3)) / max(class_colour(3))
     for image, x, y in ((first, 200, 300), (second, 100, 350), (second, 400, 400)):
-        # The line covers part of its outer pixels, which does not change the hue on black.
+        # Antialiasing darkens the outer pixels of a line on black, but does not change their hue.
         pixel = image[y - 1 : y + 1, x].max(0)
         assert pixel.max() > 200
         np.testing.assert_allclose(pixel / pixel.max(), expected, atol=0.02)
@@ -49,7 +49,7 @@ def test_the_colours_of_the_first_classes_differ_and_their_labels_are_readable()
     for one, other in itertools.combinations(colours, 2):
         assert np.linalg.norm(np.subtract(one, other)) > 0.15
     for colour in map(class_colour, range(200)):
-        # WCAG 2's formula for relative luminance; 4.5 is its level AA for text.
+        # WCAG 2 defines relative luminance and, for level AA, a text contrast of at least 4.5.
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
         light = np.dot([0.2126, 0.7152, 0.0722], linear) + 0.05
         contrast = light / 0.05 if text_colour(colour) == "black" else 1.05 / light
@@ -78,7 +78,7 @@ def test_the_label_of_a_rotated_box_touches_its_topmost_corner():
     found.pred_classes, found.scores = torch.tensor([0]), torch.tensor([0.5])
     drawing = PredictionDrawing(np.zeros((480, 640, 3), np.uint8), ClassNames.of(["ship"]))
     drawing.draw_instances(found)
-    # Half the width is (100, 0) and half the height (0, 50), turned counterclockwise.
+    # Rotate half the width (100, 0) and half the height (0, 50) counter-clockwise by 30 degrees.
     cos, sin = np.sqrt(3) / 2, 0.5
     corner = (300 + 100 * cos - 50 * sin, 200 - 100 * sin - 50 * cos)
     x0, _, _, y1 = drawing.labels[0]
@@ -90,18 +90,18 @@ def test_a_label_without_a_free_place_near_its_object_is_omitted():
     assert free_corner(rect, size, image, []) == (10, 0)
     assert free_corner(rect, size, image, [(0.0, 0.0, 200.0, 200.0)]) is None
     assert free_corner(rect, (300.0, 10.0), image, []) is None
-    # Below the object, because the two places above its lower edge are taken.
+    # The label is below the object, because both positions above its lower edge are taken.
     assert free_corner(rect, size, image, [(0.0, 0.0, 200.0, 20.0)]) == (10, 20)
 
 
 @pytest.mark.parametrize("name", ["$100$ note", "a$b$c", "cost $ 5", r"$\frac{$", "_{x}^2", "50%"])
 def test_dollar_signs_are_drawn_as_characters(name):
-    # Large text, whose width rounding to pixels changes little.
+    # Rounding to pixels changes the width of large text only slightly.
     drawing = draw([[100, 200, 900, 900]], [0], [name], (1000, 1400))
     x0, _, x1, _ = drawing.labels[0]
     points = 0.021 * np.sqrt(1000 * 1400)
     font = ImageFont.truetype(findfont(FontProperties(family="DejaVu Sans")), points)
-    # Pillow measures the text without any markup. The label has a margin of 0.15 on both sides.
+    # Pillow does not interpret markup. The label has a margin of 0.15 text sizes on both sides.
     assert x1 - x0 == pytest.approx(font.getlength(f"{name} 50%") + 0.3 * points, rel=0.05)
 
 
@@ -138,7 +138,8 @@ def test_chinese_names_are_drawn_with_an_installed_font(chinese_font, caplog):
     x0, y0, x1, y1 = map(int, drawing.labels[0])
     label = drawing.image[y0:y1, x0:x1].astype(int)
     assert text_colour(class_colour(0)) == "black"
-    # Eight squares whose side is the text size, 0.021 of the image size; their edges are blurred.
+    # The label has eight squares with blurred edges. Their side is the text size, which is 0.021 of
+    # the image size.
     assert (label.sum(2) < 60).sum() > 8 * 10.5**2
 
 

@@ -1,4 +1,4 @@
-"""Tests of merged detections against ensemble-boxes, Detectron2 and plain loops."""
+"""Tests that compare merged detections with ensemble-boxes, Detectron2 and plain loops."""
 
 import json
 from pathlib import Path
@@ -28,12 +28,12 @@ from senet_transfer.engine.setup import setup
 from senet_transfer.engine.trainer import Trainer
 from tests.engine.conftest import SMALL
 
-# Written by write_fused_boxes.py.
+# Boxes fused by ensemble-boxes, from write_fused_boxes.py.
 FUSED = json.loads(Path(__file__).with_name("fused_boxes.json").read_text())
 DETECTIONS = "coco_instances_results.json"
 SIZES = (64, 80)
 AUG = {"TEST.AUG.ENABLED": "True", "TEST.AUG.MIN_SIZES": str(SIZES), "TEST.AUG.MAX_SIZE": "120"}
-# At this image size, ten times as fast as the network in SMALL.
+# At this image size, this network is ten times as fast as the one in SMALL.
 RESNET18 = {
     "MODEL.RESNETS.DEPTH": "18",
     "MODEL.RESNETS.NUM_GROUPS": "1",
@@ -82,7 +82,7 @@ def built(architecture: str, seed: int = 0, **keys: str):
 
 @pytest.fixture(scope="module")
 def item(shapes) -> dict:
-    """Return an image for a detector, whose original is larger."""
+    """Return a detector's input: an image that was resized to half of its original size."""
     pixels = read_image(min(shapes.glob("tiny/*.jpg")), "BGR")
     height, width = pixels.shape[:2]
     image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
@@ -98,7 +98,7 @@ def assert_same(found, boxes, scores, classes) -> None:
 
 @torch.no_grad()
 def plain_views(model, item) -> tuple[torch.Tensor, ...]:
-    """Return the boxes, scores and classes for all sizes and their mirror images."""
+    """Return the boxes, scores and classes detected at all sizes, with and without flipping."""
     pixels, found = item["image"].permute(1, 2, 0).numpy(), []
     for size in SIZES:
         factor = size / min(pixels.shape[:2])
@@ -180,7 +180,7 @@ def test_detectors_without_class_names_need_the_same_number_of_classes():
 def test_checkpoints_are_evaluated_together_with_and_without_augmentation(command, tmp_path):
     def evaluate(*words: str) -> dict:
         flags = ["--weights", *weights, "--workers", "0", "--quiet", *words]
-        # With these options, the augmentation consists of the image only.
+        # With these options, augmentation uses a single view: the unflipped image at one size.
         return main(parser().parse_args([*flags, "--scales", "64", "TEST.AUG.FLIP", "False"]))
 
     config, keys = CONFIGS["RetinaNet"]

@@ -1,7 +1,6 @@
-"""Write fused_boxes.json, boxes of several detectors and their fusion by ensemble-boxes.
+"""Script that writes fused_boxes.json: boxes of several detectors, fused by ensemble-boxes.
 
-pip install ensemble-boxes==1.0.9
-python tests/engine/inference/write_fused_boxes.py
+It needs ``pip install ensemble-boxes==1.0.9``.
 """
 
 import json
@@ -14,7 +13,7 @@ FILE = Path(__file__).with_name("fused_boxes.json")
 
 
 def detections(rng: np.random.Generator, objects: np.ndarray, count: int) -> tuple:
-    """Return the boxes, scores and classes of a detector that finds some objects several times."""
+    """Return random boxes, scores and classes; several boxes may belong to the same object."""
     chosen = objects[rng.integers(0, len(objects), count)]
     corners = np.clip(chosen[:, :4] + rng.normal(0, 0.02, (count, 4)), 0, 1)
     boxes = np.concatenate([corners[:, :2], np.maximum(corners[:, 2:], corners[:, :2] + 0.01)], 1)

@@ -1,4 +1,4 @@
-"""Fixtures: a small detector and a small classifier, saved as by training, and photographs."""
+"""Fixtures that save a small detector, a small classifier and a few images."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
 from tests.engine.classification.conftest import SMALL as SMALL_CLASSIFIER
 from tests.engine.conftest import SMALL as SMALL_DETECTOR
 
-# An SE-ResNet-18 of a quarter of the usual width.
+# Options for an SE-ResNet-18 with a quarter of the usual width.
 NARROW = {
     "MODEL.RESNETS.NORM": "BN",
     "MODEL.RESNETS.DEPTH": "18",
@@ -28,11 +28,11 @@ CLASSES = ["a/airfield", "b/bar", "c/canyon"]
 
 @pytest.fixture(autouse=True)
 def _one_thread(one_thread):
-    """Limit torch to one thread in all tests of this folder."""
+    """Run every test in this folder with one torch thread."""
 
 
 def saved(config: str, options: dict[str, str], folder: Path) -> CfgNode:
-    """Save a network with random weights and its config as at the end of a run."""
+    """Save a network with random weights and its config, as at the end of a training run."""
     torch.manual_seed(0)
     cfg = load_config(config, [word for item in options.items() for word in item])
     folder.mkdir(parents=True)
@@ -44,7 +44,7 @@ def saved(config: str, options: dict[str, str], folder: Path) -> CfgNode:
 
 @pytest.fixture(scope="session")
 def detector(tmp_path_factory) -> Path:
-    """Return the folder of a Mask R-CNN that detects many objects with low scores."""
+    """Return the run folder of an untrained Mask R-CNN, which detects objects with low scores."""
     folder = tmp_path_factory.mktemp("runs") / "detector"
     options = {
         **SMALL_DETECTOR,
@@ -60,7 +60,7 @@ def detector(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def classifier(tmp_path_factory) -> Path:
-    """Return the folder of a classifier of three scenes, of which the last is outdoors."""
+    """Return the run folder of an untrained classifier of three scenes; the last is outdoors."""
     folder = tmp_path_factory.mktemp("runs") / "classifier"
     options = {**SMALL_CLASSIFIER, **NARROW, "MODEL.CLASSIFIER.NUM_CLASSES": "3"}
     saved("configs/base/classification.yaml", options, folder)
@@ -69,7 +69,7 @@ def classifier(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
-    """Return a folder of five JPEG images of two sizes, of which two are in a subfolder."""
+    """Return a folder with five JPEG images in two sizes; two of them are in a subfolder."""
     folder = tmp_path_factory.mktemp("photos")
     random = np.random.RandomState(0)
     for index, name in enumerate(("a", "b", "c", "sub/a", "sub/d")):

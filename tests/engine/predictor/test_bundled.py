@@ -1,4 +1,4 @@
-"""Tests of networks whose weights are part of the package, and of their model cards."""
+"""Tests for networks whose weights are part of the package, and for their model cards."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ from tests.engine.predictor.conftest import CLASSES
 
 
 def bundle(source: Path, name: str, folder: Path, *words: str) -> Path:
-    """Bundle a model with the command, and return the path of its weights."""
+    """Bundle a trained model with ``senet push`` and return the path of the bundled weights."""
     flags = ["--bundle", "--half", "--folder", str(folder)]
     push.main(push.parser().parse_args([str(source), name, *flags, *words]))
     return bundled_files(folder)[name.partition("/")[2]][0]
@@ -30,7 +30,7 @@ def bundle(source: Path, name: str, folder: Path, *words: str) -> Path:
 
 @pytest.fixture
 def use_folder(monkeypatch):
-    """Return a function that replaces the folder of the package's weights."""
+    """Return a function that sets the folder in which the package looks for bundled weights."""
 
     def use(folder: Path) -> None:
         monkeypatch.setattr(bundled, "FOLDER", folder)
@@ -42,7 +42,7 @@ def use_folder(monkeypatch):
 
 @pytest.fixture
 def folder(classifier, detector, tmp_path, use_folder) -> Path:
-    """Bundle a classifier and a detector."""
+    """Bundle a classifier and a detector into a folder, and make the package use it."""
     place = tmp_path / "pretrained"
     bundle(classifier, "senet_transfer/scenes", place, "--license", "mit", "--data", "my photos")
     bundle(detector, "senet_transfer/objects", place)
@@ -157,7 +157,7 @@ def test_a_card_states_the_metrics_of_the_file_and_of_all_seeds(classifier, phot
     place = tmp_path / "pretrained"
     bundle(classifier, "senet_transfer/scenes", place, *words, f"('{tmp_path / 'val'}',)")
     card = (place / "scenes.md").read_text()
-    # The same image is in all classes, so exactly one of three predictions is right.
+    # All three class folders contain the same image, so exactly one prediction is right.
     assert "| metric | this file | all runs (2 seeds) |" in card
     assert "| classification/top1_error | 66.67 | 31.00 ± 1.41 |" in card
     assert "Seeds of the runs: 2, 10. Command of the first: `senet train SEED 2`" in card

@@ -1,4 +1,4 @@
-"""Tests of predictions on image files, with models whose outputs are known."""
+"""Tests for predictions on image files, using models with known outputs."""
 
 import csv
 import itertools
@@ -23,7 +23,7 @@ from senet_transfer.engine.predictor.predictor import DetectorPredictor
 
 
 class Answers(nn.Module):
-    """Model that returns the result of a function of the original height and width."""
+    """Model that calls a function with the original height and width, and returns its result."""
 
     def __init__(self, answer):
         super().__init__()
@@ -35,7 +35,7 @@ class Answers(nn.Module):
 
 
 def one_object(height, width, **fields) -> dict[str, Instances]:
-    """Return one object of class 1 in the left half of the image."""
+    """Return a model output with one object of class 1 in the left half of the image."""
     box = torch.tensor([[0.0, 0.0, width / 2, height]])
     found = Instances((height, width), pred_boxes=Boxes(box), **fields)
     found.scores, found.pred_classes = torch.tensor([0.75]), torch.tensor([1])
@@ -54,7 +54,7 @@ def loaded(answer, **keys) -> LoadedModel:
 
 @pytest.fixture
 def images(tmp_path) -> list[str]:
-    """Write three images, of which the second is 3000 pixels high and 6 wide."""
+    """Write three images; the second one is 3000 pixels high and 6 pixels wide."""
     paths = []
     for name, shape in (("a", (40, 60)), ("b", (3000, 6)), ("c", (50, 50))):
         paths.append(str(tmp_path / f"{name}.png"))
@@ -75,7 +75,7 @@ def test_an_image_of_extreme_shape_and_a_name_with_dollars_are_predicted(images,
     model = loaded(one_object)
     found = predict(model, images, tmp_path)
     assert [image["file_name"] for image in found["images"]] == images
-    # 3000 pixels become 96, and 6 pixels become 0.19, of which at least one is kept.
+    # The height of 3000 is scaled to 96, and the width of 6 to 0.19, which is rounded up to 1.
     assert model.model.shapes[1] == (96, 1)
     assert found["categories"] == [{"id": 3, "name": "cat"}, {"id": 8, "name": "$5$ note"}]
     assert [a["category_id"] for a in found["annotations"]] == [8, 8, 8]
@@ -189,7 +189,7 @@ def test_keypoints_are_written_with_their_names(images, tmp_path):
         "skeleton": [],
     }
     (annotation,) = found["annotations"]
-    # COCO's coordinates are pixel indices, and Detectron2's are 0.5 at the centre of pixel 0.
+    # COCO's keypoints are pixel indices; in Detectron2, the centre of pixel 0 is at 0.5.
     np.testing.assert_allclose(annotation["keypoints"], [3, 4, 0.9, 10, 20, 0.2], rtol=1e-6)
     assert annotation["num_keypoints"] == 2
 
@@ -226,7 +226,7 @@ def test_rotated_boxes_are_written_with_five_numbers_and_drawn(images, tmp_path)
     with pytest.raises(UserError, match="YOLO's format has no rotated boxes"):
         predict_files(predictor, images[:1], out, form="yolo", quiet=True)
     drawing = cv2.imread(str(tmp_path / "out" / "a.jpg"))
-    # The box's right corner, 15 / sqrt(2) pixels from its centre, in a drawing of 4 times the size.
+    # The box's right corner is 15 / sqrt(2) pixels from its centre, and the drawing is enlarged 4x.
     corner = drawing[70:90, 4 * 40 : 4 * 42].reshape(-1, 3).astype(int)
     assert (np.ptp(corner, 1) > 100).any()
 

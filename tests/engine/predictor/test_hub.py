@@ -1,4 +1,4 @@
-"""Tests of models on the Hugging Face Hub, with a local server that has the Hub's interface."""
+"""Tests for models on the Hugging Face Hub, using a local server with the Hub's API."""
 
 import functools
 import hashlib
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """Return a function that empties the memory of downloads and starts a new cache folder."""
+    """Return a function that clears the cache of downloaded weights and sets a new cache folder."""
 
     def new(name: str) -> Path:
         hub_weights.cache_clear()
@@ -45,7 +45,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(cache, monkeypatch):
-    """Serve a Hub, and use it with a token."""
+    """Serve a local Hub and configure huggingface_hub to use it with a token."""
     constants = huggingface_hub.constants
     with serving_hub() as served:
         monkeypatch.setattr(constants, "ENDPOINT", served.address)
@@ -61,7 +61,7 @@ def hub(cache, monkeypatch):
 
 @pytest.fixture(scope="module")
 def timm_folder(tmp_path_factory):
-    """Return a function that saves a network with timm's own function for the Hub."""
+    """Return a function that saves a timm network with timm's own Hub function."""
     import timm
     from timm.models._hub import save_for_hf
 
@@ -127,7 +127,7 @@ def test_a_pushed_detector_gives_the_same_objects_in_a_new_process(detector, pho
 
 def test_weights_of_a_repository_are_accepted_wherever_weights_are(classifier, hub, tmp_path):
     push(classifier, "me/scenes")
-    push(classifier, "me/scenes")  # The repository may exist.
+    push(classifier, "me/scenes")  # the repository exists already
     name = "hf-hub:me/scenes"
     saved = torch.load(classifier / "model_final.pth", weights_only=True)["model"]
     options = {"stem_out_channels": 16, "res2_out_channels": 16}
@@ -150,7 +150,7 @@ def test_the_model_card_and_the_config_contain_only_what_is_known(
     cfg.merge_from_list(["OUTPUT_DIR", str(run), "MODEL.WEIGHTS", str(run / "first.pth")])
     cfg.merge_from_list(["DATASETS.TEST", (str(run / "val"),), "DATALOADER.CACHE_DIR", str(run)])
     (run / "train").mkdir()
-    (tmp_path / CLASSES[0]).mkdir(parents=True)  # a class whose name is that of a folder, too
+    (tmp_path / CLASSES[0]).mkdir(parents=True)  # a folder with the name of a class
     monkeypatch.chdir(tmp_path)
     cfg.DATASETS.TRAIN = ("secret_folder/train", "../secret/more", "./secret_set")
     (run / "config.yaml").write_text(cfg.dump())
@@ -159,7 +159,7 @@ def test_the_model_card_and_the_config_contain_only_what_is_known(
     (run / "results.json").write_text(json.dumps(results))
     out = tmp_path / "repository"
     run_command(str(run), "me/scenes", "--folder", str(out))
-    # These results are those of a later evaluation, perhaps of other weights.
+    # These results come from a separate evaluation, possibly of other weights, so they are omitted.
     assert "12.3" not in (out / "README.md").read_text()
     (run / "results.json").write_text(json.dumps({**results, "training": {"iterations": 9}}))
     words = ["--license", "mit", "--data", "me/photos", "--folder", str(out)]
@@ -251,7 +251,7 @@ def test_a_file_of_a_network_that_only_timm_has_loads_as_this_network(timm_folde
     image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(built(image), model(image))
-    with pytest.raises(UserError, match="states that its network is regnety_002"):
+    with pytest.raises(UserError, match="contains the network regnety_002"):
         senet_transfer.create_classifier(
             "timm/regnety_004", 3, weights=folder / "model.safetensors"
         )
@@ -285,7 +285,7 @@ def test_a_cached_repository_loads_without_network(classifier, hub, monkeypatch)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     asked = len(hub.asked)
     assert hub_weights("hf-hub:me/scenes") == first
-    with pytest.raises(UserError, match=r"hf-hub:me/other is not completely in the cache"):
+    with pytest.raises(UserError, match=r"hf-hub:me/other is not completely cached"):
         hub_weights("hf-hub:me/other")
     assert len(hub.asked) == asked
 
@@ -296,9 +296,9 @@ def test_a_repository_without_access_is_a_clear_error(classifier, hub, tmp_path,
     for name, expected in {
         "hf-hub:me/absent": "does not exist",
         "hf-hub:me/hidden": "is private and the token has no access",
-        "hf-hub:me": "is not the name of a repository",
-        "hf-hub:me/a/b": "is not the name of a repository",
-        "hf-hub:me/a@": "is not the name of a repository",
+        "hf-hub:me": "is not the name of a Hugging Face Hub repository",
+        "hf-hub:me/a/b": "is not the name of a Hugging Face Hub repository",
+        "hf-hub:me/a@": "is not the name of a Hugging Face Hub repository",
     }.items():
         with pytest.raises(UserError, match=expected) as caught:
             senet_transfer.load(name)
@@ -315,7 +315,7 @@ def test_a_repository_of_another_layout_is_a_clear_error(hub):
     sha = hub.commit("me/other", {"tf_model.h5": b"1", "run.py": b"raise SystemExit"})
     with pytest.raises(UserError, match=r"contains no model.safetensors.*tf_model.h5"):
         hub_weights("hf-hub:me/other")
-    with pytest.raises(UserError, match="no such revision"):
+    with pytest.raises(UserError, match="The revision in .* does not exist"):
         hub_weights("hf-hub:me/other@v2")
-    # Code is not downloaded.
+    # Code files are not downloaded.
     assert not any(f"{sha}/run.py" in path for _, path, _ in hub.asked)

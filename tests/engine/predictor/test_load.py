@@ -1,4 +1,4 @@
-"""Tests of the predictors returned by ``senet_transfer.load``, for every kind of model."""
+"""Tests for the predictors that ``senet_transfer.load`` returns for each kind of model."""
 
 import hashlib
 import pickle
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.long
 
 
 def evaluated_objects(folder: Path, path: Path):
-    """Return the instances that Detectron2's evaluation computes for an image."""
+    """Return the instances that a detector finds in an image, computed as in an evaluation."""
     loaded = find_model(weights=str(folder / "model_final.pth")).build("cpu")
     record = CheckedDatasetMapper(loaded.cfg, is_train=False)({"file_name": str(path)})
     record["width"], record["height"] = Image.open(path).size
@@ -98,7 +98,7 @@ def config(classifier, detector, tmp_path, monkeypatch):
 
 
 def published(classifier, detector, tmp_path, monkeypatch):
-    """Publish a network on this machine instead of torchvision's server."""
+    """Save random weights as a cached torchvision download; return their name and the model."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     name = "torchvision_v1/resnet18"
     entry = replace(load_catalogue()[name], sha256=None, file="resnet18.pth")
@@ -132,7 +132,7 @@ SOURCES = {
 
 @pytest.mark.parametrize(
     "kind",
-    # Exports with torch.export take long.
+    # Exports with torch.export are slow.
     [pytest.param(k, marks=pytest.mark.slow) if k in (".onnx", ".pt2") else k for k in SOURCES],
 )
 def test_a_model_from_any_source_classifies_like_the_model_in_python(
@@ -172,7 +172,7 @@ INPUT: {{MIN_SIZE_TEST: 64, MAX_SIZE_TEST: 96}}
 def test_a_detector_of_the_model_zoo_is_downloaded_and_predicts_as_in_detectron2(
     stride, std, photos, tmp_path, monkeypatch
 ):
-    """The zoo's config is replaced by a small one, and its server by one on this machine."""
+    """Replace the zoo's config with a small one, and its server with a local server."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     name = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x"
     base = Path(model_zoo.get_config_file(f"{name}.yaml")).parents[1] / "Base-RCNN-FPN.yaml"
@@ -182,7 +182,7 @@ def test_a_detector_of_the_model_zoo_is_downloaded_and_predicts_as_in_detectron2
     torch.manual_seed(1)
     model = build_model(cfg).eval()
     tensors = {name: value.numpy() for name, value in model.state_dict().items()}
-    # Some of the zoo's files contain these tensors, which Detectron2 ignores.
+    # Some files in the model zoo contain these tensors, which Detectron2 ignores.
     tensors |= {"proposal_generator.anchor_generator.cell_anchors.0": np.zeros((3, 4), np.float32)}
     content = pickle.dumps({"model": tensors, "__author__": "Detectron2 Model Zoo"})
     file = "137849600/model_final_f10217.pkl"
@@ -205,7 +205,7 @@ def test_a_detector_of_the_model_zoo_is_downloaded_and_predicts_as_in_detectron2
     np.testing.assert_array_equal(found.boxes, instances.pred_boxes.tensor)
     np.testing.assert_array_equal(found.labels, instances.pred_classes)
     assert len(found) > 5
-    # The 13th of COCO's 80 classes has the category id 14.
+    # The 13th of COCO's 80 classes has category id 14.
     assert predictor.classes.categories[12] == {"id": 14, "name": "parking meter"}
 
 
@@ -230,7 +230,7 @@ def test_an_exported_detector_finds_the_same_objects(detector, photos, turned, t
 
 @pytest.fixture
 def turned(photos, tmp_path):
-    """Return a photograph with an EXIF orientation, and its pixels without and with it as PNG."""
+    """Return a JPEG with an EXIF orientation, and PNGs with its stored and its upright pixels."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     Image.open(photos / "a.jpg").save(tmp_path / "turned.jpg", exif=exif, quality=95)
@@ -325,7 +325,7 @@ def test_results_are_converted_to_coco_and_supervision_and_drawn(classifier, det
         np.testing.assert_allclose([x, y, x + width, y + height], box, rtol=1e-5)
         np.testing.assert_array_equal(mask_util.decode(row["segmentation"]), mask)
         assert row["image_id"] == 7
-    # Drawings of small images are enlarged at most 4 times.
+    # Small images are enlarged by a factor of at most 4 when drawn.
     assert found.plot().size == (4 * 80, 4 * 60)
     assert repr(found).startswith(f"{photos}/a.jpg: {len(found)} objects: ")
     assert found._repr_html_().startswith('<img src="data:image/jpeg;base64,')
@@ -378,7 +378,7 @@ def test_a_source_that_cannot_be_loaded_is_named_with_what_to_do(tmp_path, class
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3, 8, 8]) for name in "xy"]
     graph = helper.make_graph([node], "graph", ends[:1], ends[1:])
     other = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    helper.set_model_props(other, {"names": "{0: 'person'}"})  # as other programs write them
+    helper.set_model_props(other, {"names": "{0: 'person'}"})  # as in other programs' exports
     (tmp_path / "other.onnx").write_bytes(other.SerializeToString())
     for source, message in (
         (tmp_path / "empty", r"contains neither model_best.pth nor model_final.pth"),
@@ -395,7 +395,7 @@ def test_a_source_that_cannot_be_loaded_is_named_with_what_to_do(tmp_path, class
 
 def test_the_classes_of_places365_are_those_of_the_data_set():
     names = list(places365_classes())
-    # The file categories_places365.txt contains these lines. torchvision states its MD5.
+    # These lines must equal categories_places365.txt, whose MD5 is in torchvision.
     lines = "\n".join(f"/{name} {label}" for label, name in enumerate(names))
     meta = torchvision.datasets.Places365._CATEGORIES_META
     assert hashlib.md5(lines.encode()).hexdigest() == meta[1]
@@ -410,13 +410,13 @@ def test_a_class_activation_map_is_each_positions_part_of_the_logit(classifier, 
     model = predictor.run
     blocks = []
     last = model.backbone.res5[-1]
-    # Random gates are nearly equal.
+    # Make the gates differ, because those of the random weights are nearly equal.
     torch.nn.init.normal_(last.se.fc2.weight, std=3)
     with last.register_forward_hook(lambda block, inputs, output: blocks.append((*inputs, output))):
         logits = model({"image": predictor.transform(photos.joinpath("a.jpg").read_bytes())[None]})
     x, features = blocks[0]
     inner = torch.relu(last.conv1(x))
-    # The block by hand, with the mean of its gate in place of the gate.
+    # Compute the block by hand, with each gate value replaced by their mean.
     mean = last.se.gate(last.conv2(inner)).mean()
     equal = torch.relu(x + mean * last.conv2(inner))
     for label in range(3):
@@ -443,7 +443,7 @@ def test_a_class_activation_map_is_each_positions_part_of_the_logit(classifier, 
 def test_prediction_is_at_least_0_9_times_as_fast_as_the_evaluation(
     kind, classifier, detector, shared_data, tmp_path
 ):
-    """CPU time is measured, because other programs run on the machine."""
+    """Compare CPU times, which depend little on other programs on the machine."""
     paths = sorted(map(str, (shared_data / "coco128").rglob("*.jpg")))[:64]
     if kind == "classifier":
         key = "INPUT.CLASSIFICATION.TEST_"

@@ -1,4 +1,4 @@
-"""Tests of prediction on videos, streams, addresses and lists, and of the formats of results."""
+"""Tests for prediction on videos, streams, URLs and lists of images, and for result formats."""
 
 import csv
 import json
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.long
 
 
 def write_video(path, frames: int, size: tuple[int, int] = (80, 60)) -> None:
-    """Write a video of a bright square that moves over a dark background."""
+    """Write a video of a bright square that moves across a dark background."""
     out = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 10, size)
     for index in range(frames):
         frame = np.full((size[1], size[0], 3), 40, np.uint8)
@@ -72,7 +72,7 @@ def test_every_frame_of_a_video_has_the_detections_of_the_same_image(count, dete
 
 
 def test_memory_does_not_grow_with_the_length_of_a_video(classifier, tmp_path):
-    """A frame has 230 kB, so that all frames together would have 23 MB."""
+    """Check that peak memory is far below the 23 MB of all frames together."""
     predictor = senet_transfer.load(classifier)
     write_video(tmp_path / "square.mp4", 100, (320, 240))
     count = 0
@@ -186,7 +186,7 @@ def test_batches_and_workers_find_the_same_and_lose_no_image(
     images = [*find_photos([str(photos)]), str(broken)]
     for folder in (detector, classifier):
         predictor = senet_transfer.load(folder, threshold=0)
-        # Images of one size are not padded.
+        # Use images of one size, so that batches need no padding.
         same = [path for path in images if path is not images[1] and path is not images[3]]
         problems: list[str] = []
         single = list(predictor.stream(same, broken=problems))

@@ -1,4 +1,4 @@
-"""Tests that apply to every registered backbone."""
+"""Tests for every registered backbone."""
 
 import functools
 import inspect
@@ -16,7 +16,7 @@ from senet_transfer.models.registry import ModelEntry, build_backbone, model_ent
 
 STAGES = ["res2", "res3", "res4", "res5"]
 
-# Parameters in the paper's tables: weights, biases and affine norms, with 1000 classes.
+# Numbers of parameters (weights, biases, affine norms) of the paper's networks, for 1000 classes.
 PARAMETERS = {
     "resnet50": 25_557_032,
     "se_resnet50": 28_088_024,
@@ -31,7 +31,7 @@ PARAMETERS = {
     "senet154": 115_088_984,
 }
 
-# Networks for 32x32 images have three stages, of strides 1, 2 and 4.
+# Networks for 32x32 images have three stages, with strides of 1, 2 and 4.
 CIFAR_STAGES = STAGES[:3]
 
 
@@ -40,25 +40,25 @@ def is_cifar(name: str) -> bool:
 
 
 def is_residual(name: str) -> bool:
-    """Return whether a model is a ResNet, a ResNeXt or SENet-154."""
+    """Return whether a model is a ResNet, ResNeXt or SENet-154."""
     others = ("inception", "wideresnet18")
     named = "resn" in name and not any(other in name for other in others) and not is_cifar(name)
     return named or name == "senet154"
 
 
 def aligned(name: str) -> dict[str, str]:
-    """Return the options that align feature maps with the image for any image size."""
+    """Return options with which feature maps are aligned with the image at any image size."""
     return {"padding": "same"} if "inception_resnet" in name else {}
 
 
 CIFAR_MODELS = [name for name in list_models() if is_cifar(name)]
 
-# These networks have more blocks of the same types as those with 50 layers.
+# Networks that have the same block types as those with 50 layers, but more blocks.
 DEEPER = [name for name in list_models() if name.endswith(("t101", "t152", "101_32x4d"))]
 
 
 def mostly_fast(names: list[str], slow: list[str] = ()) -> list:
-    """Return test parameters, with the deeper networks and those in ``slow`` marked as slow."""
+    """Return test parameters; deeper networks and those in ``slow`` are marked as slow."""
     marks = dict.fromkeys([*DEEPER, *slow], pytest.mark.slow)
     return [pytest.param(name, marks=marks.get(name, ())) for name in names]
 
@@ -73,13 +73,13 @@ def stages_of(name: str) -> list[str]:
 
 @functools.cache
 def structure(name: str, **options: object) -> Backbone:
-    """Return a backbone on the meta device: modules and parameter shapes without values."""
+    """Return a backbone on the meta device, which has modules and shapes but no values."""
     with torch.device("meta"):
         return create_backbone(name, **options)
 
 
 def with_all_stages(name: str, **options: object) -> Backbone:
-    """Return the structure of a backbone that outputs all stages, aligned with the image."""
+    """Return a backbone on the meta device that outputs all stages, aligned with the image."""
     return structure(name, out_features=tuple(stages_of(name)), **aligned(name), **options)
 
 
@@ -117,13 +117,13 @@ def has_gates(block: torch.nn.Module) -> bool:
 )
 @pytest.mark.long
 def test_se_adds_what_the_formula_says(name):
-    """Compare with 2/r times the sum of squared widths (equation 5) plus the biases."""
+    """Compare with 2/r times the sum of squared widths (equation 5), plus biases."""
     backbone, plain = structure(name), structure(name.removeprefix("se_"))
     widths = [
         block.out_channels for stage in backbone.stages for block in stage if has_gates(block)
     ]
     if "shake" in name:
-        widths *= 2  # each of the two branches has a gate
+        widths *= 2  # both branches have a gate
     assert widths
     expected = sum(2 * width * (width // 16) + width + width // 16 for width in widths)
     assert count(backbone) - count(plain) == expected
@@ -159,7 +159,7 @@ def test_features_have_the_shapes_that_are_declared(name):
         assert features[key].shape == (1, shape.channels, height // stride, width // stride)
 
 
-# Its hidden layers have 120M parameters.
+# VGG is slow because its hidden layers have 120 million parameters.
 VGG = [name for name in list_models() if "vgg" in name]
 
 
@@ -172,13 +172,13 @@ def test_every_parameter_gets_a_gradient(name):
         # The initial weight of fc2 is 0, which would block all gradients of fc1.
         if hasattr(module, "fc2"):
             torch.nn.init.normal_(module.fc2.weight, std=0.1)
-            # A gate of 16 channels has only one hidden unit, which must be active.
+            # A gate for 16 channels has only one hidden unit, which must be active.
             torch.nn.init.constant_(module.fc1.bias, 10.0)
     side = 8 if is_cifar(name) else 32
     model(torch.randn(2, 3, side, side)).square().sum().backward()
     without = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    # A hidden unit that is inactive for both images has no gradient, but every layer has one. The
-    # bias of ShuffleNet's depthwise norm has none, because the next norm cancels it.
+    # fc1 has no gradient if its hidden units are inactive for both images. The bias of ShuffleNet's
+    # depthwise norm has none because the next norm cancels it.
     known = ("se.fc1", "depthwise.norm.bias" if "shufflenet" in name else "se.fc1")
     assert not [key for key in without if not any(part in key for part in known)]
     assert len(without) < 0.2 * len(list(model.parameters()))

@@ -1,4 +1,4 @@
-"""Tests of the networks for CIFAR against plain-PyTorch implementations of the equations."""
+"""Tests that compare CIFAR networks with plain-PyTorch implementations of their equations."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from senet_transfer.preprocessing import CIFAR10, CIFAR100
 
 STAGES = ["stem", "res2", "res3", "res4"]
 
-# Weights, biases and affine norms, with the number of classes of the paper's data sets.
+# Number of classes, millions of parameters in the paper, and exact number of parameters.
 PARAMETERS = {
     "cifar_resnet110": (10, 1.73, 1_727_962),
     "cifar_resnet164": (10, 1.70, 1_703_258),
@@ -33,7 +33,7 @@ def norm(channels: int) -> int:
 
 
 def preact_count(widths: list[int], blocks: int, *, bottleneck: bool, projection: bool) -> int:
-    """Return the parameters of all stages and the final norm, from the published structure."""
+    """Return the number of parameters in all stages and the final norm, from the paper."""
     total, inputs = 0, 16
     for width in widths:
         for _ in range(blocks):
@@ -61,7 +61,7 @@ def shake_count(stem: int, widths: list[int], blocks: int, branch) -> int:
 
 
 def formula(name: str) -> int:
-    """Return the number of parameters of a backbone."""
+    """Compute the number of parameters of a backbone from its published structure."""
     if name == "cifar_resnet110":
         return 27 * 16 + preact_count([16, 32, 64], 18, bottleneck=False, projection=False)
     if name == "cifar_resnet164":
@@ -118,7 +118,7 @@ def test_se_adds_the_gates_of_its_placement_exactly(name, options, gates):
     assert added == sum(gate_parameters(channels, ratio, bias) for channels in gates)
 
 
-# Plain-PyTorch implementations of the networks, which take their tensors by name.
+# Plain-PyTorch implementations of the networks, which use a state dict.
 
 
 class Statement:
@@ -144,7 +144,7 @@ class Statement:
         return self.norm(x, key).clamp(min=0)
 
     def gate(self, x: Tensor, key: str) -> Tensor:
-        """Return ``x`` multiplied by ``s`` from the paper's equation 3."""
+        """Multiply ``x`` by its gate, which is ``s`` in the paper's equation 3."""
         state = self.state
         z = x.flatten(2).mean(2) @ state[f"{key}.fc1.weight"].T + state[f"{key}.fc1.bias"]
         z = z.clamp(min=0) @ state[f"{key}.fc2.weight"].T + state[f"{key}.fc2.bias"]
@@ -236,13 +236,13 @@ class Statement:
 
 
 def randomise(module: torch.nn.Module) -> torch.nn.Module:
-    """Randomise weights, affine parts and batch statistics, so that no default hides a mistake."""
+    """Randomise weights, norms and batch statistics, so that default values can't hide errors."""
     torch.manual_seed(0)
     for key, tensor in module.state_dict().items():
         if key.endswith("running_var"):
             tensor.uniform_(0.5, 1.5)
         elif tensor.dim() == 1:
-            # Small biases, and norms around 0.3, keep the sum over 54 blocks small.
+            # Small biases and norm weights around 0.3 keep the sum over 54 blocks small.
             scale = "norm" in key.split(".")[-2] and key.endswith("weight")
             tensor.normal_(0.3 if scale else 0.0, 0.1)
     for key, tensor in module.state_dict().items():
@@ -358,7 +358,7 @@ def test_a_config_builds_the_same_network(arch, placement):
 
 @pytest.mark.parametrize("name", ["se_cifar_resnet20", "se_wrn10_1"])
 def test_gates_start_open(name):
-    """Check that an SE network initially computes nearly the same as its plain counterpart."""
+    """Check that a new SE network computes nearly the same features as its plain counterpart."""
     torch.manual_seed(0)
     plain = create_backbone(name.removeprefix("se_"))
     gated = create_backbone(name)

@@ -1,4 +1,4 @@
-"""Tests of residual blocks with SE against plain-PyTorch implementations."""
+"""Tests that compare residual blocks with SE with plain-PyTorch implementations."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ STAGES = ["res2", "res3", "res4", "res5"]
 
 
 def randomise(module: nn.Module) -> nn.Module:
-    """Randomise weights, affine parts and batch statistics, so that no default hides a mistake."""
+    """Randomise weights, norms and batch statistics, so that default values can't hide errors."""
     torch.manual_seed(0)
     for key, tensor in module.state_dict().items():
         if key.endswith("running_var"):
@@ -44,7 +44,7 @@ def gated(se: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def stated_block(
     block: nn.Module, x: torch.Tensor, strides: list[int], groups: int = 1, gated=gated
 ):
-    """Compute a block of two or three convolutions as in the paper's Figure 5 and Table XV."""
+    """Compute a block with two or three convolutions, as in the paper's Figure 5 and Table XV."""
     placement = block.placement
     out = gated(block.se, x) if placement == "pre" else x
     convs = [block.conv1, block.conv2] + ([block.conv3] if hasattr(block, "conv3") else [])
@@ -96,7 +96,7 @@ def test_a_bottleneck_computes_the_papers_figure(placement, in_1x1):
 
 @pytest.mark.parametrize("placement", ["standard", "pre", "post", "identity", "3x3"])
 def test_without_squeeze_the_gates_are_1x1_convolutions_of_every_position(placement):
-    """Check the variant NoSqueeze of Table XVI."""
+    """Check the variant NoSqueeze in Table XVI of the SENet paper."""
     se = SEOptions(placement=placement, squeeze="none", ratio=4)
     block = SEBottleneckBlock(64, 128, bottleneck_channels=32, stride=2, se=se)
     randomise(block)
@@ -122,7 +122,7 @@ def test_senet154s_block_is_the_authors(inputs, stride, kernel):
 
 
 def stated_pool(x: torch.Tensor, pool: str) -> torch.Tensor:
-    """Compute a 3x3 max pool of stride 2 with an explicit border of minus infinity."""
+    """Compute a 3x3 max pool with stride 2, using an explicit border of minus infinity."""
     border = (1, 1, 1, 1) if pool == "pad" else (0, 2, 0, 2)
     windows = F.pad(x, border, value=-torch.inf).unfold(2, 3, 2).unfold(3, 3, 2)
     return windows.amax((-1, -2))[:, :, : -(-x.shape[2] // 2), : -(-x.shape[3] // 2)]
@@ -175,7 +175,7 @@ def test_without_se_we_agree_with_detectron2_on_every_feature_map(depth, in_1x1)
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 @pytest.mark.long
 def test_plain_weights_in_an_se_backbone_give_nearly_the_plain_features(name):
-    """Check that fine-tuning from the weights of a plain ResNet starts close to its features."""
+    """Check that an SE backbone with the weights of a plain ResNet has similar features."""
     plain = randomise(create_backbone(name, out_features=STAGES))
     gated_backbone = create_backbone(f"se_{name}", out_features=STAGES).eval()
     missing = gated_backbone.load_state_dict(plain.state_dict(), strict=False).missing_keys
@@ -187,7 +187,7 @@ def test_plain_weights_in_an_se_backbone_give_nearly_the_plain_features(name):
     for key in STAGES:
         similarity = torch.cosine_similarity(found[key].flatten(), expected[key].flatten(), dim=0)
         assert similarity > 0.999
-        # A gate starts at 0.982, and the deviations of the branches add up.
+        # Gates start at 0.982. In the worst case, each block scales the features by this factor.
         blocks = sum(len(stage) for stage in plain.stages)
         assert 0.982**blocks < found[key].norm() / expected[key].norm() < 1.01
 

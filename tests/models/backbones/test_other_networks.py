@@ -1,7 +1,7 @@
-"""Tests of VGG, Inception networks, MobileNet and ShuffleNet against plain-PyTorch versions.
+"""Tests that compare VGG, Inception, MobileNet and ShuffleNet with plain-PyTorch versions.
 
-Networks that other packages provide are compared with them in ``tests/weights``. The tests here
-cover the networks that no other package has, mainly the variants with SE.
+They cover networks that no other package has, mainly the variants with SE. Other networks are
+compared with those packages in ``tests/weights``.
 """
 
 from collections.abc import Callable
@@ -16,18 +16,19 @@ from senet_transfer.layers import SqueezeExcitation
 
 STAGES = ["res2", "res3", "res4", "res5"]
 
-# Channels of every gate from the input to the output, derived from the tables in the papers.
+# Channels of all gates, from the input to the output, derived from the tables in the papers.
 GATED = {
     "vgg16_bn": [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6,
     "bn_inception": [256, 320, 576, 576, 576, 608, 608, 1056, 1024, 1024],
     "inception_resnet_v2": [320] * 10 + [1088] * 20 + [2080] * 10,
     "mobilenet": [64, 128, 128, 256, 256] + [512] * 6 + [1024] * 2,
-    # Units of stride 2 gate the channels that they concatenate to their shortcut.
+    # In units with stride 2, SE gates only the channels that are concatenated to the shortcut.
     "shufflenet_g3": [240 - 24] + [240] * 3 + [480 - 240] + [480] * 7 + [960 - 480] + [960] * 3,
 }
 
-# Weights, biases and affine norms with 1000 classes. The numbers are from the authors' file, from
-# other packages' networks without biases that norms cancel, and from sums over the papers' tables.
+# Numbers of weights, biases and affine norm parameters, for 1000 classes. They are from the
+# authors' file, from other packages (without biases that norms cancel), or sums over the papers'
+# tables.
 PARAMETERS = {
     "vgg16_bn": 138_365_992 - 4_224,
     "bn_inception": 11_285_224,
@@ -36,7 +37,7 @@ PARAMETERS = {
     "mobilenet": 4_231_976,
     "shufflenet_g3": 1_865_728,
 }
-# Table III, in millions; the numbers of ShuffleNet are truncated.
+# Millions of parameters in Table III of the SENet paper, which truncates ShuffleNet's numbers.
 MILLIONS = {"mobilenet": 4.2, "se_mobilenet": 4.7, "shufflenet_g3": 1.8, "se_shufflenet_g3": 2.4}
 
 
@@ -45,7 +46,7 @@ def count(module: nn.Module) -> int:
 
 
 def classifier_on(backbone: nn.Module, name: str) -> int:
-    """Return the number of parameters that a classifier with 1000 classes adds."""
+    """Return the number of parameters that a classifier with 1000 classes adds to a backbone."""
     if "vgg" in name:
         return 25_088 * 4096 + 4096 + 4096 * 4096 + 4096 + 4096 * 1000 + 1000
     ((_, shape),) = backbone.output_shape().items()
@@ -81,11 +82,11 @@ def test_se_gates_what_the_paper_says_and_adds_nothing_else(name, options):
     assert set(plain.state_dict()) < set(gated.state_dict())
 
 
-# Plain-PyTorch implementations that take their tensors by name.
+# Plain-PyTorch implementations, which use a state dict.
 
 
 def randomise(model: nn.Module) -> dict[str, Tensor]:
-    """Randomise the weights, affine parts and statistics of norms, and return the tensors."""
+    """Randomise a model's weights and norms, and return its state dict."""
     generator = torch.Generator().manual_seed(0)
     for key, tensor in model.state_dict().items():
         if key.endswith("running_var"):
@@ -112,7 +113,7 @@ def conv_norm(state, key: str, x: Tensor, *, stride=1, groups=1, relu=True, pad=
 
 
 def gate(state, key: str, x: Tensor) -> Tensor:
-    """Apply a gate as in the paper's equations 2 to 4."""
+    """Apply a gate with equations 2 to 4 of the SENet paper."""
     z = x.flatten(2).mean(2)
     z = (z @ state[f"{key}.fc1.weight"].T + state[f"{key}.fc1.bias"]).clamp(min=0)
     s = 1 / (1 + (-(z @ state[f"{key}.fc2.weight"].T + state[f"{key}.fc2.bias"])).exp())
@@ -120,7 +121,7 @@ def gate(state, key: str, x: Tensor) -> Tensor:
 
 
 def stated_mobilenet(state, x: Tensor, placement: str | None) -> dict[str, Tensor]:
-    """Compute the network in Table 1 of MobileNet's paper."""
+    """Compute the network in Table 1 of the MobileNet paper."""
     x = conv_norm(state, "stem.conv1", x, stride=2)
     strides = {"res2": (1, 2, 1), "res3": (2, 1), "res4": (2, 1, 1, 1, 1, 1), "res5": (2, 1)}
     features = {}
@@ -135,7 +136,7 @@ def stated_mobilenet(state, x: Tensor, placement: str | None) -> dict[str, Tenso
 
 
 def stated_shufflenet(state, x: Tensor, placement: str | None) -> dict[str, Tensor]:
-    """Compute ShuffleNet (its paper's Table 1 and Figure 2) with SE (SENet paper's Figure 5)."""
+    """Compute ShuffleNet (Table 1 and Figure 2 of its paper) with SE (Figure 5, SENet paper)."""
 
     def gated(x: Tensor, key: str, where: str) -> Tensor:
         return gate(state, f"{key}.se", x) if placement == where else x
@@ -148,7 +149,7 @@ def stated_shufflenet(state, x: Tensor, placement: str | None) -> dict[str, Tens
             key, stride = f"{stage}.{unit}", 2 if unit == 0 else 1
             out = gated(x, key, "pre")
             out = conv_norm(state, f"{key}.compress", out, groups=1 if key == "res3.0" else 3)
-            # Channels i of the three groups become the i-th triple of channels.
+            # Shuffle: the channels with index i in each of the three groups become neighbours.
             per_group = out.shape[1] // 3
             order = [g * per_group + i for i in range(per_group) for g in range(3)]
             out = out[:, order]
@@ -192,7 +193,7 @@ def test_the_small_networks_compute_their_papers_tables(name, stated, placement)
 
 
 def gated_peer(peer: nn.Module, backbone: nn.Module, places: list[tuple[nn.Module, str]]) -> None:
-    """Add hooks that apply a backbone's gates to the outputs of another network's modules."""
+    """Add hooks to another network's modules that apply a backbone's gates to their outputs."""
     state = backbone.state_dict()
 
     def hook(key: str) -> Callable[..., Tensor]:
@@ -211,7 +212,7 @@ def randomise_gates(backbone: nn.Module) -> None:
 
 @pytest.mark.long
 def test_se_vgg_gates_torchvisions_network_after_each_relu(tmp_path):
-    """Compare outputs; the plain network's file must fill the backbone except for its gates."""
+    """Compare outputs, after loading the plain network's weights into the SE backbone."""
     features = pytest.importorskip("torchvision").models.vgg16_bn(init_weights=False).features
     randomise(features)
     file = {f"features.{key}": value for key, value in features.state_dict().items()}
@@ -282,9 +283,9 @@ def test_the_other_placements_in_an_inception_residual_block(placement, relu):
 def test_padding_changes_only_values_near_the_border():
     """Check that the same weights work for classification and, with padding, for detection.
 
-    Without padding, the outermost positions of the feature map are lost. If the first 3 rows and
-    columns of the image are cropped, the remaining positions are those of the padded network,
-    offset by 3, and only those near the border have other values.
+    Without padding, the feature map lacks its outermost positions. If the first 3 rows and columns
+    of the image are removed, the other positions equal those of the padded network at an offset
+    of 3, except near the border.
     """
     valid = create_backbone("inception_resnet_v2", out_features=["res2"])
     same = create_backbone("inception_resnet_v2", out_features=["res2"], padding="same")

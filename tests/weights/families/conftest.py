@@ -1,8 +1,8 @@
-"""Fixtures for tests of weight files."""
+"""Fixtures for the tests of weight files."""
 
 import pytest
 
 
 @pytest.fixture(autouse=True)
 def _zero_initial_weights(zero_initial_weights):
-    """Save time in all tests of this folder, which load files into new networks."""
+    """Initialise networks with zeros, because all tests in this folder load weights into them."""

@@ -1,4 +1,4 @@
-"""Comparison of loaded Caffe networks with OpenCV's execution of the same files."""
+"""Tests that loaded Caffe networks give the same outputs as OpenCV with the same files."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ slow = pytest.mark.slow
 
 
 def _opencv(net: CaffeNet, folder) -> dict[str, torch.Tensor]:
-    """Return res2 to res5 and logits, one image at a time, as OpenCV's Axpy requires."""
+    """Return res2 to res5 and logits, computed for each image, as OpenCV's Axpy requires."""
     net.write(folder / "net.prototxt", folder / "net.caffemodel", for_opencv=True)
     runner = opencv_network(folder / "net.prototxt", folder / "net.caffemodel")
     # Fusion would remove the intermediate feature maps.
@@ -106,7 +106,7 @@ def test_places365_in_caffe(blocks, ours, tmp_path):
 
 @pytest.mark.long
 def test_a_changed_definition_is_believed_over_the_family(tmp_path, monkeypatch):
-    # The stride that a file states takes precedence over that of the authors' definition.
+    # The stride in a file takes precedence over the one in the authors' definition.
     changed = replace(DESIGNS["SE-ResNet-50"], stride_in_1x1=False)
     monkeypatch.setitem(caffe_networks.DESIGNS, "SE-ResNet-50", changed)
     expected = _opencv(senet("SE-ResNet-50", classes=10), tmp_path)
@@ -128,7 +128,7 @@ def test_an_eps_of_its_own_is_taken_into_the_variances(tmp_path):
 
 @pytest.mark.long
 def test_a_bias_of_a_convolution_is_taken_into_the_mean(tmp_path):
-    # The first convolution of He et al.'s ResNet-50 has a bias.
+    # In He et al.'s ResNet-50, the first convolution has a bias.
     net = senet("SE-ResNet-50", classes=10)
     first = net.layers[0]
     first["blobs"].append(np.random.default_rng(2).normal(0, 1, 64).astype(np.float32))

@@ -1,4 +1,4 @@
-"""Tests of families whose projects can't be installed, using their published definitions."""
+"""Tests for weight families of projects that can't be installed, using published definitions."""
 
 import pickle
 
@@ -46,7 +46,7 @@ def test_moskomule_whose_gates_have_no_biases(tmp_path):
 
 @pytest.mark.long
 def test_gates_with_and_without_biases_are_not_exchanged(tmp_path):
-    # Otherwise the biases would be dropped or stay random.
+    # Without this check, biases would be dropped or remain random.
     bias_free = save(randomise(published.moskomule(18)), tmp_path / "free.pth")
     biased = save(peer("timm", "legacy_seresnet18"), tmp_path / "biased.pth")
     with pytest.raises(UserError, match="have no biases, but the model's do.*se_bias=False"):
@@ -61,7 +61,7 @@ def test_gates_with_and_without_biases_are_not_exchanged(tmp_path):
 @pytest.mark.parametrize("depth", [18, 50])
 @pytest.mark.long
 def test_places365_of_csail(depth, tmp_path):
-    # Saved from DataParallel, with 365 classes.
+    # CSAIL saved the networks with DataParallel. They have 365 classes.
     model = randomise(published.PlainClassifier(depth, classes=365))
     state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
     path = tmp_path / "places365.pth.tar"
@@ -71,7 +71,7 @@ def test_places365_of_csail(depth, tmp_path):
 
 @pytest.mark.long
 def test_a_file_of_python_2_without_counters(tmp_path):
-    # The Places files were saved by Python 2 and a torch without num_batches_tracked.
+    # The Places files were saved by Python 2 and a version of PyTorch without num_batches_tracked.
     model = randomise(published.PlainClassifier(18, classes=365))
     state = {k: v for k, v in model.state_dict().items() if "num_batches" not in k}
     path = tmp_path / "old.pth.tar"
@@ -106,7 +106,7 @@ def test_detectron1_goes_into_frozen_norms_alone(tmp_path):
 
 @pytest.mark.long
 def test_torchvision_weights_converted_by_detectron2(tmp_path):
-    # Only the file's __author__ shows that Detectron2's names come with torchvision's geometry.
+    # The names are Detectron2's. Only `__author__` shows that the geometry is torchvision's.
     model = peer("torchvision", "resnet50")
     renamed = {}
     for name, tensor in model.state_dict().items():
@@ -165,7 +165,7 @@ def test_a_network_of_no_known_family_is_refused(tmp_path):
 
 @pytest.mark.long
 def test_timm_rounds_hidden_widths_and_the_model_can(tmp_path):
-    # timm's SE-ResNet-18 has 8 hidden units in res2, where C / 16 is 4.
+    # In res2, timm's SE-ResNet-18 has 8 hidden units instead of C / 16 = 4.
     path = save(peer("timm", "seresnet18"), tmp_path / "timm.pth")
     model = create_backbone("se_resnet18", weights=path)
     assert [stage[0].se.fc1.out_features for stage in model.stages] == [8, 8, 16, 32]

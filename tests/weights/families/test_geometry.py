@@ -1,4 +1,4 @@
-"""Tests that a config takes the geometry of its weight file, or raises an error."""
+"""Tests that a config gets the geometry of its weight file, or that an error is raised."""
 
 import math
 
@@ -33,7 +33,7 @@ def _places365(folder):
 
 
 def _own(folder):
-    """Save a backbone of this project with the authors' geometry."""
+    """Save a backbone of this project with the geometry of the SENet authors' networks."""
     backbone = randomise(create_backbone("se_resnet50", stem_pool="ceil", stride_in_1x1=True))
     save_weights(backbone, folder / "own.safetensors")
     return folder / "own.safetensors"
@@ -43,7 +43,8 @@ def _msra(write, folder):
     return write(randomise(published.PlainClassifier(50, stride_in_1x1=True)), folder / "R-50.pkl")
 
 
-# Family; writer of a file; this project's model; stride in the 1x1; stem pool; order, mean, std.
+# Family: (function that writes a file, (this project's model, stride in the 1x1 convolution, stem
+# pool, (channel order, mean, std))).
 FILES = {
     "caffe": (
         lambda folder: _caffe(senet("SE-ResNet-50"), folder),
@@ -100,7 +101,7 @@ def test_a_faster_rcnn_built_from_a_file_starts_as_the_family_says(family, tmp_p
     write, (arch, in_1x1, pool, (order, mean, std)) = FILES[family]
     path = write(tmp_path)
     cfg = config(arch)
-    # Other values, so that every relevant key must change.
+    # Set other values, so that every relevant key must change.
     cfg.MODEL.RESNETS.STRIDE_IN_1X1 = not in_1x1
     cfg.MODEL.RESNETS.STEM_POOL = "pad" if pool == "ceil" else "ceil"
     cfg.INPUT.FORMAT = "RGB" if order == "BGR" else "BGR"
@@ -158,18 +159,18 @@ def test_a_pinned_config_takes_precedence_over_the_names_of_tensors(tmp_path, ca
     cfg.MODEL.WEIGHTS = str(save(peer("torchvision", "resnet18"), tmp_path / "r18.pth"))
     cfg.MODEL.WEIGHTS_PIN = True
     assert apply_file_geometry(cfg) == []
-    assert "format is BGR, as stated, although the tensor names" in caplog.text
+    assert "format is BGR, as specified by the user, although the tensor names" in caplog.text
 
 
 @pytest.mark.long
 def test_the_family_decides_where_names_are_those_of_several(tmp_path):
-    # Files of this project and of Detectron2's model zoo can have the same names and shapes.
+    # The tensors of this project and of Detectron2's model zoo can have the same names and shapes.
     backbone = randomise(create_backbone("resnet50"))
     torch.save({"model": backbone.state_dict()}, tmp_path / "unmarked.pth")
     cfg = config("resnet50")
     cfg.MODEL.WEIGHTS = str(tmp_path / "unmarked.pth")
     cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
-    assert apply_file_geometry(cfg) == []  # unknown geometry: the config is kept
+    assert apply_file_geometry(cfg) == []  # the geometry is unknown, so the config is kept
 
     cfg.MODEL.WEIGHTS_FAMILY = "detectron2"
     assert [c.key for c in apply_file_geometry(cfg)] == ["MODEL.RESNETS.STRIDE_IN_1X1"]

@@ -1,4 +1,4 @@
-"""Tests of loaded weights against the networks of installable packages."""
+"""Tests that loaded weights give the same outputs as the original packages' networks."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ PEERS = [
     ("torchvision", "resnext50_32x4d", "resnext50_32x4d", "torchvision_v1"),
     ("pretrainedmodels", "se_resnet50", "se_resnet50", "cadene"),
 ]
-# Deeper networks of the same blocks, and networks with the same tensors as those above.
+# Deeper networks with the same blocks, and networks with the same tensors as those above.
 SLOW_PEERS = [
     ("timm", "resnet50", "resnet50", "torchvision_v1"),
     ("pretrainedmodels", "se_resnext50_32x4d", "se_resnext50_32x4d", "cadene"),
@@ -66,7 +66,7 @@ SLOW_PEERS = [
 )
 @pytest.mark.long
 def test_a_file_of_a_peer_computes_what_the_peer_computes(package, theirs, ours, family, tmp_path):
-    # This also checks loading into an existing model, and networks with a wrong geometry.
+    # Also check loading into an existing model, and networks with a wrong geometry.
     model = peer(package, theirs)
     path = save(model, tmp_path / "peer.pth")
     expected = outputs_of_peer(model, images())

@@ -1,4 +1,4 @@
-"""Tests of loaded VGG and Inception weights against the networks of installable packages."""
+"""Tests that loaded VGG and Inception weights give the outputs of the original networks."""
 
 from dataclasses import replace
 
@@ -27,11 +27,11 @@ GOOGLE = Preprocessing(mean=(127.5,) * 3, std=(127.5,) * 3, crop=299, resize=341
 
 
 def inception(package: str) -> tuple[nn.Module, list[nn.Module]]:
-    """Build Inception-ResNet-v2; return it and its modules that end res2 to res5."""
+    """Build Inception-ResNet-v2, and return it with the last modules of res2 to res5."""
     name = {"timm": "inception_resnet_v2"}.get(package, "inceptionresnetv2")
     model = peer(package, name)
     if package != "timm":
-        # The original only supports images of 299 pixels.
+        # The original pool supports only images of 299 pixels.
         model.avgpool_1a = nn.AdaptiveAvgPool2d(1)
     return model, [model.conv2d_4a, model.repeat, model.repeat_1, model.conv2d_7b]
 
@@ -131,7 +131,7 @@ def test_the_authors_bn_inception_is_converted_with_a_check(tmp_path):
 
 
 def background_file(tmp_path, classes: int):
-    """Build and save an Inception-ResNet-v2 with this number of classes."""
+    """Build and save an Inception-ResNet-v2 with the given number of classes."""
     model, _ = inception("pretrainedmodels")
     model.last_linear = nn.Linear(1536, classes)
     return model, save(model, tmp_path / f"{classes}.pth")

@@ -1,4 +1,4 @@
-"""Tests that a file is loaded as what it says it is, and that the user's word counts."""
+"""Tests that files are loaded according to their metadata, and that users can override it."""
 
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ def _write(path: Path, **extras: object) -> Path:
     return path
 
 
-# What a file says of its network.
+# Information in a file about its network.
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_timm_s_lookalikes_are_named_in_the_report(name, tmp_path):
 
 
 class WideResNet18(nn.Module):
-    """The network of CSAIL's wideresnet.py: ResNet-18 without a max pool."""
+    """Network in CSAIL's wideresnet.py: a ResNet-18 without a max pool."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ def test_csail_s_wideresnet18(tmp_path):
     with pytest.raises(UserError, match="no model called 'se_places365_wideresnet18'"):
         create_classifier(f"se_{name}")
 
-    # By a config, without a name, and from a file of this project.
+    # Load without the network's name, and from a file of this project.
     found = find_model(weights=str(path)).build().model
     close(found({"image": torch.zeros(1, 3, 64, 64, dtype=torch.uint8)}).shape, (1, 365))
     assert found.backbone.stem.pool == "none"
@@ -191,13 +191,13 @@ def test_csail_s_wideresnet18(tmp_path):
     with pytest.raises(UserError, match="stem_pool"):
         convert_file(str(path), tmp_path / "tv.pth", to="torchvision")
 
-    # Without its statement, the file could be a ResNet-18: the name of the model counts.
+    # Without `arch`, the file could contain a ResNet-18, so the name of the model decides.
     torch.save(state, path)
     close(create_classifier(name, 365, weights=path).eval()(_IMAGES), expected)
     assert "CSAIL's wideresnet18" in examine(path).lookalikes
 
 
-# What the user says.
+# Settings from the user.
 
 _HALF = [127.5, 127.5, 127.5]
 
@@ -222,7 +222,7 @@ def test_options_with_another_file_forget_the_choice_for_the_config_s_file(tmp_p
 
 
 def _legacy(path):
-    """Write a file of timm's legacy_seresnet18, which has a pool in ceil mode."""
+    """Save timm's legacy_seresnet18, whose pool uses ceil mode."""
     return save(peer("timm", "legacy_seresnet18"), path)
 
 
@@ -233,7 +233,7 @@ def test_stated_values_win_against_a_guess_and_inherited_ones_do_not(tmp_path, c
 
     cfg = _config(tmp_path, path)
     apply_file_geometry(cfg)
-    assert cfg.MODEL.RESNETS.STEM_POOL == "ceil"  # inherited from configs/base
+    assert cfg.MODEL.RESNETS.STEM_POOL == "ceil"  # overrides configs/base
     assert "as stated" not in caplog.text
 
     text = "MODEL:\n  PIXEL_MEAN: [127.5, 127.5, 127.5]\n  RESNETS: {STEM_POOL: pad}\n"
@@ -243,15 +243,15 @@ def test_stated_values_win_against_a_guess_and_inherited_ones_do_not(tmp_path, c
         apply_file_geometry(cfg)
         assert cfg.MODEL.PIXEL_MEAN == _HALF
         assert cfg.MODEL.RESNETS.STEM_POOL == "pad"
-        assert "stem_pool is pad, as stated" in caplog.text
-        # The config.yaml of a run keeps this, although it contains all keys.
+        assert "stem_pool is pad, as specified" in caplog.text
+        # A run's config.yaml contains all keys, but still marks these as set by the user.
         (tmp_path / "run.yaml").write_text(cfg.dump())
         again = load_config(str(tmp_path / "run.yaml"))
         assert again.MODEL.WEIGHTS_KEEP == cfg.MODEL.WEIGHTS_KEEP
 
     cfg = _config(tmp_path, path, "", "MODEL.WEIGHTS_PIN", "True")
     apply_file_geometry(cfg)
-    assert cfg.MODEL.RESNETS.STEM_POOL == "pad"  # as the comment in configs/base says
+    assert cfg.MODEL.RESNETS.STEM_POOL == "pad"  # as explained in configs/base
     (tmp_path / "run.yaml").write_text(load_config("").dump())
     assert load_config(str(tmp_path / "run.yaml")).MODEL.WEIGHTS_KEEP == []
 
@@ -293,7 +293,7 @@ def test_an_argument_wins_against_a_guess(tmp_path):
     assert create_backbone("se_resnet18", weights=path).stem.pool == "ceil"
 
 
-# What the publisher says.
+# Settings from the publisher.
 
 
 @pytest.mark.long
@@ -316,7 +316,7 @@ def test_every_published_file_has_the_preprocessing_that_timm_states():
         assert ours.mean == pytest.approx([255 * value for value in resolved["mean"]]), name
         assert ours.std == pytest.approx([255 * value for value in resolved["std"]]), name
         differing += bool(entry.view)
-    assert differing == 31  # 30 of timm, and legacy_seresnet18
+    assert differing == 31  # 30 timm networks and legacy_seresnet18
 
 
 def _published(entry: Entry) -> Preprocessing:
@@ -345,7 +345,7 @@ def test_a_published_file_is_known_by_its_name_and_hash(tmp_path, monkeypatch):
     assert source.lookalikes == ()
     assert examine(path, "torchvision_v1").preprocessing == Preprocessing()
     path.write_bytes(_write(tmp_path / "x.pth", epoch=3).read_bytes())
-    assert examine(path).family.name == "torchvision_v1"  # another file with this name
+    assert examine(path).family.name == "torchvision_v1"  # a different file with the same name
 
 
 # Other numbers of classes.
@@ -360,7 +360,7 @@ def test_another_number_of_classes_is_said_first_with_what_to_do(tmp_path):
     with pytest.raises(UserError) as error:
         found.build()
     first, _, rest = str(error.value).partition("\n")
-    assert "is a classifier for 8 classes, but the model has 5" in first
+    assert "contains a classifier for 8 classes, but the model has 5" in first
     assert "linear.weight" in rest
 
 

@@ -1,4 +1,4 @@
-"""Tests of Caffe files: outputs compared with OpenCV, geometry, old formats, broken files."""
+"""Tests for Caffe files: outputs compared with OpenCV, geometry, old formats and broken files."""
 
 import os
 import time
@@ -35,7 +35,7 @@ def _conv_weight(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def _se_net(size: int = 33, factor: float = 999.98) -> CaffeNet:
-    """Build a stem and one grouped SE bottleneck with a projection, as in the authors' files."""
+    """Build a stem and a grouped SE bottleneck with a projection, as in the authors' files."""
     rng = _rng()
     net = CaffeNet("tiny SE", (1, 3, size, size))
     x = net.conv_bn(
@@ -83,7 +83,7 @@ def _se_net(size: int = 33, factor: float = 999.98) -> CaffeNet:
 
 
 def _inception_net() -> CaffeNet:
-    """Build a network with a concat, SE-BN-Inception's gate and an average pool."""
+    """Build a network with a Concat layer, a gate as in SE-BN-Inception, and an average pool."""
     rng = _rng(1)
     net = CaffeNet("tiny inception", (2, 3, 17, 17))
     a = net.conv_bn("a", "data", _conv_weight(rng, 6, 3, 1, 1), _bn(rng, 6), relu="a/relu")
@@ -223,7 +223,7 @@ def test_tensors_own_aligned_writable_memory(tmp_path):
     for tensor in read_tensors(tmp_path / "net.caffemodel").tensors.values():
         assert tensor.data_ptr() % 4 == 0
         assert tensor.is_contiguous()
-        tensor.add_(1)  # would crash in memory mapped from the file
+        tensor.add_(1)  # would crash if the memory were mapped from the file
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_a_file_cut_inside_a_layer_is_refused_and_one_cut_between_layers_has_the
             layers = read_tensors(path).layers
         except UserError:
             continue
-        # The format has no end marker, so a file truncated at the end of a layer is valid.
+        # The format has no end marker, so a file that is truncated between two layers is valid.
         between += 1
         assert len(layers) < whole
     assert between <= 2
@@ -290,10 +290,10 @@ def test_a_file_cut_inside_a_layer_is_refused_and_one_cut_between_layers_has_the
 @pytest.mark.parametrize(
     ("blob", "expected"),
     [
-        (b"\x2a\x06" + bytes(6), "a known format"),  # one and a half packed floats
+        (b"\x2a\x06" + bytes(6), "a known format"),  # one and a half floats, packed
         (
             b"\x2a\x08" + bytes(8) + b"\x3a\x03\x0a\x01\x03",
-            r"2 values, which does not match its shape \(3,\)",
+            r"2 values, which do not match its shape \(3,\)",
         ),
         (b"\x2a\x08" + bytes(8) + b"\x3a\x0c\x0a\x0a" + b"\xff" * 9 + b"\x01", r"shape \(-1,\)"),
         (
@@ -329,7 +329,7 @@ def test_a_name_that_is_not_utf8_is_rejected(tmp_path):
 def test_a_file_over_the_limit_of_protobuf_is_not_read(tmp_path):
     path = tmp_path / "huge.caffemodel"
     path.write_bytes(_se_net().caffemodel())
-    os.truncate(path, 2**31)  # sparse
+    os.truncate(path, 2**31)  # creates a sparse file
     with pytest.raises(UserError, match="2 GiB"):
         read_tensors(path)
 
@@ -363,5 +363,5 @@ def test_reading_is_fast(tmp_path):
     (tmp_path / "wide.caffemodel").write_bytes(net.caffemodel())
     start = time.perf_counter()
     _, layers = read_caffemodel(tmp_path / "wide.caffemodel")
-    assert time.perf_counter() - start < 3  # 300 MB
+    assert time.perf_counter() - start < 3  # for 300 MB
     assert layers[1].blobs[0].shape == weight.shape

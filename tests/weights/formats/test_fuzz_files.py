@@ -1,4 +1,4 @@
-"""Tests that a damaged file either loads correctly or quickly raises UserError."""
+"""Tests that damaged files either load correctly or quickly raise UserError."""
 
 import io
 import os
@@ -25,7 +25,7 @@ _KILOBYTES = 400_000
 
 
 def _tensors() -> dict[str, torch.Tensor]:
-    """Return the tensors of a small SE block, so that a file consists mostly of structure."""
+    """Return the tensors of an SE block so small that files consist mostly of structure."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -83,7 +83,7 @@ def _caffe(tensors: dict[str, torch.Tensor]) -> bytes:
     return net.caffemodel()
 
 
-# Writers of files, by format.
+# Functions that return a file's content, by format.
 WRITERS: dict[str, Callable[[dict[str, torch.Tensor]], bytes]] = {
     "zip": _torch(zipped=True),
     "legacy": _torch(zipped=False),
@@ -100,7 +100,7 @@ WRITERS: dict[str, Callable[[dict[str, torch.Tensor]], bytes]] = {
 @pytest.fixture(autouse=True)
 def _folder(tmp_path, monkeypatch):
     monkeypatch.setenv("FUZZ_FOLDER", str(tmp_path))
-    monkeypatch.chdir(tmp_path)  # executed code would leave its files here
+    monkeypatch.chdir(tmp_path)  # executed code would write its files here
 
 
 def _read(path: Path, data: bytes, what: str) -> WeightFile | None:
@@ -115,14 +115,14 @@ def _read(path: Path, data: bytes, what: str) -> WeightFile | None:
         assert time.process_time() - start < _CPU_SECONDS, what
     assert str(path) in message, what
     assert len(message) < 1000, what
-    assert message.isprintable(), what  # the message contains no control characters from the file
+    assert message.isprintable(), what  # no control characters from the file
     return None
 
 
 def _fuzz(
     name: str, count: int, path: Path, check: Callable[[WeightFile, bytes, str], None]
 ) -> None:
-    """Read ``count`` damaged files of one format and check those that load."""
+    """Read ``count`` damaged files in one format, and check those that load."""
     data = WRITERS[name](_tensors())
     other = WRITERS["legacy" if name != "legacy" else "zip"](_tensors())
     assert _read(path, data, "not damaged") is not None
@@ -144,13 +144,13 @@ def _is_sound(file: WeightFile, damaged: bytes, what: str) -> None:
 
 
 def _is_unchanged(file: WeightFile, _: bytes, what: str) -> None:
-    """Check that a file of a format with checksums loads only if its tensors are undamaged."""
+    """Check that the tensors are undamaged, because the format has checksums."""
     assert list(file.tensors) == list(_tensors()), what
     assert all(torch.equal(file.tensors[k], v) for k, v in _tensors().items()), what
 
 
 class _Recorded:
-    """Placeholder for numpy's objects, because numpy is not safe with damaged pickles."""
+    """Placeholder for NumPy objects, because NumPy can crash on damaged pickles."""
 
     def __init__(self, *arguments):
         self.arguments = arguments
@@ -166,7 +166,7 @@ class _Recorded:
 
 
 class _Recorder(pickle._Unpickler):
-    """Pure-Python unpickler; the C implementation may allocate gigabytes."""
+    """Pure-Python unpickler, because the C implementation may allocate gigabytes."""
 
     def find_class(self, module, name):
         plain = (module, name) == ("_codecs", "encode")
@@ -177,7 +177,7 @@ def _is_what_python_reads(file: WeightFile, damaged: bytes, what: str) -> None:
     _is_sound(file, damaged, what)
     try:
         tree = _Recorder(io.BytesIO(damaged), encoding="latin1").load()
-    except (pickle.UnpicklingError, ValueError):  # it is stricter about frames and leading zeros
+    except (pickle.UnpicklingError, ValueError):  # stricter about frames and leading zeros
         return
     arrays = next((value for value in tree.values() if isinstance(value, dict)), tree)
     for name, tensor in file.tensors.items():
@@ -191,7 +191,7 @@ _CHECKS = {
     "pkl protocol 0": _is_what_python_reads,
 }
 
-# Warning of Python's pickletools about names with backslashes.
+# Ignore a warning of Python's pickletools about names with backslashes.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid escape sequence")
 
 _COUNTS = [100, pytest.param(1000, marks=pytest.mark.slow)]
@@ -222,7 +222,7 @@ def test_a_zip_whose_checksums_were_made_to_fit_loads_as_it_says_or_is_refused(c
             assert sum(t.nbytes for t in file.tensors.values()) <= 4 * path.stat().st_size + 2**20
 
 
-# Undamaged files with wrong content.
+# Undamaged files with unusual content.
 
 
 def _rename(tensors: dict, rng: np.random.Generator) -> dict:
@@ -269,7 +269,7 @@ def test_a_whole_file_loads_as_it_says(name, change, count, tmp_path):
         what = f"{name}, seed {seed}"
         file = _read(tmp_path / "fuzzed", WRITERS[name](expected), what)
         assert file is not None, what
-        # safetensors sorts its tensors by type and name.
+        # Compare sorted names, because safetensors sorts tensors by dtype and name.
         assert sorted(file.tensors) == sorted(expected), what
         for key, tensor in expected.items():
             assert file.tensors[key].dtype == tensor.dtype, what

@@ -1,4 +1,4 @@
-"""Tests that file formats are detected by content, and that errors state how to fix them."""
+"""Tests that file formats are detected by content, and that errors explain how to fix problems."""
 
 import dataclasses
 import gzip
@@ -113,7 +113,7 @@ def test_plain_values_beside_the_tensors_are_kept(tmp_path):
     assert read_tensors(tmp_path / "a").metadata == {"senet_transfer": own, "format": "pt"}
 
 
-# Broken files. The error names the file and states how to fix the problem.
+# Broken files. The error names the file and explains how to fix the problem.
 
 PAGE = "<!DOCTYPE html><html><head><title>Google Drive &amp; quota\n exceeded</title></head></html>"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22\n"
@@ -256,7 +256,7 @@ def test_a_hash_in_own_metadata_is_verified(kind, tmp_path):
     assert "sha256" in read_tensors(path).verified
     tensors["conv.weight"][0, 0, 0, 0] += 1
     write()
-    with pytest.raises(UserError, match="does not contain the tensors that it was saved with"):
+    with pytest.raises(UserError, match="have a different SHA-256 from the one in"):
         read_tensors(path)
 
 
@@ -266,7 +266,7 @@ def test_what_was_verified_is_stated(tmp_path):
         assert read_tensors(tmp_path / kind).verified == expected
 
 
-# Checks of values, for files without a checksum.
+# Checks of values in files without a checksum.
 
 
 @pytest.mark.parametrize(

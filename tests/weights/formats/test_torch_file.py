@@ -1,4 +1,4 @@
-"""Tests of files of torch.save, compared with torch.load(weights_only=True)."""
+"""Tests that compare the reader of torch.save's files with torch.load(weights_only=True)."""
 
 import collections
 import io
@@ -70,7 +70,7 @@ def test_what_torch_saves_is_read_as_torch_loads_it(zipped, protocol, tmp_path):
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_model_is_taken_out_of_a_trainer_s_checkpoint(zipped, tmp_path):
-    # DataParallel names tensors in this way, but it moves the model to a GPU if there is one.
+    # DataParallel uses the same tensor names, but would move the model to a GPU if there is one.
     network = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
     model = torch.nn.Sequential(collections.OrderedDict(module=network))
     optimizer = torch.optim.Adam(model.parameters())
@@ -135,7 +135,7 @@ def test_a_model_object_is_rejected_by_name(content, zipped, tmp_path):
 
 def _weights_only() -> dict[str, object]:
     """Return values that ``torch.load(weights_only=True)`` accepts."""
-    warnings.simplefilter("ignore")  # about quantized and nested tensors and typed storages
+    warnings.simplefilter("ignore")  # for quantized and nested tensors and typed storages
     attributed = torch.ones(2)
     attributed.note = "text"
     parameter = torch.nn.Parameter(torch.ones(2))
@@ -177,7 +177,7 @@ def _weights_only() -> dict[str, object]:
 
 with warnings.catch_warnings():
     _WEIGHTS_ONLY = _weights_only()
-# torch cannot load these values from its legacy format, because they use untyped storages.
+# PyTorch can't load these values from its legacy format, because they use untyped storages.
 _ONLY_ZIPPED = {"uint16", "float8", "nested", "untyped storage"}
 
 
@@ -185,7 +185,7 @@ _ONLY_ZIPPED = {"uint16", "float8", "nested", "untyped storage"}
     ("name", "zipped"),
     [(n, z) for n in _WEIGHTS_ONLY for z in (True, False) if z or n not in _ONLY_ZIPPED],
 )
-# Warnings about sparse, quantized and nested tensors and typed storages.
+# Ignore warnings about sparse, quantized and nested tensors and typed storages.
 @pytest.mark.filterwarnings("ignore")
 def test_what_torch_accepts_with_weights_only_is_accepted_next_to_the_model(name, zipped, tmp_path):
     path = tmp_path / "a.pth"
@@ -232,7 +232,7 @@ def test_loaded_tensors_outlive_the_file(tmp_path):
     path = tmp_path / "a.pth"
     torch.save({"a": torch.ones(1000)}, path)
     tensors = read_tensors(path).tensors
-    path.write_bytes(b"")  # access to mapped pages of a truncated file kills the process
+    path.write_bytes(b"")  # accessing mapped pages of a truncated file would kill the process
     assert tensors["a"].sum() == 1000
 
 
@@ -252,7 +252,7 @@ def test_only_the_model_s_tensors_are_read_into_memory(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("view", [("1", 2, 3), ("1", 4, 3), ("1", -1, 3), ("1", 0, 2**62)])
 def test_a_view_of_a_storage_is_read_in_the_legacy_format(view, tmp_path):
-    # torch before 0.4 wrote views of a storage this way; torch.load still reads them.
+    # PyTorch before 0.4 wrote views of a storage in this form. torch.load still reads it.
     path = tmp_path / "a.pth"
     storage = _Storage("FloatStorage", "0", 6)
     storage.identity = (*storage.identity, view)
@@ -276,7 +276,7 @@ def test_a_view_of_a_storage_is_read_in_the_legacy_format(view, tmp_path):
 
 
 def _places(path, name: str) -> range:
-    """Return the position of a record's bytes in a zip file."""
+    """Return the range of a record's bytes in a zip file."""
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         info = next(i for i in archive.infolist() if i.filename.endswith(name))
         file.seek(info.header_offset + 26)
@@ -389,17 +389,17 @@ def _zip(path, content, records: dict[str, bytes]) -> None:
 @pytest.mark.parametrize(
     ("offset", "shape", "strides", "stated", "stored"),
     [
-        (0, (1000,), (1,), 4, 4),  # larger than its data
+        (0, (1000,), (1,), 4, 4),  # the tensor is larger than its data
         (1, (4,), (1,), 4, 4),
         (0, (2, 2), (3, 1), 4, 4),
-        (0, (4,), (1,), 1000, 4),  # missing data
+        (0, (4,), (1,), 1000, 4),  # data is missing
         (0, (4,), (1,), 2**40, 4),
         (0, (4,), (1,), 4, 8),
         (0, (-4,), (1,), 4, 4),
         (0, (4,), (-1,), 4, 4),
         (-1, (2,), (1,), 4, 4),
         (0, (4,), (), 4, 4),
-        (0, (2**31, 2**31), (0, 0), 4, 4),  # exabytes: one number repeated by strides of 0
+        (0, (2**31, 2**31), (0, 0), 4, 4),  # strides of 0 repeat one number over exabytes
         (0, (1,) * 40, (1,) * 40, 4, 4),
         (0, (4.0,), (1,), 4, 4),
     ],
@@ -480,7 +480,7 @@ def test_tensors_that_are_not_dense_are_refused_by_name(kind, tmp_path):
 
 
 def _rezipped(path, change) -> None:
-    """Rewrite a valid zip file after ``change`` modified its directory."""
+    """Write a valid zip file whose directory ``change`` modifies."""
     tensor = _Rebuilt(_Storage("FloatStorage", "0", 250), 0, (250,), (1,))
     _zip(path, {"w": tensor}, {"data/0": bytes(1000)})
     assert list(read_tensors(path).tensors) == ["w"]

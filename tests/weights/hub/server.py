@@ -1,4 +1,4 @@
-"""Local server with the interface of the Hugging Face Hub, as far as huggingface_hub needs it."""
+"""Local server with the part of the Hugging Face Hub's API that huggingface_hub uses."""
 
 import base64
 import hashlib
@@ -13,13 +13,13 @@ TOKEN = "hf_token_of_a_test"
 
 
 class Hub:
-    """Repositories of a local Hub, and a log of its requests.
+    """Repositories on a local Hub, with a log of requests.
 
     Attributes:
-        address: Address of the server.
-        commits: Files of each commit by its hash, by repository.
-        revisions: Hash of the commit of each branch and tag, by repository.
-        private: Names of the private repositories.
+        address: URL of the server.
+        commits: For each repository, the files in each commit by commit hash.
+        revisions: For each repository, the commit hash of each branch and tag.
+        private: Names of private repositories.
         blobs: Uploaded large files by SHA-256.
         asked: Method, path and token of each request.
     """
@@ -37,7 +37,7 @@ class Hub:
         self.commit(repository, {".gitattributes": b"*.safetensors filter=lfs\n"})
 
     def commit(self, repository: str, files: dict[str, bytes]) -> str:
-        """Add files to the main branch and return the new commit's hash."""
+        """Add files to the main branch of a repository and return the new commit's hash."""
         commits, revisions = self.commits[repository], self.revisions[repository]
         content = {**commits.get(revisions.get("main", ""), {}), **files}
         parts = [f"{name}:{_sha1(data)}" for name, data in sorted(content.items())]
@@ -46,7 +46,7 @@ class Hub:
         return sha
 
     def add(self, repository: str, folder: Path) -> str:
-        """Create a repository with the files of a folder."""
+        """Create a repository with the files in a folder and return the commit's hash."""
         self.create(repository)
         return self.commit(repository, {path.name: path.read_bytes() for path in folder.iterdir()})
 
@@ -72,7 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 10
     hub: Hub
 
-    def do_GET(self) -> None:  # noqa: N802 - the base class's name
+    def do_GET(self) -> None:  # noqa: N802 - name required by the base class
         self._answer()
 
     def do_HEAD(self) -> None:  # noqa: N802
@@ -85,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def log_message(self, *args) -> None:
-        """Log nothing."""
+        """Suppress the log of requests."""
 
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path).strip("/")
@@ -104,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _write(self, path: str, parts: list[str], body: bytes) -> None:
         hub = self.hub
-        if parts[0] == "blobs":  # the address is signed, so that no token is needed
+        if parts[0] == "blobs":  # upload URLs are signed, so they need no token
             if hashlib.sha256(body).hexdigest() != parts[1]:
                 return self._send(400, {"error": "The SHA-256 differs."})
             hub.blobs[parts[1]] = body
@@ -154,7 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, {"commitUrl": url, "commitOid": sha})
 
     def _find(self, repository: str, revision: str) -> str:
-        """Return the hash of a revision, or send the Hub's error and return an empty string."""
+        """Return the commit hash of a revision, or send the Hub's error and return ""."""
         hub = self.hub
         hidden = repository in hub.private and self.token != TOKEN
         if repository not in hub.commits or hidden:
@@ -202,7 +202,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving_hub():
-    """Yield a Hub that is served until the block ends."""
+    """Yield a Hub whose server runs until the block ends."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.daemon_threads = True
     hub = Hub(server.server_address[1])

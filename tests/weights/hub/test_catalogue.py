@@ -1,4 +1,4 @@
-"""Tests of the catalogue of published weights and of loading weights by name."""
+"""Tests for the catalogue of published weights, and for loading weights by name."""
 
 import hashlib
 import os
@@ -30,7 +30,7 @@ from tests.weights.web import serving
 CATALOGUE = load_catalogue()
 
 
-# The files in the package are tested in tests/engine/predictor/test_bundled.py.
+# Weights that are part of the package are tested in tests/engine/predictor/test_bundled.py.
 @pytest.mark.parametrize("name", [name for name, entry in CATALOGUE.items() if not entry.folder])
 def test_an_entry_is_well_formed(name):
     entry = CATALOGUE[name]
@@ -74,7 +74,7 @@ def test_timm_and_pretrainedmodels_state_the_same_files():
     names |= {name: f"legacy_{name.partition('/')[2]}.in1k" for name in legacy}
     for name, theirs in names.items():
         stated = timm_models.get_pretrained_cfg(theirs).url
-        # timm no longer states addresses for networks that are only on the Hub.
+        # For networks that are only on the Hub, timm no longer has a URL.
         assert CATALOGUE[name].url == stated or (not stated and "inception" in name)
 
     stated = pytest.importorskip("pretrainedmodels").pretrained_settings
@@ -92,7 +92,7 @@ def test_names_are_listed_by_pattern():
 
 @pytest.fixture
 def published(tmp_path, monkeypatch):
-    """Serve a timm file that the catalogue lists as timm/test and cadene/wrong."""
+    """Serve a timm file, and add it to the catalogue as timm_legacy/test and cadene/wrong."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     body = save(peer("timm", "legacy_seresnet18"), tmp_path / "x.pth").read_bytes()
     digest = hashlib.sha256(body).hexdigest()[:8]

@@ -1,4 +1,4 @@
-"""Tests of downloads from a local server that simulates failures of real ones."""
+"""Tests for downloads from a local server that simulates the failures of real servers."""
 
 import hashlib
 import multiprocessing
@@ -44,7 +44,7 @@ def test_a_file_comes_whole_and_once(site, tmp_path):
 @pytest.mark.long
 def test_processes_that_want_the_same_file_download_it_once(site, tmp_path, capfd):
     url = site.add("a.pth", BODY)
-    # Forked, so that the modules need not be imported again.
+    # Fork the processes, so that they do not have to import all modules again.
     context = multiprocessing.get_context("fork")
     arguments = (url, tmp_path / "a.pth", HASH)
     processes = [context.Process(target=fetch, args=arguments) for _ in range(4)]
@@ -55,7 +55,7 @@ def test_processes_that_want_the_same_file_download_it_once(site, tmp_path, capf
     assert [process.exitcode for process in processes] == [0] * 4
     assert len(site.asked) == 1
     assert (tmp_path / "a.pth").read_bytes() == BODY
-    assert "%|" not in capfd.readouterr().err  # no progress bar if stderr is not a terminal
+    assert "%|" not in capfd.readouterr().err  # no progress bar outside a terminal
 
 
 @pytest.mark.parametrize("ranges", [True, False])

@@ -22,7 +22,7 @@ def read_caffemodel(path: str | Path) -> tuple[str, list[CaffeLayer]]:
     """Read a ``.caffemodel`` file in the current format or the 2014 format (``layers``).
 
     Returns:
-        The network's name, and its layers in the order of the file.
+        The network's name, and its layers in file order.
 
     Raises:
         UserError: If the file is not a Caffe network, is damaged, or has the 2013 format.
@@ -48,8 +48,8 @@ def _read(path: Path) -> tuple[str, list[CaffeLayer]]:
                 "format with Caffe's upgrade_net_proto_binary."
             )
         layers.append(_layer(layer, V1_TYPES.get(layer.type, f"V1 type {layer.type}")))
-    # Layers often contain unknown fields, but unknown fields at the top level show that the file is
-    # not a Caffe file.
+    # Unknown fields are common in layers. At the top level, they show that the file is not a Caffe
+    # file.
     net.ClearField("layer")
     net.ClearField("layers")
     size = net.ByteSize()
@@ -60,7 +60,7 @@ def _read(path: Path) -> tuple[str, list[CaffeLayer]]:
 
 
 def _layer(message: Any, kind: str) -> CaffeLayer:
-    """Convert a LayerParameter or V1LayerParameter message."""
+    """Convert a ``LayerParameter`` or ``V1LayerParameter`` message to a :class:`CaffeLayer`."""
     params = {
         field.name: {f.name: _plain(value) for f, value in param.ListFields()}
         for field, param in message.ListFields()
@@ -92,7 +92,7 @@ def _blob(message: Any) -> np.ndarray:
     if len(shape) > _MAX_DIMENSIONS or any(n < 0 for n in shape):
         raise ValueError(f"a blob has the invalid shape {shape}")
     if int(np.prod(shape, dtype=object)) != values.size:
-        raise ValueError(f"a blob has {values.size} values, which does not match its shape {shape}")
+        raise ValueError(f"a blob has {values.size} values, which do not match its shape {shape}")
     return values.reshape(shape)
 
 
@@ -103,7 +103,7 @@ class _MismatchError(ValueError):
 def caffe_tensors(
     layers: Iterable[CaffeLayer], path: str | Path = "Caffe network"
 ) -> dict[str, torch.Tensor]:
-    """Return the tensors of a network, named by layer and role.
+    """Return a network's tensors, named by layer and role.
 
     The names are ``{layer}/weight`` and ``/bias`` for Convolution, Deconvolution, InnerProduct and
     Scale; ``{layer}/running_mean`` and ``/running_var`` for BatchNorm, whose stored sums are
@@ -163,7 +163,7 @@ def _weight(layer: CaffeLayer) -> np.ndarray:
         params = layer.params.get("inner_product_param", {})
         if weight.ndim < 2:
             raise _mismatch(layer, "a matrix")
-        # Old files store every blob with four dimensions: (1, 1, outputs, inputs).
+        # Old files store all blobs with four dimensions: (1, 1, outputs, inputs).
         weight = weight.reshape(weight.shape[-2:])
         if params.get("transpose", False):
             weight = weight.T
@@ -187,7 +187,7 @@ def _batch_norm(layer: CaffeLayer) -> list[tuple[str, np.ndarray]]:
     if mean.shape != variance.shape:
         raise _mismatch(layer, "a mean and a variance of the same length")
     factor = layer.blobs[2].reshape(())
-    # As in Caffe, a layer that was never trained has factor 0, and its statistics are 0.
+    # As in Caffe, a layer that was never trained has the factor 0, and its statistics are 0.
     scale = np.float32(0 if factor == 0 else 1 / factor)
     return [("running_mean", mean * scale), ("running_var", variance * scale)]
 

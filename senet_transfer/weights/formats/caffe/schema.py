@@ -1,7 +1,7 @@
 """Caffe's protobuf messages, reduced to the fields needed for weights and geometry.
 
-Field names, numbers and types are those of Caffe's public ``caffe.proto``; protobuf skips other
-fields. Enumerations are declared as integers, so that an unknown value is kept instead of dropped.
+Field names, numbers and types are those of Caffe's public ``caffe.proto``. Protobuf skips other
+fields. Enumerations are declared as integers, so unknown values are kept instead of being dropped.
 """
 
 from typing import Any
@@ -73,7 +73,7 @@ _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
         "inner_product_param": (17, "InnerProductParameter"),
         "pooling_param": (19, "PoolingParameter"),
     },
-    # This message is complete, so that an unknown field shows that the file is not a Caffe file.
+    # This message is complete, so an unknown field shows that a file is not a Caffe file.
     "NetParameter": {
         "name": (1, "string"),
         "layers": (2, "V1LayerParameter*"),
@@ -87,7 +87,7 @@ _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
     },
 }
 
-# Values of V1LayerParameter.LayerType, with the type names of the current format.
+# Values of V1LayerParameter.LayerType, and the corresponding type names in the current format.
 V1_TYPES = {
     1: "Accuracy",
     3: "Concat",

@@ -1,4 +1,4 @@
-"""Tests of invalid and malicious files: each is an error that names the file."""
+"""Tests that invalid and malicious annotation files raise errors that name the file."""
 
 import json
 
@@ -127,7 +127,7 @@ def test_an_invalid_file_is_an_error_that_names_it(tmp_path, name, files, messag
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text(text)
     if name == "voc":
-        (root / "b.png").unlink()  # otherwise, the image with the name of the XML file is used
+        (root / "b.png").unlink()  # an XML file also matches an image with its own name
     with pytest.raises(UserError, match=message) as found:
         import_dataset(name, root)
     assert str(root) in str(found.value)

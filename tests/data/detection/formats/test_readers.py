@@ -1,6 +1,6 @@
-"""Tests of the readers of annotation formats against other programs.
+"""Tests that compare the readers of annotation formats with other programs.
 
-`fixtures/README.md` states the programs and versions that computed the expected values.
+`fixtures/README.md` lists the programs, with versions, that computed the expected values.
 """
 
 import json
@@ -21,7 +21,7 @@ EXPECTED = json.loads((FIXTURES / "expected.json").read_text())
 
 
 def make_images(folder: Path, **sizes: tuple[int, int]) -> None:
-    """Create empty images; two underscores in a name stand for a folder."""
+    """Create black PNG images; two underscores in a name stand for a slash in its path."""
     for name, size in sizes.items():
         path = folder / f"{name.replace('__', '/')}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ def make_images(folder: Path, **sizes: tuple[int, int]) -> None:
 
 
 def objects(content: dict, file_name: str | None = None) -> list[dict]:
-    """Return the objects of an image, or of the only image, with the names of their classes."""
+    """Return the objects in an image (by default, the first one) with their class names."""
     names = {category["id"]: category["name"] for category in content["categories"]}
     images = {image["file_name"]: image["id"] for image in content["images"]}
     number = images[file_name or next(iter(images))]
@@ -43,7 +43,7 @@ def corners(item: dict) -> list[float]:
 
 
 def assert_equals_supervision(content: dict, classes: list[str], annotations: dict) -> int:
-    """Compare boxes and classes with those of supervision, by file name."""
+    """Compare boxes and classes with those read by supervision; return the number of objects."""
     count = 0
     for image in content["images"]:
         mine, theirs = objects(content, image["file_name"]), annotations[image["file_name"]]
@@ -60,7 +60,7 @@ def by_name(annotations: dict) -> dict:
 
 @pytest.fixture
 def formats():
-    """Return the readers of supervision, whose import takes a second."""
+    """Return supervision's readers. They are imported here because the import takes a second."""
     from supervision.dataset import formats
     from supervision.dataset.formats import labelme, pascal_voc, yolo  # noqa: F401
 
@@ -86,7 +86,7 @@ def test_boxes_of_pascal_voc_equal_those_of_supervision_on_real_data(shared_data
     ]
     assert sum(counts) == 4888
     assert datasets["train"]["categories"] == datasets["test"]["categories"]
-    # Counted with grep: the only objects with xmin = xmax are in these two images.
+    # According to grep, exactly two objects have xmin equal to xmax.
     tiny = [o for d in datasets.values() for o in d["annotations"] if o["bbox"][2:] == [1, 1]]
     assert len(tiny) == 2
 
@@ -102,13 +102,13 @@ def test_boxes_of_yolo_equal_those_of_supervision_on_real_data(shared_data, tmp_
     classes, paths, found = formats.pascal_voc.load_pascal_voc_annotations(
         str(tmp_path / "train" / "images"), str(shared_data / "bccd" / "Annotations")
     )
-    # Another program writes the labels.
+    # The label files are written by supervision, not by this project.
     DetectionDataset(classes, paths, found).as_yolo(
         annotations_directory_path=str(tmp_path / "train" / "labels"),
         data_yaml_path=str(tmp_path / "data.yaml"),
     )
     with open(tmp_path / "data.yaml", "a") as file:
-        file.write("train: ../train/images\n")  # as Roboflow writes it
+        file.write("train: ../train/images\n")  # as in Roboflow's exports
     classes, _, found = formats.yolo.load_yolo_annotations(
         str(tmp_path / "train" / "images"),
         str(tmp_path / "train" / "labels"),
@@ -131,7 +131,7 @@ def test_yolo_polygons_are_outlines_and_images_without_labels_have_no_objects(tm
     polygon, box = objects(datasets["train"], "images/train/a.png")
     assert polygon["segmentation"] == [[10, 20, 50, 20, 50, 60]]
     assert (polygon["bbox"], polygon["area"], polygon["label"]) == ([10, 20, 40, 40], 800, "b")
-    # Not rounded to whole pixels, and not cut at the edge of the image.
+    # The box is neither rounded to whole pixels nor clipped to the image.
     assert (box["bbox"], box["segmentation"]) == ([-0.2, 32, 100.4, 16], [])
     assert objects(datasets["train"], "images/train/b.png") == []
     assert datasets["train"]["_notes"] == [
@@ -160,13 +160,13 @@ def test_labelme_shapes_cover_the_pixels_of_labelme(tmp_path):
         size = {"size": [80, 100], "counts": expected["counts"]}
         theirs = coco_mask.decode(coco_mask.frPyObjects(size, 80, 100)).astype(bool)
         mine, (top, left, bottom, right) = rasterise(item, 100, 80), expected["yxyx"]
-        # LabelMe draws the outline itself, too: the masks differ by at most a pixel at the edge.
+        # LabelMe's masks include the outline, so masks may differ by a pixel at the edge.
         pixel, padded = np.ones((3, 3), np.uint8), theirs.astype(np.uint8)
         assert not (mine & (cv2.dilate(padded, pixel) == 0)).any()
         assert not (~mine & (cv2.erode(padded, pixel, iterations=2) > 0)).any()
         difference = np.array(corners(item)) - (left, top, right, bottom)
         assert np.abs(difference).max() <= 1
-    assert found[-1]["area"] == EXPECTED["labelme"][-1]["area"]  # a mask is exact
+    assert found[-1]["area"] == EXPECTED["labelme"][-1]["area"]  # a shape stored as a mask is exact
     assert [bool(item["segmentation"]) for item in found] == [False] + [True] * 5
     assert datasets["train"]["_notes"] == [
         "1 shapes of type line have no area and are skipped",
@@ -206,7 +206,7 @@ def test_cvat_images_equal_those_of_datumaro(tmp_path):
     assert [category["name"] for category in content["categories"]] == expected["classes"]
     for name in ("a", "sub/b"):
         assert_equals_datumaro(content, f"{name}.png", expected["images"][name])
-    # A rotation by 90 degrees exchanges the radii 10 and 5.
+    # Rotating the ellipse by 90 degrees exchanges its radii 10 and 5.
     (turned,) = objects(content, "c.png")
     assert turned["bbox"] == [25, 10, 10, 20]
     assert turned["area"] == pytest.approx(np.pi * 50, rel=2e-3)
@@ -257,7 +257,7 @@ def test_label_studio_equals_its_own_conversion(tmp_path):
 def test_label_studio_rotates_in_pixels_and_reads_json_min(tmp_path):
     make_images(tmp_path, images__sub__a=(200, 100))
     shape = {"original_width": 200, "original_height": 100, "image_rotation": 0}
-    # Turned by 90 degrees around its top left corner (100, 20), 40 x 10 pixels become 10 x 40.
+    # Rotating the 40 x 10 box by 90 degrees around its top left corner (100, 20) makes it 10 x 40.
     box = {"x": 50, "y": 20, "width": 20, "height": 10, "rotation": 90, "rectanglelabels": ["a"]}
     ellipse = {"x": 50, "y": 50, "radiusX": 10, "radiusY": 10, "ellipselabels": ["b"]}
     task = {"image": "/data/local-files/?d=data/sub/a.png", "id": 1, "annotator": 1}
@@ -272,7 +272,7 @@ def test_label_studio_rotates_in_pixels_and_reads_json_min(tmp_path):
 
 
 def via_1(content: dict) -> dict:
-    """Convert a project of VIA 2 to the annotation export of VIA 1."""
+    """Convert a VIA 2 project to VIA 1's annotation export."""
     images = content["_via_img_metadata"]
     return {
         key: {
@@ -295,7 +295,7 @@ def test_via_equals_its_own_conversion(tmp_path, version):
     found = objects(datasets["train"], "a.png")
     assert [item["label"] for item in found] == ["cat", "dog", "cat", "dog"]
     for item, expected in zip(found, EXPECTED["via"], strict=True):
-        # VIA's boxes are those of the polygons, slightly smaller than those of the ellipses.
+        # VIA approximates ellipses with polygons, whose boxes are slightly smaller.
         assert item["bbox"] == pytest.approx(expected["bbox"], abs=0.06)
     rectangle, circle, ellipse, polygon = (item["segmentation"] for item in found)
     theirs = [expected["segmentation"] for expected in EXPECTED["via"]]

@@ -1,4 +1,4 @@
-"""Tests of other formats as data sets: detection, splits, registration and the command."""
+"""Tests for using other annotation formats: detection, splits, registration and import command."""
 
 import json
 import logging
@@ -53,14 +53,14 @@ def test_recipes_and_groups_of_images_use_boxes_of_the_images_without_their_orie
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     Image.new("RGB", (100, 80)).save(tmp_path / "a.jpg", exif=exif)
-    # The box is outside of the turned image, which is 80 pixels wide.
+    # With the orientation applied, the image is 80 pixels wide and the box is outside of it.
     box = {"name": "rect", "x": 85, "y": 5, "width": 10, "height": 40}
     region = {"shape_attributes": box, "region_attributes": {"label": "cell"}}
     content = {"a": {"filename": "a.jpg", "regions": [region]}}
     (tmp_path / "via.json").write_text(json.dumps(content))
     data = DataPart(str(tmp_path / "via.json"), str(tmp_path))
     found = describe_data(data, data, upright=False)
-    assert (found.images, found.object_size) == (1, 0.25)  # sqrt(10 * 40) of 80 pixels
+    assert (found.images, found.object_size) == (1, 0.25)  # sqrt(10 * 40) / 80
     assert CocoImages(*data, by="size", upright=False).labels().tolist() == [0]
     with pytest.raises(UserError, match="outside its image of 80x100 pixels"):
         CocoImages(*data, by="size")
@@ -121,7 +121,7 @@ def test_voc_is_registered_by_split_and_equals_the_converted_file(tmp_path, voc,
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["train.json", "val.json"]
     for split in ("train", "val"):
         converted = tmp_path / "out" / f"{split}.json"
-        # Detectron2 reads the converted file in the same way.
+        # Detectron2's own reader returns the same records from the converted file.
         theirs = load_coco_json(str(converted), str(voc / "JPEGImages"))
         mine = DatasetCatalog.get(split)
         for record in theirs:
@@ -143,7 +143,7 @@ def test_a_changed_annotation_is_read_again(voc):
     (voc / "Annotations" / "c.xml").write_text(VOC.replace("<xmin>1<", "<xmin>700<"))
     with pytest.raises(UserError, match="c.xml: object 1") as found:
         DatasetCatalog.get("mine")
-    # The existing checks of COCO annotations name the file that was read.
+    # The checks of COCO annotations name the XML file that contains the error.
     assert "has bbox [699.0, 1.0, -679.0, 8.0] with a negative size" in str(found.value)
 
 
@@ -163,7 +163,7 @@ def test_each_split_may_have_its_own_folder(tmp_path):
         (tmp_path / split / "a.json").write_text(content)
     register_coco_dataset("mine", f"{tmp_path}:val", outlines=True)
     assert DatasetCatalog.get("mine")[0]["file_name"] == str(tmp_path / "valid" / "a.png")
-    # Rectangles have no outlines, which training with masks needs.
+    # Training with masks needs outlines, but rectangles have none.
     with pytest.raises(UserError, match=r"a.json: shape 1 has no `segmentation`. 1 of 6"):
         check_outlines(["mine"])
 
@@ -179,7 +179,7 @@ def test_images_in_subfolders_of_the_folders_of_splits_are_found(tmp_path):
     register_coco_dataset("mine", f"{tmp_path}/cvat:val")
     (record,) = DatasetCatalog.get("mine")
     assert record["file_name"] == str(tmp_path / "cvat" / "valid" / "images" / "a.png")
-    # The images may also be in a folder of their own.
+    # The images may also be in a separate folder.
     (tmp_path / "cvat" / "valid" / "images").rename(tmp_path / "valid")
     contents, _ = import_dataset("cvat", tmp_path / "cvat", tmp_path)
     assert contents["val"]["images"][0]["file_name"] == "valid/a.png"
@@ -213,7 +213,7 @@ def test_the_command_leaves_files_of_an_earlier_import(tmp_path, voc, capsys):
     out = tmp_path / "out"
     out.mkdir()
     words = ["--from", "voc", "--source", str(root), "--output", str(out)]
-    # Training would use each of these as validation data or folds, or they would be overwritten.
+    # Training would read each of these files as a split or fold, or the import would overwrite it.
     for name in ("train", "val", "test", "fold0_val"):
         (out / f"{name}.json").write_text("mine")
         with pytest.raises(SystemExit, match="2"):
