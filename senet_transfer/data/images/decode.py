@@ -160,16 +160,16 @@ def has_deep_colours(image: Image.Image, data: bytes) -> bool:
     """Return whether Pillow reduces an image to 8 bits per channel when it decodes the image.
 
     Args:
-        image: Opened image that has not been decoded yet.
+        image: Opened image. Only PNG files may already be decoded.
         data: The encoded image.
     """
     if bits_of(image) > 8:
         return False
-    arguments = _tile_arguments(image)
     if image.format == "PNG":
-        return ";16" in str(arguments[:1])
+        return data[24] > 8  # the bit depth in the header
     if image.format == "PPM":
-        return any(isinstance(maxval, int) and maxval > 255 for maxval in arguments[1:2])
+        maxval = _tile_arguments(image)[1:2]
+        return any(isinstance(value, int) and value > 255 for value in maxval)
     if image.format == "TIFF":
         return _bits_per_sample(image) > 8
     if image.format == "JPEG2000":
