@@ -18,7 +18,11 @@ from detectron2.utils.logger import setup_logger
 from senet_transfer.config import is_classification
 from senet_transfer.config.architectures import PIXELS, predicts
 from senet_transfer.config.load import load_config
-from senet_transfer.data.build import use_class_weights, use_classification_datasets
+from senet_transfer.data.build import (
+    check_brightness,
+    use_class_weights,
+    use_classification_datasets,
+)
 from senet_transfer.data.detection.augmentation.build import removes_parts
 from senet_transfer.data.detection.coco import (
     CocoDataset,
@@ -191,8 +195,7 @@ def _prepare(options: RunOptions) -> CfgNode:
         use_named_datasets(cfg, options, logger)
         use_datasets(cfg, eval_only=eval_only, keep_classes=eval_only or resume)
     check_run(cfg, eval_only=eval_only, resume=resume)
-    if not is_classification(cfg):
-        _check_images(cfg, eval_only=eval_only)
+    _check_images(cfg, eval_only=eval_only)
     resumed = str(history.newest_whole(cfg.OUTPUT_DIR)) if resume else None
     source = _examine_weights(cfg, resumed, eval_only=eval_only)
     if source:
@@ -415,9 +418,15 @@ def _use_stuff(cfg: CfgNode, names: Sequence[str], *, keep_classes: bool) -> Non
 def _check_images(cfg: CfgNode, *, eval_only: bool) -> None:
     """Check the images of the data sets in the main process, for all processes.
 
+    The images of a classifier are only checked for dark 16-bit images.
+
     Raises:
         UserError: If images are unreadable or of another size than annotated.
     """
+    if is_classification(cfg):
+        if comm.is_main_process():
+            check_brightness(cfg, eval_only=eval_only)
+        return
     check_choice("DATALOADER.CHECK_IMAGES", cfg.DATALOADER.CHECK_IMAGES, MODES)
     problem = ""
     if comm.is_main_process():

@@ -125,9 +125,7 @@ def to_8_bit(
     if value_range:
         grey = scale(stored_values(image, data), value_range)
     elif bits == 16:
-        # A TIFF file can also specify 12 bits.
-        largest = (1 << (_bits_per_sample(image) if image.format == "TIFF" else 16)) - 1
-        grey = scale(np.asarray(image), (0, largest))
+        grey = scale(np.asarray(image), (0, _white(image)))
     if value_range or bits == 16:
         return Image.fromarray(255 - grey if _white_is_zero(image) else grey)
     kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
@@ -243,6 +241,12 @@ def jpeg2000_bits(data: bytes) -> int:
     return (data[start + 42] & 0x7F) + 1 if 0 <= start < len(data) - 42 else 8
 
 
+def _white(image: Image.Image) -> int:
+    """Return the largest possible value of an opened grey image with 16 bits."""
+    # A TIFF file can also specify 12 bits.
+    return (1 << (_bits_per_sample(image) if image.format == "TIFF" else 16)) - 1
+
+
 def _bits_per_sample(image: Image.Image) -> int:
     return max(image.tag_v2.get(ExifTags.Base.BitsPerSample, (1,)))  # type: ignore[attr-defined]
 
@@ -317,6 +321,27 @@ def decode_exact(data: bytes, reading: Reading = AS_STORED) -> Image.Image:
             if image.width * image.height > MAX_PIXELS:
                 raise BrokenImageError(f"{image.width}x{image.height} pixels exceed the size limit")
             return to_rgb(image, reading, data)
+    except BrokenImageError:
+        raise
+    except Exception as error:  # Pillow raises exceptions of many types for damaged files
+        raise BrokenImageError(f"{type(error).__name__}: {error}") from error
+
+
+def largest_of_16_bits(data: bytes) -> int | None:
+    """Return the largest value of a 16-bit image, as part of 65535; None for other images.
+
+    Raises:
+        BrokenImageError: If the image cannot be decoded.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=allowed_formats())
+            if bits_of(image) == 16 and not _white_is_zero(image):
+                return int(np.asarray(image).max()) * 65535 // _white(image)
+            if image.format in ("PNG", "TIFF") and has_deep_colours(image, data):
+                return int(deep_colours(image, data).max())
+            return None
     except BrokenImageError:
         raise
     except Exception as error:  # Pillow raises exceptions of many types for damaged files
