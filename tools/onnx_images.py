@@ -4,7 +4,9 @@ Images are read in the same way as by senet_transfer/data/images/decode.py.
 """
 
 import contextlib
+import io
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,6 +42,12 @@ def open_model(path: str, task: str) -> tuple[onnxruntime.InferenceSession, dict
             "classifiers, and detect_onnx.py runs detectors, that tools/export.py has written."
         )
     return session, metadata
+
+
+def print_any_name() -> None:
+    """Make ``print`` escape characters of file names that the terminal can't show."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def formats() -> list[str]:

@@ -1,6 +1,7 @@
 """Setup of a run: config, logging, data sets, device and checks."""
 
 import importlib.util
+import io
 import logging
 import os
 import sys
@@ -250,12 +251,21 @@ def _logger(name: str, cfg: CfgNode, *, quiet: bool) -> logging.Logger:
     The results that Detectron2 repeats for spreadsheets are written to ``log.txt`` only.
     """
     logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
+    escape_names(logger)
     for handler in logger.handlers:
         if getattr(handler, "stream", None) is sys.stdout:
             handler.addFilter(_is_for_people)
             if quiet:
                 handler.setLevel(logging.WARNING)
     return logger
+
+
+def escape_names(logger: logging.Logger) -> None:
+    """Make a logger's handlers escape characters of file names that can't be encoded."""
+    for handler in logger.handlers:
+        stream = getattr(handler, "stream", None)
+        if isinstance(stream, io.TextIOWrapper) and not stream.closed:
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _is_for_people(record: logging.LogRecord) -> bool:

@@ -107,3 +107,10 @@ def test_a_file_for_another_task_is_refused(tmp_path):
         SHARED["open_model"](str(path), "classification")
     with pytest.raises(SystemExit, match="can't be read as an ONNX file"):
         SHARED["open_model"](str(tmp_path / "missing.onnx"), "detection")
+
+
+def test_models_with_other_channels_are_refused(monkeypatch):
+    metadata = {"preprocessing": {"format": "C4"}, "classes": []}
+    monkeypatch.setitem(SCRIPT["main"].__globals__, "open_model", lambda *_: (None, metadata))
+    with pytest.raises(SystemExit, match="format C4; expected RGB, BGR or L. Use `senet predict`"):
+        SCRIPT["main"]("model.onnx", "image.tif")

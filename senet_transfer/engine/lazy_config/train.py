@@ -25,7 +25,13 @@ from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
 from senet_transfer.engine.checkpoints.output_folder import claim_output_folder
 from senet_transfer.engine.results import write_results
-from senet_transfer.engine.setup import RunOptions, available_device, restarted, resumes
+from senet_transfer.engine.setup import (
+    RunOptions,
+    available_device,
+    escape_names,
+    restarted,
+    resumes,
+)
 from senet_transfer.engine.signals import stop_at_step_end
 from senet_transfer.engine.train_step import StepTrainer
 from senet_transfer.errors import UserError
@@ -89,7 +95,8 @@ def main(options: RunOptions) -> None:
     resume = resumes(run, options)
     if not (resume or options.eval_only):
         claim_output_folder(run, overwrite=options.overwrite, restarted=restarted())
-    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="senet_transfer")
+    rank = comm.get_rank()
+    escape_names(setup_logger(cfg.train.output_dir, distributed_rank=rank, name="senet_transfer"))
     default_setup(cfg, options)
     register_datasets(options.datasets)
     model = instantiate(cfg.model).to(cfg.train.device)

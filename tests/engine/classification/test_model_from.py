@@ -160,7 +160,11 @@ def test_a_checkpoint_alone_says_how_its_model_reads_images(train, tmp_path):
     for path in (weights, converted):
         assert eval_transform(find_model(weights=str(path)).cfg) == view
     options = ["INPUT.EXIF", "ignore", "INPUT.VALUE_RANGE", "[0, 255]"]
-    chosen = find_model(weights=str(weights), options=options).cfg
+    options += ["DATASETS.CLASSES", "['a', 'b', 'c', 'd']"]
+    chosen = find_model(weights=str(weights), options=options).examined().cfg
+    assert list(chosen.DATASETS.CLASSES) == list(trainer.cfg.DATASETS.CLASSES)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "DATASETS.CLASSES is a, b, c, d, but the classes of the model are blue" in log
     assert eval_transform(chosen) == replace(view, reading=Reading((0, 255)))
     # Older files specify none of the three.
     checkpoint = torch.load(weights)
