@@ -10,10 +10,10 @@
 #                                     senet_transfer/pretrained
 #
 # PART is cifar20, cifar110, shapes, places, bccd, bccd50, pretrain, transfer_bccd, transfer_places
-# or probe. pretrain must be finished before the parts after it. Repeat a command to continue.
+# or probe. pretrain must be finished before the parts that follow it. Repeat a command to continue.
 # Several parts can run at the same time.
 #
-# Variables: SEEDS="0 1 2", SEED=1 (the run that gates and publish use; seed 0 if there is no other),
+# Variables: SEEDS="0 1 2", SEED=1 (the run for gates and publish; seed 0 if it does not exist),
 # JOBS=1 (runs at the same time), MINUTES (time limit of the command), RECORDS=results (folder of the
 # records), PYTHON=python, DETECTRON2_DATASETS=datasets and, if there is no git or no .git,
 # GIT_COMMIT.
@@ -34,7 +34,7 @@ sweep() {
         --output output --results "${RECORDS:-results}" --quiet "$@"
 }
 
-# As sweep, on CIFAR-10 recompressed as JPEG; on a GPU with CUDA graphs.
+# Same as sweep, on CIFAR-10 recompressed as JPEG; with CUDA graphs on a GPU.
 cifar() {
     plain=$1
     se=$2
@@ -44,13 +44,13 @@ cifar() {
         $graph "$@"
 }
 
-# As sweep, for 10 epochs and in bfloat16.
+# Same as sweep, for 10 epochs and in bfloat16.
 places() {
     sweep "$@" SOLVER.EPOCHS 10 MODEL.CLASSIFIER.CHANNELS_LAST True SOLVER.AMP.ENABLED True \
         SOLVER.AMP.DTYPE bfloat16
 }
 
-# Write what is published of the current run: publish RUN NAME [OPTION ...]
+# Publish a run or its model card: publish RUN NAME [OPTION ...]
 publish() {
     run=$1
     title=$2
@@ -59,7 +59,7 @@ publish() {
         --license apache-2.0 --data "$data" --runs "$folder" "$@"
 }
 
-# Add the network of the current run to the package: bundle NAME
+# Add the network of $run to the package: bundle NAME
 bundle() {
     publish "$run" "senet_transfer/$1" --bundle --half --evaluate
 }

@@ -85,10 +85,10 @@ def test_every_config_builds_its_backbone(path):
 
 
 def test_gates_start_open_unless_the_network_is_trained_from_scratch():
-    kept = {"demo_faster_rcnn_se_r18"}  # its published results used open gates
+    short = {"demo_faster_rcnn_se_r18"}
     for path in CONFIGS:
         cfg = load_config(str(path))
-        if "se" not in backbone_name(cfg).split("_") or path.stem in kept:
+        if "se" not in backbone_name(cfg).split("_") or path.stem in short:
             continue
         scratch = not cfg.MODEL.WEIGHTS or path.stem.startswith("transfer_")
         expected = "random" if scratch else "open"

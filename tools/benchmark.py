@@ -6,8 +6,8 @@ intervals. A second instance of the baseline serves as the control.
 
     python tools/benchmark.py detector --output output/detector.json
 
-The part `gpu` compares training and inference on a GPU with the targets, in at most six minutes.
-Its own parts can be selected after its name.
+The part `gpu` compares training and inference on a GPU with target values, in at most six minutes.
+To run only some of its own parts, add their names.
 
     python tools/benchmark.py gpu --output output/gpu.json
     python tools/benchmark.py gpu training inference
@@ -17,7 +17,7 @@ import argparse
 import importlib
 import sys
 
-# The part's module in this folder's `benchmark` package, and its function.
+# Module in this folder's `benchmark` package and function, by the part's name.
 PARTS = {
     "block": ("networks", "measure_block"),
     "trunk": ("networks", "measure_backbone"),

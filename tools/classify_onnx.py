@@ -35,16 +35,16 @@ def load(
     *,
     upright: bool = False,
 ) -> np.ndarray:
-    """Load an image, resize it and take the crops of the evaluation.
+    """Load and resize an image, and take the crops used in evaluation.
 
     Args:
         image_file: Path of the image.
-        preprocessing: The file's metadata of this name.
+        preprocessing: The entry "preprocessing" in the metadata of the ONNX file.
         size: Height and width of the model's input.
-        mode: The file's metadata of this name: "short_side" and "squash" take the central crop;
-            "ten_crop" takes five crops of the image and of its mirror image.
-        value_range: The file's metadata of this name.
-        upright: The file's metadata of this name.
+        mode: The metadata entry "mode": "short_side" and "squash" take the central crop; "ten_crop"
+            takes five crops each of the image and its mirror image.
+        value_range: The metadata entry "value_range".
+        upright: The metadata entry "upright".
 
     Returns:
         Pixels in [0, 255], float32 ``(crops, 3, *size)``.

@@ -3,7 +3,7 @@
 
 python tools/detect_onnx.py detector.onnx photo.jpg more/*.jpg --output detections.json
 
-The detections are written in COCO's result format, with the name of each image file. The program
+The detections are written in COCO's result format, with the file name of each image. The program
 requires onnxruntime, Pillow and numpy, pycocotools for masks, and onnx_images.py next to it.
 """
 
@@ -37,10 +37,10 @@ def resized(width: int, height: int, min_size: int, max_size: int) -> tuple[int,
 
 
 def paste(mask: np.ndarray, box: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Return a mask (H, W) of an image from the probabilities inside a box."""
+    """Return an object's mask (H, W) in an image, given the mask probabilities inside its box."""
 
     def weights(start: float, end: float, length: int, size: int) -> np.ndarray:
-        """Return the weights of bilinear interpolation (length, size)."""
+        """Return bilinear interpolation weights (length, size)."""
         positions = (np.arange(length) + 0.5 - start) / (end - start) * size - 0.5
         return np.maximum(0, 1 - np.abs(positions[:, None] - np.arange(size)))
 
@@ -50,7 +50,7 @@ def paste(mask: np.ndarray, box: np.ndarray, width: int, height: int) -> np.ndar
 
 
 def detect(session: InferenceSession, metadata: dict, image: Image.Image) -> list[dict]:
-    """Detect objects in an image, and return them in COCO's format, sorted by score."""
+    """Detect objects in an image, and return them in COCO format, sorted by score."""
     image = image.convert("L" if metadata["format"] == "L" else "RGB")
     size = resized(*image.size, metadata["min_size"], metadata["max_size"])
     pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR).convert("RGB"), np.float32)

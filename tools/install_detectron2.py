@@ -4,7 +4,7 @@
     python tools/install_detectron2.py                # from the package index
     python tools/install_detectron2.py --wheel FILE   # from a local file
 
-The wheel of this project contains the script as the program `install_detectron2.py`.
+This project's wheel installs this script as the program `install_detectron2.py`.
 
 If Detectron2 can already be imported, for example because it was built from source, it is kept.
 
@@ -69,7 +69,7 @@ def find_installed() -> str | None:
 
 
 def check_environment() -> None:
-    """Raise an error if Python is managed by the operating system, as pip does."""
+    """Raise an error, as pip does, if Python is managed by the operating system."""
     marker = Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")
     if sys.prefix == sys.base_prefix and marker.exists():
         raise InstallError(

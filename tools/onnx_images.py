@@ -1,4 +1,4 @@
-"""Shared code of classify_onnx.py and detect_onnx.py, without torch.
+"""Code that classify_onnx.py and detect_onnx.py share. It does not need torch.
 
 Images are read in the same way as by senet_transfer/data/images/decode.py.
 """
@@ -23,7 +23,7 @@ def open_model(path: str, task: str) -> tuple[onnxruntime.InferenceSession, dict
     """Open a file from tools/export.py, and return a session and the file's metadata.
 
     Raises:
-        SystemExit: If the file can't be read, or is for another task than ``task``.
+        SystemExit: If the file can't be read, or if it is for a different task.
     """
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -32,14 +32,14 @@ def open_model(path: str, task: str) -> tuple[onnxruntime.InferenceSession, dict
     texts = session.get_modelmeta().custom_metadata_map
     try:
         metadata = {key: json.loads(text) for key, text in texts.items()}
-    except ValueError:  # of another program
+    except ValueError:  # The file was written by another program.
         metadata = {}
-    # Files from before detectors could be exported contain no task.
+    # Files exported by versions that supported only classifiers contain no task.
     found = metadata.pop("task", "classification") if "classes" in metadata else "unknown"
     if found != task:
         raise SystemExit(
             f"error: the task of {path} is {found}; expected {task}. classify_onnx.py runs "
-            "classifiers, and detect_onnx.py runs detectors, that tools/export.py has written."
+            "classifiers and detect_onnx.py runs detectors, both exported by tools/export.py."
         )
     return session, metadata
 
@@ -51,7 +51,7 @@ def print_any_name() -> None:
 
 
 def formats() -> list[str]:
-    """Return the formats of photographs, which Pillow reads without external programs."""
+    """Return the supported image formats, which Pillow reads without external programs."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
@@ -96,8 +96,8 @@ def read_image(
     Args:
         path: Path of the image.
         value_range: The values of black and white in images with 16 or 32 bits per channel, from
-            the file's metadata. Without them, 16-bit images have the range from 0 to 65535.
-        upright: Whether to apply the EXIF orientation, from the file's metadata.
+            the metadata of the ONNX file. If empty, 16-bit images have the range from 0 to 65535.
+        upright: Whether to apply the EXIF orientation, from the metadata of the ONNX file.
 
     Raises:
         SystemExit: If the image can't be read, or its value range is unknown.
@@ -116,7 +116,8 @@ def read_image(
             largest = (1 << bits_per_sample(image)) - 1
         image.load()
         if upright:
-            with contextlib.suppress(Exception):  # Pillow raises many types for broken EXIF data
+            # Pillow raises exceptions of many types for broken EXIF data.
+            with contextlib.suppress(Exception):
                 image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise SystemExit(f"error: {path} can't be read as an image: {error}") from error

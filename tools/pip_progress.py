@@ -20,9 +20,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-SHOWN_LINES = 15  # of the log after a failure
+SHOWN_LINES = 15  # last lines of the log to show after a failure
 
-# Lines of pip's output: a requirement, the download of a package, and its size.
+# Lines in pip's output: a requirement, and the download of a package with its size.
 FOUND = re.compile(r"Collecting ([^\s=<>~!;\[(]+)")
 FETCHED = re.compile(r"(?:Downloading|Using cached) ([^\s-]+)-([^\s-]+)-\S+\.whl \((.+)\)")
 INSTALLING = "Installing collected packages: "
@@ -30,7 +30,7 @@ INSTALLED = "Successfully installed "
 
 
 class Progress:
-    """Progress of pip, from the lines of its output.
+    """Progress of pip, determined from its output.
 
     Attributes:
         step: the current step: "Resolving", "Downloading" or "Installing".
@@ -63,12 +63,12 @@ class Progress:
 
     def _next(self, step: str, detail: str) -> None:
         self.step, self._detail = step, detail
-        # Rejected versions are found and downloaded too, but are not among those expected.
+        # pip also finds and downloads versions that it then rejects, which are not expected.
         self._numbers[step] = min(self._numbers[step] + 1, self._expected)
 
     @property
     def heading(self) -> str:
-        """The step, without its details."""
+        """The step without details."""
         about = "" if self.step == "Installing" else "about "
         return f"{self.step} {about}{self._expected} packages"
 
@@ -82,7 +82,7 @@ class Progress:
 
 
 def lines_of(stream: Iterable[str]) -> Iterator[str | None]:
-    """Yield the lines of a stream, and None after each second without one."""
+    """Yield the lines of a stream, and None after each second without a line."""
     lines: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:
@@ -162,11 +162,11 @@ def pins(constraints: Path) -> int:
 
 def main(argv: list[str] | None = None, pip: tuple[str, ...] = ("-m", "pip", "install")) -> int:
     parser = argparse.ArgumentParser(description="Run `pip install` and print its progress.")
-    parser.add_argument("--log", type=Path, required=True, help="file for the output of pip")
+    parser.add_argument("--log", type=Path, required=True, help="file for pip's output")
     parser.add_argument(
-        "--constraints", type=Path, required=True, help="file with the versions to install"
+        "--constraints", type=Path, required=True, help="file with the package versions to install"
     )
-    parser.add_argument("arguments", nargs="+", help="arguments of `pip install`, after --")
+    parser.add_argument("arguments", nargs="+", help="arguments for `pip install`, after --")
     args = parser.parse_args(argv)
     os.environ.setdefault("PIP_DISABLE_PIP_VERSION_CHECK", "1")
     command = [sys.executable, *pip, "--progress-bar", "off", "--constraint", str(args.constraints)]

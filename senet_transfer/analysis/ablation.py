@@ -95,7 +95,9 @@ def grid(config_file: str, options: Sequence[str] = (), axes: Sequence[str] = ()
     """
     unknown = [axis for axis in axes if axis not in PAPER]
     if unknown:
-        raise UserError(f"The axis {unknown[0]!r} is unknown; expected any of: {', '.join(PAPER)}.")
+        raise UserError(
+            f"The axis {unknown[0]!r} is unknown; expected one or more of: {', '.join(PAPER)}."
+        )
     options = (*options, "MODEL.SE.ENABLED", "True")
     cfg = model_config(config_file=config_file, options=list(options))
     if not is_classification(cfg):
@@ -105,8 +107,8 @@ def grid(config_file: str, options: Sequence[str] = (), axes: Sequence[str] = ()
         )
     if len(cfg.DATASETS.TEST) != 1:
         raise UserError(
-            f"DATASETS.TEST is {cfg.DATASETS.TEST}; expected one data set, on which the variants "
-            "are compared."
+            f"DATASETS.TEST is {cfg.DATASETS.TEST}; expected a single data set for comparing the "
+            "variants."
         )
     # Training takes the number of classes from the data, which may not exist yet.
     with suppress(UserError):
@@ -190,7 +192,7 @@ def grid_table(
 ) -> str:
     """Format a table of the variants with their cost, measured error and error in the paper.
 
-    The number in brackets is the variant's rank by error among all variants of the same axis and
+    The number in parentheses is the variant's rank by error among the variants of the same axis and
     the network as configured.
     """
     errors = {
@@ -238,7 +240,7 @@ def _rank(variant: Variant, values: dict[str, float], ranked: bool) -> str:
 def write_grid(
     variants: Sequence[Variant], results: dict[str, list[dict[str, Any]]], output_dir: str | Path
 ) -> str:
-    """Write the table's data to ``ablation.json``.
+    """Write the variants and their results to ``ablation.json``.
 
     Returns:
         The path of the file.

@@ -1,4 +1,4 @@
-"""Training runs that are skipped if finished and resumed if interrupted.
+"""Repeated training runs: finished runs are skipped, and interrupted runs are resumed.
 
 Each run has a config, options that override it, and a separate folder. The folder contains the
 original config in ``run.json`` and, after training, the results in ``results.json``.
@@ -39,7 +39,7 @@ from senet_transfer.utils.hashing import file_sha256
 from senet_transfer.utils.text import first_of
 
 _RECORD = "run.json"
-ORIGIN = "origin.json"  # the machine and the commit of a run
+ORIGIN = "origin.json"  # the file with the machine and the commit of a run
 _WEIGHTS = "SHA-256 of MODEL.WEIGHTS"
 
 # Seconds between two checks of a run's time limit.
@@ -65,7 +65,7 @@ class Run:
 
 
 class TimeLimit:
-    """Limit for the time of several runs. SIGTERM and Ctrl-C end it early.
+    """Time limit for several runs. SIGTERM and Ctrl-C make it expire early.
 
     Attributes:
         expired: True when the runs must stop.
@@ -85,7 +85,7 @@ class TimeLimit:
 
     @contextlib.contextmanager
     def ended_by_signals(self) -> Iterator[None]:
-        """End the limit on SIGTERM and Ctrl-C. This must be entered in the main thread."""
+        """Make the limit expire on SIGTERM and Ctrl-C. This context is for the main thread only."""
         before = {
             number: signal.signal(number, lambda *_: self._signalled.set())
             for number in signals.SIGNALS
@@ -105,14 +105,15 @@ def run_all(
     on_finish: Callable[[Run], object] = lambda _: None,
     **arguments: Any,
 ) -> list[dict[str, Any] | None]:
-    """Train several runs as ``senet train`` does, except those that are already finished.
+    """Train several runs as ``senet train`` does, except runs that are already finished.
 
     Args:
-        runs: The runs, in the order in which they are started.
+        runs: The runs, in starting order.
         jobs: The number of runs to train at the same time.
         minutes: A time limit. When it has passed, the current runs save a checkpoint and stop, and
             no others are started. SIGTERM and Ctrl-C have the same effect.
-        on_finish: Called in this thread with each finished run, including earlier ones.
+        on_finish: A function that is called in this thread with each finished run, including runs
+            that were finished earlier.
         arguments: ``flags``, other command-line arguments such as ``("--num-gpus", "8")``, which
             may differ when a run is resumed; and ``quiet``: if True, write the log only to
             ``log.txt``.
@@ -130,8 +131,8 @@ def run_all(
     """
     if len({run.output_dir for run in runs}) < len(runs):
         raise UserError(
-            "Several runs have the same output folder, because a seed or the name of a config is "
-            "given twice. Remove one of them."
+            "Several runs have the same output folder, because a seed or the name of a config "
+            "occurs twice. Remove the duplicate."
         )
     limit = TimeLimit(minutes)
     results: list[dict[str, Any] | None] = []
@@ -153,11 +154,11 @@ def run_all(
 def _train(
     run: Run, limit: TimeLimit, *, flags: Sequence[str] = (), quiet: bool = False, share: int = 1
 ) -> dict[str, Any] | None:
-    """Train a run and return its results, or None if the limit expired before it was finished.
+    """Train a run, and return its results, or None if the limit expired before it finished.
 
     Args:
         run: The run.
-        limit: When it has expired, the run saves a checkpoint and stops.
+        limit: The time limit. When it expires, the run saves a checkpoint and stops.
         flags: See :func:`run_all`.
         quiet: See :func:`run_all`.
         share: The number of runs that share the CPU cores.
@@ -190,7 +191,7 @@ def _train(
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_POLL)
     found = finished(output_dir)
-    # A process that hasn't started to train doesn't handle signals. Ctrl-C reaches it directly.
+    # A process doesn't handle signals before it trains, but Ctrl-C reaches it directly.
     stopped = (signals.STATUS, -signal.SIGTERM, -signal.SIGINT)
     if found is None and limit.expired and status in stopped:
         return None
@@ -203,9 +204,10 @@ def _train(
 
 
 def _start(command: list[str], *, quiet: bool, share: int, lock: int) -> subprocess.Popen[bytes]:
-    """Start a process, because Detectron2's loggers and registries are global.
+    """Start a run in a separate process, because Detectron2's loggers and registries are global.
 
-    The process inherits the lock of its folder, which it holds even if this process is killed.
+    The new process inherits the lock on the run's folder, and holds it even if this process is
+    killed.
     """
     threads = max(len(os.sched_getaffinity(0)) // share, 1)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ} if share > 1 else None
@@ -224,7 +226,7 @@ def finished(output_dir: str | Path) -> dict[str, Any] | None:
 
 
 def initial_weights(output_dir: Path) -> str | None:
-    """Return the SHA-256 of the file from which a run started, or None for random weights."""
+    """Return the SHA-256 of a run's initial weight file, or None for random weights."""
     hashed = json.loads((output_dir / _RECORD).read_text()).get(_WEIGHTS)
     return None if hashed is None else str(hashed)
 
@@ -233,12 +235,14 @@ def _check_same(output_dir: Path, config: dict[str, str]) -> None:
     """Record the config of a new run, or raise an error if the folder contains a different run."""
     record = output_dir / _RECORD
     if record.is_file():
-        # A run of an earlier version has the default values of keys that were added later.
+        # For keys that were added since the run was started, assume the default values.
         defaults = {key: repr(value) for key, value in config_items(get_senet_config())}
         begun = {**defaults, **json.loads(record.read_text())}
         other = [key for key in begun.keys() | config.keys() if begun.get(key) != config.get(key)]
         if _WEIGHTS in other and not {_WEIGHTS} <= begun.keys() & config.keys():
-            other.remove(_WEIGHTS)  # The file of a finished run may have been deleted.
+            other.remove(
+                _WEIGHTS
+            )  # The initial weight file of a finished run may have been deleted.
         if other:
             first = sorted(other)[0]
             raise UserError(
@@ -328,14 +332,15 @@ def fold_options(
             "--folds 5."
         )
     if suffix == ".json" and not images:
-        raise UserError("The folds contain detection data. Give its image folder with --images.")
+        raise UserError("The folds contain detection data. Pass its image folder with --images.")
     return found
 
 
 def mean_and_deviation(results: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float]]:
     """Return the mean and standard deviation of each metric reported by all runs.
 
-    It is the sample standard deviation (divided by n - 1), which is NaN for a single run.
+    The deviation is the sample standard deviation (with divisor n - 1), which is NaN for a single
+    run.
     """
     rows = [metrics(result) for result in results]
     summary = {}

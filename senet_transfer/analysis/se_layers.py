@@ -1,10 +1,10 @@
-"""SE layers of this project's networks and of timm's."""
+"""SE layers of this project's networks and of timm's networks."""
 
 from torch import nn
 
 from senet_transfer.layers.squeeze_excitation import SqueezeExcitation
 
-# Names of timm's classes for SE layers, and of the submodules that return the gates.
+# Names of timm's SE layer classes, and of their submodules that compute the gates.
 _TIMM = {
     "EffectiveSEModule": ("gate",),
     "SEModule": ("gate", "sigmoid"),
@@ -18,10 +18,10 @@ def is_se_layer(module: nn.Module) -> bool:
 
 
 def timm_gate(module: nn.Module) -> nn.Module | None:
-    """Return the submodule of one of timm's SE layers that returns the gates ``(N, C, 1, 1)``.
+    """Return the submodule of a timm SE layer that computes the gates ``(N, C, 1, 1)``.
 
     Returns:
-        The submodule, or None if the module is not an SE layer of timm.
+        The submodule, or None if the module is not a timm SE layer.
     """
     kind = type(module)
     names = _TIMM.get(kind.__name__, ()) if kind.__module__.startswith("timm.") else ()

@@ -110,7 +110,8 @@ class Parser(argparse.ArgumentParser):
     """Argument parser whose last argument (``opts``) contains config options as KEY VALUE pairs.
 
     Unlike argparse's standard parser, it accepts flags after the config options, because users
-    often append ``--resume`` to their previous command.
+    often append ``--resume`` to their previous command. The parsed arguments include ``words``, the
+    words of the command line, for the records of results.
 
     Attributes:
         lists: Flags that take one or several values. Their action is "append". With ``nargs="+"``,
@@ -128,14 +129,15 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
         """Parse flags before, after and between the config options."""
-        words = _with_image_folders(list(sys.argv[1:] if args is None else args))
-        words = _with_repeated_flags(words, self.lists)
+        given = list(sys.argv[1:] if args is None else args)
+        words = _with_repeated_flags(_with_image_folders(given), self.lists)
         pairs: list[str] = []
         while True:
             found = super().parse_args(words, namespace)
             is_flag = [word[:2] == "--" != word for word in found.opts]
             if True not in is_flag:
                 found.opts = pairs + found.opts
+                found.words = given
                 return found
             # Keep the options before the flag, and parse the flag and everything after it again.
             first = is_flag.index(True)
@@ -154,7 +156,8 @@ def argument_parser() -> argparse.ArgumentParser:
         default="",
         metavar="numeric|FILE",
         help="order of a classifier's labels: class names sorted as numbers, or a file with one "
-        "class name per line; default: sorted by name. The classes of a checkpoint have priority",
+        "class name per line; default: sorted by name. The classes of a checkpoint take "
+        "precedence",
     )
     parser.add_argument(
         "--iou-types",
@@ -164,7 +167,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--deterministic",
         action="store_true",
-        help="on a GPU, use deterministic algorithms where PyTorch has them (slower)",
+        help="on a GPU, use deterministic algorithms where PyTorch provides them (slower)",
     )
     parser.add_argument(
         "--quiet", action="store_true", help="print only warnings; the log is written to log.txt"
@@ -173,7 +176,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def _add_detectron2_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --overwrite and copies of Detectron2's arguments; importing Detectron2 would be slow."""
+    """Add --overwrite and copies of Detectron2's arguments, whose import would be slow."""
     add = parser.add_argument
     add("--config-file", default="", metavar="FILE", help="a YAML file, or the name of a config")
     add("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
@@ -186,8 +189,8 @@ def _add_detectron2_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-gpus", type=int, default=1, help="number of processes per machine, one per GPU (1)")
     add("--num-machines", type=int, default=1, help="number of machines (1)")
     add("--machine-rank", type=int, default=0, help="index of this machine, from 0")
-    # As in Detectron2, the port depends on the user id, so that a process left by the same user's
-    # earlier job causes the error "address already in use".
+    # As in Detectron2, the port depends on the user id. A process left over from an earlier job of
+    # the same user therefore causes the error "address already in use".
     port = 2**15 + 2**14 + hash(os.getuid()) % 2**14
     address = f"tcp://127.0.0.1:{port}"
     add("--dist-url", default=address, help="address of the first machine, tcp://HOST:PORT")
@@ -205,10 +208,10 @@ def start_process() -> None:
 
 
 def run_command(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
-    """Run a command in this process; if it raises a UserError, print it and exit with status 2."""
+    """Run a command in this process. If it raises a UserError, print the error and exit with 2."""
     start_process()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # The name of an image may contain characters that the terminal can't show.
+        # File names may contain characters that the terminal can't show.
         sys.stdout.reconfigure(errors="backslashreplace")
     # Imported here because --help and invalid arguments need neither torch nor Detectron2.
     with without_script_warnings():
@@ -233,7 +236,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--images",
         default="",
         metavar="FOLDER",
-        help="image folder of the annotations in --data and --val; default: the usual folders",
+        help="image folder for the annotations in --data and --val; default: the usual folders",
     )
 
 
@@ -257,7 +260,7 @@ def _with_repeated_flags(words: list[str], flags: Sequence[str]) -> list[str]:
     flag = ""
     for word in words:
         if word.startswith("-") or _is_key(word):
-            # argparse also accepts the beginning of a flag.
+            # argparse also accepts abbreviated flags.
             is_list = word[2:] and any(name.startswith(word) for name in flags)
             flag = word if is_list else ""
         elif flag and found[-1] != flag:
@@ -267,7 +270,7 @@ def _with_repeated_flags(words: list[str], flags: Sequence[str]) -> list[str]:
 
 
 def _is_key(word: str) -> bool:
-    """Return whether a word of the command line is a config key and not a file."""
+    """Return whether a word on the command line is a config key rather than a file."""
     return bool(_CONFIG_KEY.fullmatch(word)) and not os.path.exists(word)
 
 

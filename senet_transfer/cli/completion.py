@@ -1,4 +1,4 @@
-"""Print a script with which a shell completes the commands and options of ``senet``.
+"""Print a shell script that completes the commands and options of ``senet``.
 
     senet completion bash > ~/.local/share/bash-completion/completions/senet
     senet completion zsh > ~/.zfunc/_senet
@@ -15,7 +15,7 @@ import shtab
 
 from senet_transfer.utils.private_api import parser_arguments
 
-# Arguments that are completed with the names of files although their type is str.
+# Arguments of type str that are completed with file names.
 _FILES = ("config_file", "weights", "input", "output", "image", "classes", "data")
 
 
@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("shell", choices=shtab.SUPPORTED_SHELLS, help="shell to complete in")
+    parser.add_argument("shell", choices=shtab.SUPPORTED_SHELLS, help="the shell")
     return parser
 
 
@@ -53,7 +53,7 @@ def _add(
     own: argparse.ArgumentParser,
     text: str,
 ) -> None:
-    """Add a command's parser, whose arguments for files are completed with file names."""
+    """Add a command's parser, with file name completion for its file arguments."""
     added = add_parser(name, help=text, parents=[own], add_help=False)
     for argument in parser_arguments(added):
         if argument.type is Path or (argument.dest in _FILES and argument.nargs != 0):

@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         "--ema",
         choices=("auto", "true", "false"),
         default="auto",
-        help="whether to take averaged (EMA) weights of IN; default: as its project does",
+        help="whether to use the averaged (EMA) weights in IN; default: as in IN's project",
     )
     parser.add_argument(
         "--head",
@@ -57,10 +57,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="check that both files' networks give the same outputs",
+        help="check that the networks in both files give the same outputs",
     )
     parser.add_argument(
-        "--backbone", action="store_true", help="leave out a classifier or a detector's heads"
+        "--backbone", action="store_true", help="leave out the classifier or the detector's heads"
     )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--quiet", action="store_true", help="print only warnings")

@@ -1,7 +1,7 @@
 """Evaluate a classifier: top-1 and top-5 error, and the worst and most confused classes.
 
-The weights of a detector are evaluated with the metrics of its data; the boxes of several detectors
-are fused.
+Detectors are evaluated with the metrics of their data sets, and the boxes of several detectors are
+fused.
 
 Evaluate on the ImageNet validation set (one folder per class), and print published errors:
     senet eval --model se_resnet50 --weights se_resnet50.pth \\
@@ -32,7 +32,9 @@ from senet_transfer.errors import UserError
 if TYPE_CHECKING:
     from senet_transfer.engine.model_from import ModelSource
 
-# Options for the views of an image by a classifier; --scales is also for detectors.
+_BATCH_SIZE = 32
+
+# Options for a classifier's views of an image. --scales also applies to detectors.
 _VIEWS = ("crop_mode", "resize", "crop", "crops", "dense")
 
 _PLACES365 = """\
@@ -64,7 +66,7 @@ def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
         "--scales", type=int, action="append", default=[], help="one or several sizes of the "
         "shorter side in pixels; the predictions for all views of an image are combined",
     )  # fmt: skip
-    add("--crops", type=int, choices=CROPS, help="crops per scale; default: that of the crop mode")
+    add("--crops", type=int, choices=CROPS, help="crops per scale; default: as in the crop mode")
     add("--dense", action="store_true", help="apply the network to whole resized images")
     add(
         "--predictions",
@@ -74,10 +76,11 @@ def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     )
     add("--logits", action="store_true", help="add the logits to the CSV file")
     add(
-        "--saved-logits", action="append", default=[], metavar="FILE", help="one or several CSV "
-        "files written with --predictions and --logits, whose probabilities are averaged",
+        "--saved-logits", action="append", default=[], metavar="FILE", help="average the "
+        "probabilities in one or several CSV files written with --predictions and --logits",
     )  # fmt: skip
     add_running_arguments(parser)
+    parser.set_defaults(batch_size=None)  # unlike _BATCH_SIZE, not given
     return parser
 
 
@@ -123,7 +126,7 @@ def main(args: argparse.Namespace, published: Sequence[Any] = ()) -> dict[str, A
         device=args.device,
         data=args.data,
         views=views,
-        batch_size=args.batch_size,
+        batch_size=_BATCH_SIZE if args.batch_size is None else args.batch_size,
         workers=args.workers,
         quiet=args.quiet,
         **options,
@@ -137,7 +140,7 @@ def _check_saved(args: argparse.Namespace) -> None:
     names = ("model", "family", "weights", "config_file", "data", *_VIEWS, "scales", "opts")
     if given := _given(args, names):
         raise UserError(
-            f"--saved-logits evaluates files without a model, so {given} can't be given too. "
+            f"--saved-logits evaluates files without a model, so {given} can't be used as well. "
             "Remove one of them."
         )
 
@@ -148,11 +151,12 @@ def _evaluate_detectors(args: argparse.Namespace, first: "ModelSource") -> dict[
     from senet_transfer.engine.setup import RunOptions
     from senet_transfer.engine.train import main as evaluate
 
-    names = ("model", "family", "data", *_VIEWS, "predictions", "logits")
+    names = ("model", "family", "data", *_VIEWS, "predictions", "logits", "batch_size")
     if given := _given(args, names):
         raise UserError(
-            f"{given} can't be given for a detector, such as the model in {args.weights[0]}. "
-            "Remove them; to select the data of a detector, set DATASETS.TEST."
+            f"{given} can't be used for a detector, such as the model in {args.weights[0]}. "
+            "Remove them; to select the data of a detector, set DATASETS.TEST. Detectors are "
+            "evaluated one image at a time."
         )
     options = ["DATALOADER.NUM_WORKERS", str(args.workers), *args.opts]
     options += ["MODEL.WEIGHTS", args.weights[0]]
@@ -179,7 +183,7 @@ def _evaluate_detectors(args: argparse.Namespace, first: "ModelSource") -> dict[
 
 
 def _given(args: argparse.Namespace, names: Sequence[str]) -> str:
-    """Return those of several options that are given, as text."""
+    """Return the names of the options that the user has set, as text."""
     flags = {name: f"--{name.replace('_', '-')}" for name in names}
     flags["opts"] = " ".join(args.opts)
     return ", ".join(flags[name] for name in names if getattr(args, name))

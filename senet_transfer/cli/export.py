@@ -1,4 +1,4 @@
-"""Export a model with folded batch norms, and compare its outputs with the original model.
+"""Export a model with folded batch norms, and check its outputs against the original model.
 
     senet export --weights output/model_best.pth --output se_resnet50.onnx
     senet export --weights output/model_best.pth --backbone --output features.pt2

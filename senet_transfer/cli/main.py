@@ -14,7 +14,7 @@ from senet_transfer import __version__
 # Maps each command to its module in senet_transfer.cli and its description.
 COMMANDS = {
     "train": ("train", "train or evaluate a detector or classifier from a config"),
-    "eval": ("evaluate", "evaluate classifiers or detectors, also several together"),
+    "eval": ("evaluate", "evaluate classifiers or detectors, or ensembles of them"),
     "predict": ("predict", "run object detection or classification on images"),
     "export": ("export", "export a model to ONNX, torch.export or TorchScript"),
     "features": ("little_data.features", "write the features of a backbone for labelled images"),
@@ -28,7 +28,7 @@ COMMANDS = {
     "sweep": ("analysis.sweep", "train a config with several seeds"),
     "ablation": ("analysis.ablation", "train the SE variants in the paper"),
     "env": ("environment", "print versions and hardware, for a bug report"),
-    "completion": ("completion", "print a script that completes commands in a shell"),
+    "completion": ("completion", "print a shell completion script"),
 }
 
 
@@ -54,7 +54,7 @@ def command() -> None:
     """Parse the arguments and run the command."""
     args = parser().parse_args()
     name, _ = COMMANDS[args.command]
-    # The usage texts and the record of a run name the command as it was typed.
+    # Usage texts and the record of a run show the command as it was typed.
     sys.argv = [f"senet {args.command}", *args.arguments]
     importlib.import_module(f"senet_transfer.cli.{name}").command(args.arguments)
 

@@ -5,8 +5,9 @@
     senet predict --weights COCO-Detection/faster_rcnn_R_50_FPN_3x --input street.mp4
 
 A detector's detections are drawn on the images and written to a JSON file in COCO format. For a
-classifier, the five most probable classes of each image are printed and written to a JSON file. The
-results for a video are drawn to a video, and written to a file with one JSON object per frame.
+classifier, the five most probable classes of each image are printed and written to a JSON file. For
+a video, the results are drawn on a copy of the video, and written to a file with one JSON object
+per frame.
 """
 
 import argparse
@@ -34,15 +35,15 @@ def parser() -> argparse.ArgumentParser:
         "--input",
         action="append",
         required=True,
-        help="one or several image files, folders, patterns, .txt lists of images, http(s) "
-        "addresses, video files, streams (rtsp://...) or the index of a camera",
+        help="one or several image files, folders, patterns, .txt lists of images, HTTP(S) URLs, "
+        "video files, streams (rtsp://...) or the index of a camera",
     )
     add("--output", default="predictions", help="output folder (predictions)")
     add(
         "--format",
         choices=FORMATS,
         default="",
-        help="format of the results of images; default: coco for detectors, json for classifiers",
+        help="format of the results for images; default: coco for detectors, json for classifiers",
     )
     add("--threshold", type=float, default=0.5, help="minimum score, between 0 and 1 (0.5)")
     add("--limit", type=int, help="use only the first LIMIT images, or frames of a video")
@@ -54,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--draw",
         action=argparse.BooleanOptionalAction,
-        help="write drawings; default: only those of a detector",
+        help="write drawings; default: only for detectors",
     )
     add(
         "--cam",
@@ -79,8 +80,8 @@ def main(args: argparse.Namespace) -> None:
     videos = [name for name in args.input if is_video(name)]
     if len(set(map(video_stem, videos))) < len(videos):
         raise UserError(
-            f"Two of the videos {', '.join(videos)} have the same name, so that their results "
-            "would have the same path. Predict them with different --output folders."
+            f"Two of the videos {', '.join(videos)} have the same name, so their results would "
+            "have the same path. Process them with different --output folders."
         )
     images = find_photos([name for name in args.input if name not in videos])[: args.limit]
     predictor = load(

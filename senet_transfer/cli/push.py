@@ -4,8 +4,8 @@
     senet push output/model_final.pth owner/name --private
     senet push output owner/name --folder repository
 
-Any option for weights accepts the uploaded model as hf-hub:owner/name. The token is that of
-`hf auth login`, or the variable HF_TOKEN.
+All options that take weights accept the uploaded model as hf-hub:owner/name. The access token is
+read from `hf auth login` or the variable HF_TOKEN.
 
 In a clone of this project, --bundle adds a small model to the package instead:
 
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "model",
         metavar="MODEL",
-        help="the output folder of a run (its best model, otherwise its final model), or a "
+        help="the output folder of a run (its best or, if there is none, its final model), or a "
         "checkpoint",
     )
     add(
@@ -54,28 +54,29 @@ def parser() -> argparse.ArgumentParser:
         "--runs",
         default="",
         metavar="FOLDER",
-        help="records seed<N>.json of all runs of the same config, for the model card",
+        help="folder with records (seed<N>.json) of all runs with the same config, for the model "
+        "card",
     )
     add("--half", action="store_true", help="store kernels and matrices in float16")
     add(
         "--evaluate",
         action="store_true",
-        help="evaluate the written file, and state its metrics on the model card",
+        help="evaluate the written file, and add its metrics to the model card",
     )
     add("--folder", default="", help="write the files to this folder, and upload nothing")
     add("--card", default="", metavar="FILE", help="write only the model card, and upload nothing")
     add(
         "--bundle",
         action="store_true",
-        help="write the files to --folder or the folder of weights in this package, from which the "
-        "model is loaded as OWNER/NAME (the owner is senet_transfer), and upload nothing",
+        help="write the files to --folder or the folder of weights in this package, and upload "
+        "nothing; the model can then be loaded as OWNER/NAME, with the owner senet_transfer",
     )
     add(
         "--opts",
         nargs="+",
         default=[],
         metavar="KEY VALUE",
-        help="config options for --evaluate, such as the data sets of this machine",
+        help="config options for --evaluate, such as local data sets",
     )
     return parser
 
@@ -95,7 +96,10 @@ def main(args: argparse.Namespace) -> None:
             "Remove it."
         )
     if args.card and (args.bundle or args.folder or args.half):
-        raise UserError("--card writes no weights. Remove it, or --bundle, --folder and --half.")
+        raise UserError(
+            "--card writes no weights, so it can't be combined with --bundle, --folder "
+            "or --half. Remove one of them."
+        )
     options = {
         "config_file": args.config_file,
         "licence": args.license,

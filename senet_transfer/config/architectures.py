@@ -3,7 +3,7 @@
 from detectron2.config import CfgNode
 
 OBJECTS, PROPOSALS = "objects", "proposals"
-PIXELS, PANOPTIC = "classes of pixels", "panoptic segments"
+PIXELS, PANOPTIC = "pixel classes", "panoptic segments"
 
 # All other meta-architectures predict objects.
 _OUTPUTS = {

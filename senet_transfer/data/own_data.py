@@ -1,5 +1,6 @@
 """Search for training and validation data at a path specified by the user."""
 
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from typing import NamedTuple
 
 from senet_transfer.data.build import find_dataset
 from senet_transfer.data.detection.formats.prepare import write_dataset
+from senet_transfer.data.detection.formats.records import NOTES
 from senet_transfer.data.detection.formats.source import (
     annotations_exist,
     find_source,
@@ -31,6 +33,8 @@ _COCO_KEYS = ("images", "annotations", "categories")
 
 _COCO_NAMES = "_annotations.coco.json", "annotations.json"
 
+logger = logging.getLogger(__name__)
+
 
 class DataPart(NamedTuple):
     """Training or validation data.
@@ -46,7 +50,7 @@ class DataPart(NamedTuple):
 
 
 def find_parts(path: str, val: str = "", image_dir: str = "") -> tuple[DataPart, DataPart | None]:
-    """Find the training and validation data of a data set for detection or classification.
+    """Find training and validation data for detection or classification.
 
     Args:
         path: JSON file in COCO format; folder with such files for each part, such as `train.json`,
@@ -91,6 +95,8 @@ def divide(data: DataPart, folder: Path, *, upright: bool = True) -> tuple[DataP
     """
     if data.image_dir:
         content = read_annotations(*data, upright=upright)
+        for note in content.get(NOTES, ()):  # the new files don't contain them
+            logger.warning("%s: %s.", data.path, note)
         # Optional entries such as `info`, which describes the original file, are omitted.
         needed = {key: content[key] for key in _COCO_KEYS if key in content}
         contents, table = split_coco(needed, data.path, Split())

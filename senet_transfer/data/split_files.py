@@ -18,6 +18,7 @@ from senet_transfer.data.detection.json_file import read_json_object
 from senet_transfer.data.images.folders import open_images
 from senet_transfer.data.images.label_csv import COLUMNS, is_label_csv
 from senet_transfer.data.shards.manifest import MANIFEST
+from senet_transfer.data.shards.scan import find_shards, is_shard_name
 from senet_transfer.data.splits import TEST, TRAIN, Split, split_images
 from senet_transfer.errors import UserError
 from senet_transfer.utils.atomic_io import atomic_file, write_json
@@ -163,8 +164,14 @@ def _select(content: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
 
 
 def _open_classes(path: Path, output: Path) -> _Source:
-    if not (is_label_csv(path) or path.is_dir()) or (path / MANIFEST).exists():
-        found = "shards" if path.is_dir() else "another file" if path.exists() else "missing"
+    sharded = path.is_dir() and ((path / MANIFEST).exists() or find_shards(path))
+    if sharded or is_shard_name(path.name):
+        raise UserError(
+            f"Cannot split {path}, because it consists of shards. Pass other shards as validation "
+            "data (--val of `senet train`), or convert the images to one folder per class."
+        )
+    if not (is_label_csv(path) or path.is_dir()):
+        found = "another file" if path.exists() else "missing"
         raise UserError(
             f"Cannot split {path} ({found}); expected a JSON file in COCO format, a CSV file with "
             "the columns path and label, or a folder with one folder per class."

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 class StepTimer(HookBase):
     """Timer for the training steps run by this process. It must be the first hook.
 
-    The time spent on evaluation and on saving checkpoints is not included.
+    Time spent on evaluation and on saving checkpoints is not included.
 
     Attributes:
         seconds: The total time of all steps in seconds.
@@ -111,7 +111,7 @@ class Resources(HookBase):
         self.start = time.perf_counter()
 
     def after_step(self) -> None:
-        """Log both values."""
+        """Log the elapsed time and the peak memory usage."""
         self.trainer.storage.put_scalars(
             elapsed_seconds=time.perf_counter() - self.start,
             peak_memory_mb=_peak_memory(self.device) / 2**20,
@@ -126,10 +126,10 @@ def _peak_memory(device: torch.device) -> int:
 
 
 class DataWaits(HookBase):
-    """Hook that logs the share of the training time spent waiting for data, ``data_time_share``.
+    """Hook that logs ``data_time_share``, the fraction of training time spent waiting for data.
 
-    It is the mean of up to 20 steps, because on a GPU the host waits for the device only in some
-    steps. The share of the complete run is logged at its end.
+    The logged value is the mean over up to 20 steps, because on a GPU the host waits for the device
+    only in some steps. At the end of training, the fraction for the complete run is logged.
     """
 
     def __init__(self) -> None:
@@ -137,22 +137,20 @@ class DataWaits(HookBase):
         self._start = (0.0, 0.0)
 
     def before_train(self) -> None:
-        """Remember the times at the start."""
+        """Record the times at the start of training."""
         self._start = self._now()
         self._seconds.append(self._start)
 
     def after_step(self) -> None:
-        """Log the share."""
+        """Log the fraction for the most recent steps."""
         self._seconds.append(self._now())
         share = _share(self._seconds[0], self._seconds[-1])
         self.trainer.storage.put_scalar("data_time_share", share, smoothing_hint=False)
 
     def after_train(self) -> None:
-        """Write the share of the run to the log."""
+        """Log the fraction for the complete run."""
         share = _share(self._start, self._now())
-        logger.info(
-            "%.1f%% of the time of the training steps was spent waiting for data.", 100 * share
-        )
+        logger.info("%.1f%% of the training time was spent waiting for data.", 100 * share)
 
     def _now(self) -> tuple[float, float]:
         return self.trainer.timer.seconds, self.trainer.waited
@@ -173,7 +171,7 @@ class FrozenStatistics(HookBase):
         """
         Args:
             model: The model whose batch norms are frozen.
-            iterations: The number of final iterations during which they are frozen.
+            iterations: The number of final iterations during which the norms are frozen.
         """
         self.norms = [module for module in model.modules() if isinstance(module, _BATCH_NORMS)]
         self.iterations = iterations
@@ -203,8 +201,8 @@ class ModelEMA(HookBase):
         Args:
             model: The model to average, without a wrapper for distributed training.
             decay: The maximum decay, between 0 and 1.
-            guard: A guard that may have halted the run on the device before the host knows it. The
-                average then doesn't change any more.
+            guard: The guard that skips steps. Once it has halted the run on the device, the average
+                no longer changes, even if the host does not know yet.
         """
         self.model = model
         self.decay = decay
@@ -310,8 +308,8 @@ class _AfterEvaluation(HookBase, ABC):
         known = self.trainer.storage.latest()
         if self.metric in known:
             logger.warning(
-                "The metric %r is %s in this evaluation, which is not used. A metric is NaN if the "
-                "model detects nothing, or if there are no objects to detect.",
+                "The metric %r is %s in this evaluation, so the evaluation is ignored. A metric is "
+                "NaN if the model detects nothing, or if there are no objects to detect.",
                 self.metric,
                 known[self.metric][0],
             )
@@ -343,7 +341,8 @@ class BestModel(_AfterEvaluation):
     """Hook that saves the model with the best metric to ``model_best.pth``.
 
     Detectron2's BestCheckpointer loses the best value when a run is resumed, and marks its file as
-    the checkpoint to resume from. This hook stores the best value in the file and does not mark it.
+    the checkpoint to resume from. This hook stores the best value in the file and does not mark the
+    file.
     """
 
     def __init__(
@@ -394,8 +393,8 @@ class BestModel(_AfterEvaluation):
 class EarlyStopping(_AfterEvaluation):
     """Hook that ends training if a metric no longer improves.
 
-    It sets the trainer's ``max_iter`` to the current iteration, so that the hooks that follow it
-    save the final model. All processes stop at the same iteration.
+    The hook sets the trainer's ``max_iter`` to the current iteration, so later hooks save the final
+    model. All processes stop at the same iteration.
 
     Attributes:
         waited: The number of evaluations since the best value.
@@ -419,7 +418,7 @@ class EarlyStopping(_AfterEvaluation):
         return self.waited >= self.patience
 
     def after_step(self) -> None:
-        """Look at the metric if the model has just been evaluated, and end training if needed."""
+        """Check the metric after an evaluation, and end training if it no longer improves."""
         super().after_step()
         if self.stops:
             self.trainer.max_iter = self.trainer.iter + 1
@@ -478,7 +477,7 @@ class AverageSaver(HookBase):
 class CheckpointSaver(PeriodicCheckpointer):
     """PeriodicCheckpointer that also saves before a graceful shutdown.
 
-    It runs in all processes: if saving fails in the main process, all processes stop.
+    This hook runs in all processes: if saving fails in the main process, all processes stop.
     """
 
     def after_step(self) -> None:
@@ -488,7 +487,7 @@ class CheckpointSaver(PeriodicCheckpointer):
             UserError: In all processes, if the checkpoint can't be written.
         """
         iteration = self.trainer.iter
-        self.max_iter = self.trainer.max_iter  # EarlyStopping may have changed it.
+        self.max_iter = self.trainer.max_iter  # EarlyStopping may have changed max_iter.
         stops = self.trainer.stops
         periodic = (iteration + 1) % self.period == 0 or iteration + 1 >= self.max_iter
         if not (periodic or stops):

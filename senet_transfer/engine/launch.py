@@ -35,16 +35,17 @@ def run(
 
     Under torchrun, the processes already exist, and the rank and world size are read from the
     environment. Otherwise, Detectron2 starts ``num_gpus`` processes on this machine. If there are
-    no GPUs, or if ``MODEL.DEVICE`` is "cpu", they share the CPU.
+    no GPUs, or if ``MODEL.DEVICE`` is "cpu", the processes share the CPU.
 
     The exit status is 2 for a :class:`UserError` and 1 for a :class:`RunError`; both are printed
-    without a traceback. It is 1 for any other error, and 75 (``signals.STATUS``) after a graceful
-    shutdown.
+    without a traceback. The exit status is also 1 for any other error, and 75 (``signals.STATUS``)
+    after a graceful shutdown.
 
     Args:
         main: A module-level function, so that it can be pickled.
         argument: Any object that can be pickled.
-        device: Returns ``MODEL.DEVICE``. It is called only if there are several processes.
+        device: A function that returns ``MODEL.DEVICE``. It is called only if there are several
+            processes.
         num_gpus: The number of processes on each machine.
         num_machines: The number of machines.
         machine_rank: The index of this machine, from 0.
@@ -152,7 +153,7 @@ def _run_under_torchrun(
 
 
 def _run_spawned(main: Callable[[Any], object], argument: Any) -> None:
-    # The command has hidden them in its own process only.
+    # The launching process has hidden these warnings only in itself.
     hide_library_warnings()
     _guarded(main, argument)
     # Otherwise, the process group's threads may still be running at exit and abort the process.
@@ -180,7 +181,7 @@ def _guarded(main: Callable[[Any], object], argument: Any) -> None:
 
 
 def exit_with(error: UserError | RunError) -> NoReturn:
-    """Print an error and exit with its status.
+    """Print an error and exit with the corresponding status.
 
     If all processes raise the same error, only the main process prints it.
     """

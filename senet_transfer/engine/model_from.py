@@ -65,7 +65,8 @@ class LoadedModel:
     def classes(self) -> list[str]:
         """Class names, or an empty list if they are unknown.
 
-        The names of published classifiers, whose files don't contain them, are known here.
+        For published classifiers, whose files don't contain class names, this package has the
+        names.
         """
         names = list(self.cfg.DATASETS.CLASSES)
         if names or not is_classification(self.cfg):
@@ -81,7 +82,7 @@ class ModelSource:
         cfg: The config. ``MODEL.WEIGHTS`` is the weight file.
         source: The contents of the weight file, or of the checkpoint to load in its place. None if
             the file has not been read yet.
-        config_file: The file from which the config was read. Empty for a model specified by name.
+        config_file: The config file that was read. Empty for a model specified by name.
     """
 
     cfg: CfgNode
@@ -89,7 +90,7 @@ class ModelSource:
     config_file: str = ""
 
     def examined(self) -> "ModelSource":
-        """Return a copy with the content of the weight file, and the class names in it.
+        """Return a copy with the contents and the class names of the weight file.
 
         Raises:
             UserError: If the weight file can't be read.
@@ -132,7 +133,7 @@ class ModelSource:
 
 
 def _check_backbone(report: LoadReport) -> None:
-    """Raise a UserError if a part of a classifier other than its linear layer is not loaded."""
+    """Raise a UserError if any part of a classifier except its linear layer is not loaded."""
     random = {k: why for k, why in report.initialised.items() if not k.startswith("linear.")}
     if random:
         raise UserError(
@@ -143,7 +144,7 @@ def _check_backbone(report: LoadReport) -> None:
 
 
 def _check_class_count(cfg: CfgNode, config_file: str) -> None:
-    """Raise a UserError if a classifier has another number of outputs than class names."""
+    """Raise a UserError if a classifier's numbers of outputs and class names differ."""
     names, count = len(cfg.DATASETS.CLASSES), cfg.MODEL.CLASSIFIER.NUM_CLASSES
     if is_classification(cfg) and names and names != count:
         raise UserError(
@@ -178,7 +179,9 @@ def find_model(
             invalid.
     """
     if model and config_file:
-        raise UserError("Both --model and --config-file are given. Give only one of them.")
+        raise UserError(
+            "Both --model and --config-file are set, but only one of them is allowed. Remove one."
+        )
     if not model:
         config_file = config_file or config_next_to(weights)
     stated = _weight_options(options)
@@ -190,7 +193,7 @@ def find_model(
         merge_options(cfg, list(options))
     if weights:
         if family or weights != cfg.MODEL.WEIGHTS:
-            # The family in the config applies to the weights from which training started.
+            # The family in the config applies to the initial weights of the training run.
             cfg.MODEL.WEIGHTS_FAMILY = family
         if weights != cfg.MODEL.WEIGHTS:
             for key in ("WEIGHTS_PREFIX", "WEIGHTS_EMA", "WEIGHTS_HEAD"):
@@ -200,7 +203,7 @@ def find_model(
 
 
 def _with_stated(cfg: CfgNode, source: Source | None) -> Source | None:
-    """Return a source with the preprocessing and geometry that the config's user has stated."""
+    """Return the source with the preprocessing and geometry that the user has set in the config."""
     return source and with_stated(source, stated_values(cfg))
 
 
@@ -218,8 +221,7 @@ def model_config(
 ) -> CfgNode:
     """Return a model's config for complexity analysis.
 
-    The arguments are the same as those of :func:`find_model`. The file in ``MODEL.WEIGHTS`` is not
-    read.
+    For the arguments, see :func:`find_model`. The file in ``MODEL.WEIGHTS`` is not read.
     """
     found = find_model(model, config_file, weights, options=options)
     if weights:
@@ -238,11 +240,11 @@ def build_to_count(cfg: CfgNode) -> nn.Module:
 
 
 def _timm_network(path: str) -> str:
-    """Return the name of timm's network that the ``config.json`` next to a weight file states.
+    """Return the timm network specified by the ``config.json`` next to a weight file.
 
     Returns:
-        A name such as "timm/regnety_002". Empty if this project has the network, or if there is no
-        such file.
+        A name such as "timm/regnety_002". Empty if this project implements the network, or if there
+        is no such file.
     """
     stated = read_timm_config(Path(path))
     if stated is None or own_model(stated.architecture.removeprefix("legacy_")) in list_models():
@@ -275,7 +277,7 @@ def _named(name: str, weights: str, family: str, choice: Choice) -> tuple[CfgNod
     name = name or (source.model_name if source else "")
     if not name:
         raise UserError(
-            "No model is specified. Give --model NAME (see senet_transfer.list_models()), "
+            "No model is specified. Pass --model NAME (see senet_transfer.list_models()), "
             "--config-file, or --weights with a checkpoint that contains a model description."
         )
     preprocessing = (source.preprocessing if source else None) or model_entry(name).preprocessing
@@ -298,7 +300,7 @@ def _named(name: str, weights: str, family: str, choice: Choice) -> tuple[CfgNod
     cfg.INPUT.VALUE_RANGE = preprocessing.value_range
     cfg.INPUT.EXIF = "apply" if preprocessing.upright else "auto"
     if preprocessing.resize == SIDE:
-        cfg.INPUT.CLASSIFICATION.AUGMENT = "pad_crop"  # The usual augmentation for CIFAR.
+        cfg.INPUT.CLASSIFICATION.AUGMENT = "pad_crop"  # Use the standard augmentation for CIFAR.
     if source and source.num_classes:
         cfg.MODEL.CLASSIFIER.NUM_CLASSES = source.num_classes
     for option, value in (source.options() if source else {}).items():

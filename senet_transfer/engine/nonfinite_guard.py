@@ -2,8 +2,8 @@
 
 Reading a value from a GPU makes the host wait until the GPU has computed it. The guard therefore
 decides on the device whether a step is skipped, and the host reads the decisions of several steps
-together. Once more steps were skipped than are allowed, all later steps are skipped as well, until
-the host reads the decisions and raises the error.
+together. Once more steps have been skipped than are allowed, all later steps are skipped as well
+until the host reads the decisions and raises an error.
 """
 
 import logging
@@ -29,7 +29,7 @@ _LISTED = 20
 
 @dataclass
 class Step:
-    """Values of a training step that the host has not read yet, and what describes the step.
+    """Description of a training step, and its values, which the host has not read yet.
 
     Attributes:
         iteration: The number of the iteration.
@@ -72,7 +72,8 @@ class StepGuard:
         """
         Args:
             model: The model to train.
-            max_skips: The number of steps to skip before ending the run with an error.
+            max_skips: The number of steps that may be skipped. If more are skipped, the run ends
+                with an error.
             output_dir: The folder for reports about skipped steps, which help to reproduce them.
                 If empty, no reports are written.
             deferred: If True, no method except :meth:`report` reads a value from the device.
@@ -182,13 +183,16 @@ class StepGuard:
         return skip, overflow
 
     def _norms(self) -> tuple[list[str], Tensor]:
-        """Return the parameters with gradients, and norms that are finite if the gradients are."""
+        """Return the names of parameters with gradients, and the norms of these gradients.
+
+        Each of them is an L2 norm or a maximum norm, and is finite if its gradient is finite.
+        """
         named = [(n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
         if not named:
             return [], self.halted.new_zeros(0)
         names, gradients = zip(*named, strict=True)
         if not self.deferred:
-            # On a CPU, the sum of squares takes a tenth of the time of the maximum, but it can
+            # On a CPU, the sum of squares takes a tenth of the time of the maximum. However, it can
             # overflow even if all values are finite.
             norms = norms_of(gradients, 2)
             if norms.isfinite().all():
@@ -228,7 +232,7 @@ class StepGuard:
         if self._skipped > self.max_skips:
             raise RunError(
                 f"{said} Resuming with --resume repeats the steps since the last checkpoint and "
-                "ends in the same way. The usual cause is a learning rate that is too high for "
+                "fails in the same way. The usual cause is a learning rate that is too high for "
                 "the batch size: reduce SOLVER.BASE_LR, use a longer warm-up, or set "
                 "SOLVER.CLIP_GRADIENTS. To skip up to K such steps, set SOLVER.MAX_NONFINITE_STEPS "
                 "to K."
@@ -250,7 +254,9 @@ def _problem(step: Step, values: list[float], gradients: list[str]) -> str:
     named = zip(step.losses, losses, strict=True)
     bad = [f"{name} is {loss:g}" for name, loss in named if not math.isfinite(loss)]
     if not bad and gradients and checked:
-        bad.append(f"{len(gradients)} gradients are not finite, such as that of {gradients[0]}")
+        bad.append(
+            f"{len(gradients)} gradients are not finite, such as the gradient of {gradients[0]}"
+        )
     if bad and comm.get_world_size() > 1:
         bad.append(f"in process {comm.get_rank()}")
     return ", ".join(bad)

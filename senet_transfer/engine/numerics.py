@@ -1,8 +1,8 @@
 """Numerical settings of a run: precision, memory format and determinism.
 
-Some keys accept "auto", which stands for the faster setting on a GPU, and for the setting that
-changes no number on a CPU. A run replaces it by True or False when it starts, and saves that, so
-that a resumed run has the same settings.
+Some keys accept "auto". It selects the faster setting on a GPU, and the setting that does not
+affect results on a CPU. When a run starts, it replaces "auto" with True or False and saves the new
+value, so a resumed run has the same settings.
 """
 
 import os
@@ -19,7 +19,7 @@ def resolve_auto(cfg: CfgNode, before: CfgNode | None = None) -> None:
 
     Args:
         cfg: The config, with a device that exists.
-        before: The config with which the run to resume was started, whose values are taken.
+        before: The original config of a resumed run, whose values are used. None for a new run.
     """
     on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
     choices = {
@@ -27,7 +27,7 @@ def resolve_auto(cfg: CfgNode, before: CfgNode | None = None) -> None:
         "SOLVER.TF32": on_gpu,
         "MODEL.CHANNELS_LAST": on_gpu,
         "MODEL.CLASSIFIER.CHANNELS_LAST": on_gpu,
-        # The shapes of a detector's images change, and cuDNN would time its kernels for each.
+        # A detector's images vary in shape, and cuDNN would benchmark its kernels for each shape.
         "CUDNN_BENCHMARK": on_gpu and is_classification(cfg) and not cfg.DETERMINISTIC,
     }
     chooses_type = cfg.SOLVER.AMP.ENABLED == "auto" and not cfg.SOLVER.AMP.DTYPE
@@ -46,24 +46,24 @@ def settings(cfg: CfgNode) -> dict[str, object]:
 
 
 def set_memory_format(cfg: CfgNode, model: nn.Module) -> nn.Module:
-    """Convert a detector's weights to the memory format in the config, in place, and return it.
+    """Convert a detector's weights in place to the config's memory format; return the detector.
 
     A convolution whose weight is in the channels-last format returns a feature map in that format,
     so images don't have to be converted.
     """
-    # "auto", which only a run resolves, keeps the format.
+    # Outside of runs, "auto" is not resolved, and the format is kept.
     if cfg.MODEL.CHANNELS_LAST is True and not is_classification(cfg):
         model.to(memory_format=torch.channels_last)
     return model
 
 
 def apply_settings(cfg: CfgNode) -> None:
-    """Apply the settings that are global in PyTorch."""
+    """Apply the numerical settings that are global in PyTorch."""
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     if cfg.SOLVER.TF32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = cfg.SOLVER.TF32
         torch.backends.cudnn.allow_tf32 = cfg.SOLVER.TF32
-    # On a CPU, a run is exact anyway.
+    # Runs on a CPU are deterministic anyway.
     if cfg.DETERMINISTIC and cfg.MODEL.DEVICE.startswith("cuda"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
         torch.backends.cudnn.benchmark = False

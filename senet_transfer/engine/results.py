@@ -1,4 +1,4 @@
-"""Results of commands: JSON files and the summary at the end of a run."""
+"""Results of commands: JSON files, and the summary printed at the end of a run."""
 
 import json
 import math
@@ -31,8 +31,8 @@ def write_results(path: str | Path, results: Any, *, indent: int | None = 2) -> 
 def metrics(results: dict[str, Any]) -> dict[str, float]:
     """Return the metrics of a run's results by name, such as ``classification/top1_error``.
 
-    With several evaluation data sets, their names come first: ``coco_2017_val/bbox/AP``. The
-    diagnostics are excluded.
+    With several evaluation data sets, each name starts with the data set, as in
+    ``coco_2017_val/bbox/AP``. Diagnostics are excluded.
     """
     found: dict[str, float] = {}
     for name, value in results.items():
@@ -46,7 +46,7 @@ def metrics(results: dict[str, Any]) -> dict[str, float]:
 
 
 def with_diagnostics(cfg: CfgNode, results: dict[str, Any]) -> dict[str, Any]:
-    """Add the diagnostics of the last evaluation to its results.
+    """Add the diagnostics of the last evaluation to the evaluation's results.
 
     Args:
         cfg: The run's config.
@@ -71,7 +71,7 @@ def with_diagnostics(cfg: CfgNode, results: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-# Metrics that the sentence of a summary contains, and how it writes them.
+# Metrics in the sentence of a summary, with their formats.
 _HEADLINES = {
     "bbox/AP": "box AP {:.1f}",
     "segm/AP": "mask AP {:.1f}",
@@ -91,12 +91,12 @@ _FILES = {
     "results": "results.json",
 }
 _NAME_WIDTH = 16
-# Names of the metrics of a single class.
+# Matches the names of per-class metrics.
 _OF_ONE_CLASS = re.compile(r"/(AP|IoU|BoundaryIoU|min\(IoU, B-Iou\)|ACC)-")
 
 
 def metric_texts(results: dict[str, Any]) -> dict[str, str]:
-    """Return the metrics of a run's results as text by name, without those of single classes."""
+    """Return the metrics in a run's results as text by name, without per-class metrics."""
     return {
         name: "-" if math.isnan(value) else f"{value:{'.4f' if 'loss' in name else '.1f'}}"
         for name, value in metrics(results).items()
@@ -111,7 +111,7 @@ def summary(done: str, results: dict[str, Any], datasets: list[str], output_dir:
         done: The start of the sentence, such as "Trained se_resnet18 for 700 steps".
         results: The results of the evaluation, as returned by ``Trainer.evaluate``.
         datasets: The names of the evaluated data sets.
-        output_dir: The folder of the run. The files that it contains are listed.
+        output_dir: The output folder of the run, whose files are listed.
     """
     by_dataset = {datasets[0]: results} if len(datasets) == 1 else results
     rows = metric_texts(results)
@@ -130,7 +130,7 @@ def summary(done: str, results: dict[str, Any], datasets: list[str], output_dir:
 
 
 def duration(seconds: float) -> str:
-    """Return a duration in words, such as "2 min 31 s"."""
+    """Format a duration, such as "2 min 31 s"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     parts = [f"{hours} h"] * bool(hours) + [f"{minutes} min"] * bool(minutes)

@@ -69,7 +69,7 @@ def check_run(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
         resume: True for a run that resumes from a checkpoint.
 
     Raises:
-        UserError: If the run can't succeed. The message states the invalid value and how to fix
+        UserError: If the run can't succeed. The message contains the invalid value and how to fix
             it.
     """
     if resume and not history.checkpoints(cfg.OUTPUT_DIR):
@@ -106,7 +106,7 @@ def check_run(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
 
 
 def scratch_hint(cfg: CfgNode) -> str:
-    """Return a sentence that names the recipe for training without pretrained weights."""
+    """Return a sentence that recommends a config for training without pretrained weights."""
     name = "scratch_folder" if is_classification(cfg) else "scratch_detector"
     return f"To train without pretrained weights, use --config-file configs/{name}.yaml."
 
@@ -121,7 +121,7 @@ def check_augmentation(cfg: CfgNode) -> None:
     architecture = cfg.MODEL.META_ARCHITECTURE
     problem = ""
     if is_classification(cfg):
-        problem = "is a classifier; for classifiers, senet eval has --scales, --crops and --weights"
+        problem = "is a classifier; senet eval has --scales, --crops and --weights for classifiers"
     elif predicts(cfg) != {OBJECTS}:
         problem = f"predicts {' and '.join(sorted(predicts(cfg)))}"
     elif predicts_rotated_boxes(cfg):
@@ -133,7 +133,7 @@ def check_augmentation(cfg: CfgNode) -> None:
         problem += "augmentation of a single GeneralizedRCNN"
     if problem:
         raise UserError(
-            f"{used}, which supports detectors of boxes, but the {architecture} of this config "
+            f"{used}, which requires a box detector, but the {architecture} in this config "
             f"{problem}. Set {remedy}."
         )
     if several and not 0 <= cfg.TEST.ENSEMBLE.IOU < 1:
@@ -178,10 +178,10 @@ def _check_names(cfg: CfgNode) -> None:
 
 
 def _check_anchors(cfg: CfgNode) -> None:
-    """Raise a UserError if the anchors' sizes or aspect ratios are not nested as Detectron2 needs.
+    """Raise a UserError if anchor sizes or aspect ratios are not nested as Detectron2 requires.
 
-    Detectron2 accepts one list of numbers for all feature maps, or a list with one list per feature
-    map (or only one) inside.
+    Detectron2 accepts one list of numbers for all feature maps, or a list that contains either one
+    list for all feature maps or one list per feature map.
     """
     anchors, features = cfg.MODEL.ANCHOR_GENERATOR, cfg.MODEL.RPN.IN_FEATURES
     if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
@@ -235,8 +235,8 @@ def _check_weights(cfg: CfgNode, *, eval_only: bool) -> None:
         raise UserError(
             "MODEL.RESNETS.NORM is FrozenBN and MODEL.WEIGHTS is empty, but frozen batch norms "
             f"need pretrained statistics. Set MODEL.WEIGHTS to a weight file. {scratch_hint(cfg)} "
-            "In another config, set MODEL.RESNETS.NORM GN (or BN with at least 4 images per "
-            "process) and MODEL.BACKBONE.FREEZE_AT 0."
+            "To keep your own config, set MODEL.RESNETS.NORM to GN (or BN with at least 4 images "
+            "per process) and MODEL.BACKBONE.FREEZE_AT to 0."
         )
     if cfg.MODEL.BACKBONE.FREEZE_AT > 0:
         logger.warning(
@@ -285,7 +285,7 @@ def check_batch_norms(cfg: CfgNode, model: nn.Module) -> None:
         model: The classifier in training mode. It is not changed.
 
     Raises:
-        UserError: If a batch norm would be given a single value per channel.
+        UserError: If a batch norm would receive a single value per channel.
     """
     share = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size() // cfg.SOLVER.MICRO_BATCHES
     if not is_classification(cfg) or share > 1:
@@ -299,12 +299,12 @@ def check_batch_norms(cfg: CfgNode, model: nn.Module) -> None:
     except ValueError as error:
         if "more than 1 value per channel" in str(error):
             raise UserError(
-                f"Batch norm needs more than one value per channel, but with one image per forward "
+                "Batch norm needs more than one value per channel, but with one image per forward "
                 f"pass and INPUT.CLASSIFICATION.CROP {side}, the last feature map has a single "
                 f"pixel (SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH} for "
                 f"{comm.get_world_size()} processes, SOLVER.MICRO_BATCHES is "
-                f"{cfg.SOLVER.MICRO_BATCHES}). Use more images per process and micro-batch, a "
-                "larger crop, or MODEL.RESNETS.NORM GN or FrozenBN."
+                f"{cfg.SOLVER.MICRO_BATCHES}). Use more images per process and micro-batch or a "
+                "larger crop, or set MODEL.RESNETS.NORM to GN or FrozenBN."
             ) from error
     except RuntimeError:
         logger.debug("The shapes of the network can't be computed.", exc_info=True)
@@ -339,13 +339,13 @@ def _check_padding(cfg: CfgNode) -> None:
     multiple = cfg.INPUT.SIZE_DIVISIBILITY
     if multiple and (is_classification(cfg) or cfg.MODEL.BACKBONE.NAME not in FPN_BUILDERS):
         raise UserError(
-            f"INPUT.SIZE_DIVISIBILITY is {multiple}, which is only supported for detectors with "
-            f"the MODEL.BACKBONE.NAME {' or '.join(FPN_BUILDERS)}. Set it to 0."
+            f"INPUT.SIZE_DIVISIBILITY is {multiple}, which is only supported for detectors whose "
+            f"MODEL.BACKBONE.NAME is {' or '.join(FPN_BUILDERS)}. Set it to 0."
         )
 
 
 def _check_task_keys(cfg: CfgNode) -> None:
-    """Raise a UserError if augmentation or losses of the other task are enabled."""
+    """Raise a UserError if augmentation or losses for a different task are enabled."""
     defaults = get_senet_config()
     keys, task, other = _OF_CLASSIFIERS, "classifiers", "detectors"
     if is_classification(cfg):
@@ -364,8 +364,8 @@ def _warn_of_sampler(cfg: CfgNode) -> None:
     if options.SAMPLER_TRAIN == "RepeatFactorTrainingSampler" and options.REPEAT_THRESHOLD <= 0:
         logger.warning(
             "DATALOADER.SAMPLER_TRAIN is RepeatFactorTrainingSampler, but "
-            "DATALOADER.REPEAT_THRESHOLD is %g, so that no image is repeated. Set it to the "
-            "frequency below which a class's images are repeated, such as 0.1.",
+            "DATALOADER.REPEAT_THRESHOLD is %g, so no image is repeated. Set it to the frequency "
+            "below which a class's images are repeated, such as 0.1.",
             options.REPEAT_THRESHOLD,
         )
 
@@ -388,7 +388,7 @@ def _check_compile(cfg: CfgNode) -> None:
     if cfg.SOLVER.UNFREEZE_ITERS or cfg.SOLVER.UNFREEZE_EPOCHS:
         raise UserError(
             "SOLVER.COMPILE is graph, but SOLVER.UNFREEZE_ITERS (or UNFREEZE_EPOCHS) changes which "
-            f"parameters are trained, which a captured step can't follow. {remedy}"
+            f"parameters are trained, which a captured step does not support. {remedy}"
         )
     options = cfg.MODEL.CLASSIFIER
     if is_classification(cfg) and (options.MIXUP or options.CUTMIX):

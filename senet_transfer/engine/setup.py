@@ -62,7 +62,7 @@ from senet_transfer.weights.file_geometry import examine_config_weights
 from senet_transfer.weights.hub.catalogue import catalogue_entry, names_published
 from senet_transfer.weights.mapping.source import Source
 
-# Environment variables in which launchers count how often they have restarted the command.
+# Environment variables that launchers use to count how often they have restarted the command.
 _RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
@@ -76,15 +76,17 @@ class RunOptions:
         options: Alternating config keys and values that override the config file.
         datasets: Data sets to register, each as (name, annotations) or (name, annotations, image
             folder); see ``DATASETS.REGISTER``.
-        classes: Order of a classifier's labels: "numeric", or a file with one class name per line.
+        classes: The order of a classifier's labels: "numeric", or a file with one class name per
+            line.
         resume: If True, continue from the newest checkpoint in ``OUTPUT_DIR``.
         eval_only: If True, evaluate ``MODEL.WEIGHTS`` without training.
         deterministic: If True, set the key ``DETERMINISTIC``.
         quiet: If True, print only warnings. The full log is always written to ``log.txt``.
         overwrite: If True, delete the files of an earlier run in ``OUTPUT_DIR`` before training.
         data: Training data, for which a config is made instead of reading ``config_file``.
-        val: Validation data. If empty, it is searched for in ``data``.
-        images: Image folder of the JSON files in ``data`` and ``val``. If empty, it is found.
+        val: Validation data. If empty, ``data`` is searched for it.
+        images: Image folder for the JSON files in ``data`` and ``val``. If empty, the folder is
+            found automatically.
     """
 
     config_file: str = ""
@@ -167,13 +169,18 @@ def restarted() -> bool:
     return any(count.isdigit() and int(count) > 0 for count in counts)
 
 
-def _prepare(options: RunOptions) -> CfgNode:
-    eval_only = options.eval_only
-    if options.overwrite and (options.resume or eval_only):
+def check_overwrite(options: RunOptions) -> None:
+    """Raise a UserError if a run that needs the files of an earlier run would delete them."""
+    if options.overwrite and (options.resume or options.eval_only):
         raise UserError(
             "--overwrite deletes an earlier run, so it can't be combined with "
             f"{'--resume' if options.resume else '--eval-only'}. Remove one of the two."
         )
+
+
+def _prepare(options: RunOptions) -> CfgNode:
+    eval_only = options.eval_only
+    check_overwrite(options)
     cfg = load_config(options.config_file, list(options.options))
     logged = log_size(cfg.OUTPUT_DIR)
     logger = _start_logging(cfg, quiet=options.quiet)
@@ -191,7 +198,7 @@ def _prepare(options: RunOptions) -> CfgNode:
         if options.classes:
             raise UserError(
                 f"--classes is {options.classes}, but it is only supported for classifiers. The "
-                "classes of a detector are those of its JSON files. Remove --classes."
+                "classes of a detector are read from its JSON files. Remove --classes."
             )
         use_named_datasets(cfg, options, logger)
         use_datasets(cfg, eval_only=eval_only, keep_classes=eval_only or resume)
@@ -214,7 +221,7 @@ def _prepare(options: RunOptions) -> CfgNode:
 
 
 def _examine_weights(cfg: CfgNode, resumed: str | None, *, eval_only: bool) -> Source | None:
-    """Examine the weight file; if it can't be downloaded, name the recipe that needs none."""
+    """Examine the weight file. If its download fails, recommend a config without weights."""
     try:
         return examine_config_weights(cfg, resumed)
     except UserError as error:
@@ -225,11 +232,11 @@ def _examine_weights(cfg: CfgNode, resumed: str | None, *, eval_only: bool) -> S
 
 
 def _config_of_start(cfg: CfgNode, logger: logging.Logger) -> CfgNode | None:
-    """Return the config with which the run to resume was started, or None if it can't be read."""
+    """Return the original config of the run to resume, or None if it can't be read."""
     try:
         return load_config(os.path.join(cfg.OUTPUT_DIR, "config.yaml"))
     except UserError as error:
-        logger.warning("Can't compare the config with the start of the run: %s", error)
+        logger.warning("Can't compare the config with the run's original config: %s", error)
         return None
 
 
@@ -269,7 +276,7 @@ def escape_names(logger: logging.Logger) -> None:
 
 
 def _is_for_people(record: logging.LogRecord) -> bool:
-    # Detectron2 logs the traceback of every exception. These are printed when the command ends.
+    # Detectron2 logs the traceback of every exception, but these errors are printed at the end.
     if record.exc_info and isinstance(record.exc_info[1], UserError | RunError):
         return False
     message = record.getMessage()
@@ -286,7 +293,7 @@ def use_available_device(cfg: CfgNode, logger: logging.Logger) -> None:
 
 
 def available_device(name: str, logger: logging.Logger) -> str:
-    """Return the device name, or warn and return "cpu" if a GPU is named and there are no GPUs.
+    """Return the device name. If it is a GPU and there are no GPUs, warn and return "cpu".
 
     Raises:
         UserError: If the name is invalid, or if it is a GPU that does not exist.
@@ -311,7 +318,7 @@ def available_device(name: str, logger: logging.Logger) -> str:
 
 
 def use_named_datasets(cfg: CfgNode, options: RunOptions, logger: logging.Logger) -> None:
-    """Train on the first data set of ``--dataset``, and evaluate on the second.
+    """Set the config to train on the first data set of ``--dataset`` and evaluate on the second.
 
     This applies if the config names data sets that are not registered, as the recipes for a user's
     own data do, and if the command line does not set the key. With ``--eval-only``, a single data
@@ -320,7 +327,7 @@ def use_named_datasets(cfg: CfgNode, options: RunOptions, logger: logging.Logger
     Args:
         cfg: The config, which is changed in place.
         options: The run's options.
-        logger: The logger for the choice.
+        logger: The logger for messages about the choice.
     """
     register_shapes()
     # A malformed entry or name is rejected when the data sets are registered and checked.
@@ -338,7 +345,7 @@ def use_named_datasets(cfg: CfgNode, options: RunOptions, logger: logging.Logger
             continue
         if names and not given and configured and not registered.issuperset(configured):
             logger.info(
-                "DATASETS.%s is %s, the data set of --dataset, because %s of the config is not "
+                "DATASETS.%s is %s, the data set of --dataset, because the config's %s is not "
                 "registered.",
                 key,
                 names[0],
@@ -358,7 +365,7 @@ def use_datasets(cfg: CfgNode, *, eval_only: bool = False, keep_classes: bool = 
 
     Raises:
         UserError: If a data set is unknown, missing on disk or malformed, or if its classes differ
-            from those of the other data sets or the model.
+            from the classes of the other data sets or of the model.
     """
     names = register_datasets(
         cfg.DATASETS.REGISTER, outlines=cfg.MODEL.MASK_ON, upright=reading_of(cfg).upright
@@ -431,7 +438,7 @@ def _check_images(cfg: CfgNode, *, eval_only: bool) -> None:
     The images of a classifier are only checked for dark 16-bit images.
 
     Raises:
-        UserError: If images are unreadable or of another size than annotated.
+        UserError: If images are unreadable, or if their sizes differ from the annotations.
     """
     if is_classification(cfg):
         if comm.is_main_process():
@@ -456,7 +463,7 @@ def _check_images(cfg: CfgNode, *, eval_only: bool) -> None:
 
 
 def _use_mask_format(cfg: CfgNode, names: Sequence[str]) -> None:
-    """Check the outlines of the objects, and set the mask format that they require.
+    """Check the objects' outlines, and set the mask format that they require.
 
     Raises:
         UserError: If an outline is missing or invalid, or a required package is not installed.

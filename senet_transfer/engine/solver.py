@@ -24,7 +24,7 @@ from senet_transfer.utils.private_api import multiply_all, norms_of
 
 logger = logging.getLogger(__name__)
 
-# Config keys in iterations, and the corresponding keys in epochs, which override them.
+# Config keys in iterations, and the corresponding keys in epochs. The latter take precedence.
 _IN_EPOCHS = {
     "SOLVER.WARMUP_ITERS": "SOLVER.WARMUP_EPOCHS",
     "SOLVER.FROZEN_BN_ITERS": "SOLVER.FROZEN_BN_EPOCHS",
@@ -103,8 +103,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer, SGD or AdamW, with Detectron2's parameter groups.
 
     The learning rate of the backbone's parameters is multiplied by ``SOLVER.BACKBONE_MULTIPLIER``,
-    and in the backbone's stages also by a power of ``SOLVER.LAYER_DECAY``.
-    On a GPU, the optimizer is fused, so that it can skip a step without waiting for the host.
+    and, in the backbone's stages, also by a power of ``SOLVER.LAYER_DECAY``. On a GPU, the
+    optimizer is fused, so it can skip a step without waiting for the host.
 
     Raises:
         UserError: If ``SOLVER.OPTIMIZER`` is unknown, or if both the backbone and the biases have
@@ -155,9 +155,10 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def fill_momentum(optimizer: torch.optim.SGD) -> None:
-    """Set the momentum buffers to zero, with which the first step is the same as without buffers.
+    """Create momentum buffers filled with zeros, which do not affect the first step.
 
-    If fused SGD skips the first step, it leaves buffers that it creates uninitialised.
+    Otherwise, fused SGD would create the buffers itself and, if it skips the first step, leave them
+    uninitialised.
     """
     for group in optimizer.param_groups:
         if group["momentum"]:
@@ -167,7 +168,7 @@ def fill_momentum(optimizer: torch.optim.SGD) -> None:
 
 @contextlib.contextmanager
 def tensor_rates(optimizer: Optimizer, rates: Sequence[Tensor]) -> Iterator[None]:
-    """Temporarily replace the learning rates by tensors, one ``()`` per parameter group.
+    """Temporarily replace the learning rates with scalar tensors, one per parameter group.
 
     A graph of the optimizer's step reads these tensors in each replay, whereas a number would be
     constant. The scheduler and the checkpoints use numbers.
@@ -189,7 +190,7 @@ def tensor_rates(optimizer: Optimizer, rates: Sequence[Tensor]) -> Iterator[None
 
 
 def _gradient_clipper(options: CfgNode) -> Callable[[Optimizer], None]:
-    """Return a function that clips each gradient by itself, as Detectron2's optimizers do."""
+    """Return a function that clips each gradient individually, as Detectron2's optimizers do."""
     limit, order = options.CLIP_VALUE, options.NORM_TYPE
     by_norm = GradientClipType(options.CLIP_TYPE) is GradientClipType.NORM
 

@@ -33,7 +33,7 @@ RESULTS = "results.json"
 
 
 def evaluated_file(cfg: CfgNode) -> str:
-    """Return the name of the weight file that a training run evaluates for ``RESULTS``."""
+    """Return the name of the weight file that is evaluated at the end of a training run."""
     return f"{AVERAGE_NAME}.pth" if cfg.SOLVER.EMA.ENABLED else "model_final.pth"
 
 
@@ -47,7 +47,7 @@ def main(options: RunOptions) -> dict[str, Any]:
         options: The run's options.
 
     Returns:
-        The results that are written. They are incomplete except in the main process.
+        The written results. They are complete only in the main process.
 
     Raises:
         UserError: If the run can't start with these options.
@@ -63,7 +63,7 @@ def main(options: RunOptions) -> dict[str, Any]:
     if comm.is_main_process():
         written = with_diagnostics(cfg, results)
         write_results(Path(cfg.OUTPUT_DIR, RESULTS), written)
-        if options.quiet:  # Otherwise, the log includes them.
+        if options.quiet:  # Otherwise, the log contains the metrics.
             print("\n".join(f"{name}: {value:g}" for name, value in metrics(results).items()))
         else:
             print(f"\n{_summary(cfg, results, loaded)}", flush=True)

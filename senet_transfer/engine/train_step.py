@@ -29,7 +29,7 @@ from senet_transfer.engine.solver import tensor_rates
 from senet_transfer.errors import UserError
 from senet_transfer.utils.private_api import scaler_state, skips_on_device
 
-# Input of a captured step that contains the learning rates and the weight of the average.
+# Name of the captured step's input with the learning rates and the weight of the average.
 _NUMBERS = "numbers"
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -66,18 +66,20 @@ class StepTrainer(SimpleTrainer):
             dtype: The autocast dtype, "float16" or "bfloat16", or None to disable autocast. An
                 empty string selects float16 on a GPU and bfloat16 on a CPU, where float16 is slow.
                 With float16, the loss is scaled.
-            micro_batches: The number of equal parts into which each batch is split. Their
-                gradients are accumulated, which gives the gradient of the mean loss.
-            max_skips: The number of steps with non-finite values to skip before ending the run
-                with an error.
+            micro_batches: The number of equal parts that each batch is split into. The accumulated
+                gradients of the parts equal the gradient of the mean loss.
+            max_skips: The number of steps with non-finite values that may be skipped. If there are
+                more, the run ends with an error.
             output_dir: The folder for reports about skipped steps. If empty, no reports are
                 written.
             reads_after: A function that returns whether losses are read from the device, logged and
-                checked after the given iteration. None reads them after each iteration. It is
-                ignored without a fused optimizer, which can skip a step on the device.
-            graphs: The source of graphs to capture the step, from the data loader's plan or batch
-                to the average, or None to run it eagerly. It requires batches that are dicts, and
-                losses that are not read after each iteration.
+                checked after the given iteration. If None, they are read after each iteration. The
+                function is ignored if the optimizer is not fused, because only a fused optimizer
+                can skip a step on the device.
+            graphs: The source of graphs for capturing the step, or None to run the step eagerly. A
+                graph includes everything from the data loader's plan or batch to the update of the
+                average. Capturing requires batches that are dicts, and losses that are not read
+                after each iteration.
 
         Raises:
             UserError: If ``dtype`` or ``micro_batches`` is invalid, or if the step can't be
@@ -160,11 +162,11 @@ class StepTrainer(SimpleTrainer):
         """Compute a step without reading from the device, so that it can be captured.
 
         Args:
-            inputs: The batch, or the plan of a batch; and the learning rates of the parameter
-                groups, followed by the weight of the average.
+            inputs: The batch or the plan of a batch, and a tensor with the learning rates of the
+                parameter groups, followed by the weight of the average.
 
         Returns:
-            The values and the gradients' norms of the step; see :class:`Step`.
+            The step's values and gradient norms; see :class:`Step`.
         """
         numbers = inputs[_NUMBERS].unbind()
         batch = {key: value for key, value in inputs.items() if key != _NUMBERS}
@@ -304,9 +306,9 @@ class StepTrainer(SimpleTrainer):
             self.grad_scaler.load_state_dict(scaler)
 
     def _implemented(self, state_dict: dict) -> dict:
-        """Return a checkpoint's optimizer state with this optimizer's implementation.
+        """Return a checkpoint's optimizer state, changed to this optimizer's implementation.
 
-        A checkpoint from a CPU would otherwise replace a GPU's fused optimizer.
+        Otherwise, a checkpoint from a CPU would turn off the fused implementation on a GPU.
         """
         own = self.optimizer.param_groups[0]
         options = {key: own[key] for key in ("foreach", "fused") if key in own}

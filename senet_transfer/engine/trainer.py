@@ -50,13 +50,13 @@ from senet_transfer.utils.text import folder_name
 from senet_transfer.utils.tracking import build_tracking_writers
 from senet_transfer.weights.choice import config_choice
 
-# Number of values to keep per metric for smoothing.
+# Number of past values to keep per metric for smoothing.
 _HISTORY = 400
 
 # Number of iterations between two writes of metrics, the default of Detectron2's PeriodicWriter.
 _WRITE_PERIOD = 20
 
-# Devices that the host waits for when it reads a value. A CPU's values are read after each step.
+# Devices that make the host wait when it reads a value. On a CPU, values are read at every step.
 _ASYNCHRONOUS = ("cuda",)
 
 # Hook names in version 0.1 checkpoints, and their current names.
@@ -66,7 +66,7 @@ logger = logging.getLogger(__name__)
 
 
 class _EndOfTraining(BaseException):
-    """Signal to leave Detectron2's loop of iterations, which logs every Exception as an error."""
+    """Signal to leave Detectron2's training loop, which logs every Exception as an error."""
 
 
 class Trainer(DefaultTrainer):
@@ -107,17 +107,17 @@ class Trainer(DefaultTrainer):
         with config_errors("data loader"):
             data_loader: Any = self.build_train_loader(cfg, self.step_seed.seed)
         if cfg.SOLVER.EPOCHS is not None and not is_classification(cfg):
-            # The data set of the loader has no images that Detectron2 leaves out, such as those
+            # The loader's data set excludes the images that Detectron2 filters out, such as those
             # without objects.
             cfg = solver.epochs_to_iterations(cfg, len(data_loader.dataset))
         parameter = next(model.parameters())
         self._device = parameter.device
         fuses = cfg.MODEL.SE.FUSED == "auto" and uses_kernels("auto", parameter)
         if fuses and cfg.SOLVER.COMPILE == "graph":
-            # The host launches no kernels when it replays a graph, so that all fused ones pay.
+            # Replaying a graph has no launch overhead, so fused kernels are faster for all layers.
             set_fused(model, True)
         if cfg.SOLVER.COMPILE == "default":
-            # In contrast to torch.compile(model), this keeps the model and its tensors' names.
+            # Unlike torch.compile(model), this keeps the model object and its tensor names.
             (model if is_classification(cfg) else model.backbone).compile()
         elif cfg.SOLVER.COMPILE == "graph" and not is_classification(cfg):
             self.capture_backbone(model.backbone)
@@ -161,7 +161,7 @@ class Trainer(DefaultTrainer):
 
     @property
     def waited(self) -> float:
-        """The seconds that this process has waited for batches."""
+        """The time in seconds that this process has waited for batches."""
         return self._trainer.waited
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -186,7 +186,7 @@ class Trainer(DefaultTrainer):
         Training ends earlier if ``TEST.PATIENCE`` is set and the metric no longer improves.
         """
         if self.early_stopping and self.early_stopping.stops:
-            # The run had ended early before it was resumed.
+            # The resumed run had already ended early.
             self.early_stopping.log()
             self.max_iter = self.start_iter
         with contextlib.suppress(_EndOfTraining):
@@ -195,7 +195,7 @@ class Trainer(DefaultTrainer):
             verify_results(self.cfg, self.results)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint, with the batch size, processes and numerics."""
+        """Return the state for a checkpoint, including batch size and numerical settings."""
         own = {"divided": self._division(), "numerics": settings(self.cfg)}
         return {**super().state_dict(), **own}
 
@@ -233,10 +233,10 @@ class Trainer(DefaultTrainer):
         super().before_train()
 
     def after_step(self) -> None:
-        """Run the hooks, and leave the loop of iterations if training ends early."""
+        """Run the hooks, and leave the training loop if training ends early."""
         super().after_step()
         if self.early_stopping and self.early_stopping.stops:
-            self.iter += 1  # In after_train, this identifies a complete training.
+            self.iter += 1  # after_train then treats training as complete.
             raise _EndOfTraining
 
     def after_train(self) -> None:
@@ -317,8 +317,7 @@ class Trainer(DefaultTrainer):
 
         Detectors are evaluated with the metrics of the data set's ``evaluator_type``, and
         classifiers with the top-1 and top-5 error. A detector's predictions and diagnostics are
-        written to
-        ``OUTPUT_DIR/<folder>/<dataset_name>``.
+        written to ``OUTPUT_DIR/<folder>/<dataset_name>``.
 
         Raises:
             UserError: If the model's predictions can't be evaluated on the data set.
@@ -346,11 +345,11 @@ class Trainer(DefaultTrainer):
         return FastCOCOEvaluator(
             dataset_name,
             output_dir=output_dir,
-            # Detectron2 writes a JSON file for a data set that has none. A cached file from an
+            # For a data set without a JSON file, Detectron2 writes one. A cached file from an
             # earlier run may describe different data.
             allow_cached_coco=False,
             kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
-            # The metrics of COCO are defined for at most 100 detections.
+            # COCO metrics are defined for at most 100 detections per image.
             max_dets_per_image=max(cfg.TEST.DETECTIONS_PER_IMAGE, 100),
             diagnostics=cfg.TEST.DIAGNOSTICS,
         )
@@ -388,7 +387,7 @@ class Trainer(DefaultTrainer):
     def validation_losses(cls, cfg: CfgNode, model: nn.Module, name: str) -> dict[str, float]:
         """Return a detector's mean losses on a data set, by name, without changing the model."""
         mapper = CheckedDatasetMapper(cfg, is_train=False)
-        mapper.is_train = True  # Map annotations, without augmentation.
+        mapper.is_train = True  # Keep the annotations, but without augmentation.
         return validation_losses(model, detection.build_test_loader(cfg, name, mapper))
 
     @classmethod
@@ -489,7 +488,7 @@ class Trainer(DefaultTrainer):
 
 
 def _reads_after(cfg: CfgNode, iteration: int) -> bool:
-    """Return whether the losses are needed after an iteration, to log, save or evaluate."""
+    """Return whether losses are read after an iteration, for logging, saving or evaluation."""
     done = iteration + 1
     periods = (_WRITE_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD)
     due = any(period > 0 and done % period == 0 for period in periods)

@@ -76,7 +76,8 @@ def convert_file(
         to: One of ``senet_transfer.weights.convert.TARGETS``.
         family: The file's family. It is only required if several families use its tensor names.
         force: If True, replace an existing file.
-        check: If True, check that the network has the same outputs with the weights of both files.
+        check: If True, check that the network has the same outputs with the weights of both files,
+            and write ``out`` only if they are equal.
         backbone_only: If True, convert the backbone only, without the classifier or the other parts
             of a detector.
         choice: ``prefix``, ``ema`` and ``head``; see :func:`senet_transfer.load_weights`.
@@ -103,21 +104,32 @@ def convert_file(
     if to == DETECTRON2 and source.detector:
         config = _config_for_detectron2(source, out)
         _check_new(config_out, force)
-    for note in write_converted(source, out, to):
+    new = out.with_name(f".{out.stem}.unchecked{out.suffix}") if check else out
+    for note in write_converted(source, new, to):
         logger.info(note)
+    comparison = _replace_if_equal(source, new, out, to) if check else None
     logger.info("Wrote %s (%s), for %s", out, _size(out), to)
     if config:
         with written_whole(config_out) as partial:
             partial.write_text(config)
         logger.info("Wrote %s, a config with Detectron2's own keys", config_out)
-    if not check:
-        return None
+    return comparison
+
+
+def _replace_if_equal(source: Source, new: Path, out: Path, to: str) -> FileDifference:
+    """Rename the file ``new`` to ``out`` if its outputs are those of the source; or delete it."""
     logger.info("Comparing the outputs of both files")
-    comparison = compare_files(source, examine(out, family_of(to)))
-    if not comparison.relative <= TOLERANCE:
-        raise UserError(
-            f"{out} does not give the same outputs as {path}: {comparison}. Don't use the new file."
-        )
+    try:
+        comparison = compare_files(source, examine(new, family_of(to)))
+        if not comparison.relative <= TOLERANCE:
+            raise UserError(
+                f"The converted weights do not give the same outputs as {source.path}: "
+                f"{comparison}. {out} is not written."
+            )
+        with written_whole(out) as partial:
+            new.replace(partial)
+    finally:
+        new.unlink(missing_ok=True)
     return comparison
 
 
@@ -206,7 +218,7 @@ def _difference(
 ) -> FileDifference:
     if first.keys() != second.keys():
         only = first_of(sorted(first.keys() ^ second.keys()), 4)
-        raise UserError(f"The files contain different tensors ({only}). Don't use the new file.")
+        raise UserError(f"The files contain different tensors ({only}).")
     absolute = largest = 0.0
     for name, value in first.items():
         if value.numel():

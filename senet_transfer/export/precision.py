@@ -1,5 +1,6 @@
 """Conversion of ONNX files to float16 or int8, with the accuracy before and after conversion."""
 
+import itertools
 import os
 import shutil
 import tempfile
@@ -16,7 +17,7 @@ from onnxruntime.transformers.onnx_model import OnnxModel
 from torch import Tensor
 
 from senet_transfer.data.images.decode import BrokenImageError
-from senet_transfer.data.images.file_types import is_image_name
+from senet_transfer.data.images.listing import find_images
 from senet_transfer.errors import UserError
 from senet_transfer.export.onnx_file import open_session, write_onnx
 
@@ -46,7 +47,8 @@ class CalibrationImages:
         Raises:
             UserError: If the folder contains no images.
         """
-        found = sorted(path for path in Path(self.folder).rglob("*") if is_image_name(path.name))
+        names = itertools.chain(*find_images(self.folder).values())
+        found = sorted(Path(self.folder, name) for name in names)
         if not found:
             raise UserError(
                 f"There are no images in the folder {self.folder}. Choose a folder that contains "

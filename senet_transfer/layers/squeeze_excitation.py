@@ -100,7 +100,9 @@ class SEOptions:
                 f"The SE bias is {self.bias!r} and relu_before is {self.relu_before!r}; expected "
                 "True or False for both."
             )
-        if not self.stages or any(stage not in (2, 3, 4, 5) for stage in self.stages):
+        if not self.stages or any(
+            type(stage) is not int or stage not in (2, 3, 4, 5) for stage in self.stages
+        ):
             raise UserError(
                 f"The stages with SE are {self.stages!r}; expected one or more of 2, 3, 4, 5. To "
                 "disable SE in all stages, use the network without SE."

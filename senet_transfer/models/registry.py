@@ -28,7 +28,7 @@ from senet_transfer.weights.mapping.source import Source, examine
 logger = logging.getLogger(__name__)
 
 # Descriptions of argument types in error messages.
-_KINDS = {int: "an integer >= 1", str: "a string", bool: "True or False", NoneType: "None"}
+_KINDS = {int: "an integer >= {}", str: "a string", bool: "True or False", NoneType: "None"}
 
 NORMS = ("BN", "FrozenBN", "SyncBN", "GN")
 
@@ -254,13 +254,13 @@ def _pixels(pixels: Preprocessing, channels: int, source: Source | None) -> Prep
 
 
 def _check_types(build: Callable[..., Backbone], arguments: dict[str, Any]) -> None:
-    """Raise UserError if an argument has the wrong type or is an integer below 1."""
+    """Raise UserError if an argument has the wrong type or is an integer that is too small."""
     hints = get_type_hints(build)
-    hints.pop("freeze_at", None)  # 0 is valid; `build_backbone` in builder.py checks it
     for name in hints.keys() & arguments:
         value, kinds = arguments[name], get_args(hints[name]) or (hints[name],)
-        if type(value) not in kinds or (type(value) is int and value < 1):
-            words = " or ".join(_KINDS[kind] for kind in kinds)
+        least = 0 if name == "freeze_at" else 1
+        if type(value) not in kinds or (type(value) is int and value < least):
+            words = " or ".join(_KINDS[kind].format(least) for kind in kinds)
             raise UserError(f"{name} is {value!r}; expected {words}.")
 
 

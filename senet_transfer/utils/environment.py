@@ -36,6 +36,10 @@ def environment_report() -> str:
 def origin(*, on_gpu: bool = True) -> dict[str, Any]:
     """Return the machine and the code's commit for the record of a run.
 
+    The commit ends with "-dirty" if a file outside ``docs`` and ``results`` differs from it.
+    Changes in these folders don't count, because the commands that write records and figures make
+    them.
+
     Args:
         on_gpu: Whether the run uses a GPU if one is available.
     """
@@ -56,13 +60,16 @@ def _machine(on_gpu: bool) -> dict[str, Any]:
 def _commit() -> str:
     """Return the commit of the Git clone, or ``$GIT_COMMIT`` if the code is not in a clone."""
     root = Path(__file__).parents[2]
-    describe = ["describe", "--always", "--exclude=*", "--abbrev=40", "--dirty"]
     # Git also searches the parent folders, which may belong to a user's repository if this package
     # is installed.
     if Path(root, ".git").exists():
         # An error means that git is not installed or does not trust the owner of the folder.
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            return subprocess.run(
-                ["git", "-C", str(root), *describe], capture_output=True, text=True, check=True
-            ).stdout.strip()
+            changed = _git(root, "diff", "--name-only", "HEAD", "--", ".", ":!docs", ":!results")
+            return _git(root, "rev-parse", "HEAD") + ("-dirty" if changed else "")
     return os.environ.get("GIT_COMMIT", "unknown")
+
+
+def _git(root: Path, *words: str) -> str:
+    command = ["git", "-C", str(root), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,8 +1,11 @@
 """Formatting of text for messages."""
 
+import os
 import re
 import statistics
 from collections.abc import Iterable, Sequence
+
+from senet_transfer.errors import UserError
 
 
 def first_of(names: Iterable[str], limit: int = 20) -> str:
@@ -25,6 +28,17 @@ def shown(text: object, limit: int = 80) -> str:
     words = "".join(c if c.isprintable() else " " for c in str(text)[: 4 * limit]).split()
     line = " ".join(words)
     return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def check_utf8(path: str, use: str) -> None:
+    """Raise a UserError for a path that is not UTF-8; ``use`` says what requires this encoding."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"The path {os.fsencode(path)!r} is not UTF-8; expected UTF-8 for {use}. Rename the "
+            "file or the folder."
+        ) from None
 
 
 def mean_text(values: Sequence[float]) -> str:

@@ -76,8 +76,8 @@ def test_the_configs_own_variant_is_the_standard():
     [
         (CONFIG, [], ["depth"], "axis 'depth' is unknown"),
         ("configs/faster_rcnn_se_r50.yaml", [], [], "expected ImageClassifier"),
-        (CONFIG, ["DATASETS.TEST", "('a', 'b')"], [], r"TEST is \('a', 'b'\); expected one"),
-        (CONFIG, ["DATASETS.TEST", "()"], [], r"TEST is \(\); expected one data set"),
+        (CONFIG, ["DATASETS.TEST", "('a', 'b')"], [], r"TEST is \('a', 'b'\); expected a single"),
+        (CONFIG, ["DATASETS.TEST", "()"], [], r"TEST is \(\); expected a single data set"),
     ],
 )
 def test_what_has_no_grid_is_refused_in_words(config, options, axes, said):

@@ -192,7 +192,10 @@ def test_a_box_head_is_counted_for_every_box():
     ("arguments", "said"),
     [
         ({}, "No model is specified"),
-        ({"model": "resnet18", "config_file": "configs/faster_rcnn_r50.yaml"}, "Give only one"),
+        (
+            {"model": "resnet18", "config_file": "configs/faster_rcnn_r50.yaml"},
+            "only one of them is allowed",
+        ),
         ({"model": "resnet17"}, "There is no model"),
         ({"model": "resnet18", "options": ["MODEL.SE.RATOI", "8"]}, "MODEL.SE.RATIO"),
         ({"weights": "missing.pth"}, "weight file .*does not exist"),

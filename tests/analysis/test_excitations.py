@@ -278,7 +278,7 @@ def test_a_pruned_residual_network_is_known_by_its_tensors(tmp_path):
     ("options", "stages", "said"),
     [
         ((), [5], "have no gates"),
-        (("MODEL.SE.STAGES", "(2, 3)"), [4], "expected any of: 2, 3"),
+        (("MODEL.SE.STAGES", "(2, 3)"), [4], "expected one or more of: 2, 3"),
     ],
 )
 def test_stages_without_gates_are_refused(options, stages, said):
@@ -300,8 +300,8 @@ def test_a_gate_behind_a_relu_of_its_own_is_not_dropped():
         (("--channels", "0"), "--channels is 0"),
         (("--images-per-class", "0"), "images_per_class is 0"),
         (("--prune-stage", "5"), "have no gates"),
-        (("--images", "somewhere"), "--images requires annotations"),
-        (("--group-by", "size"), "--group-by requires annotations"),
+        (("--images", "somewhere"), "--images requires object annotations"),
+        (("--group-by", "size"), "--group-by requires object annotations"),
         (("--model", "cifar_resnet8", "--images-per-class", "1"), "se_"),
     ],
 )
@@ -395,7 +395,7 @@ def test_a_detectors_gates_by_object_size_are_those_of_detectron2_on_whole_image
     by_class = CocoImages(str(detector / "objects.json"), str(detector), by="class")
     assert by_class.labels().tolist() == [0, 0, 1]
     assert by_class.left_out == 1
-    with pytest.raises(UserError, match="Remove --group-by or --prune-stage"):
+    with pytest.raises(UserError, match="Remove one of the two options"):
         analyse(detector, tmp_path, "--group-by", "class", "--prune-stage", "5")
 
 

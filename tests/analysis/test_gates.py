@@ -5,9 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 from PIL import Image
 
 from senet_transfer import UserError, create_backbone, list_models
+from senet_transfer.analysis.excitations import figures
+from senet_transfer.analysis.excitations.collect import Excitations
 from senet_transfer.analysis.excitations.figures import papers_blocks
 from senet_transfer.analysis.excitations.gates import capture_gates, gates_of, stage_of
 from senet_transfer.analysis.excitations.statistics import GateStatistics
@@ -258,3 +261,20 @@ def test_a_crop_is_a_square_inside_of_the_image():
 def test_crops_of_a_file_without_objects_are_refused(coco):
     with pytest.raises(UserError, match="no object"):
         CocoCrops(str(coco / "objects.json"), str(coco), min_side=40)
+
+
+@pytest.mark.parametrize(("unit", "units"), [("class", "classes"), ("size", "sizes")])
+def test_figures_name_the_groups_of_images(unit, units, tmp_path, monkeypatch):
+    statistics = GateStatistics(np.array([2, 2]), [0, 1])
+    statistics.update(np.array([0, 0, 1, 1]), np.random.default_rng(0).random((4, 3)))
+    found = Excitations({"SE_2_1": statistics}, {0: "a", 1: "b"}, (("a", 2), ("b", 2)), unit)
+    texts = []
+    monkeypatch.setattr(
+        figures,
+        "_save",
+        lambda figure, *_: texts.extend(t.get_text() for t in figure.findobj(Text)),
+    )
+    figures.write_blocks(found, str(tmp_path))
+    figures.write_overview(found, str(tmp_path))
+    words = {f"between {units}", f"within {units}", f"all {units}", f"SE_2_1: means of {units}"}
+    assert words | {f"SE_2_1: mean ± standard deviation within a {unit}"} <= set(texts)

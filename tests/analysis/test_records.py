@@ -86,7 +86,7 @@ def test_a_document_gets_the_means_the_interval_and_the_papers_values(tmp_path):
         "8.60 ± 0.14", "8.00 ± 0.14", "−0.60 (−1.21 to +0.01)", "6.37 / 5.21",
     ]  # fmt: skip
     assert len(head.split("|")) == len(row.split("|"))
-    with pytest.raises(UserError, match="no place for a table"):
+    with pytest.raises(UserError, match="no placeholder for a result table"):
         updated_text("text", {})
 
 
@@ -300,7 +300,7 @@ def test_invalid_records_and_documents_are_errors(finished_run, tmp_path):
     [
         ([], "nothing to do"),
         (["--config-file", CONFIG], "--output is missing"),
-        (["--update", "README.md"], "--update and --curves need"),
+        (["--update", "README.md"], "--update and --curves require"),
         (["--config-file", CONFIG, "--output", "o", "--jobs", "0"], "--jobs is 0"),
         (["--config-file", CONFIG, "--output", "o", "--seeds", "0", "0"], "same output folder"),
     ],

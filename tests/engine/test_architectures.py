@@ -333,8 +333,8 @@ def test_a_semantic_segmentation_is_evaluated_as_by_hand(images, tmp_path):
         ("coco_panoptic_seg", "PanopticFPN", "package panopticapi.*pip install"),
         ("cityscapes_instance", "GeneralizedRCNN", "cityscapesscripts.*pip install"),
         ("cityscapes_sem_seg", "SemanticSegmentor", "cityscapesscripts.*pip install"),
-        ("sem_seg", "GeneralizedRCNN", "evaluates classes of pixels.*predicts objects"),
-        ("pascal_voc", "SemanticSegmentor", "evaluates objects.*predicts classes of pixels"),
+        ("sem_seg", "GeneralizedRCNN", "evaluates pixel classes.*predicts objects"),
+        ("pascal_voc", "SemanticSegmentor", "evaluates objects.*predicts pixel classes"),
         ("own", "GeneralizedRCNN", "is 'own'; expected one of: coco, "),
         ("sem_seg", "SemanticSegmentor", "no ignore_label"),
     ],
@@ -394,7 +394,7 @@ def test_bad_label_images_are_rejected_by_name(images, options, tmp_path):
     (tmp_path / "hidden.png").rename(hidden)
     MetadataCatalog.pop("drawn")
     MetadataCatalog.get("drawn").set(evaluator_type="sem_seg", ignore_label=255)
-    with pytest.raises(UserError, match="no classes of pixels"):
+    with pytest.raises(UserError, match="no pixel classes"):
         setup(options(**segmentation))
 
 

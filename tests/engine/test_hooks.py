@@ -42,7 +42,7 @@ def test_the_share_of_waiting_is_that_of_the_last_20_steps(caplog):
     assert shares[0] == shares[19] == 0.5
     assert shares[29] == 0.375  # mean of ten steps with 50% and ten with 25%
     assert shares[39] == 0.25
-    assert "37.5% of the time of the training steps was spent waiting for data." in caplog.text
+    assert "37.5% of the training time was spent waiting for data." in caplog.text
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

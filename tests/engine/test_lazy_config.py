@@ -109,6 +109,7 @@ def test_the_documented_config_is_one_that_the_command_takes(config, shapes):
     [
         (["TEST.EVAL_PERIOD", "3"], "can't be applied.*Expected KEY=VALUE"),
         (["--deterministic"], "--deterministic is not supported with a LazyConfig"),
+        (["--overwrite", "--resume"], "--overwrite.*can't be combined with --resume"),
     ],
 )
 def test_invalid_options_of_a_lazy_config_are_rejected(flags, words, config):

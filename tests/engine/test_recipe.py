@@ -1,12 +1,14 @@
 """Tests for recipes that are generated for a user's data (`--data`)."""
 
 import json
+import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from senet_transfer import UserError, create_classifier, save_weights
 from senet_transfer.config.load import load_config
@@ -170,6 +172,24 @@ def test_data_without_a_validation_part_is_split(shapes, tmp_path):
     assert describe_data(train, val).images == counts[0] > counts[1] > 0
 
 
+def test_what_a_split_leaves_out_of_another_format_is_logged(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("senet_transfer"), "propagate", True)
+    content = {}
+    for number in range(4):
+        shapes = [
+            {"name": "rect", "x": 1, "y": 1, "width": 9, "height": 9},
+            {"name": "point", "cx": 3, "cy": 4},
+        ]
+        regions = [{"shape_attributes": s, "region_attributes": {"class": "cell"}} for s in shapes]
+        content[str(number)] = {"filename": f"{number}.png", "regions": regions}
+        Image.new("RGB", (20, 20)).save(tmp_path / f"{number}.png")
+    (tmp_path / "via.json").write_text(json.dumps(content))
+    whole, _ = find_parts(str(tmp_path / "via.json"))
+    divide(whole, tmp_path / "split")
+    note = "4 shapes of type point have no area and are skipped"
+    assert f"{tmp_path / 'via.json'}: {note}." in caplog.messages
+
+
 def test_data_that_cannot_be_used_is_an_error_that_names_the_remedy(tmp_path, monkeypatch):
     for folder in ("flowers/train/a", "flowers/val/a", "boxes"):
         (tmp_path / folder).mkdir(parents=True)
@@ -193,6 +213,13 @@ def test_data_that_cannot_be_used_is_an_error_that_names_the_remedy(tmp_path, mo
     for given in ({"config_file": "finetune_folder"}, {"eval_only": True}):
         recipe = make.use_recipe(RunOptions(data="flowers", **given), resume=False)
         with pytest.raises(UserError, match="--data.*can't be combined with"), recipe:
+            pass
+    for given in (
+        RunOptions(data="caf\udce9"),
+        RunOptions(data="flowers", options=("OUTPUT_DIR", "caf\udce9")),
+    ):
+        recipe = make.use_recipe(given, resume=False)
+        with pytest.raises(UserError, match=r"caf\\xe9.* is not UTF-8"), recipe:
             pass
 
 

@@ -23,7 +23,7 @@ SCRATCH = r"configs/scratch_detector\.yaml"
 @pytest.mark.parametrize(
     ("flags", "overrides", "words"),
     [
-        ((), FROZEN, f"FrozenBN and MODEL.WEIGHTS is empty.*{SCRATCH}.*NORM GN"),
+        ((), FROZEN, f"FrozenBN and MODEL.WEIGHTS is empty.*{SCRATCH}.*NORM to GN"),
         (("--resume",), {}, "nothing to resume.*OUTPUT_DIR"),
         (("--eval-only",), {}, "random weights"),
         ((), {"MODEL.WEIGHTS": "no/such.pth"}, f"no/such.pth, but .* not exist.*{SCRATCH}"),

@@ -294,17 +294,22 @@ def test_a_file_is_not_replaced_unless_forced_and_never_half_written(tmp_path, m
 
 
 @pytest.mark.long
-def test_a_check_that_fails_is_an_error(tmp_path, monkeypatch):
+def test_a_check_that_fails_is_an_error_and_keeps_the_existing_file(tmp_path, monkeypatch):
     path = save(peer("torchvision", "resnet18"), tmp_path / "x.pth")
     other = examine(save(peer("torchvision", "resnet18", seed=3), tmp_path / "other.pth"))
     real = engine_convert.examine
     monkeypatch.setattr(
-        engine_convert, "examine", lambda p, f: other if Path(p).name == "out.pth" else real(p, f)
+        engine_convert, "examine", lambda p, f: real(p, f) if Path(p).name == "x.pth" else other
     )
+    out = tmp_path / "out.pth"
+    out.write_bytes(b"mine")
+    before = sorted(tmp_path.iterdir())
     with pytest.raises(
-        UserError, match="does not give the same outputs as .*largest difference in logits"
+        UserError, match="do not give the same outputs as .*largest difference in logits"
     ):
-        convert_file(path, tmp_path / "out.pth", check=True)
+        convert_file(path, out, check=True, force=True)
+    assert out.read_bytes() == b"mine"
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,7 @@ def test_a_dependency_that_is_neither_packed_nor_provided_is_an_error(tmp_path, 
 
 
 def test_a_package_without_a_wheel_is_an_error(tmp_path):
-    with pytest.raises(gpu_archive.PackError, match="There is no wheel of .*yacs"):
+    with pytest.raises(gpu_archive.PackError, match="There is no wheel for .*yacs"):
         gpu_archive.check_wheels(tmp_path)
 
 

@@ -1,23 +1,45 @@
 """Tests for the commit that is recorded for a run."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from senet_transfer.utils import environment
 
 
-@pytest.mark.parametrize(("folder", "known"), [("", True), (".venv/lib/site-packages", False)])
-def test_the_commit_is_that_of_a_clone_and_not_of_the_users_repository(
-    folder, known, tmp_path, monkeypatch
-):
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
-    subprocess.run([*git, "init", "-q"], check=True)
-    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-    package = tmp_path / folder / "senet_transfer" / "utils"
-    package.mkdir(parents=True)
-    monkeypatch.setattr(environment, "__file__", str(package / "environment.py"))
+@pytest.fixture
+def commit_of(tmp_path, monkeypatch):
+    """Make a clone, and return a function that returns the commit of a package in its folder."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    def commit(folder: str) -> str:
+        package = tmp_path / folder / "senet_transfer" / "utils"
+        package.mkdir(parents=True, exist_ok=True)
+        monkeypatch.setattr(environment, "__file__", str(package / "environment.py"))
+        return environment.origin(on_gpu=False)["commit"]
+
     monkeypatch.delenv("GIT_COMMIT", raising=False)
-    commit = environment.origin(on_gpu=False)["commit"]
-    assert commit == (head.stdout.strip() if known else "unknown")
+    for name in ("code.py", "results/gates.json"):
+        Path(tmp_path, name).parent.mkdir(exist_ok=True)
+        Path(tmp_path, name).write_text("as committed")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    commit.head = git("rev-parse", "HEAD")
+    return commit
+
+
+def test_the_commit_is_that_of_a_clone_and_not_of_the_users_repository(commit_of):
+    assert commit_of("") == commit_of.head
+    assert commit_of(".venv/lib/site-packages") == "unknown"
+
+
+def test_changed_code_makes_a_commit_dirty_but_changed_results_do_not(commit_of, tmp_path):
+    (tmp_path / "results" / "gates.json").write_text("drawn again")
+    assert commit_of("") == commit_of.head
+    (tmp_path / "code.py").write_text("changed")
+    assert commit_of("") == f"{commit_of.head}-dirty"

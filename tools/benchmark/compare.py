@@ -1,11 +1,11 @@
 """Paired timing of candidates, and ratios with 95% confidence intervals.
 
-The speed of a machine drifts by more than the differences to measure. Therefore, each candidate is
-timed once per round, and ratios are computed within each round. Even two instances of the same
-network differ in speed because of their memory locations. Therefore, the baseline is built twice,
-and the second instance serves as the control. Rounds are added until the control's confidence
-interval is within the tolerance around 1. If this does not happen in time, the comparison is
-reported as unresolved.
+The speed of a machine can drift by more than the differences to be measured. Therefore, each
+candidate is timed once per round, and ratios are computed within each round. Even two instances of
+the same network differ in speed because of their memory locations. Therefore, the baseline is built
+twice, and the second instance serves as the control. Rounds are added until the control's
+confidence interval is within the tolerance around 1. If this does not happen in time, the
+comparison is reported as unresolved.
 """
 
 import gc
@@ -157,7 +157,8 @@ def compare(
         baseline: The name of the candidate in the denominator of all ratios.
         control: The name of a candidate that is a second instance of the baseline.
         seconds: The time budget in seconds, excluding the warm-up. The comparison ends after half
-            of it if the control is within the tolerance. At least ``min_rounds`` are always run.
+            of this time if the control is within the tolerance. At least ``min_rounds`` are always
+            run.
         tolerance: The maximum distance of the control's interval from 1.
         warm_up: The number of calls of each candidate before the first round.
         min_rounds: The minimum number of rounds. A 95% interval requires 6.
@@ -165,7 +166,7 @@ def compare(
         profile: If True, profile the time and memory of each candidate in one additional call, and
             add the profile to the notes.
         timer: A function that calls a candidate and returns its time in seconds. If None, a single
-            call is timed, until the GPU has finished it.
+            call is timed, including the GPU's work.
     """
     timer = timer or _time
     for _ in range(warm_up):

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Pack the GPU benchmark and the GPU tests into an archive for a machine without internet.
+"""Pack the GPU benchmark and the GPU tests into an archive for a machine without internet access.
 
     python tools/benchmark/gpu_archive.py --output output/gpu_benchmark.tar.gz
 
-The archive contains the committed files of the project and the packages that are usually missing
-next to PyTorch. It runs on Linux (x86-64) with Python 3.12, torch 2.11 or later, torchvision, the
+The archive contains the committed files of the project and packages that PyTorch environments
+usually lack. It runs on Linux (x86-64) with Python 3.12, torch 2.11 or later, torchvision, the
 packages listed in PROVIDED, and one GPU:
 
     mkdir gpu && tar xf gpu_benchmark.tar.gz -C gpu && bash gpu/run.sh RESULTS
@@ -38,7 +38,7 @@ PACKED = (
     "simplejpeg", "sortedcontainers", "tabulate", "termcolor", "tifffile", "timm", "webdataset",
     "yacs",
 )  # fmt: skip
-# Packages without wheels. They contain only Python code, so any Python version can build them.
+# Packages without published wheels. They are pure Python, so any Python version can build them.
 BUILT = ("antlr4-python3-runtime", "fvcore", "iopath")
 # Packages that must be installed on the machine, in any version.
 PROVIDED = (
@@ -71,7 +71,7 @@ def _pip(*words: str) -> None:
 
 
 def fetch_wheels(folder: Path) -> None:
-    """Download or build the wheels of all packages, and the one of Detectron2, with pip."""
+    """Download or build the wheels of all packages, including Detectron2, with pip."""
     versions = pins()
     words = {name: f"{name}=={versions[canonicalize_name(name)]}" for name in PACKED}
     _pip("wheel", "--no-deps", "-q", "-w", str(folder), *(words[name] for name in BUILT))
@@ -97,7 +97,7 @@ def check_wheels(folder: Path) -> None:
     wheels = sorted(folder.glob("*.whl"))
     packed = {parse_wheel_filename(wheel.name)[0] for wheel in wheels}
     if missing := {canonicalize_name(name) for name in PACKED} - packed:
-        raise PackError(f"There is no wheel of {', '.join(sorted(missing))}.")
+        raise PackError(f"There is no wheel for {', '.join(sorted(missing))}.")
     known = packed | {canonicalize_name(name) for name in (*PROVIDED, "sal-detectron2")}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     wanted = {"this project": project}
@@ -171,7 +171,7 @@ def pack(output: Path) -> int:
                 archive.add(folder / item, item)
     size = output.stat().st_size
     if size > LIMIT:
-        raise PackError(f"{output} has {size:,} bytes; the limit is {LIMIT:,}.")
+        raise PackError(f"The size of {output} is {size:,} bytes; the limit is {LIMIT:,}.")
     return size
 
 

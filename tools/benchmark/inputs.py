@@ -36,7 +36,7 @@ NORMALISE = [
 
 
 def draw_images(folder: Path, sizes: tuple[int, int], images: int = IMAGES) -> None:
-    """Write JPEG images of smooth random colours for two classes, as large as photographs."""
+    """Write JPEG images of two classes, with smooth random colours and the sizes of photographs."""
     draw = np.random.default_rng(0)
     for index in range(images):
         coarse = draw.integers(0, 255, (40, 40, 3), dtype=np.uint8)
@@ -130,7 +130,7 @@ def _ours(folder: Path) -> Callable[[], None]:
 
 
 def _bare(files: list[bytes]) -> None:
-    """Decode each image and resize a random crop, which is the minimum work for any loader."""
+    """Decode each image and resize a random crop: the minimum work for any loader."""
     for data in files:
         RECIPE[0](torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1))
 

@@ -38,7 +38,7 @@ class Options:
 def training_step(model: nn.Module, x: torch.Tensor) -> Callable[[], None]:
     """Return a function that runs a forward and a backward pass.
 
-    The backward pass starts from fixed output gradients, which avoids the cost of a loss.
+    The backward pass starts from fixed output gradients to avoid the cost of a loss.
     """
     gradients: list[torch.Tensor] = []
 
@@ -57,7 +57,7 @@ def _outputs(found: torch.Tensor | dict[str, torch.Tensor]) -> list[torch.Tensor
 
 
 def saved(model: nn.Module, x: torch.Tensor) -> float:
-    """Return the memory saved in the forward pass for the backward pass, in MB."""
+    """Return the memory that the forward pass saves for the backward pass, in MB."""
     outputs = []
     return saved_bytes(lambda: outputs.append(model(x)), model) / 1e6
 

@@ -87,8 +87,8 @@ def engine_loop(
 
     Args:
         name: Name of the network.
-        data_file: Prepared file of small images, or other data with the keys for it. Logs are
-            written to its folder.
+        data_file: Prepared file of small images, or other data if ``keys`` contains the settings
+            for the data. Logs are written to the same folder.
         batch_size: Number of images per step.
         device: Device of the network and the images.
         steps: Number of steps per call. Metrics are written in the last step.
@@ -184,7 +184,7 @@ def measure_engine(options: Options) -> Iterator[Row]:
 
 
 def measure_augment(options: Options) -> Iterator[Row]:
-    """Measure the sampling, augmentation and normalisation of batches of 128 images of 32x32."""
+    """Measure sampling, augmentation and normalisation for batches of 128 CIFAR-sized images."""
     data, batches = random_images(50_000), 10
 
     def augmented(augment: CifarAugment) -> Callable[[], None]:

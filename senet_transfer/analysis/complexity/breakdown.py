@@ -46,8 +46,8 @@ def report(model: nn.Module, cfg: CfgNode, size: tuple[int, int] | None = None) 
         model: The model, on the CPU.
         cfg: The model's config.
         size: The image height and width in pixels. If None, a classifier's evaluation crop or a
-            detector's largest test image size is used. For a detector, the size is rounded up to
-            the multiple to which Detectron2 pads images.
+            detector's largest test image size is used. For a detector, the size is rounded up as in
+            Detectron2's padding of images.
 
     Raises:
         UserError: If the model is neither a classifier nor a detector, or if the size is invalid.
@@ -110,8 +110,8 @@ def _measure_whole(model: nn.Module, size: tuple[int, int]) -> Measured:
         return measure(_Whole(model), torch.zeros(1, channels, *size))
     except RuntimeError as error:
         raise UserError(
-            f"The network can't process an image of {size[0]} x {size[1]} pixels: {error}. "
-            "Give a larger --size."
+            f"The network can't process an image of {size[0]} x {size[1]} pixels: {error}. Pass a "
+            "larger --size."
         ) from error
 
 

@@ -86,7 +86,8 @@ class Measured:
 
     Attributes:
         modules: Cost of each module including its submodules, by name. ``""`` is the whole model.
-        unknown: Number of calls of each operator with unknown cost. These are not counted.
+        unknown: Number of calls of each operator with unknown cost. These operators are not
+            counted.
     """
 
     modules: dict[str, Cost]
@@ -102,7 +103,7 @@ def measure(model: nn.Module, *inputs: Tensor) -> Measured:
     """Count the cost of one forward pass in evaluation mode.
 
     Args:
-        model: Any module. Its gates are the SE layers, see :mod:`~.se_layers`.
+        model: Any module. Its gates are its SE layers; see :mod:`~.se_layers`.
         inputs: Inputs to the forward pass. The counts are for the whole batch.
     """
     modes = {module: module.training for module in model.modules()}

@@ -1,8 +1,8 @@
 """Comparison of counted parameters and MACs with the Params and GFLOPs in the paper's tables.
 
 Paper: "Squeeze-and-Excitation Networks", Tables II, III, X, XIII, XV and XVI. GFLOPs in the paper
-are multiply-accumulates for one image, and Params include the running statistics of batch norms.
-In Table II, the first 1x1 convolution of each stage of a residual network has the stride. In the
+are multiply-accumulates for one image, and Params include the running statistics of batch norms. In
+Table II, each stage of a residual network has its stride in the first 1x1 convolution. In the
 ablations (section 6), the gates have no biases.
 """
 
@@ -149,7 +149,7 @@ def _without_gates(cost: Cost) -> int:
 
 
 def _inception_resnet_v2(model: nn.Module, found: Report) -> str:
-    """Explain the difference by the number of residual blocks, which varies between sources."""
+    """Explain a difference in GFLOPs by the number of residual blocks in published networks."""
     blocks: dict[str, list[float]] = {}
     for name, module in model.named_modules():
         if isinstance(module, InceptionResidualBlock):
@@ -160,26 +160,26 @@ def _inception_resnet_v2(model: nn.Module, found: Report) -> str:
     total = _without_gates(found.total) / 1e9
     fewer = total - 5 * (each[0] + each[-1])
     return (
-        "This is the published network, as in timm and pretrainedmodels. It has "
-        f"{numbers} residual blocks with {', '.join(f'{cost:.3f}' for cost in each)} GMACs each, "
-        f"and {total:.2f} GMACs in total. With 5 blocks each of the first and the last kind, it "
-        f"would have {fewer:.2f} GMACs. The paper doesn't state which of these networks it counted."
+        f"This is the published network, as in timm and pretrainedmodels. It has {numbers} "
+        f"residual blocks with {', '.join(f'{cost:.3f}' for cost in each)} GMACs each, and "
+        f"{total:.2f} GMACs in total. With 5 blocks each of the first and the last kind, it would "
+        f"have {fewer:.2f} GMACs. The paper doesn't specify which of these networks was counted."
     )
 
 
 def _shufflenet_g3(model: nn.Module, found: Report) -> str:
-    """Explain the difference by the number of groups in the pointwise convolutions."""
+    """Explain a difference in GFLOPs by the number of groups in the pointwise convolutions."""
     two, three = (_shufflenet_macs(groups, width) / 1e6 for groups, width in ((2, 200), (3, 240)))
     return (
         "The ShuffleNet paper (Table 1) reports 140 MFLOPs for 2 groups in the pointwise "
         "convolutions and 137 MFLOPs for 3 groups, both without the classifier. Counted layer by "
-        f"layer, they need {two:.1f} and {three:.1f} MMACs. This network has 3 groups and needs "
-        f"{_without_gates(found.total) / 1e6:.1f} MMACs with the classifier."
+        f"layer, these two variants need {two:.1f} and {three:.1f} MMACs. This network has 3 "
+        f"groups and needs {_without_gates(found.total) / 1e6:.1f} MMACs with the classifier."
     )
 
 
 def _shufflenet_macs(groups: int, width: int) -> int:
-    """Compute the MACs of a ShuffleNet without its classifier from Table 1 of its paper."""
+    """Compute ShuffleNet's MACs without the classifier, from Table 1 of the ShuffleNet paper."""
     channels, macs = 24, 24 * 3 * 9 * 112**2
     for level, units in enumerate((4, 8, 4)):
         outputs, places = width * 2**level, (28 // 2**level) ** 2
@@ -203,7 +203,7 @@ def compare_with_paper(rows: tuple[Row, ...] = ROWS, *, quiet: bool = False) -> 
 
     Args:
         rows: The rows to compare with.
-        quiet: If True, show no progress bar. It is also hidden if stderr isn't a terminal.
+        quiet: If True, show no progress bar. The bar is also hidden if stderr isn't a terminal.
     """
     # Some networks appear in several tables. Each is counted only once.
     counted: dict[tuple, tuple[int, Report, str]] = {}

@@ -1,4 +1,4 @@
-"""Pictures of training inputs, unusual annotations and duplicates, as data for the page."""
+"""Pictures of training inputs, unusual annotations and duplicates for the data set page."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from senet_transfer.data.detection.mapper import read_image
 from senet_transfer.data.images.channels import as_rgb, decode_shown
 from senet_transfer.data.images.decode import Reading
 
-# Maximum length of the longer side in pixels.
+# Maximum length of a picture's longer side in pixels.
 SIDE, THUMBNAIL = 640, 160
 # Maximum number of images shown per group of duplicates.
 MOST_MEMBERS = 6
@@ -25,7 +25,7 @@ _LEAST_PICTURE = 320
 
 
 def input_card(views: Sequence[View], classes: Sequence[str], *, detection: bool) -> dict[str, Any]:
-    """Return the pictures of a training input and of the same image without augmentation."""
+    """Return pictures of a training input with and without augmentation."""
     panels = []
     for view, text in zip(views, ("training input", "without augmentation"), strict=True):
         height, width = view.pixels.shape[:2]
@@ -40,8 +40,8 @@ def _view_picture(view: View) -> dict[str, Any]:
     scale = width / view.pixels.shape[1]
     boxes = [[*_rect(box * scale), k] for box, k in zip(view.boxes, view.classes, strict=False)]
     outlines = [
-        [" ".join(f"{x:.1f},{y:.1f}" for x, y in points * scale), view.classes[place]]
-        for place, points in view.outlines
+        [" ".join(f"{x:.1f},{y:.1f}" for x, y in points * scale), view.classes[index]]
+        for index, points in view.outlines
     ]
     return {
         "name": view.name.rpartition("/")[2], "src": source, "width": width, "height": height,
@@ -50,7 +50,7 @@ def _view_picture(view: View) -> dict[str, Any]:
 
 
 def unusual_card(split: Split, item: Unusual, reading: Reading) -> dict[str, Any]:
-    """Return the picture of an unusual annotation in its surroundings, or of a whole image.
+    """Return a picture of an unusual annotation and its surroundings, or of an unusual image.
 
     Args:
         split: The data set.
@@ -68,18 +68,18 @@ def unusual_card(split: Split, item: Unusual, reading: Reading) -> dict[str, Any
     boxes, classes = np.zeros((0, 4)), np.zeros(0, np.int64)
     flagged = np.zeros(0, bool)
     if split.objects is not None:
-        places = np.flatnonzero(split.objects.images == item.image)
-        boxes, classes = split.objects.boxes[places], split.objects.classes[places]
-        flagged = np.isin(places, item.objects)
+        indices = np.flatnonzero(split.objects.images == item.image)
+        boxes, classes = split.objects.boxes[indices], split.objects.classes[indices]
+        flagged = np.isin(indices, item.objects)
     left, top, right, bottom = crop_around(boxes[flagged], pixels.shape[1], pixels.shape[0])
     source, (width, height) = data_uri(pixels[top:bottom, left:right], SIDE)
-    # Lines and labels are drawn in the units of the picture, so it must not be tiny.
+    # Lines and labels are drawn in the picture's units, so the picture must not be tiny.
     enlarged = max(1.0, _LEAST_PICTURE / max(width, height))
     width, height = round(width * enlarged), round(height * enlarged)
     moved = (boxes - (left, top, left, top)) * (width / (right - left))
     clipped = moved.clip(0, (width, height, width, height))
     visible = (clipped[:, 2:] > clipped[:, :2]).all(1) | flagged
-    # The flagged boxes are drawn last, above the others.
+    # Draw the flagged boxes last, on top of the others.
     order = [k for k in np.argsort(flagged, kind="stable") if visible[k]]
     size = f"{right - left} x {bottom - top} pixels"
     return {
@@ -97,8 +97,8 @@ def crop_around(boxes: np.ndarray, width: int, height: int) -> tuple[int, int, i
     """Return the edges of a square crop around the boxes, inside the image.
 
     Args:
-        boxes: Left, top, right and bottom in pixels, ``(N, 4)``. If there are none, the crop is the
-            whole image.
+        boxes: Left, top, right and bottom in pixels, ``(N, 4)``. If there are no boxes, the crop is
+            the whole image.
         width: Width of the image.
         height: Height of the image.
     """

@@ -1,4 +1,4 @@
-"""Histograms of a data set for the page."""
+"""Histograms for the data set page."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -10,9 +10,9 @@ from detectron2.config import CfgNode
 from senet_transfer.analysis.dataset_page.splits import Objects
 from senet_transfer.analysis.dataset_page.statistics import AnchorFit, shares, training_scale
 
-# Maximum number of bins of the histogram of objects per image.
+# Maximum number of bins in the histogram of objects per image.
 _MOST_BINS = 24
-# Maximum number of labels at the horizontal axis.
+# Maximum number of labels on the horizontal axis.
 _MOST_TICKS = 8
 
 
@@ -48,7 +48,12 @@ def object_charts(
 
 
 def image_charts(names: Sequence[str], sizes: Sequence[np.ndarray]) -> list[dict[str, Any]]:
-    """Return histograms of sizes (width and height, ``(M, 2)``) that differ between images."""
+    """Return histograms of image sizes and aspect ratios, except those with a single bin.
+
+    Args:
+        names: Names of the data sets.
+        sizes: Width and height of each image in pixels, ``(M, 2)``, for each data set.
+    """
     roots = [np.sqrt(one.prod(1)) for one in sizes]
     ratios = [_ratio(one) for one in sizes]
     charts = [
@@ -63,7 +68,7 @@ def _ratio(sides: np.ndarray) -> np.ndarray:
 
 
 def _size_chart(cfg: CfgNode, objects: Objects, anchors: AnchorFit | None) -> dict[str, Any]:
-    """Return a histogram of the training objects' sizes, with the share that no anchor fits."""
+    """Return a histogram of training object sizes, divided by whether an anchor fits."""
     scale = training_scale(cfg, objects.sizes)[objects.images]
     sides = (objects.boxes[:, 2:] - objects.boxes[:, :2]) * scale
     values = np.sqrt(sides.clip(0).prod(1))
@@ -117,8 +122,8 @@ def _chart(
     edges: np.ndarray,
 ) -> dict[str, Any]:
     series = [
-        {"name": name, "style": f"c{place % 10}", "values": shares(one, edges).tolist()}
-        for place, (name, one) in enumerate(zip(names, values, strict=True))
+        {"name": name, "style": f"c{index % 10}", "values": shares(one, edges).tolist()}
+        for index, (name, one) in enumerate(zip(names, values, strict=True))
     ]
     ticks = list(range(0, len(labels), math.ceil(len(labels) / _MOST_TICKS)))
     return {

@@ -1,4 +1,4 @@
-"""Fingerprints of images, with which duplicates and near-duplicates are found."""
+"""Image fingerprints for finding duplicates and near-duplicates."""
 
 import hashlib
 import io
@@ -18,7 +18,7 @@ from senet_transfer.utils.progress import progress
 # Number of rows and columns of the compared brightnesses; there are 2 * SIDE * SIDE bits.
 SIDE = 11
 BITS = 2 * SIDE * SIDE
-# Maximum number of different bits of near-duplicates. On real photographs, at most this many
+# Maximum number of differing bits between near-duplicates. On real photographs, at most this many
 # bits change if an image is recompressed, resized, brightened, or cropped by 2% at each border.
 # Different photographs differ in 20% of the bits or more.
 DISTANCE = BITS // 8
@@ -31,7 +31,7 @@ _BLOCK = 512
 
 @dataclass(frozen=True)
 class Fingerprints:
-    """Properties of N images.
+    """Fingerprints and properties of N images.
 
     Attributes:
         index: Index of each image in its data set, int64 ``(N,)``.
@@ -39,7 +39,7 @@ class Fingerprints:
         bits: Perceptual hash of each image, uint64 ``(N, 4)``.
         sizes: Width and height in pixels, int64 ``(N, 2)``.
         contrast: Standard deviation of the brightness, 0-127, ``(N,)``.
-        broken: Path of each unreadable image, and the reason.
+        broken: Path of each unreadable image and the reason why it can't be read.
     """
 
     index: np.ndarray
@@ -53,8 +53,8 @@ class Fingerprints:
 def difference_hash(image: Image.Image) -> np.ndarray:
     """Return the perceptual hash of an image, uint64 ``(4,)``.
 
-    A bit states whether the brightness increases between two neighbours on a coarse grid, to the
-    right and downwards (the dHash of N. Krawetz, 2013, in both directions).
+    Each bit tells whether the brightness increases from a cell of a coarse grid to the next cell on
+    the right or below (dHash by N. Krawetz, 2013, in both directions).
     """
     grey = image.convert("L")
     across = np.asarray(grey.resize((SIDE + 1, SIDE), Image.Resampling.BOX))
@@ -81,7 +81,7 @@ def fingerprint_images(
 
     Args:
         images: The images.
-        limit: Maximum number of images. Of larger data sets, a random sample is read, which
+        limit: Maximum number of images. For larger data sets, a random sample is read. The sample
             depends only on the number of images.
         workers: Number of processes; 1 uses the current process.
         reading: Settings for reading images.
@@ -181,7 +181,7 @@ def find_duplicates(
 ) -> list[Duplicates]:
     """Group identical and almost identical images; see :class:`Fingerprints` for the arguments.
 
-    Images with very little contrast are only duplicates if their files are identical.
+    Images with very little contrast count as duplicates only if their files are identical.
     """
     parents = list(range(len(digests)))
 
@@ -192,7 +192,8 @@ def find_duplicates(
 
     _join(np.unique(digests, return_inverse=True)[1], range(len(digests)), parents, root)
     clear = np.flatnonzero(contrast >= LEAST_CONTRAST)
-    # Equal hashes are joined first, so that a set of thousands of equal images has few pairs.
+    # Join equal hashes first. Otherwise, thousands of equal images would result in millions of
+    # pairs.
     unique, inverse = np.unique(bits[clear], axis=0, return_inverse=True)
     first = _join(inverse.ravel(), clear.tolist(), parents, root)
     for low, high in near_pairs(unique):

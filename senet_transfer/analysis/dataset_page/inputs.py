@@ -23,12 +23,12 @@ from senet_transfer.layers.cutout import cut_out
 
 @dataclass(frozen=True)
 class View:
-    """An image in the form in which the network receives it.
+    """An image as the network receives it.
 
     Attributes:
         pixels: RGB image, uint8 ``(H, W, 3)``.
         name: Path or key of the image.
-        classes: Class of each object, or the label of a classifier's image.
+        classes: Class of each object. For a classifier, the label of the image.
         boxes: Left, top, right and bottom of each object in pixels, ``(N, 4)``.
         outlines: Polygons of masks and rotated boxes: index of the object, points ``(P, 2)``.
     """
@@ -43,8 +43,8 @@ class View:
 def training_views(cfg: CfgNode, count: int) -> list[tuple[View, View]]:
     """Return the first training inputs of a run, each with the same image without augmentation.
 
-    The inputs are those of the training loader for the config's seed, or for the seed 0 if the
-    config has none. The second loader has the same order, but the transform of evaluation.
+    The training loader uses the config's seed, or seed 0 if the config has no seed. A second loader
+    returns the same images in the same order, with the evaluation transform.
 
     Args:
         cfg: Config whose data sets are registered.
@@ -52,9 +52,9 @@ def training_views(cfg: CfgNode, count: int) -> list[tuple[View, View]]:
     """
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.DATALOADER.NUM_WORKERS = 0  # An input does not depend on the number of workers.
+    cfg.DATALOADER.NUM_WORKERS = 0  # Inputs do not depend on the number of workers.
     cfg.SOLVER.COMPILE = "none"
-    cfg.SOLVER.MAX_ITER = 1  # A long schedule logs a warning.
+    cfg.SOLVER.MAX_ITER = 1  # avoid a warning about long schedules
     seed = max(cfg.SEED, 0)
     views: Callable[[CfgNode, Any], Iterator[list[View]]] = (
         _image_views if is_classification(cfg) else _object_views
@@ -67,7 +67,7 @@ def training_views(cfg: CfgNode, count: int) -> list[tuple[View, View]]:
 def _plain_loader(cfg: CfgNode, seed: int) -> Iterable[Any]:
     if not is_classification(cfg):
         mapper = CheckedDatasetMapper(cfg, is_train=False)
-        mapper.is_train = True  # Map annotations, without augmentation.
+        mapper.is_train = True  # Keep annotations, but without augmentation.
         plain = cfg.clone()
         plain.INPUT.COPY_PASTE = 0.0
         return detection.build_train_loader(plain, mapper, seed=seed)
@@ -104,8 +104,8 @@ def _object_view(item: dict[str, Any], image_format: str) -> View:
         rows = boxes.tensor.tolist()
     if found.has("gt_masks"):
         outlines = [
-            (place, np.asarray(polygon).reshape(-1, 2))
-            for place, polygons in enumerate(_polygons(found.gt_masks))
+            (index, np.asarray(polygon).reshape(-1, 2))
+            for index, polygons in enumerate(_polygons(found.gt_masks))
             for polygon in polygons
         ]
     boxes = np.array(rows, np.float64).reshape(-1, 4)

@@ -1,4 +1,4 @@
-"""Writer of the page on a data set."""
+"""Writer for the data set page."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -36,22 +36,22 @@ from senet_transfer.config import is_classification
 from senet_transfer.data.reading import reading_of
 from senet_transfer.utils.text import first_of
 
-# Numbers of unusual annotations and of groups of duplicates that are shown.
+# Maximum numbers of unusual annotations and of duplicate groups to show.
 MOST_UNUSUAL, MOST_GROUPS = 20, 24
-# Ratio of the largest to the smallest class, and share of objects without a fitting anchor, from
-# which the summary mentions them.
+# Minimum ratio of the largest to the smallest class, and minimum share of objects without a fitting
+# anchor, for a mention in the summary.
 MUCH_IMBALANCE, MANY_UNFIT = 10, 0.1
 
 
 @dataclass(frozen=True)
 class _Content:
-    """Everything that is computed for the page.
+    """Data computed for the page.
 
     Attributes:
         cfg: The config.
         splits: The data sets, the training data first.
         prints: The fingerprints of each data set.
-        groups: The groups of duplicates. Members are numbered through all data sets.
+        groups: The groups of duplicates. Members are numbered consecutively across all data sets.
         unusual: The unusual annotations or images.
         anchors: The fit of the anchors to the training objects.
     """
@@ -64,24 +64,24 @@ class _Content:
     anchors: AnchorFit | None
 
     @cached_property
-    def places(self) -> list[tuple[int, int]]:
+    def indices(self) -> list[tuple[int, int]]:
         """Index of the data set, and of the image in it, for each member of ``groups``."""
         return [(k, index) for k, found in enumerate(self.prints) for index in found.index.tolist()]
 
     @cached_property
     def labels(self) -> list[np.ndarray]:
-        """Labels of the images in each data set. They have no meaning in detection data."""
+        """Labels of the images in each data set. For detection data, they are meaningless."""
         return [split.images.labels() for split in self.splits]
 
     def is_shared(self, group: Duplicates) -> bool:
-        """Return True if a group contains images of both the training and the evaluation data."""
-        uses = {self.splits[self.places[member][0]].trains for member in group.members}
+        """Return True if a group contains images from both the training and the evaluation data."""
+        uses = {self.splits[self.indices[member][0]].trains for member in group.members}
         return len(uses) == 2
 
     def is_contradictory(self, group: Duplicates) -> bool:
         """Return True if a group contains images with different labels."""
-        places = [self.places[member] for member in group.members]
-        return len({int(self.labels[number][index]) for number, index in places}) > 1
+        indices = [self.indices[member] for member in group.members]
+        return len({int(self.labels[number][index]) for number, index in indices}) > 1
 
 
 def write_data_page(
@@ -94,15 +94,14 @@ def write_data_page(
     say: Callable[[str], None] = print,
     quiet: bool = False,
 ) -> None:
-    """Write a page on the data sets of a config.
+    """Write a page about the data sets of a config.
 
     Args:
         cfg: Config returned by :func:`~.splits.data_config`.
         output: The HTML file, which is written atomically.
         inputs: Number of training inputs to show.
-        limit: Maximum number of images per data set that are decoded, for the search for duplicates
-            and for the sizes of a classifier's images. Of larger data sets, a random sample is
-            used.
+        limit: Maximum number of images per data set to decode when searching for duplicates and
+            measuring the images of a classifier. For larger data sets, a random sample is used.
         workers: Number of processes that decode images.
         say: A function that is called with a message if images can't be read.
         quiet: If True, show no progress bars.
@@ -140,7 +139,7 @@ def write_data_page(
             cards.append(unusual_card(splits[item.split], item, reading))
         except MemoryError:
             raise
-        except Exception as error:  # Decoders raise exceptions of many types for damaged files.
+        except Exception as error:  # Decoders raise many types of exceptions for damaged files.
             notes.append(f"An image of the {splits[item.split].role} can't be shown: {error}")
     for note in notes:
         say(note)
@@ -157,7 +156,7 @@ def write_data_page(
             duplicates_card(
                 [
                     (splits[number], index)
-                    for number, index in map(content.places.__getitem__, one.members)
+                    for number, index in map(content.indices.__getitem__, one.members)
                 ],
                 identical=one.identical,
                 reading=reading,
@@ -180,7 +179,7 @@ def write_data_page(
         anchors=_anchor_values(content),
         kinds=_kinds(content),
         sampled=[
-            f"{len(found.index):,} of the {len(split.images):,} images of the {split.role}"
+            f"{len(found.index):,} of the {len(split.images):,} images in the {split.role}"
             for split, found in zip(splits, prints, strict=True)
             if len(found.index) + len(found.broken) < len(split.images)
         ],
@@ -201,7 +200,7 @@ def _find_unusual(splits: list[Split], prints: list[Fingerprints]) -> list[Unusu
 
 
 def _sorted_groups(content: _Content) -> list[Duplicates]:
-    """Return the groups to show, first those with different labels or in several data sets."""
+    """Return the groups to show, starting with groups across labels or data sets."""
     return sorted(
         content.groups,
         key=lambda group: (not content.is_contradictory(group), not content.is_shared(group)),
@@ -282,7 +281,7 @@ def _kinds(content: _Content) -> list[tuple[str, list[int]]]:
 
 
 def _findings(content: _Content) -> list[tuple[str, str]]:
-    """Return the findings, most important first, each with a section's id and a sentence."""
+    """Return the findings, most important first, each as the id of a section and a sentence."""
     return [
         *_group_findings(content),
         *_unusual_findings(content),
@@ -336,7 +335,7 @@ def _object_findings(content: _Content) -> list[tuple[str, str]]:
     for split in content.splits:
         if split.objects is not None and (empty := int((split.objects.counts == 0).sum())):
             skips = split.trains and content.cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-            left_out = ", which training leaves out (DATALOADER.FILTER_EMPTY_ANNOTATIONS)"
+            left_out = ", which are excluded from training (DATALOADER.FILTER_EMPTY_ANNOTATIONS)"
             findings.append(
                 f"images without objects in the {split.role}: {empty:,} of "
                 f"{len(split.images):,}{left_out if skips else ''}."

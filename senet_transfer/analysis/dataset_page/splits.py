@@ -1,4 +1,4 @@
-"""Choice of the config and data sets of a page, and their images, labels and objects."""
+"""Selection of a page's config and data sets, and access to images, labels and objects."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from senet_transfer.data.own_data import find_parts
 from senet_transfer.engine.setup import use_datasets
 from senet_transfer.errors import UserError
 
-# Configs used for detection data, image folders and small images if none is given.
+# Default configs for detection data, image folders and small images.
 RECIPES = ("finetune_detector", "finetune_folder", "cifar10_resnet20")
 
 
@@ -61,7 +61,7 @@ class Split:
         role: "training data" or "evaluation data", with the name if there are several of them.
         trains: True for training data.
         classes: Class names.
-        images: Encoded images. Their labels have no meaning in detection data.
+        images: Encoded images. Their labels are meaningless for detection data.
         files: Path of each image in detection data; empty for classification data.
         objects: The objects; None for classification data.
     """
@@ -75,7 +75,7 @@ class Split:
     objects: Objects | None = None
 
     def name_of(self, index: int) -> str:
-        """Return a short name of an image."""
+        """Return a short name for an image."""
         if self.files:
             return self.files[index].rpartition("/")[2]
         sample = self.images.read_sample(index)
@@ -88,9 +88,9 @@ class Split:
         return isinstance(self.images, ArrayDataset)
 
     def class_counts(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the number of images and of objects of each class, ``(C,)`` each.
+        """Return the numbers of images and objects per class, ``(C,)`` each.
 
-        In classification data, an image is an object.
+        In classification data, each image counts as one object.
         """
         count = len(self.classes)
         if self.objects is None:
@@ -175,9 +175,9 @@ def data_config(
 
     Args:
         data: Data as in ``senet train --data``, or the name of a registered data set.
-        val: Evaluation data, in the same form; empty to search for it in ``data``.
-        images: Image folder of annotation files; empty to search for it.
-        datasets: Detection data sets as in ``--dataset``, which follow ``data`` and ``val``.
+        val: Evaluation data, in the same form. If empty, ``data`` is searched for it.
+        images: Image folder for annotation files. If empty, the folder is searched for.
+        datasets: Detection data sets as in ``--dataset``, in addition to ``data`` and ``val``.
         config_file: A YAML file or the name of a config. If empty, the recipe for fine-tuning on
             this kind of data is used.
         options: Alternating config keys and values.
@@ -191,8 +191,8 @@ def data_config(
     names += [entry[0] for entry in datasets]
     if not names and not config_file:
         raise UserError(
-            "No data is given. Pass its path with --data, register it with --dataset, or pass "
-            "--config-file with a config that names data sets."
+            "No data is specified. Pass a path with --data, register data sets with --dataset, or "
+            "pass --config-file with a config that names data sets."
         )
     cfg = load_config(config_file or _recipe(names, entries), list(options))
     cfg.MODEL.DEVICE = "cpu"
@@ -205,15 +205,15 @@ def data_config(
         use_datasets(cfg)
         if not cfg.DATASETS.CLASSES:
             raise UserError(
-                f"{cfg.MODEL.META_ARCHITECTURE} uses no boxes. Pass the config of a detector of "
-                "boxes or of a classifier."
+                f"{cfg.MODEL.META_ARCHITECTURE} does not use boxes. Pass the config of a box "
+                "detector or of a classifier."
             )
     cfg.freeze()
     return cfg
 
 
 def _corners(box: Sequence[float], mode: BoxMode) -> Sequence[float]:
-    # BoxMode.convert creates a tensor for each box, which takes 20 times as long.
+    # BoxMode.convert creates a tensor for each box and takes 20 times as long.
     if mode == BoxMode.XYWH_ABS:
         left, top, width, height = box
         return left, top, left + width, top + height

@@ -15,7 +15,7 @@ from senet_transfer.analysis.dataset_page.splits import Objects
 
 
 def shares(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Return the percentage of values per bin. Values beyond the bins are in the outer bins."""
+    """Return the percentage of values per bin. The outer bins include values beyond the edges."""
     inner = np.searchsorted(edges[1:-1], values, side="right")
     return 100 * np.bincount(inner, minlength=len(edges) - 1) / max(len(values), 1)
 
@@ -27,10 +27,10 @@ def imbalance(counts: np.ndarray) -> float:
 
 
 def training_scale(cfg: CfgNode, sizes: np.ndarray) -> np.ndarray:
-    """Return the factors by which training resizes images, ``(M, 2)`` for width and height.
+    """Return the resize factors used in training, ``(M, 2)`` for width and height.
 
-    Training draws the short side from ``INPUT.MIN_SIZE_TRAIN``; its median is used here. With
-    ``INPUT.LARGE_SCALE_JITTER``, the random factor is 1 here.
+    Training draws the short side from ``INPUT.MIN_SIZE_TRAIN``; this function uses the median. With
+    ``INPUT.LARGE_SCALE_JITTER``, it uses 1 for the random factor.
 
     Args:
         cfg: Config of a detector.
@@ -51,15 +51,15 @@ def training_scale(cfg: CfgNode, sizes: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class AnchorFit:
-    """Largest IoU of each object with an anchor, in an image resized as for training.
+    """Largest IoU of each object with an anchor, in images resized as for training.
 
     Attributes:
         overlaps: The IoUs, float64 ``(N,)``.
-        labels: By the thresholds of Detectron2's matcher: 1 if the IoU suffices for a positive
-            example, 0 if it is that of a negative one, -1 in between, int ``(N,)``.
+        labels: Label of each object according to Detectron2's IoU thresholds: 1 for a positive
+            example, 0 for a negative example, -1 in between, int ``(N,)``.
         thresholds: The config's IoU thresholds.
-        border: Number of pixels by which an anchor may cross the border of the image
-            (``MODEL.RPN.BOUNDARY_THRESH``); negative for no limit.
+        border: Number of pixels that an anchor may extend beyond the image
+            (``MODEL.RPN.BOUNDARY_THRESH``). If negative, there is no limit.
     """
 
     overlaps: np.ndarray
@@ -69,7 +69,7 @@ class AnchorFit:
 
 
 def anchor_fit(cfg: CfgNode, objects: Objects) -> AnchorFit | None:
-    """Compare objects with the anchors of a config; return None if it has no upright anchors."""
+    """Compare objects with a model's anchors; return None if it has no upright anchors."""
     single = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
     if cfg.MODEL.ANCHOR_GENERATOR.NAME != "DefaultAnchorGenerator" or not (
         single or cfg.MODEL.PROPOSAL_GENERATOR.NAME == "RPN"
@@ -78,7 +78,7 @@ def anchor_fit(cfg: CfgNode, objects: Objects) -> AnchorFit | None:
     head = cfg.MODEL.RETINANET if single else cfg.MODEL.RPN
     plain = cfg.clone()
     plain.defrost()
-    plain.MODEL.RESNETS.NORM = "BN"  # FrozenBN without weights logs a warning.
+    plain.MODEL.RESNETS.NORM = "BN"  # avoid a warning about FrozenBN without weights
     with torch.device("meta"):
         backbone = build_backbone(plain)
     shapes = [backbone.output_shape()[name] for name in head.IN_FEATURES]
@@ -106,15 +106,15 @@ def best_overlaps(
 ) -> np.ndarray:
     """Return the largest IoU of each box with an anchor.
 
-    Anchors of one shape lie on a grid, and the IoU of two boxes of fixed sizes decreases with the
-    distance of their centres in each direction. Therefore only the nearest anchor of each shape is
-    compared, which gives the same result as a comparison with all anchors.
+    All anchors with the same shape lie on a grid, and the IoU of two boxes with fixed sizes
+    decreases with the distance between their centres in each direction. Therefore, it is enough to
+    compare each box with the nearest anchor of each shape.
 
     Args:
         boxes: Left, top, right and bottom in pixels, ``(N, 4)``.
         sizes: Width and height of each box's image in pixels, ``(N, 2)``.
         generator: Detectron2's anchor generator.
-        divisor: Number by which the sides of the padded image are divisible.
+        divisor: The sides of the padded image are multiples of this number.
         border: See :class:`AnchorFit`.
 
     Returns:

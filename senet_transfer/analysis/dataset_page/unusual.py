@@ -1,9 +1,10 @@
 """Unusual annotations, which are often mistakes, and unusual images.
 
-Each check finds items and gives each a score, by which they are sorted. The scores of sizes, aspect
-ratios and counts are robust deviations: the distance from the median, divided by 1.4826 times the
-median absolute deviation. For normally distributed values, this divisor is the standard deviation.
-Sizes and aspect ratios are compared on a logarithmic scale, and counts by their square roots.
+Each check finds items, assigns a score to each item, and sorts the items by score. The scores of
+sizes, aspect ratios and counts are robust deviations: the distance from the median, divided by
+1.4826 times the median absolute deviation. For normally distributed values, this divisor is the
+standard deviation. Sizes and aspect ratios are compared on a logarithmic scale, and counts by their
+square roots.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,16 +18,16 @@ from senet_transfer.analysis.dataset_page.splits import Objects
 
 # Minimum shorter side of a box in pixels; smaller boxes can't be learned.
 LEAST_SIDE = 2.0
-# Fraction of a box outside the image, and IoUs of two almost identical boxes, of the same class and
-# of different classes, from which they are reported.
+# Thresholds for reporting boxes: fraction outside the image, and IoU of two almost identical boxes
+# of the same class and of different classes.
 OUTSIDE, SAME, SAME_OTHER_CLASS = 0.05, 0.9, 0.8
-# Robust deviations from which sizes and aspect ratios, or numbers of objects, are unusual.
+# Minimum robust deviations of unusual sizes and aspect ratios, and of unusual object counts.
 DEVIATION, FEW = 4.0, 3.0
 # Classes with fewer objects have no reliable median.
 LEAST_OBJECTS = 10
-# Distance to the border of the image in pixels, below which a box may be cut off.
+# Boxes closer than this many pixels to the border of the image may be cut off.
 _BORDER = 2.0
-# Smallest assumed standard deviations. The square root of a Poisson variable has one of 0.5.
+# Minimum assumed standard deviations. For the square root of a Poisson variable, it is 0.5.
 _LEAST_SPREAD, _COUNT_SPREAD = 0.1, 0.5
 
 KINDS = {
@@ -55,7 +56,7 @@ class Unusual:
         image: Index of the image.
         objects: Indices of the objects; empty if the whole image is unusual.
         why: The reason, as a sentence.
-        split: Number of the data set.
+        split: Index of the data set.
     """
 
     kind: str
@@ -67,7 +68,7 @@ class Unusual:
 
 
 def deviations(values: np.ndarray, least_spread: float = _LEAST_SPREAD) -> np.ndarray:
-    """Return the robust deviation of each value from the median, with its sign."""
+    """Return the signed robust deviation of each value from the median."""
     middle = np.median(values)
     spread = 1.4826 * np.median(np.abs(values - middle))
     return (values - middle) / max(spread, least_spread)
@@ -104,11 +105,11 @@ def unusual_annotations(objects: Objects, classes: Sequence[str]) -> list[Unusua
 
 def _degenerate(objects: Objects, classes: Sequence[str]) -> Iterator[Unusual]:
     sides = objects.boxes[:, 2:] - objects.boxes[:, :2]
-    for place in np.flatnonzero(sides.min(1) < LEAST_SIDE):
-        width, height = sides[place]
+    for index in np.flatnonzero(sides.min(1) < LEAST_SIDE):
+        width, height = sides[index]
         yield Unusual(
-            "degenerate", -float(width * height), int(objects.images[place]), (int(place),),
-            f"The box of this {classes[objects.classes[place]]} is {width:.3g} x {height:.3g} "
+            "degenerate", -float(width * height), int(objects.images[index]), (int(index),),
+            f"The box of this {classes[objects.classes[index]]} is {width:.3g} x {height:.3g} "
             "pixels.",
         )  # fmt: skip
 
@@ -118,11 +119,11 @@ def _outside(objects: Objects, classes: Sequence[str]) -> Iterator[Unusual]:
     clipped = objects.boxes.clip(0, np.tile(sizes, 2))
     areas, inside = (_areas(boxes) for boxes in (objects.boxes, clipped))
     part = 1 - inside / np.maximum(areas, 1e-9)
-    for place in np.flatnonzero((part > OUTSIDE) & (areas > 0)):
-        width, height = sizes[place].astype(int)
+    for index in np.flatnonzero((part > OUTSIDE) & (areas > 0)):
+        width, height = sizes[index].astype(int)
         yield Unusual(
-            "outside", float(part[place]), int(objects.images[place]), (int(place),),
-            f"{part[place]:.0%} of the box of this {classes[objects.classes[place]]} is outside "
+            "outside", float(part[index]), int(objects.images[index]), (int(index),),
+            f"{part[index]:.0%} of the box of this {classes[objects.classes[index]]} is outside "
             f"the image of {width} x {height} pixels.",
         )  # fmt: skip
 
@@ -136,8 +137,8 @@ def _few(objects: Objects) -> Iterator[Unusual]:
         yield Unusual(
             "few", float(deviation[image]), int(image), (),
             f"{'One object is' if count == 1 else f'{count} objects are'} annotated here. The "
-            f"median is {middle}, and half of the images have {low} to {high}. Check that all "
-            "objects are annotated.",
+            f"median is {middle}, and half of the images have {low} to {high} objects. Check that "
+            "all objects are annotated.",
         )  # fmt: skip
 
 
@@ -153,7 +154,7 @@ def _overlapping(objects: Objects, classes: Sequence[str]) -> Iterator[Unusual]:
         overlaps = np.triu(coco_mask.iou(own, own, np.zeros(len(own), np.uint8)), 1)
         for one, other in np.argwhere(overlaps >= SAME_OTHER_CLASS) + first:
             overlap = float(overlaps[one - first, other - first])
-            names = [classes[objects.classes[place]] for place in (one, other)]
+            names = [classes[objects.classes[index]] for index in (one, other)]
             same = names[0] == names[1]
             if overlap < (SAME if same else SAME_OTHER_CLASS):
                 continue
@@ -168,29 +169,29 @@ def _overlapping(objects: Objects, classes: Sequence[str]) -> Iterator[Unusual]:
 
 def _extreme(objects: Objects, classes: Sequence[str]) -> Iterator[Unusual]:
     sides = np.maximum(objects.boxes[:, 2:] - objects.boxes[:, :2], 1e-9)
-    usable = sides.min(1) >= LEAST_SIDE  # The others are degenerate.
+    usable = sides.min(1) >= LEAST_SIDE  # The other boxes are degenerate.
     # Objects at the border may be cut off, which makes them smaller and more elongated.
     sizes = objects.sizes[objects.images]
     whole = (objects.boxes[:, :2] > _BORDER).all(1) & (objects.boxes[:, 2:] < sizes - _BORDER).all(
         1
     )
     for label, name in enumerate(classes):
-        places = np.flatnonzero((objects.classes == label) & usable)
-        if len(places) < LEAST_OBJECTS:
+        indices = np.flatnonzero((objects.classes == label) & usable)
+        if len(indices) < LEAST_OBJECTS:
             continue
-        width, height = sides[places].T
+        width, height = sides[indices].T
         for kind, values, text in (
-            ("size", np.sqrt(width * height), "is {0:.0f} pixels large (root of its area), the "
-             "median of the class is {1:.0f}"),
-            ("aspect", width / height, "is {0:.2g} times as wide as high, the median of the class "
-             "is {1:.2g}"),
+            ("size", np.sqrt(width * height), "has a size (square root of its area) of {0:.0f} "
+             "pixels; the median of the class is {1:.0f}"),
+            ("aspect", width / height, "has an aspect ratio (width / height) of {0:.2g}; the "
+             "median of the class is {1:.2g}"),
         ):  # fmt: skip
             deviation = deviations(np.log(values))
-            judged = whole[places] | ((kind == "size") & (deviation > 0))
+            judged = whole[indices] | ((kind == "size") & (deviation > 0))
             for k in np.flatnonzero((np.abs(deviation) >= DEVIATION) & judged):
-                place, score = int(places[k]), float(abs(deviation[k]))
+                index, score = int(indices[k]), float(abs(deviation[k]))
                 yield Unusual(
-                    kind, score, int(objects.images[place]), (place,),
+                    kind, score, int(objects.images[index]), (index,),
                     f"This {name} {text.format(values[k], np.median(values))}: "
                     f"{score:.1f} robust deviations.",
                 )  # fmt: skip
@@ -201,23 +202,23 @@ def unusual_images(index: np.ndarray, sizes: np.ndarray, contrast: np.ndarray) -
     if not len(index):
         return []
     found = []
-    for place in np.flatnonzero(contrast < LEAST_CONTRAST):
+    for row in np.flatnonzero(contrast < LEAST_CONTRAST):
         found.append(
             Unusual(
-                "blank", -float(contrast[place]), int(index[place]), (),
-                f"The brightness has a standard deviation of {contrast[place]:.1f} grey levels.",
+                "blank", -float(contrast[row]), int(index[row]), (),
+                f"The brightness has a standard deviation of {contrast[row]:.1f} grey levels.",
             )
         )  # fmt: skip
     width, height = sizes.T.astype(np.float64)
     for kind, values in (("size", np.sqrt(width * height)), ("aspect", width / height)):
         deviation = deviations(np.log(values))
-        for place in np.flatnonzero(np.abs(deviation) >= DEVIATION):
-            score = float(abs(deviation[place]))
+        for row in np.flatnonzero(np.abs(deviation) >= DEVIATION):
+            score = float(abs(deviation[row]))
             usual = np.median(sizes, axis=0).astype(int)
             found.append(
                 Unusual(
-                    kind, score, int(index[place]), (),
-                    f"The image is {width[place]:.0f} x {height[place]:.0f} pixels, the medians "
+                    kind, score, int(index[row]), (),
+                    f"The image is {width[row]:.0f} x {height[row]:.0f} pixels; the medians "
                     f"are {usual[0]} x {usual[1]}: {score:.1f} robust deviations.",
                 )
             )  # fmt: skip

@@ -66,9 +66,9 @@ def open_labelled(
 
     Args:
         data: A path accepted by :func:`~senet_transfer.data.classification.open.open_dataset`, a
-            prepared CIFAR split (its path, or a name such as "cifar10_test"), or annotations of
-            objects in COCO's or another format, such as "bccd:test".
-        images: The image folder of annotations. Required for a JSON file in COCO format.
+            prepared CIFAR split (its path, or a name such as "cifar10_test"), or object annotations
+            in COCO or another format, such as "bccd:test".
+        images: The image folder for annotations. Required for a JSON file in COCO format.
         group_by: "class" or "size" for whole images, grouped by the class or size of more than half
             of their objects. If empty, the objects are cropped and grouped by class.
         reading: Settings for reading the images with objects.
@@ -78,7 +78,7 @@ def open_labelled(
     """
     is_json = data.endswith(".json") and os.path.basename(data) != "manifest.json"
     if is_json and not images:
-        raise UserError(f"{data} is a JSON file. Give its image folder with --images.")
+        raise UserError(f"{data} is a JSON file. Pass its image folder with --images.")
     if is_json or find_source(split_path(data)[0]):
         images = images or default_image_folder(data)
         if group_by:
@@ -86,8 +86,8 @@ def open_labelled(
         return CocoCrops(data, images, reading=reading)
     if images or group_by:
         raise UserError(
-            f"{'--images' if images else '--group-by'} requires annotations of objects as --data, "
-            f"such as a JSON file in COCO format, but --data is {data}. Remove this option."
+            f"{'--images' if images else '--group-by'} requires object annotations as --data, such "
+            f"as a JSON file in COCO format, but --data is {data}. Remove this option."
         )
     path = find_dataset(data)
     if is_prepared(path):
@@ -136,14 +136,16 @@ def analyze_gates(
     try:
         os.makedirs(output, exist_ok=True)
     except OSError as error:
-        raise UserError(f"The output folder {output} can't be created: {error}.") from error
+        raise UserError(
+            f"The output folder {output} can't be created: {error}. Choose a different --output."
+        ) from error
     gates_of(backbone_of(loaded.model))
     # Reject invalid options before starting the long computation.
     whole = isinstance(dataset, CocoImages)
     if whole and prune_stages:
         raise UserError(
-            "--prune-stage evaluates a classifier, which groups of images don't allow. Remove "
-            "--group-by or --prune-stage."
+            "--prune-stage evaluates a classifier, but --group-by groups images without class "
+            "labels. Remove one of the two options."
         )
     pruned = pruned_config(loaded.cfg, loaded.model, prune_stages) if prune_stages else None
     transform = _transform(loaded)
@@ -171,7 +173,7 @@ def analyze_gates(
 
 
 def _predictor(loaded: LoadedModel) -> Predictor:
-    """Return the predictor of a model, with a single view per image."""
+    """Return the predictor for a model, with a single view per image."""
     if is_classification(loaded.cfg):
         predictor = ClassifierPredictor.of(loaded)
         predictor.transform = _transform(loaded)

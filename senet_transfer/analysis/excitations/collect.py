@@ -30,11 +30,13 @@ class Excitations:
         blocks: Statistics of each gate, by the gate's name in the paper.
         drawn: Names of the classes to plot, by label.
         counts: Name and number of images of each class in the sample.
+        unit: Word for a class in figures, "class" or "size".
     """
 
     blocks: dict[str, GateStatistics]
     drawn: dict[int, str]
     counts: tuple[tuple[str, int], ...]
+    unit: str = "class"
 
     @property
     def images(self) -> int:
@@ -45,6 +47,11 @@ class Excitations:
     def classes(self) -> int:
         """Number of classes in the sample."""
         return len(self.counts)
+
+    @property
+    def units(self) -> str:
+        """Plural of ``unit``."""
+        return "sizes" if self.unit == "size" else "classes"
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
@@ -117,7 +124,7 @@ def collect_excitations(
         seed: The seed for the random selection of images and classes.
         batch_size: The number of images per batch.
         workers: The number of processes that read and decode images.
-        quiet: If True, show no progress bar. It is also hidden if stderr isn't a terminal.
+        quiet: If True, show no progress bar. The bar is also hidden if stderr isn't a terminal.
 
     Raises:
         UserError: If the model has no gates, if a class is unknown, or if an image is corrupted.
@@ -143,7 +150,8 @@ def collect_excitations(
             _add(blocks, labels, values)
             bar.update(len(labels))
     pairs = zip(sample.classes, sample.counts.tolist(), strict=True)
-    return Excitations(blocks, drawn, tuple((name, count) for name, count in pairs if count))
+    counts = tuple((name, count) for name, count in pairs if count)
+    return Excitations(blocks, drawn, counts, getattr(dataset, "by", "class"))
 
 
 def _add(blocks: dict[str, GateStatistics], labels: np.ndarray, values: dict[str, Tensor]) -> None:
@@ -164,7 +172,7 @@ def _batches(
 def _whole_images(
     predictor: Predictor, gates: dict[str, nn.Module], sample: ClassSample
 ) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
-    """Yield the same as :func:`_batches` for each image, as the predictor processes it."""
+    """Yield the same as :func:`_batches`, but for single images processed by the predictor."""
     with capture_gates(gates) as values:
         for index, label in enumerate(sample.labels()):
             predictor(sample.read_sample(index).path)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from senet_transfer.analysis.excitations.collect import Excitations
 from senet_transfer.analysis.excitations.gates import stage_of
-from senet_transfer.analysis.excitations.statistics import GateStatistics, Summary
+from senet_transfer.analysis.excitations.statistics import GateStatistics
 from senet_transfer.data.classification.subsets import draw
 
 # A colour-blind safe palette (Okabe and Ito) with enough contrast on white.
@@ -27,13 +27,14 @@ def channels_to_draw(block: GateStatistics, count: int, *, seed: int = 0) -> np.
 
 
 def draw_classes(
-    axes: Axes, block: GateStatistics, drawn: dict[int, str], channels: np.ndarray
+    axes: Axes, block: GateStatistics, found: Excitations, channels: np.ndarray
 ) -> None:
     """Plot the mean gate value per channel for each class and for all classes, as in Figure 6."""
     x = np.arange(len(channels))
-    for (label, name), colour in zip(drawn.items(), _cycled(len(drawn)), strict=True):
+    for (label, name), colour in zip(found.drawn.items(), _cycled(len(found.drawn)), strict=True):
         axes.plot(x, block.kept[label].mean[channels], color=colour, lw=1.2, label=name)
-    axes.plot(x, block.mean_of_classes[channels], color=_ALL, lw=1.6, ls="--", label="all classes")
+    mean = block.mean_of_classes[channels]
+    axes.plot(x, mean, color=_ALL, lw=1.6, ls="--", label=f"all {found.units}")
     _finish(axes, block, channels)
 
 
@@ -58,7 +59,7 @@ def _style() -> AbstractContextManager[None]:
 
 
 def _cycled(count: int) -> list[str]:
-    return [COLOURS[place % len(COLOURS)] for place in range(count)]
+    return [COLOURS[index % len(COLOURS)] for index in range(count)]
 
 
 def _finish(axes: Axes, block: GateStatistics, channels: np.ndarray) -> None:
@@ -69,7 +70,7 @@ def _finish(axes: Axes, block: GateStatistics, channels: np.ndarray) -> None:
     # this range.
     axes.set_ylim(min(low, -0.02), max(high, 1.02))
     total = len(block.mean_of_classes)
-    axes.set_xlabel(f"channel ({len(channels)} of {total}, by their mean)")
+    axes.set_xlabel(f"channel ({len(channels)} of {total}, sorted by mean)")
 
 
 def write_blocks(
@@ -93,10 +94,10 @@ def write_blocks(
             figure = Figure(figsize=(11, 3.8), layout="constrained")
             left, right = figure.subplots(1, 2, sharey=True)
             drawn = channels_to_draw(block, channels, seed=seed)
-            draw_classes(left, block, found.drawn, drawn)
+            draw_classes(left, block, found, drawn)
             draw_spread(right, block, found.drawn, drawn)
-            left.set_title(f"{name}: means of classes")
-            right.set_title(f"{name}: mean ± standard deviation within a class")
+            left.set_title(f"{name}: means of {found.units}")
+            right.set_title(f"{name}: mean ± standard deviation within a {found.unit}")
             left.set_ylabel("gate")
             for axes in (left, right):
                 axes.legend(loc="best", fontsize=8)
@@ -109,7 +110,7 @@ def write_overview(
 ) -> list[str]:
     """Write ``figure6.png`` (the paper's selection of blocks) and ``blocks.png`` (all blocks).
 
-    The arguments are the same as those of :func:`write_blocks`.
+    For the arguments, see :func:`write_blocks`.
 
     Returns:
         The paths of the files.
@@ -118,17 +119,16 @@ def write_overview(
     with _style():
         return [
             _save(_figure6(found, channels, seed), folder, "figure6.png"),
-            _save(_all_blocks({n: b.summary() for n, b in found.blocks.items()}), folder,
-                  "blocks.png"),
-        ]  # fmt: skip
+            _save(_all_blocks(found), folder, "blocks.png"),
+        ]
 
 
 def papers_blocks(names: list[str]) -> list[str]:
-    """Select the blocks for Figure 6.
+    """Select the blocks for a figure like Figure 6 in the paper.
 
-    These are the last block of each stage, and all blocks of the last stage. If the last stage has
-    more than four blocks, only the first, middle and last are selected. For a network without
-    stages, up to six evenly spaced blocks are selected.
+    The selection consists of the last block in each stage and all blocks in the last stage. If the
+    last stage has more than four blocks, only the first, middle and last are selected. For a
+    network without stages, up to six evenly spaced blocks are selected.
     """
     stages = sorted({stage for name in names if (stage := stage_of(name)) is not None})
     if not stages:
@@ -139,8 +139,8 @@ def papers_blocks(names: list[str]) -> list[str]:
 
 
 def _spread(names: list[str], count: int) -> list[str]:
-    places = np.linspace(0, len(names) - 1, min(len(names), count)).round().astype(int)
-    return [names[place] for place in places]
+    indices = np.linspace(0, len(names) - 1, min(len(names), count)).round().astype(int)
+    return [names[index] for index in indices]
 
 
 def _figure6(found: Excitations, channels: int, seed: int) -> Figure:
@@ -154,7 +154,7 @@ def _figure6(found: Excitations, channels: int, seed: int) -> Figure:
     for name, axes in zip(names, grid.flat, strict=False):
         block = found.blocks[name]
         drawn = channels_to_draw(block, channels, seed=seed)
-        draw_classes(axes, block, found.drawn, drawn)
+        draw_classes(axes, block, found, drawn)
         axes.set_title(name)
     for axes in grid[:, 0]:
         axes.set_ylabel("gate")
@@ -163,13 +163,14 @@ def _figure6(found: Excitations, channels: int, seed: int) -> Figure:
     return figure
 
 
-def _all_blocks(summaries: dict[str, Summary]) -> Figure:
+def _all_blocks(found: Excitations) -> Figure:
+    summaries = {name: block.summary() for name, block in found.blocks.items()}
     x = np.arange(len(summaries))
     figure = Figure(figsize=(max(5, 0.28 * len(x) + 2), 5), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     for name, colour, marker in (("between", COLOURS[1], "o"), ("within", COLOURS[0], "s")):
         values = [getattr(one, name) for one in summaries.values()]
-        top.plot(x, values, color=colour, marker=marker, ms=4, label=f"{name} classes")
+        top.plot(x, values, color=colour, marker=marker, ms=4, label=f"{name} {found.units}")
     top.set_ylabel("standard deviation\nof a gate")
     top.set_ylim(bottom=0)
     top.legend()

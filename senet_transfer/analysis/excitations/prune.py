@@ -63,7 +63,7 @@ class Pruned:
 
 
 def pruned_config(cfg: CfgNode, model: ImageClassifier, stages: list[int]) -> CfgNode:
-    """Return the config of the network without the gates of the given stages.
+    """Return the config of the network without the gates in the given stages.
 
     Raises:
         UserError: If a stage has no gates, or the model's gates can't be removed.
@@ -76,7 +76,7 @@ def pruned_config(cfg: CfgNode, model: ImageClassifier, stages: list[int]) -> Cf
     if isinstance(model.backbone, TimmBackbone):
         raise UserError(
             f"The gates of {model.backbone.model_name} can't be removed, because timm builds this "
-            "network. Use a network of this project, such as se_resnet50."
+            "network. Use one of this project's networks, such as se_resnet50."
         )
     if cfg.MODEL.SE.RELU_BEFORE:
         raise UserError(
@@ -89,7 +89,8 @@ def pruned_config(cfg: CfgNode, model: ImageClassifier, stages: list[int]) -> Cf
     wrong = [stage for stage in stages if stage not in has]
     if wrong:
         raise UserError(
-            f"The stages {wrong} have no gates; expected any of: {', '.join(map(str, has))}."
+            f"The stages {wrong} have no gates; expected one or more of: "
+            f"{', '.join(map(str, has))}."
         )
     cfg = cfg.clone()
     cfg.defrost()
@@ -105,7 +106,7 @@ def pruned_config(cfg: CfgNode, model: ImageClassifier, stages: list[int]) -> Cf
 def without_gates(
     cfg: CfgNode, model: ImageClassifier, scales: dict[str, np.ndarray] | None = None
 ) -> ImageClassifier | None:
-    """Build the network without some of its gates, with the other weights of the given model.
+    """Build the network without some of its gates, with all other weights copied from the model.
 
     Args:
         cfg: The config returned by :func:`pruned_config`.
@@ -114,8 +115,8 @@ def without_gates(
             None, the gates are replaced by 1.
 
     Returns:
-        The network in evaluation mode on the model's device, or None if a gate doesn't directly
-        follow a convolution into which its scale can be folded.
+        The network in evaluation mode on the model's device, or None if the scale of a gate can't
+        be folded into a convolution directly before the gate.
     """
     with weights_follow():
         pruned = build_model(cfg)
@@ -166,7 +167,7 @@ def measure_pruning(
     transform: EvalTransform,
     **options: Any,
 ) -> list[Pruned]:
-    """Evaluate a classifier with all gates, with some replaced by 1, and with some by their means.
+    """Evaluate a classifier with all gates, and with some gates replaced by 1 or by their means.
 
     Args:
         cfg: The config returned by :func:`pruned_config`.

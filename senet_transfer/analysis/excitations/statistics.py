@@ -69,7 +69,7 @@ class Summary:
 
     @property
     def specificity(self) -> float:
-        """Ratio of the standard deviation between classes to that within classes."""
+        """Ratio of the between-class to the within-class standard deviation."""
         return self.between / self.within if self.within else 0.0
 
     @property

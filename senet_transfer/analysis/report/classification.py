@@ -144,7 +144,7 @@ def confusion_galleries(
     galleries = []
     for (name, classes), found in groups.items():
         gallery = _gallery(name, list(classes), found, budget // len(groups))
-        wanted = {place for pair in gallery["pairs"] for place, _ in pair["examples"]}
+        wanted = {index for pair in gallery["pairs"] for index, _ in pair["examples"]}
         cfg = runs[min(found)].cfg
         gallery["images"] = pictures(cfg, name, sorted(wanted), say, quiet)
         galleries.append(gallery)
@@ -180,14 +180,14 @@ def _gallery(
 
 
 def pictures(
-    cfg: CfgNode, name: str, places: list[int], say: Callable[[str], None], quiet: bool
+    cfg: CfgNode, name: str, indices: list[int], say: Callable[[str], None], quiet: bool
 ) -> dict[int, str]:
-    """Return the images of a test set at the given places as data URIs, by place.
+    """Return the images at the given indices of a test set as data URIs, by index.
 
     Args:
         cfg: The run's config.
         name: The data set's name in ``DATASETS.TEST``.
-        places: Indices of the images in the data set.
+        indices: Indices of the images in the data set.
         say: A function that is called with a message if an image can't be shown.
         quiet: If True, show no progress bar.
     """
@@ -195,14 +195,14 @@ def pictures(
     reading = reading_of(cfg)
     try:
         dataset = open_test_dataset(cfg, name)
-        for place in progress(
-            places, desc=f"pictures of {data_label(name)}", unit="image", quiet=quiet
+        for index in progress(
+            indices, desc=f"pictures of {data_label(name)}", unit="image", quiet=quiet
         ):
             if isinstance(dataset, ClassificationDataset):
-                pixels = decode_shown(dataset.read_sample(place).data, reading, SIDE)
+                pixels = decode_shown(dataset.read_sample(index).data, reading, SIDE)
             else:
-                pixels = dataset.images[place].permute(1, 2, 0).numpy()
-            found[place] = data_uri(pixels, SIDE)[0]
+                pixels = dataset.images[index].permute(1, 2, 0).numpy()
+            found[index] = data_uri(pixels, SIDE)[0]
     except (UserError, BrokenImageError, OSError, LookupError) as error:
         say(f"Some images of {name} can't be shown: {error}")
     return found

@@ -26,9 +26,9 @@ from senet_transfer.utils.text import folder_name
 
 # Detections with lower scores are not shown.
 LEAST_SCORE = 0.1
-# Score and IoU thresholds for the F1 score by which images are selected for the gallery.
+# Score and IoU thresholds of the F1 score that is used to select images for the gallery.
 SCORE, OVERLAP = 0.5, 0.5
-# Size of the images in the page, which can be enlarged.
+# Size of the images in the page in pixels. Images can be enlarged on the page.
 SIDE = 640
 
 
@@ -107,20 +107,20 @@ def _gallery(
             say(f"{runs[position].name}: {error}")
     quality = np.array(
         [
-            np.mean([_f1(image, found[position][place]) for position in read] or [0])
-            for place, image in enumerate(images)
+            np.mean([_f1(image, found[position][index]) for position in read] or [0])
+            for index, image in enumerate(images)
         ]
     )
     chosen = _worst_and_best(quality, budget)
     most = 50 if len(read) <= 4 else 20
     entries = []
-    for place in progress(chosen, desc=f"pictures of {name}", unit="image", quiet=quiet):
-        entry = _picture(images[place], reading_of(runs[positions[0]].cfg))
+    for index in progress(chosen, desc=f"pictures of {name}", unit="image", quiet=quiet):
+        entry = _picture(images[index], reading_of(runs[positions[0]].cfg))
         if isinstance(entry, str):
             say(entry)
             continue
         for position in read:
-            entry["found"][position] = _shown(found[position][place], entry["scale"], most)
+            entry["found"][position] = _shown(found[position][index], entry["scale"], most)
         del entry["scale"]
         entries.append(entry)
     classes = list(metadata.thing_classes)
@@ -224,12 +224,12 @@ def match_detections(boxes: np.ndarray, classes: np.ndarray, image: dict[str, An
     overlaps[classes[:, None] != image["classes"]] = 0
     single = image["crowd"] == 0
     free = single.copy()
-    for place, overlap in enumerate(overlaps):
+    for index, overlap in enumerate(overlaps):
         best = int(np.argmax(np.where(free, overlap, -1)))
         if free[best] and overlap[best] >= OVERLAP:
-            matches[place], free[best] = best, False
+            matches[index], free[best] = best, False
         elif (overlap[~single] >= OVERLAP).any():
-            matches[place] = -2
+            matches[index] = -2
     return matches
 
 

@@ -11,7 +11,8 @@ from senet_transfer.evaluation.coco import DIAGNOSTICS
 from senet_transfer.evaluation.error_types import ERROR_TYPES
 from senet_transfer.utils.text import folder_name
 
-# Maximum size of a complete confusion matrix. Of larger ones, the most confused classes are shown.
+# Maximum size of a complete confusion matrix. For larger ones, only the most confused classes are
+# shown.
 MOST_CLASSES = 24
 
 _TASKS = {"bbox": "boxes", "segm": "masks"}
@@ -61,7 +62,7 @@ def detection_diagnostics(runs: list[Run], say: Callable[[str], None]) -> list[d
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """Return the diagnostics by IoU type. They are empty if the file doesn't exist."""
+    """Return the diagnostics by IoU type, or an empty dict if the file doesn't exist."""
     if not path.is_file():
         return {}
     try:
@@ -74,7 +75,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _shown(found: dict[str, Any]) -> dict[str, Any]:
-    """Return diagnostics with the part of the confusion matrix that the page shows."""
+    """Return the diagnostics, with the confusion matrix reduced to the part shown on the page."""
     matrix = found["confusion"]["matrix"]
     count = len(matrix) - 1
     labels = list(range(count))

@@ -1,4 +1,4 @@
-"""Writer for self-contained HTML pages: styles, scripts and images are in the file."""
+"""Writer for self-contained HTML pages with embedded styles, scripts and images."""
 
 import datetime
 import socket
@@ -17,7 +17,7 @@ _PACKAGE = "senet_transfer.analysis.report"
 def write_html(output: Path, template: str, *, data: dict[str, Any], **values: Any) -> None:
     """Render a template, and write the page atomically.
 
-    File names that are not UTF-8 are written with question marks.
+    In file names that are not valid UTF-8, invalid bytes are written as question marks.
 
     Args:
         output: The HTML file.
@@ -42,4 +42,6 @@ def write_html(output: Path, template: str, *, data: dict[str, Any], **values: A
         with atomic_file(output) as stream:
             stream.write(html.encode(errors="replace"))
     except OSError as error:
-        raise UserError(f"The page {output} can't be written: {error}.") from error
+        raise UserError(
+            f"The page {output} can't be written: {error}. Choose a different path."
+        ) from error

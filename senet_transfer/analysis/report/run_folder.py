@@ -67,36 +67,36 @@ class Run:
         return (self.folder / "model_final.pth").is_file()
 
     def value(self, data: str, task: str, metric: str) -> float | None:
-        """Return a result of the last evaluation on a data set in ``DATASETS.TEST``, or None."""
+        """Return a metric of the last evaluation on a data set in ``DATASETS.TEST``, or None."""
         for name in (data, ""):
             if (name, task, metric) in self.results:
                 return self.results[name, task, metric]
         return None
 
 
-def find_runs(places: Iterable[str | Path]) -> list[Path]:
+def find_runs(folders: Iterable[str | Path]) -> list[Path]:
     """Find the folders of training runs.
 
     Args:
-        places: The folders of single runs, or folders that contain runs.
+        folders: The folders of single runs, or folders that contain runs.
 
     Raises:
         UserError: If a folder neither is nor contains a run's folder.
     """
     found: dict[Path, None] = {}
-    for place in map(Path, places):
-        if (place / "config.yaml").is_file():
-            below = [place]
+    for folder in map(Path, folders):
+        if (folder / "config.yaml").is_file():
+            below = [folder]
         else:
-            below = sorted(path.parent for path in place.glob("*/config.yaml"))
+            below = sorted(path.parent for path in folder.glob("*/config.yaml"))
         if not below:
             what = (
                 "contains no config.yaml, and neither do its subfolders"
-                if place.is_dir()
+                if folder.is_dir()
                 else "is not a folder"
             )
             raise UserError(
-                f"{place} {what}. Expected the output folder of `senet train`, or a folder "
+                f"{folder} {what}. Expected the output folder of `senet train`, or a folder "
                 "that contains such folders."
             )
         found |= dict.fromkeys(below)

@@ -1,4 +1,4 @@
-"""Figures of the evaluations during training, from recorded runs."""
+"""Figures of the evaluation results during training, drawn from recorded runs."""
 
 import csv
 from pathlib import Path
@@ -24,7 +24,7 @@ _PLAIN, _SE = "#0072B2", "#D55E00"
 
 
 def draw_curves(records: str | Path, folder: str | Path) -> list[Path]:
-    """Draw the evaluations during training of the runs of each baseline and its counterparts.
+    """Draw the evaluation results during training for each baseline and its counterparts.
 
     A figure compares the networks without and with SE and, if there are such runs, with random
     and pretrained initial weights. It shows the mean over the runs and the range between the
@@ -32,10 +32,10 @@ def draw_curves(records: str | Path, folder: str | Path) -> list[Path]:
 
     Args:
         records: The folder of the records.
-        folder: The folder of the figures ``curves_<config>.png``.
+        folder: The output folder for the figures, ``curves_<config>.png``.
 
     Returns:
-        The figures. Runs with a single evaluation have none.
+        The paths of the figures. There is no figure for runs with a single evaluation.
 
     Raises:
         UserError: If there are no records, or a file can't be read or written.
@@ -83,11 +83,11 @@ def _draw(curves: dict[str, dict[int, list[float]]], records: dict[str, Records]
 
 
 def evaluations(folder: Path, records: Records) -> dict[int, list[float]]:
-    """Return the values of all runs at the iterations at which all of them were evaluated.
+    """Return the metric of each run at the iterations where all runs were evaluated.
 
     Args:
-        folder: The folder of the records of one config.
-        records: Its records.
+        folder: The folder with the records of one config.
+        records: The records of this config.
 
     Raises:
         UserError: If a curve can't be read.

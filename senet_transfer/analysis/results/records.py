@@ -1,7 +1,7 @@
-"""Records of finished runs, which are small enough to be kept in version control.
+"""Records of finished runs, small enough for version control.
 
-``<folder>/<config>/seed<N>.json`` contains a run's metrics and how they were measured, and
-``seed<N>.csv`` its training loss and its evaluations.
+``<folder>/<config>/seed<N>.json`` contains a run's metrics and how they were measured.
+``seed<N>.csv`` contains the training loss and the evaluation results during training.
 """
 
 import csv
@@ -32,7 +32,7 @@ from senet_transfer.utils.hashing import file_sha256
 from senet_transfer.utils.text import first_of
 from senet_transfer.weights.file_geometry import local_weights
 
-# Names of data sets for readers. Others are named as in the config.
+# Display names of data sets. Other data sets are shown with their names in the config.
 _DATA = {
     "shapes_val": "rendered shapes",
     "bccd_test": "BCCD, photographs of blood cells",
@@ -42,10 +42,10 @@ _DATA = {
     "cifar10_jpeg/test": "CIFAR-10 recompressed as JPEG, enlarged to 64 pixels",
     "coco_2017_val": "COCO minival",
 }
-# Options that change the speed of a run, but not what it computes.
+# Options that affect the speed of a run, but not its results.
 _SPEED = {"SOLVER.COMPILE", "DATALOADER.NUM_WORKERS", "MODEL.DEVICE"}
 _MOST_ROWS = 32
-# Keys of a record that the tables of the results contain, or that identify its run.
+# Keys of a record that appear in the result tables or identify the run.
 _KEYS = ("config", "options", "seed", "network", "data", "metric", "metrics", "training", "machine")
 
 
@@ -61,7 +61,7 @@ def write_record(run: Run, folder: str | Path) -> Path:
 
     Raises:
         UserError: If the run is not finished or has several test sets, or if the folder contains
-            records of this config with other options.
+            records of this config with different options.
     """
     config = Path(run.config_file).stem
     cfg = load_config(run.config_file, run.options)
@@ -73,7 +73,7 @@ def write_record(run: Run, folder: str | Path) -> Path:
             raise UserError(
                 f"{other} is the record of a run with different {difference}: {record[difference]} "
                 f"instead of {found.get(difference)}. Write the records to a different folder, or "
-                "delete it."
+                "delete this record."
             )
         if other == path and found["weights_sha256"] == record["weights_sha256"]:
             return path
@@ -92,9 +92,9 @@ def write_probe_record(
     Args:
         probe: The results of :func:`senet_transfer.engine.little_data.probe.run_probe`.
         path: The record to write, such as ``results/probe_cifar10_64px_r18/seed0.json``.
-        words: The words of the command, for the record.
+        words: The words of the command line, for the record.
         data: The evaluation data, as on the command line.
-        seed: The seed of the held-out images.
+        seed: The seed for choosing the held-out images.
     """
     path = Path(path)
     name = probe["model"].removeprefix("se_").replace("resnet", "ResNet-")
@@ -122,12 +122,12 @@ def write_probe_record(
 def write_gates_record(
     counts: Sequence[tuple[str, int]], path: str | Path, *, words: Sequence[str], weights: str
 ) -> None:
-    """Write how the gates of a network were measured.
+    """Write a record of how a network's gates were measured.
 
     Args:
         counts: Name and number of images of each class.
         path: The file to write, such as ``results/gates/cifar10.json``.
-        words: The words of the command.
+        words: The words of the command line.
         weights: The weights, as on the command line.
     """
     record = {
@@ -157,7 +157,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _difference(found: dict[str, Any], record: dict[str, Any], *, steps: bool) -> str:
-    """Return the key of a record in which two runs differ by more than the seed, or ""."""
+    """Return the first key except the seed in which two records differ, or "" if there is none."""
     if unlike := training_difference([found], [record], steps=steps):
         return unlike
     keys = ("settings", "initial_weights_sha256")
@@ -167,11 +167,11 @@ def _difference(found: dict[str, Any], record: dict[str, Any], *, steps: bool) -
 def training_difference(
     found: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], *, steps: bool = True
 ) -> str:
-    """Return the key of the records in which the training of two networks differs, or "".
+    """Return the first key in which two networks' training settings differ, or "".
 
     Args:
         found: The records of one network.
-        others: Those of the other network.
+        others: The records of the other network.
         steps: If False, the number of steps may differ, as with early stopping.
     """
 
@@ -186,7 +186,7 @@ def training_difference(
         return "options"
     sizes = [one["training"].get("images_per_step") for one in (found[0], others[0])]
     lengths = [{one["training"].get("steps") for one in some} for some in (found, others)]
-    # With early stopping, each run has its own number of steps.
+    # With early stopping, the number of steps differs between runs.
     same = not steps or lengths[0] == lengths[1] or max(map(len, lengths)) > 1
     return "" if sizes[0] == sizes[1] and same else "training"
 
@@ -206,8 +206,8 @@ def _record(run: Run, config: str, cfg: CfgNode) -> dict[str, Any]:
         raise UserError(f"The run in {run.output_dir} is not finished. Finish it first.")
     if len(cfg.DATASETS.TEST) != 1:
         raise UserError(
-            f"DATASETS.TEST of {config} is {cfg.DATASETS.TEST}; expected a single data set. Leave "
-            "out --results."
+            f"DATASETS.TEST of {config} is {cfg.DATASETS.TEST}; expected a single data set. Remove "
+            "--results."
         )
     folder = load_run(run.output_dir)
     tested = cfg.DATASETS.TEST[0]
@@ -244,13 +244,13 @@ def _record(run: Run, config: str, cfg: CfgNode) -> dict[str, Any]:
 
 
 def _quoted(word: str) -> str:
-    """Quote a word for a shell, with double quotes if possible: options contain single ones."""
+    """Quote a word for a shell, preferably with double quotes: options contain single quotes."""
     quoted = shlex.quote(word)
     return quoted if quoted == word or re.search(r'["$`\\]', word) else f'"{word}"'
 
 
 def _data(tested: str, images: float | None) -> str:
-    """Return the name of a data set in the config or on the command line, for readers."""
+    """Return the display name of a data set in the config or on the command line."""
     if tested.endswith("places365/val"):
         return "Places365" if images == 36_500 else f"Places365, {images:,.0f} images"
     return _DATA.get(tested, data_label(tested))

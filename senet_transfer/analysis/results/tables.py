@@ -5,8 +5,8 @@ A document contains a table between two comments::
     <!-- results: NAME ... -->
     <!-- end of results -->
 
-NAME is the name of a baseline config, such as ``cifar10_resnet20``, whose results are compared with
-those of its SE counterpart. Without names, the table has all results.
+NAME is the name of a baseline config, such as ``cifar10_resnet20``. Its results are compared with
+the results of its SE counterpart. Without names, the table contains all results.
 """
 
 import math
@@ -47,10 +47,10 @@ def read_records(folder: str | Path) -> dict[str, Records]:
 
 
 def update_documents(folder: str | Path, documents: Sequence[str | Path]) -> None:
-    """Write the tables of the records in a folder to documents.
+    """Update the result tables in documents from the records in a folder.
 
     Raises:
-        UserError: If a document can't be read or contains no place for a table.
+        UserError: If a document can't be read or contains no placeholder for a table.
     """
     records = read_records(folder)
     for path in map(Path, documents):
@@ -65,10 +65,10 @@ def update_documents(folder: str | Path, documents: Sequence[str | Path]) -> Non
 
 
 def updated_text(text: str, records: dict[str, Records]) -> str:
-    """Return a document's text with the tables of the records.
+    """Return a document's text with updated result tables.
 
     Raises:
-        UserError: If the text contains no place for a table.
+        UserError: If the text contains no placeholder for a table.
     """
 
     def table(match: re.Match[str]) -> str:
@@ -79,14 +79,14 @@ def updated_text(text: str, records: dict[str, Records]) -> str:
     updated, count = re.subn(f"{_BEGIN}.*?{_END}", table, text, flags=re.S)
     if not count:
         raise UserError(
-            "The document contains no place for a table of results; expected the lines "
-            f"<!-- results --> and {_END}. Add them."
+            "The document contains no placeholder for a result table; expected the lines <!-- "
+            f"results --> and {_END}. Add them."
         )
     return updated
 
 
 def full_tables(records: dict[str, Records]) -> str:
-    """Return the tables of all results: with and without SE, and transfer."""
+    """Return the tables of all results: networks with and without SE, and transfer learning."""
     parts = [comparison(records, baselines(records), details=True)]
     carried = [name for name in records if name.removeprefix(TRANSFER) in records]
     if carried := [name for name in carried if name.startswith(TRANSFER)]:
@@ -95,7 +95,7 @@ def full_tables(records: dict[str, Records]) -> str:
 
 
 def baselines(records: dict[str, Records]) -> list[str]:
-    """Return the configs without SE, including those of which only the counterpart has records."""
+    """Return the configs without SE, including those where only the SE counterpart has records."""
     return sorted({name.replace("_se_", "_") for name in records})
 
 
@@ -105,7 +105,7 @@ def comparison(records: dict[str, Records], names: Sequence[str], *, details: bo
     Args:
         records: The records by config.
         names: The configs of the networks without SE.
-        details: Add columns for the length of training, the machine and the time.
+        details: If True, add columns for the length of training, the machine and the time.
     """
     header = ["data and metric", "network", "runs", "without SE", "with SE", "difference", "paper"]
     rows = []
@@ -113,7 +113,7 @@ def comparison(records: dict[str, Records], names: Sequence[str], *, details: bo
         found = [records.get(name, []), records.get(with_se(name, records), [])]
         first = next((some[0] for some in found if some), None)
         if first is None:
-            raise UserError(f"There are no results of the config {name}. Correct the name.")
+            raise UserError(f"There are no results for the config {name}. Correct the name.")
         _check_comparable(*found)
         rows.append(
             [
@@ -129,11 +129,11 @@ def comparison(records: dict[str, Records], names: Sequence[str], *, details: bo
 
 
 def transfer(records: dict[str, Records], names: Sequence[str]) -> str:
-    """Return a table that compares random initial weights with those of another run.
+    """Return a table that compares random with pretrained initial weights.
 
     Args:
         records: The records by config.
-        names: The configs with other weights, whose names start with ``transfer_``.
+        names: The configs with pretrained initial weights, whose names start with ``transfer_``.
     """
     rows = []
     for name in names:
@@ -153,7 +153,7 @@ def transfer(records: dict[str, Records], names: Sequence[str]) -> str:
 
 
 def _check_comparable(first: Records, second: Records) -> None:
-    """Raise a UserError if the records of two networks are not of the same training."""
+    """Raise a UserError if two networks were trained in different ways."""
     if first and second and (unlike := training_difference(first, second)):
         names = " and ".join(records[0]["config"] for records in (first, second))
         found = " and ".join(str(records[0][unlike]) for records in (first, second))
@@ -164,19 +164,19 @@ def _check_comparable(first: Records, second: Records) -> None:
 
 
 def with_se(name: str, records: dict[str, Records]) -> str:
-    """Return the config with SE of a baseline: the only one that differs by ``_se_``."""
+    """Return a baseline's SE counterpart: the config whose name differs only by ``_se_``."""
     return next((se for se in records if se != name and se.replace("_se_", "_") == name), "")
 
 
 def network_of(record: dict[str, Any], *, is_se: bool = False) -> str:
-    """Return the name of a record's network, as in the tables, or that with SE."""
+    """Return the display name of a record's network or of its SE counterpart."""
     before, resnet, depth = record["network"].rpartition("ResNet-")
     carried = ", pretrained" if record["config"].startswith(TRANSFER) else ""
     return f"{before}{'SE-' if is_se else ''}{resnet}{depth}{carried}"
 
 
 def is_probe(record: dict[str, Any]) -> bool:
-    """Return whether a record is that of a linear probe."""
+    """Return whether a record describes a linear probe."""
     return "images" in record["training"]
 
 
@@ -205,11 +205,11 @@ def _paper(records: Records) -> str:
     record = records[0]
     try:
         cfg = load_config(record["config"], record["options"])
-    except UserError:  # It is a config of the user, which the paper does not have.
+    except UserError:  # A user's own config has no counterpart in the paper.
         return "-"
     task, _, value = record["metric"].partition("/")
     tested = cfg.DATASETS.TEST[0]
-    # The recompressed images are not the paper's, but the nearest that it has results for.
+    # For the recompressed images, the paper's closest results are those on CIFAR-10.
     row = paper_row(cfg, "cifar10_test" if tested == "cifar10_jpeg" else tested, task)
     return f"{row.values[value]:.2f}" if row else "-"
 

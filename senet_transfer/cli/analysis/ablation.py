@@ -9,7 +9,7 @@
 
 Each variant changes one key in MODEL.SE of the configured network. Each run has a separate folder.
 After an interruption, repeat the command: finished runs are not trained again, and an unfinished
-run is resumed. The exit status is 75 if runs are unfinished. The networks in the paper have
+run is resumed. The exit status is 75 if runs are unfinished. The networks in the paper use
 MODEL.SE.BIAS False.
 """
 

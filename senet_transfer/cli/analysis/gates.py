@@ -1,4 +1,4 @@
-"""Analyse the gates of an SE network: Figures 6 and 7 of the paper for any labelled images.
+"""Analyse the gates of an SE network, as in Figures 6 and 7 of the paper, on any labelled images.
 
     senet gates --weights output/model_best.pth --data flowers/val \\
         --output output/gates
@@ -9,12 +9,12 @@
     senet gates --weights output/model_final.pth \\
         --data annotations.json --images images/ --group-by size --output output/size_gates
 
---data can be an image folder with one folder per class, shards, Places365 or annotations, such as a
-JSON file in COCO format with --images, whose objects are cropped. With --group-by, the images are
-not cropped, but processed as by the detector, and grouped by the class or size of most of their
-objects, because a gate has one value per image, not per object. By default, 50 images of each class
-or group are used. The output folder contains one figure per block (blocks/), the blocks shown in
-the paper (figure6.png), an overview of all blocks (blocks.png), and the values (gates.csv,
+--data can be an image folder with one folder per class, shards, Places365, or annotations such as a
+JSON file in COCO format with --images. Annotated objects are cropped from their images. With
+--group-by, whole images are processed as in detection, and are grouped by the class or size of most
+of their objects. A gate has one value per image, not per object. By default, 50 images of each
+class or group are used. The output folder contains one figure per block (blocks/), the blocks shown
+in the paper (figure6.png), an overview of all blocks (blocks.png), and the values (gates.csv,
 blocks.csv). One line per block is printed, with these columns:
 
     mean      mean gate value
@@ -30,9 +30,6 @@ of stage 5, and the network without these gates is written to OUTPUT/pruned.
 """
 
 import argparse
-import sys
-from collections.abc import Sequence
-from functools import partial
 
 from senet_transfer.cli.arguments import Parser, add_running_arguments, run_command
 
@@ -46,17 +43,21 @@ def parser() -> argparse.ArgumentParser:
     add("--model", default="", help="model name, unless a config or the weights specify it")
     add("--config-file", default="", help="default: the config.yaml next to the weights")
     add("--data", required=True, help="labelled images")
-    add("--images", default="", help="image folder of annotations")
+    add("--images", default="", help="image folder for annotations")
     add(
         "--group-by",
         choices=("class", "size"),
         default="",
-        help="use the whole images of annotations, grouped by the class or size (small, medium, "
-        "large) of more than half of their objects; other images are left out",
+        help="use whole annotated images instead of crops, grouped by the class or size (small, "
+        "medium, large) of more than half of their objects; other images are left out",
     )
     add("--output", required=True, help="output folder for figures and tables")
-    add("--record", default="", metavar="FILE", help="also write the command, the machine and the "
-        "numbers of images")  # fmt: skip
+    add(
+        "--record",
+        default="",
+        metavar="FILE",
+        help="also write a record of the command, the machine and the numbers of images",
+    )
     add(
         "--classes",
         action="append",
@@ -77,13 +78,8 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: argparse.Namespace, words: Sequence[str] = ()) -> None:
-    """Analyse the gates, and print the results and the paths of the files.
-
-    Args:
-        args: The arguments parsed by :func:`parser`.
-        words: The words of the command, for the record.
-    """
+def main(args: argparse.Namespace) -> None:
+    """Analyse the gates, and print the results and the paths of the files."""
     from senet_transfer.analysis.excitations.analyze import analyze_gates, open_labelled
     from senet_transfer.analysis.excitations.prune import pruning_table
     from senet_transfer.analysis.excitations.tables import block_table
@@ -91,7 +87,7 @@ def main(args: argparse.Namespace, words: Sequence[str] = ()) -> None:
     from senet_transfer.engine.model_from import find_model
 
     model = find_model(args.model, args.config_file, args.weights, options=args.opts)
-    # The boxes in a JSON file are those of the upright image, also for a classifier.
+    # The boxes in a JSON file refer to the upright image, also if the model is a classifier.
     options = model.cfg.INPUT
     reading = Reading(tuple(options.VALUE_RANGE), upright=options.EXIF != "ignore")
     dataset = open_labelled(args.data, args.images, args.group_by, reading)
@@ -113,7 +109,7 @@ def main(args: argparse.Namespace, words: Sequence[str] = ()) -> None:
     if args.record:
         from senet_transfer.analysis.results.records import write_gates_record
 
-        write_gates_record(excitations.counts, args.record, words=words, weights=args.weights)
+        write_gates_record(excitations.counts, args.record, words=args.words, weights=args.weights)
     kind = "groups" if args.group_by else "classes"
     print(f"{excitations.images} images of {excitations.classes} {kind} from {dataset.origin}")
     if left_out := getattr(dataset, "left_out", 0):
@@ -128,5 +124,4 @@ def main(args: argparse.Namespace, words: Sequence[str] = ()) -> None:
 
 def command(words: list[str] | None = None) -> None:
     """Parse the arguments and run the command."""
-    words = sys.argv[1:] if words is None else words
-    run_command(partial(main, words=words), parser().parse_args(words))
+    run_command(main, parser().parse_args(words))

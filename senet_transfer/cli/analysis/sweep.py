@@ -1,4 +1,4 @@
-"""Train with several seeds or folds, and print the mean, standard deviation and paper's result.
+"""Train with several seeds or folds, and compare the results with the paper.
 
     senet sweep --config-file configs/cifar10_se_resnet110.yaml --seeds 0 1 2 \\
         --output output/cifar10_se_resnet110
@@ -6,12 +6,12 @@
     senet sweep --config-file configs/finetune_folder.yaml --folds flowers_folds \\
         --output output/flowers_folds
 
-Compare a network without and with SE, in pieces of 40 minutes, and record the results:
+Compare a network without and with SE, in sessions of 40 minutes, and record the results:
     senet sweep --config-file configs/cifar10_resnet20.yaml \\
         --config-file configs/cifar10_se_resnet20.yaml --output output --minutes 40 \\
         --results results
 
-Write the tables of the recorded results to the documents:
+Update the tables in documents with the recorded results:
     senet sweep --results results --update README.md docs/results.md
 
 Each run has a separate folder. After an interruption, repeat the command: finished runs are not
@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--output",
         default="",
-        help="parent folder of all runs. With several configs, each has a folder in it",
+        help="parent folder of all runs. With several configs, each config has a subfolder",
     )
     add("--num-gpus", type=int, default=1, help="number of processes per run (1)")
     add("--jobs", type=int, default=1, help="number of runs to train at the same time (1)")
@@ -79,14 +79,14 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="DOCUMENT",
-        help="write the tables of the records in --results to one or several documents",
+        help="update the result tables in one or several documents from the records in --results",
     )
     add(
         "--curves",
         default="",
         metavar="FOLDER",
-        help="draw the evaluations during training in --results, a figure for each data set and "
-        "network, with and without SE",
+        help="draw the evaluations during training that are recorded in --results: one figure per "
+        "data set and network, with and without SE",
     )
     add("--quiet", action="store_true", help="write the runs' logs only to their log.txt files")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
@@ -117,13 +117,15 @@ def _check(args: argparse.Namespace) -> None:
     """Raise a UserError if the arguments don't fit together."""
     documents = args.update or args.curves
     if not args.config_file and not documents:
-        raise UserError("There is nothing to do. Give --config-file, or --update with --results.")
+        raise UserError("There is nothing to do. Pass --config-file, or --update with --results.")
     if args.config_file and not args.output:
-        raise UserError("--output is missing. Give the parent folder of all runs.")
+        raise UserError("--output is missing. Set it to the parent folder of all runs.")
     if documents and not args.results:
-        raise UserError("--update and --curves need the folder of the records. Give --results.")
+        raise UserError("--update and --curves require the folder of the records. Pass --results.")
     if args.folds and (args.results or len(args.config_file) > 1):
-        raise UserError("--folds takes one --config-file, and no --results.")
+        raise UserError(
+            "--folds requires exactly one --config-file and does not support --results."
+        )
     if args.jobs < 1 or (args.minutes is not None and args.minutes <= 0):
         raise UserError(
             f"--jobs is {args.jobs} and --minutes is {args.minutes}; expected 1 or more jobs, and "
@@ -137,7 +139,7 @@ def _train(args: argparse.Namespace) -> int:
     from senet_transfer.analysis.results.records import write_record
 
     by_config = {config: _runs(args, config) for config in args.config_file}
-    # All configs are trained with one seed before the next, so that they can be compared early.
+    # Train all configs with one seed before the next seed, to make early comparisons possible.
     runs = [run for group in zip(*by_config.values(), strict=True) for run in group]
     done = run_all(
         runs,

@@ -1,4 +1,4 @@
-"""``senet data``: preparation and checks of data sets for training and evaluation."""
+"""``senet data``: preparing and checking data sets for training and evaluation."""
 
 import argparse
 import logging
@@ -34,7 +34,8 @@ PREPARATIONS = {
 def parser() -> argparse.ArgumentParser:
     """Return the argument parser; each data set has a separate parser for its options."""
     parser = argparse.ArgumentParser(
-        description="Prepare, check or show a data set. To show its options, use NAME --help."
+        description="Prepare, check or show a data set. To list the options for NAME, use NAME "
+        "--help."
     )
     parser.add_argument("name", metavar="NAME", choices=PREPARATIONS, help=", ".join(PREPARATIONS))
     parser.add_argument("options", nargs=argparse.REMAINDER, help="options for the data set")
@@ -46,7 +47,7 @@ def prepare(name: str, words: list[str] | None = None) -> None:
 
     Args:
         name: One of :data:`PREPARATIONS`.
-        words: The arguments after ``senet data NAME``. If None, those of the script are used.
+        words: The arguments after ``senet data NAME``. If None, the script's arguments are used.
     """
     chosen = PREPARATIONS[name]
     own = chosen.parser()

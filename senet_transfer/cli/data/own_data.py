@@ -1,4 +1,4 @@
-"""Import, checks, splits and an HTML page of a user's own data."""
+"""Commands that import, check, split and show a user's own data."""
 
 import argparse
 import logging
@@ -12,23 +12,22 @@ from senet_transfer.errors import UserError
 
 def check_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Check detection data: the annotations, and all images by reading them "
-        "completely."
+        description="Check detection data: validate the annotations and decode all images."
     )
     add = parser.add_argument
     add(
         "json_file",
         metavar="PATH",
-        help="annotations: a JSON file in COCO's format, or a file or folder in another supported "
+        help="annotations: a JSON file in COCO format, or a file or folder in another supported "
         "format, followed by the split if there are several (data.yaml:train)",
     )
     add(
         "images",
         metavar="FOLDER",
         nargs="?",
-        help="folder to which file names are relative; default: the format's usual folder",
+        help="folder that file names are relative to; default: the format's usual folder",
     )
-    add("--masks", action="store_true", help="check the outlines that instance masks require")
+    add("--masks", action="store_true", help="also check the outlines that instance masks require")
     add("--headers-only", action="store_true", help="read only the sizes of the images")
     add(
         "--value-range",
@@ -47,8 +46,8 @@ def _add_exif_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ignore-exif",
         action="store_true",
-        help="the boxes are those of the images without their EXIF orientation; train with "
-        "INPUT.EXIF ignore",
+        help="the boxes refer to the images without their EXIF orientation; train with INPUT.EXIF "
+        "ignore",
     )
 
 
@@ -86,10 +85,10 @@ def split_parser() -> argparse.ArgumentParser:
         "source",
         metavar="SOURCE",
         type=Path,
-        help="JSON file in COCO's format, CSV file with the columns path and label, or folder with "
+        help="JSON file in COCO format, CSV file with the columns path and label, or folder with "
         "one folder per class",
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder for the files")
+    parser.add_argument("--output", type=Path, required=True, help="output folder for the files")
     _add_split_arguments(parser)
     return parser
 
@@ -106,7 +105,8 @@ def _add_split_arguments(parser: argparse.ArgumentParser, val: float | None = 0.
         type=int,
         default=0,
         metavar="K",
-        help="write K pairs of train and val data for cross-validation; each image is in one val",
+        help="write K pairs of train and val data for cross-validation; each image is in exactly "
+        "one val set",
     )
     add("--test", type=float, default=0.0, help="fraction of images in test (0)")
     add("--seed", type=int, default=0, help="seed for the random split (0)")
@@ -114,9 +114,9 @@ def _add_split_arguments(parser: argparse.ArgumentParser, val: float | None = 0.
         "--group-by",
         default="",
         metavar="PATTERN",
-        help="keep images together, such as the frames of a video: regular expression that matches "
-        "a part of their file names. Images stay together if its first group, or the whole match "
-        "if it has no groups, is the same",
+        help="keep related images, such as the frames of a video, in the same part: a regular "
+        "expression that matches a part of the file names. Images with the same first group "
+        "(or, without groups, the same match) stay together",
     )
 
 
@@ -130,9 +130,9 @@ def run_split(args: argparse.Namespace) -> None:
 
 def import_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Convert annotations for detection to JSON files in COCO's format: train.json, "
-        "and val.json and test.json if the data set states these splits or --val is given. The "
-        "images are not copied."
+        description="Convert annotations for detection to JSON files in COCO format: train.json, "
+        "and val.json and test.json if the data set defines these splits or --val is "
+        "set. The images are not copied."
     )
     add = parser.add_argument
     add("--from", dest="format", choices=DETECTION_FORMATS, required=True, help="format to read")
@@ -140,14 +140,14 @@ def import_parser() -> argparse.ArgumentParser:
         "--source",
         type=Path,
         required=True,
-        help="folder of the data set, or its file: data.yaml of YOLO, XML of CVAT, JSON of Label "
-        "Studio or VIA",
+        help="folder or file of the data set, such as YOLO's data.yaml, CVAT's XML file, or the "
+        "JSON file of Label Studio or VIA",
     )
     add(
         "--output",
         type=Path,
         required=True,
-        help="folder for the JSON files, without those of an earlier import",
+        help="output folder for the JSON files, without files of an earlier import",
     )
     add("--images", type=Path, help="folder with the images; default: the format's usual folder")
     _add_exif_argument(parser)
@@ -181,13 +181,13 @@ def run_import(args: argparse.Namespace) -> None:
     if args.folds:
         options = [f"--folds {args.output} --images {images}"]
     command = "senet sweep" if args.folds else "a training command"
-    print(f"Options of {command}: {' '.join(options)}")
+    print(f"Options for {command}: {' '.join(options)}")
 
 
 def _split_import(
     args: argparse.Namespace, datasets: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Split imported data and print the table; raise an error if it is already split."""
+    """Split imported data and print a table; raise an error if the data is already split."""
     from senet_transfer.data.split_files import split_coco
     from senet_transfer.data.splits import Split
 
@@ -206,22 +206,23 @@ def _split_import(
 
 def show_parser() -> argparse.ArgumentParser:
     parser = Parser(
-        description="Write an HTML page on the data of a detector or classifier: training inputs "
-        "with augmentation, statistics, duplicates, and unusual annotations."
+        description="Write an HTML page about the data of a detector or classifier: training "
+        "inputs with augmentation, statistics, duplicates, and unusual annotations."
     )
     add = parser.add_argument
     add(
         "--data",
         default="",
         metavar="PATH",
-        help="data as for the option --data of senet train, or the name of a registered data set",
+        help="data in any form that senet train --data accepts, or the name of a registered data "
+        "set",
     )
     add("--val", default="", metavar="PATH", help="evaluation data; default: found in --data")
     add(
         "--images",
         default="",
         metavar="FOLDER",
-        help="image folder of the annotations; default: the usual folders",
+        help="image folder for the annotations; default: the usual folders",
     )
     add_dataset_argument(parser)
     add(
@@ -229,7 +230,8 @@ def show_parser() -> argparse.ArgumentParser:
         default="",
         metavar="FILE",
         help="a YAML file, or the name of a config; default: finetune_detector for detection data, "
-        "finetune_folder for others. Without --data and --dataset, its data sets are used",
+        "finetune_folder for other data. Without --data and --dataset, the config's data sets "
+        "are used",
     )
     add("--output", type=Path, default=Path("data.html"), help="HTML file (data.html)")
     add("--inputs", type=int, default=12, help="number of training inputs to show (12)")
@@ -237,8 +239,8 @@ def show_parser() -> argparse.ArgumentParser:
         "--limit",
         type=int,
         default=20_000,
-        help="maximum number of images per data set that are decoded; of larger data sets, a "
-        "random sample is used (20000)",
+        help="maximum number of images to decode per data set; larger data sets are sampled "
+        "randomly (20000)",
     )
     add("--workers", type=int, default=2, help="number of processes that decode images (2)")
     add("--quiet", action="store_true", help="no progress bars")

@@ -1,4 +1,4 @@
-"""Preparation of published and rendered data sets, and of images as shards."""
+"""Preparation of published and rendered data sets, and conversion of images to shards."""
 
 import argparse
 import os
@@ -43,8 +43,8 @@ def imagenet_parser() -> argparse.ArgumentParser:
         "--exclude",
         metavar="FILE",
         type=Path,
-        help="file with one image per line to leave out: its name, or the number of a validation "
-        "image, as in the challenge's blacklist",
+        help="file that lists images to leave out, one per line: file names, or numbers of "
+        "validation images as in the challenge's blacklist",
     )
     return parser
 
@@ -91,8 +91,8 @@ def run_folder(args: argparse.Namespace) -> None:
 def manifest_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Write manifest.json and indices next to shards that another program has "
-        "written in webdataset's layout. Such shards are usable without them, but are then counted "
-        "at each start."
+        "written in WebDataset's layout. Without these files, the shards can be used "
+        "too, but their samples are counted at each start."
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder with .tar files")
     parser.add_argument(
@@ -141,7 +141,7 @@ def run_cifar(args: argparse.Namespace) -> None:
     if output is None:
         if source is not None:
             raise UserError(
-                "--source requires --output. Give the output folder, such as datasets/cifar10."
+                "--source requires --output. Set it to the output folder, such as datasets/cifar10."
             )
         output = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"), args.download)
     if source is None:

@@ -10,9 +10,6 @@ the errors in percent (probe.json).
 """
 
 import argparse
-import sys
-from collections.abc import Sequence
-from functools import partial
 
 from senet_transfer.cli.arguments import Parser, add_running_arguments, run_command
 from senet_transfer.cli.little_data.features import add_backbone_arguments
@@ -23,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--train", required=True, help="labelled images to fit the classifier to")
-    add("--data", required=True, help="labelled images to evaluate it on")
+    add("--data", required=True, help="labelled images to evaluate the classifier on")
     add("--output", required=True, help="output folder for the classifier and the results")
     add("--neighbours", type=int, default=20, metavar="K", help="number of neighbours (20)")
     add("--seed", type=int, default=0, help="seed for the held-out part of --train (0)")
@@ -33,13 +30,8 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: argparse.Namespace, words: Sequence[str] = ()) -> None:
-    """Fit and evaluate the probe, and print the results.
-
-    Args:
-        args: The arguments parsed by :func:`parser`.
-        words: The words of the command, for the record.
-    """
+def main(args: argparse.Namespace) -> None:
+    """Fit and evaluate the probe, and print the results."""
     from senet_transfer.engine.little_data.probe import run_probe
     from senet_transfer.engine.model_from import find_model
 
@@ -61,7 +53,7 @@ def main(args: argparse.Namespace, words: Sequence[str] = ()) -> None:
     if args.record:
         from senet_transfer.analysis.results.records import write_probe_record
 
-        write_probe_record(results, args.record, words=words, data=args.data, seed=args.seed)
+        write_probe_record(results, args.record, words=args.words, data=args.data, seed=args.seed)
     nearest = results["neighbours"]
     print(f"{results['train_images']} training images, {results['images']} evaluation images")
     print(f"{'':24}  top-1 error  top-5 error")
@@ -75,5 +67,4 @@ def main(args: argparse.Namespace, words: Sequence[str] = ()) -> None:
 
 def command(words: list[str] | None = None) -> None:
     """Parse the arguments and run the command."""
-    words = sys.argv[1:] if words is None else words
-    run_command(partial(main, words=words), parser().parse_args(words))
+    run_command(main, parser().parse_args(words))

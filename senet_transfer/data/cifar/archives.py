@@ -25,6 +25,7 @@ from torchvision.datasets.utils import calculate_md5
 
 from senet_transfer.data.cifar.in_memory import SIDE, ImageArrays
 from senet_transfer.data.images.file_types import is_image_name
+from senet_transfer.data.images.listing import walk
 from senet_transfer.errors import UserError
 from senet_transfer.utils.safe_pickle import load_plain
 
@@ -176,9 +177,10 @@ def _match(names: Iterable[str]) -> type[CIFAR10] | BinaryVersion | None:
 
 def _read_folder(path: Path) -> dict[str, bytes]:
     """Read the official files in a folder or one of its subfolders, and return them by name."""
-    subfolders = (entry for entry in sorted(path.iterdir()) if entry.is_dir())
-    for folder in (path, *subfolders):
-        form = _match(entry.name for entry in folder.iterdir() if entry.is_file())
+    _, subfolders, _ = next(walk(path))
+    for folder in (path, *(path / name for name in subfolders)):
+        _, _, files = next(walk(folder))
+        form = _match(files)
         if form is not None:
             break
     else:

@@ -1,6 +1,7 @@
 """Reading of small image files from one folder per class, in a folder or archive per split."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -8,7 +9,6 @@ import torch
 
 from senet_transfer.data.cifar.archives import open_tar, read_member
 from senet_transfer.data.cifar.in_memory import SIDE, SPLITS, ImageArrays
-from senet_transfer.data.images.class_names import check_encoding, match_names, sort_by_name
 from senet_transfer.data.images.decode import (
     AS_STORED,
     BrokenImageError,
@@ -16,6 +16,8 @@ from senet_transfer.data.images.decode import (
     decode_exact,
 )
 from senet_transfer.data.images.file_types import is_hidden, is_image_name
+from senet_transfer.data.images.folders import label_images, open_folder
+from senet_transfer.data.images.listing import Images
 from senet_transfer.errors import UserError
 from senet_transfer.utils.progress import progress
 
@@ -85,47 +87,63 @@ def read_images(
         quiet: Do not show a progress bar.
 
     Raises:
-        UserError: If there are no images, or an image cannot be read or has the wrong size.
+        UserError: If an image cannot be read or has the wrong size, or the class folders are
+            invalid; see :func:`~senet_transfer.data.images.folders.open_folder`.
     """
-    files = _in_folder(path) if path.is_dir() else _in_archive(path)
-    found = [
-        (group, name, _decode(data, reading, f"{path}: {group}/{name}"))
-        for group, name, data in progress(files, unit="image", desc=path.name, quiet=quiet)
-    ]
-    if not found:
-        raise UserError(
-            f"{path} contains no images in one folder per class; expected image files, such as "
-            ".png or .jpg files. Pass the folder that contains the splits."
-        )
-    found.sort(key=lambda row: row[:2])
-    groups = {group for group, _, _ in found}
-    check_encoding(groups, path)
-    matches = match_names(groups, classes or ())
-    if classes is None or len(matches) < len(groups):
-        classes = sort_by_name(groups, path)
-        matches = match_names(groups, classes)
-    label_of = {group: label for label, group in enumerate(classes)}
-    images = torch.from_numpy(np.stack([pixels for _, _, pixels in found]))
-    labels = torch.tensor([label_of[matches[group]] for group, _, _ in found])
-    return ImageArrays(images.permute(0, 3, 1, 2).contiguous(), labels, classes, str(path))
+    listed = open_folder(path, classes) if path.is_dir() else None
+    folders: set[str] = set()
+    files = _in_archive(path, folders) if listed is None else _in_folder(listed)
+    pixels = {}
+    for name, data in progress(files, unit="image", desc=path.name, quiet=quiet):
+        if name in pixels:
+            raise UserError(
+                f"{path} contains {name} twice; expected each image once. Create the archive again."
+            )
+        pixels[name] = _decode(data, reading, f"{path}: {name}")
+    if listed is None:
+        names, labels, classes = label_images(_by_class(pixels, folders), path, classes)
+    else:
+        names, labels, classes = list(listed.names), listed.labels, listed.classes
+    images = torch.from_numpy(np.stack([pixels[name] for name in names])).permute(0, 3, 1, 2)
+    numbers = torch.from_numpy(labels.astype(np.int64))
+    paths = [os.path.join(path, name) for name in names]
+    return ImageArrays(images.contiguous(), numbers, classes, str(path), paths)
 
 
-def _in_folder(folder: Path) -> Iterator[tuple[str, str, bytes]]:
-    for group in (
-        entry for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name)
-    ):
-        for path in group.iterdir():
-            if is_image_name(path.name):
-                yield group.name, path.name, path.read_bytes()
+def _in_folder(images: Images) -> Iterator[tuple[str, bytes]]:
+    for index, name in enumerate(images.names):
+        yield name, images.read(index).data
 
 
-def _in_archive(path: Path) -> Iterator[tuple[str, str, bytes]]:
+def _in_archive(path: Path, folders: set[str]) -> Iterator[tuple[str, bytes]]:
+    """Yield the name and content of each image, and add the folders of the archive to a set."""
     with open_tar(path) as archive:
         for member in archive:
             # The name determines only the class and the order; nothing is extracted to disk.
-            name = PurePosixPath(member.name)
-            if member.isfile() and is_image_name(member.name):
-                yield name.parent.name, name.name, read_member(archive, member, _MAX_BYTES)
+            name = PurePosixPath(member.name).as_posix().lstrip("/")
+            if member.isdir() and not is_hidden(name):
+                folders.add(name)
+            elif member.isfile() and is_image_name(name):
+                yield name, read_member(archive, member, _MAX_BYTES)
+
+
+def _by_class(names: Iterable[str], folders: set[str]) -> dict[str, list[str]]:
+    """Return the sorted names of the images in each class folder of an archive.
+
+    The paths of the class folders are relative to the folder that contains all of them. Empty class
+    folders are included.
+    """
+    parents = {name: os.path.dirname(name) for name in names}
+    used = set(parents.values())
+    common = os.path.commonpath(used) if len(used) > 1 else os.path.dirname("".join(used))
+    by_class: dict[str, list[str]] = {}
+    for name in sorted(parents):
+        by_class.setdefault(parents[name][len(common) :].lstrip("/"), []).append(name)
+    upper = {os.path.dirname(folder) for folder in folders | used}
+    for folder in folders - upper - used:
+        if folder.startswith(f"{common}/" if common else ""):
+            by_class[folder[len(common) :].lstrip("/")] = []
+    return by_class
 
 
 def _decode(data: bytes, reading: Reading, where: str) -> np.ndarray:

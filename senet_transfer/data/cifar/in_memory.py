@@ -37,6 +37,7 @@ class ImageArrays:
         labels: Class indices, int64 `(N,)`.
         classes: Class names, indexed by label.
         origin: Path of the data; used in error messages.
+        paths: Path of each image. Empty if the images are not separate files.
 
     Raises:
         UserError: If a shape or type is wrong, or a label is out of range.
@@ -46,6 +47,7 @@ class ImageArrays:
     labels: Tensor
     classes: Sequence[str]
     origin: str
+    paths: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         shape, count = tuple(self.images.shape), len(self.labels)
@@ -70,6 +72,10 @@ class ImageArrays:
     def num_classes(self) -> int:
         """Number of classes, including those without images."""
         return len(self.classes)
+
+    def path(self, index: int) -> str:
+        """Return the path of an image, or `origin/index` if it is not a separate file."""
+        return self.paths[index] if self.paths else f"{self.origin}/{index}"
 
     def class_counts(self) -> list[int]:
         """Return the number of images per class."""

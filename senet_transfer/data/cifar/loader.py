@@ -168,7 +168,7 @@ class CifarEvalLoader:
         self.images, self.labels = data.images[start:end], data.labels[start:end]
         self.start, self.batch_size, self.device = start, batch_size, device
         self.expected = end - start
-        self.origin = data.origin
+        self.path = data.path
 
     def __len__(self) -> int:
         return -(-self.expected // self.batch_size)
@@ -182,7 +182,7 @@ class CifarEvalLoader:
                 "label": self.labels[rows].to(self.device),
                 "key": [str(place) for place in places],
                 "index": places,
-                "path": [f"{self.origin}/{place}" for place in places],
+                "path": list(map(self.path, places)),
             }
 
 

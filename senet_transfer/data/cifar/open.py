@@ -114,7 +114,7 @@ class ArrayDataset(SingleImages):
     def read_sample(self, index: int) -> RawSample:
         image = Image.fromarray(self.data.images[index].permute(1, 2, 0).numpy())
         label = int(self.data.labels[index])
-        return RawSample(f"image_{index:06d}", label, encode_exact(image), self.origin)
+        return RawSample(f"image_{index:06d}", label, encode_exact(image), self.data.path(index))
 
 
 def decode_all(dataset: ClassificationDataset, reading: Reading = AS_STORED) -> ImageArrays:
@@ -124,7 +124,7 @@ def decode_all(dataset: ClassificationDataset, reading: Reading = AS_STORED) -> 
         UserError: If an image cannot be decoded or the data set is empty.
     """
     view = EvalTransform(resize=SIDE, crop=SIDE, reading=reading)
-    images, labels = [], []
+    images, labels, paths = [], [], []
     for unit in range(len(dataset.unit_sizes)):
         for sample in dataset.read_unit(unit):
             try:
@@ -135,8 +135,8 @@ def decode_all(dataset: ClassificationDataset, reading: Reading = AS_STORED) -> 
                     "replace it."
                 ) from error
             labels.append(sample.label)
+            paths.append(sample.path)
     if not images:
         raise UserError(f"{dataset.origin} contains no images. Choose a different data set.")
-    where = str(dataset.origin)
     numbers = torch.from_numpy(np.array(labels, np.int64))
-    return ImageArrays(torch.stack(images), numbers, dataset.classes, where)
+    return ImageArrays(torch.stack(images), numbers, dataset.classes, dataset.origin, paths)

@@ -21,7 +21,7 @@ from senet_transfer.data.base import ClassificationDataset, RawSample, SingleIma
 from senet_transfer.data.images import imagenet, places365
 from senet_transfer.data.images.folders import open_folder
 from senet_transfer.data.images.label_csv import is_label_csv, open_label_csv
-from senet_transfer.data.images.listing import Images
+from senet_transfer.data.images.listing import Images, walk
 from senet_transfer.data.shards.cache import ShardCache
 from senet_transfer.data.shards.manifest import (
     MANIFEST,
@@ -30,7 +30,7 @@ from senet_transfer.data.shards.manifest import (
     load_manifest,
     parse_index,
 )
-from senet_transfer.data.shards.scan import FOREIGN, find_shards, scan_shards
+from senet_transfer.data.shards.scan import FOREIGN, find_shards, is_shard_name, scan_shards
 from senet_transfer.data.shards.storage import (
     RemoteOptions,
     is_remote,
@@ -243,7 +243,7 @@ def _open_local(
         return dataset
     if path.is_dir():
         matches = find_shards(path)
-    elif path.suffix == ".tar":
+    elif is_shard_name(path.name):
         matches = matches or [path]
     if matches:
         manifest, indices = scan_shards(matches, classes)
@@ -349,7 +349,7 @@ def _open_places365(path: Path, split: str, size: str | None) -> ImageDataset | 
         for name in places365.SPLITS
         if any(path.name in places365.image_places(name, size) for size in sizes)
     ]
-    trees = path.is_dir() and any(entry.is_dir() for entry in path.iterdir())
+    _, trees, _ = next(walk(path)) if path.is_dir() else ("", [], [])
     listed = (path.parent / places365.CATEGORIES).is_file() or any(
         places365.has_lists(path.parent, name) for name in known
     )

@@ -131,7 +131,7 @@ def summarize_coco(
                 "objects, set iscrowd to 0."
             )
         if outlines:
-            summary.outlines = _examine_outlines(annotations, sizes)
+            summary.outlines = _examine_outlines(json_file, annotations, sizes)
     summary.warnings += [f"{json_file}: {note}." for note in data.get(NOTES, ())]
     if image_dir is not None:
         names = [image["file_name"] for image in images]
@@ -174,17 +174,17 @@ def _section(json_file: str, data: dict, key: str) -> list[dict]:
 def _bad(
     json_file: str, section: str, index: int, item: object, found: str, expected: str
 ) -> UserError:
-    name = f"{section}[{index}]"
+    name = f"{json_file}: {section}[{index}]"
     if isinstance(item, dict):
-        name = _entry_name(section, index, item)
-    return UserError(f"{json_file}: {name} {found}; expected {expected}. {_REPAIR}.")
+        name = _entry_name(json_file, section, index, item)
+    return UserError(f"{name} {found}; expected {expected}. {_REPAIR}.")
 
 
-def _entry_name(section: str, index: int, item: dict) -> str:
-    """Describe the position of an entry in its file, for error messages."""
+def _entry_name(json_file: str, section: str, index: int, item: dict) -> str:
+    """Describe the file and position of an entry, for error messages."""
     if SOURCE in item:
         return str(item[SOURCE])
-    return f"{section}[{index}]" + (f" (id {item['id']!r})" if "id" in item else "")
+    return f"{json_file}: {section}[{index}]" + (f" (id {item['id']!r})" if "id" in item else "")
 
 
 def _check_unique_ids(json_file: str, section: str, items: list[dict]) -> None:
@@ -407,12 +407,12 @@ def _box_problem(bbox: object, size: tuple[int, int]) -> tuple[str, str] | None:
     return None
 
 
-def _examine_outlines(annotations: list[dict], sizes: dict) -> OutlineSummary:
+def _examine_outlines(json_file: str, annotations: list[dict], sizes: dict) -> OutlineSummary:
     found = OutlineSummary()
     for index, item in enumerate(annotations):
         outline = item.get("segmentation")
         problem = outline_problem(outline, *sizes[item["image_id"]])
-        name = _entry_name("annotations", index, item)
+        name = _entry_name(json_file, "annotations", index, item)
         if problem:
             found.num_invalid += 1
             found.first_problem = (

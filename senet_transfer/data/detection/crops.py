@@ -87,6 +87,7 @@ class CocoImages(SingleImages):
     data.
 
     Attributes:
+        by: Property by which the images are grouped, "class" or "size".
         left_out: Number of images that were left out.
     """
 
@@ -102,6 +103,7 @@ class CocoImages(SingleImages):
         Raises:
             UserError: If the annotation file is invalid or no image has a majority.
         """
+        self.by = by
         summary = read_coco_summary(json_file, image_dir, upright=upright)
         content = read_annotations(json_file, image_dir, upright=upright)
         votes: dict[int, Counter[int]] = defaultdict(Counter)

@@ -181,10 +181,9 @@ def check_outlines(names: Sequence[str]) -> bool:
             if count:
                 what = "an invalid `segmentation`" if first == found.first_problem else "none"
                 raise UserError(
-                    f"{dataset.json_file}: {first}. {count} of {summary.num_annotations} "
-                    f"annotations have {what}, but MODEL.MASK_ON requires a valid one for each "
-                    "object. Correct the file, or set MODEL.MASK_ON to False to train on boxes "
-                    "only."
+                    f"{first}. {count} of {summary.num_annotations} annotations have {what}, but "
+                    "MODEL.MASK_ON requires a valid one for each object. Correct the file, or set "
+                    "MODEL.MASK_ON to False to train on boxes only."
                 )
         has_rle = has_rle or found.num_rle > 0
     return has_rle

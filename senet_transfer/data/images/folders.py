@@ -1,8 +1,7 @@
 """Image data sets with one folder per class, and the order of their classes."""
 
-import logging
-import os
-from collections.abc import Iterator
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +14,16 @@ from senet_transfer.data.images.class_names import (
     sort_by_name,
     sort_by_number,
 )
-from senet_transfer.data.images.file_types import is_array_name, is_hidden, is_image_name
 from senet_transfer.data.images.label_csv import is_label_csv, open_label_csv, read_label_csv
-from senet_transfer.data.images.listing import Images, find_listed_images
+from senet_transfer.data.images.listing import Images, find_images, find_listed_images
 from senet_transfer.errors import UserError
 from senet_transfer.utils.text import first_of
 
 # Names of folders that contain a split's class folders.
 _SPLITS = {"test", "testing", "train", "training", "val", "valid", "validation"}
 
-logger = logging.getLogger(__name__)
+# Names of folders with training images, such as `train2017` or `images_train`, in lower case.
+_TRAIN = re.compile(r"(?<![a-z])(train|training|trainval)(?![a-z])")
 
 
 def open_images(
@@ -65,25 +64,29 @@ def open_folder(
         raise UserError(
             f"{root} is not a folder; expected a folder with one folder per class. Check the path."
         )
-    by_class = _images_by_folder(root)
-    if "" in by_class:
-        raise UserError(
-            f"{root} contains images outside of class folders: {first_of(by_class[''])}. Expected "
-            "one folder per class. Move the images into class folders, or pass the parent of the "
-            "class folders."
-        )
-    if not any(by_class.values()):
-        raise UserError(
-            f"No images found in {root}; expected image files, such as .jpg or .png, in one "
-            "folder per class."
-        )
+    names, labels, classes = label_images(find_images(root), root, classes)
+    return find_listed_images(root, names, labels, classes, complete=False, skip_missing=skip_empty)
+
+
+def label_images(
+    by_class: Mapping[str, list[str]], root: Path, classes: list[str] | None = None
+) -> tuple[list[str], np.ndarray, list[str]]:
+    """Assign labels to the images in class folders.
+
+    Args:
+        by_class: Image paths in each class folder. A class folder has the path "" if it is the
+            root.
+        root: Folder or archive that contains the class folders.
+        classes: Class names in label order; see :func:`open_folder`.
+
+    Returns:
+        The image paths, sorted by folder, their labels, int32 `(N,)`, and the class names.
+
+    Raises:
+        UserError: See :func:`open_folder`.
+    """
+    _check_class_folders(by_class, root, allow_empty=classes is not None)
     found = sorted(folder for folder, images in by_class.items() if images)
-    empty = sorted(set(by_class).difference(found))
-    if empty and classes is None:
-        raise UserError(
-            f"{len(empty)} folders in {root} contain no images: {first_of(empty)}. Labels depend "
-            "on whether these folders count as classes. Remove the folders or add images."
-        )
     check_encoding(found, root)
     _check_splits(found, root, classes)
     classes = sort_by_name(found, root) if classes is None else list(classes)
@@ -99,20 +102,66 @@ def open_folder(
     labels = np.array(
         [label_of[matches[folder]] for folder in found for _ in by_class[folder]], np.int32
     )
-    return find_listed_images(root, names, labels, classes, complete=False, skip_missing=skip_empty)
+    return names, labels, classes
+
+
+def _check_class_folders(
+    by_class: Mapping[str, list[str]], root: Path, *, allow_empty: bool
+) -> None:
+    """Raise a UserError if there are no images, stray images, or empty class folders."""
+    if "" in by_class:
+        raise UserError(
+            f"{root} contains images outside of class folders: {first_of(by_class[''])}. Expected "
+            "one folder per class. Move the images into class folders, or pass the parent of the "
+            "class folders."
+        )
+    if not any(by_class.values()):
+        raise UserError(
+            f"No images found in {root}; expected image files, such as .jpg or .png, in one "
+            "folder per class."
+        )
+    empty = sorted(folder for folder, images in by_class.items() if not images)
+    if empty and not allow_empty:
+        raise UserError(
+            f"{len(empty)} folders in {root} contain no images: {first_of(empty)}. Labels depend "
+            "on whether these folders count as classes. Remove the folders or add images."
+        )
 
 
 def _check_splits(found: list[str], root: Path, classes: list[str] | None) -> None:
     """Raise a UserError if the folders are splits instead of classes."""
-    tops = {folder.partition("/")[0] for folder in found}
-    if len(tops) < 2 or not {top.lower() for top in tops} <= _SPLITS:
-        return
-    if classes is None or not set(found).issubset(classes):
+    splits = _splits(found)
+    if splits and (classes is None or not set(found).issubset(classes)):
         raise UserError(
-            f"{root} contains the folders {first_of(sorted(tops))}, which are splits, not classes. "
-            f"Pass one of these folders, such as {root / min(tops, key=len)}. If the folders are "
+            f"{root} contains the folders {first_of(splits)}, which are splits, not classes. "
+            f"Pass one of these folders, such as {root / min(splits, key=len)}. If the folders are "
             "classes, list them in a file for --classes, or in DATASETS.CLASSES."
         )
+
+
+def _splits(found: list[str]) -> list[str]:
+    """Return the top folders that are splits, or an empty list if the folders are classes.
+
+    They are splits if all their names are those of splits, or if the name of one is that of a
+    training split and another contains mostly the same class folders.
+    """
+    inner: dict[str, set[str]] = {}
+    for folder in found:
+        top, _, name = folder.partition("/")
+        inner.setdefault(top, set()).add(name)
+    # A single folder without class folders is itself a class.
+    if {top.lower() for top in inner} <= _SPLITS and (len(inner) > 1 or inner != {top: {""}}):
+        return sorted(inner)
+    classes_of = {top: names - {""} for top, names in inner.items()}
+    for train in (top for top in inner if _TRAIN.search(top.lower())):
+        similar = [
+            top
+            for top, names in classes_of.items()
+            if 2 * len(names & classes_of[train]) > min(len(names), len(classes_of[train]))
+        ]
+        if len(similar) > 1:
+            return sorted(similar)
+    return []
 
 
 def choose_classes(choice: str, root: str | Path) -> list[str]:
@@ -142,37 +191,6 @@ def numeric_classes(root: str | Path) -> list[str]:
             f"--classes is numeric, but {root} is neither a folder with one folder per class "
             "nor a CSV file. Shards and archives have fixed labels. Remove --classes."
         )
-    found = [folder for folder, images in _images_by_folder(Path(root)).items() if images]
-    return sort_by_number(found, root)
-
-
-def _walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Yield the results of `os.walk` in sorted order, without hidden folders."""
-    for path, folders, files in os.walk(root, followlinks=True):
-        folders[:] = sorted(name for name in folders if not is_hidden(name))
-        yield path, folders, files
-
-
-def _images_by_folder(root: Path) -> dict[str, list[str]]:
-    """Return the sorted image paths in each folder, including empty folders without subfolders.
-
-    NumPy arrays are only treated as images if there are no other images.
-    """
-    photos = any(is_image_name(name) for _, _, files in _walk(root) for name in files)
-    is_image = is_image_name if photos else is_array_name
-    by_folder: dict[str, list[str]] = {}
-    for path, folders, files in _walk(root):
-        folder = Path(path).relative_to(root).as_posix()
-        folder = "" if folder == "." else folder
-        images = sorted(f"{folder}/{name}".lstrip("/") for name in files if is_image(name))
-        if images or (folder and not folders):
-            by_folder[folder] = images
-        others = [name for name in files if not is_image(name) and not is_hidden(name)]
-        if others:
-            logger.warning(
-                "Ignoring %d files in %s that are not images: %s",
-                len(others),
-                path,
-                first_of(others),
-            )
-    return by_folder
+    by_class = find_images(root)
+    _check_class_folders(by_class, Path(root), allow_empty=False)
+    return sort_by_number(by_class, root)

@@ -1,5 +1,6 @@
-"""Lists of labelled images in a folder or tar archive."""
+"""Lists of images in a folder or tar archive."""
 
+import logging
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -9,9 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from senet_transfer.data.base import RawSample, make_key
-from senet_transfer.data.images.file_types import is_image_name
+from senet_transfer.data.images.file_types import is_array_name, is_hidden, is_image_name
 from senet_transfer.errors import UserError
 from senet_transfer.utils.text import first_of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,97 @@ def read_image_bytes(root: Path, name: str, size: int, offset: int | None) -> by
             "listed. Run again, and do not change the source in the meantime."
         )
     return data
+
+
+def find_images(root: str | Path) -> dict[str, list[str]]:
+    """Return the images in a folder and its subfolders, and warn about other files.
+
+    NumPy arrays are only treated as images if there are no other images.
+
+    Returns:
+        Dictionary from folder to sorted image paths. Both are relative to the root, which is "".
+        Folders without images are included if they have no subfolders.
+
+    Raises:
+        UserError: If a folder cannot be read, or a link leads to nothing.
+    """
+    images: dict[str, list[str]] = {}
+    others: dict[str, list[str]] = {}
+    leaves = set()
+    for folder, folders, files in walk(root):
+        paths = [os.path.join(folder, name) for name in files]
+        images[folder] = [path for path in paths if is_image_name(path)]
+        others[folder] = [path for path in paths if not is_image_name(path)]
+        if folder and not folders:
+            leaves.add(folder)
+    if not any(images.values()):
+        for folder, paths in others.items():
+            images[folder] = [path for path in paths if is_array_name(path)]
+            others[folder] = [path for path in paths if not is_array_name(path)]
+    for folder, paths in others.items():
+        for path in paths:
+            # The link may stand for a class folder, without which the labels would differ.
+            if os.path.islink(link := os.path.join(root, path)) and not os.path.exists(link):
+                raise UserError(
+                    f"The link {link} leads to {os.readlink(link)}, which does not exist. Restore "
+                    "the target or remove the link."
+                )
+        if paths:
+            logger.warning(
+                "Ignoring %d files in %s that are not images: %s",
+                len(paths),
+                os.path.join(root, folder).rstrip(os.sep),
+                first_of(map(os.path.basename, paths)),
+            )
+    return {folder: paths for folder, paths in images.items() if paths or folder in leaves}
+
+
+def walk(
+    root: str | Path, folder: str = "", parents: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield each folder's path, and the sorted names of its subfolders and files.
+
+    Hidden files and folders are left out. Links to folders are followed, but a link to a folder
+    that contains the link is left out with a warning.
+
+    Args:
+        root: Folder to list.
+        folder: Subfolder to start from, relative to the root.
+        parents: Device and inode numbers of the folders that contain `folder`.
+
+    Raises:
+        UserError: If a folder cannot be read.
+    """
+    path = os.path.join(root, folder)
+    folders, files = [], []
+    try:
+        parents |= {_inode(path)}
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if is_hidden(entry.name):
+                    continue
+                if not entry.is_dir():
+                    files.append(entry.name)
+                elif entry.is_symlink() and _inode(entry.path) in parents:
+                    logger.warning(
+                        "Ignoring the link %s, because it leads to a folder that contains it",
+                        entry.path,
+                    )
+                else:
+                    folders.append(entry.name)
+    except OSError as error:
+        raise UserError(
+            f"Cannot read the folder {path}: {error}. Images would be missing and labels could "
+            "differ. Make it readable, for example with chmod u+rx, or remove it."
+        ) from error
+    yield folder, sorted(folders), sorted(files)
+    for name in sorted(folders):
+        yield from walk(root, os.path.join(folder, name), parents)
+
+
+def _inode(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
 
 
 def find_listed_images(
@@ -134,9 +228,8 @@ def _folder_files(root: Path, names: Sequence[str], complete: bool) -> dict[str,
         except OSError:
             continue
     if complete:
-        for folder, _, files in os.walk(root):
-            for file in files:
-                name = os.path.relpath(os.path.join(folder, file), root).replace(os.sep, "/")
+        for folder, _, files in walk(root):
+            for name in (os.path.join(folder, file) for file in files):
                 if is_image_name(name):
                     found.setdefault(name, (0, 1))
     return found

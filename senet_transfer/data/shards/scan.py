@@ -9,6 +9,7 @@ count and locate the samples.
 import hashlib
 import json
 import logging
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from typing import BinaryIO
 import numpy as np
 
 from senet_transfer.data.images.file_types import is_hidden, is_image_name
+from senet_transfer.data.images.listing import walk
 from senet_transfer.data.shards.manifest import MANIFEST, Manifest, Shard
 from senet_transfer.data.shards.storage import PLAIN_NAME
 from senet_transfer.errors import UserError
@@ -30,6 +32,24 @@ FOREIGN = "shards of another program"
 
 # Maximum size of a label file. Larger files are not read.
 _MAX_LABEL = 1 << 20
+
+# File extensions of tar files, the first without compression.
+_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+
+# First bytes of compressed files, and the programs and file extensions for them.
+_COMPRESSED = {
+    b"\x1f\x8b": ("gunzip", ".gz"),
+    b"BZh": ("bunzip2", ".bz2"),
+    b"\xfd7zXZ\x00": ("unxz", ".xz"),
+    b"\x28\xb5\x2f\xfd": ("unzstd", ".zst"),
+}
+
+# Words in the names of shards, by split.
+_SPLITS = {
+    "train": {"train", "training", "trainval"},
+    "val": {"dev", "val", "valid", "validation"},
+    "test": {"test", "testing"},
+}
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +79,7 @@ def scan_shards(
             f"Cannot read the shards {first_of(odd, 3)} in {paths[0].parent}; expected names that "
             "consist of letters, digits, '.', '-' and '_'. Rename the files."
         )
+    _check_uncompressed(paths)
     indices = []
     for path in progress(paths, unit="shard", desc="count", quiet=len(paths) < 16):
         indices.append(_scan(path))
@@ -89,12 +110,34 @@ def scan_shards(
     return manifest, indices
 
 
+def is_shard_name(name: str) -> bool:
+    """Return True if a file name is that of a tar file, which may be compressed."""
+    return name.endswith(_SUFFIXES)
+
+
 def find_shards(folder: Path) -> list[Path]:
-    """Return the tar files in a folder without class folders, sorted by name."""
-    entries = [entry for entry in folder.iterdir() if not is_hidden(entry.name)]
-    if any(entry.is_dir() for entry in entries):
-        return []
-    return sorted(entry for entry in entries if entry.suffix == ".tar" and entry.is_file())
+    """Return the tar files in a folder without class folders, sorted by name.
+
+    Raises:
+        UserError: If the folder cannot be read, or the tar files are those of several splits.
+    """
+    _, folders, files = next(walk(folder))
+    names = [] if folders else list(filter(is_shard_name, files))
+    patterns = sorted({re.sub(r"\d+", "*", name) for name in names})
+    if len({_split_of(pattern) for pattern in patterns}) > 1:
+        example = next(filter(_split_of, patterns))
+        raise UserError(
+            f"{folder} contains the shards of several splits: {first_of(patterns)}. Expected one "
+            f"split. Pass the pattern of a split, such as '{folder / example}', or move each split "
+            "to its own folder."
+        )
+    return [folder / name for name in names]
+
+
+def _split_of(name: str) -> str | None:
+    """Return the split in a shard's name, or None if the name contains no split."""
+    words = set(re.findall("[a-z]+", name.lower()))
+    return next((split for split, synonyms in _SPLITS.items() if words & synonyms), None)
 
 
 def write_manifest(folder: str | Path, classes: list[str] | None = None) -> Manifest:
@@ -130,13 +173,36 @@ def write_manifest(folder: str | Path, classes: list[str] | None = None) -> Mani
     return manifest
 
 
+def _check_uncompressed(paths: Sequence[Path]) -> None:
+    """Raise a UserError if a file is compressed, whatever its name."""
+    commands = {}
+    for path in paths:
+        try:
+            with open(path, "rb") as stream:
+                start = stream.read(8)
+        except OSError as error:
+            raise UserError(f"Cannot read shard {path}: {error}. Check the file.") from error
+        for magic, (program, suffix) in _COMPRESSED.items():
+            if start.startswith(magic):
+                name = path.name
+                commands[name] = f"{program} {name}"
+                if name.endswith(".tar"):
+                    commands[name] = f"mv {name} {name}{suffix} && {program} {name}{suffix}"
+    if commands:
+        raise UserError(
+            f"{len(commands)} of {len(paths)} shards in {paths[0].parent} are compressed: "
+            f"{first_of(commands)}. Expected uncompressed tar files, because images are read from "
+            f"any position in a shard. Decompress the shards: {next(iter(commands.values()))}"
+        )
+
+
 def _scan(path: Path) -> np.ndarray:
     """Return the index of a tar file."""
     rows = []
     try:
         size = path.stat().st_size
         with open(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-            for key, members in _samples(tar):
+            for key, members in _samples(tar, path):
                 rows.append(_row(path, key, members, stream))
             # A file without an end marker is truncated, but tarfile does not report an error.
             stream.seek(tar.offset)
@@ -160,8 +226,12 @@ def _scan(path: Path) -> np.ndarray:
     return index
 
 
-def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """Yield each sample's key, and its members by extension."""
+def _samples(tar: tarfile.TarFile, path: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """Yield each sample's key, and its members by extension.
+
+    Raises:
+        UserError: If a sample contains two members of the same name.
+    """
     key, members = "", dict[str, tarfile.TarInfo]()
     for member in tar:
         # TarFile would keep all members in memory.
@@ -171,12 +241,19 @@ def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarI
             continue
         folder, _, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
+        if not extension:  # as in webdataset
+            continue
         found = f"{folder}/{stem}" if folder else stem
         if found != key and members:
             yield key, members
             members = {}
         key = found
-        members[extension.lower()] = member
+        if members.setdefault(extension.lower(), member) is not member:
+            raise UserError(
+                f"Shard {path} contains {name} twice in a row; expected one file of this name per "
+                "sample, as in webdataset. Write the shard again with a different key for each "
+                "sample."
+            )
     if members:
         yield key, members
 

@@ -27,7 +27,7 @@ PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # A single letter before the colon is a drive letter, not a scheme.
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
 
-# Number of simultaneous requests for missing files.
+# Number of simultaneous requests in a search for missing files.
 _REQUESTS = 8
 
 logger = logging.getLogger(__name__)

@@ -20,15 +20,15 @@ Capture: TypeAlias = Callable[[nn.Module, tuple[Tensor]], Forward]
 
 
 class CapturedBackbone:
-    """Replacement for a backbone's forward pass that is captured for frequent image sizes.
+    """Forward pass of a backbone, captured as CUDA graphs for frequent image sizes.
 
     The images of a batch are padded to a common size. By default, a size is captured when it occurs
-    for the third time. At most ``max_sizes`` sizes are captured, because each needs memory for its
-    feature maps and the gradients of the weights; all other sizes are computed eagerly. Evaluation
-    is always eager.
+    for the third time. At most ``max_sizes`` sizes are captured, because each captured size needs
+    memory for its feature maps and the gradients of the weights; all other sizes run eagerly.
+    Evaluation is always eager.
 
-    The results are the same as without capturing. In particular, the statistics of batch norms,
-    which a capture would change, are restored. The gradients returned by a backward pass are
+    The results are the same as without capturing. In particular, the batch norm statistics, which
+    change during a capture, are restored afterwards. The gradients returned by a backward pass are
     overwritten by the next one, so gradients of several passes must not be accumulated.
     """
 
@@ -43,10 +43,11 @@ class CapturedBackbone:
         """
         Args:
             backbone: The backbone, with an FPN if it has one. Its ``forward`` is replaced.
-            capture: A function that captures a module for the given inputs. None captures CUDA
-                graphs, which share their memory except for the results.
+            capture: A function that captures a module for sample inputs. If None, modules are
+                captured as CUDA graphs that share one memory pool.
             max_sizes: The maximum number of captured sizes.
-            occurrences: The number of times that a size must occur to be captured.
+            occurrences: The number of times that a size must occur. With 3, it is captured the
+                third time.
         """
         self._backbone, self._forward = backbone, backbone.forward
         self._capture = capture or _capture_on_gpu(torch.cuda.graph_pool_handle())
@@ -78,8 +79,8 @@ class CapturedBackbone:
             if not self._told:
                 self._told = True
                 logger.info(
-                    "%d image sizes are captured as CUDA graphs. Other sizes are computed eagerly; "
-                    "a larger INPUT.SIZE_DIVISIBILITY reduces the number of sizes.",
+                    "%d image sizes are captured as CUDA graphs. Other sizes run eagerly; a larger "
+                    "INPUT.SIZE_DIVISIBILITY reduces the number of sizes.",
                     self._max_sizes,
                 )
             return self._forward(images)
@@ -101,12 +102,14 @@ class CapturedBackbone:
         for buffer, before in buffers:
             buffer.copy_(before)
         height, width = images.shape[2:]
-        logger.info("Captured the backbone for %d images of %dx%d.", len(images), height, width)
+        logger.info(
+            "Captured the backbone for %d images of %dx%d pixels.", len(images), height, width
+        )
         return captured
 
 
 class _Forward(nn.Module):
-    """Original forward pass of a backbone as a module with the backbone's parameters."""
+    """Module that wraps a backbone's original forward pass and has the backbone's parameters."""
 
     def __init__(self, backbone: nn.Module, forward: Forward):
         super().__init__()
@@ -118,7 +121,7 @@ class _Forward(nn.Module):
 
 
 def _capture_on_gpu(pool: Any) -> Capture:
-    # With the default mode, "global", the threads of data loaders could not pin memory.
+    # In the default mode, "global", data loader threads could not pin memory.
     options: dict[str, Any] = {"allow_unused_input": True, "pool": pool}
     if "capture_error_mode" in inspect.signature(torch.cuda.make_graphed_callables).parameters:
         options["capture_error_mode"] = "thread_local"

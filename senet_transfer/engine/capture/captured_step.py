@@ -1,4 +1,4 @@
-"""Training step that is captured as a graph after a few eager steps."""
+"""Training step that is captured as a CUDA graph after a few eager steps."""
 
 import logging
 import random
@@ -21,16 +21,16 @@ _REMEDY = "Set SOLVER.COMPILE to none or default."
 
 
 class CapturedStep:
-    """Step on the device that is captured as a graph and then replayed.
+    """Training step that is captured as a graph and then replayed on the device.
 
-    The first calls are eager. They are ordinary steps, and they also perform initialisations that
-    are impossible during a capture, such as those of the optimizer's state and the choice of
-    convolution algorithms. A capture only records the step without computing it, so no state has to
-    be restored afterwards. Eager and replayed steps compute the same values.
+    The first calls are eager. They are ordinary steps, and they also perform initialisation that is
+    impossible during a capture, such as creating the optimizer's state and choosing convolution
+    algorithms. A capture only records the step without computing it, so no state has to be restored
+    afterwards. Eager and replayed steps compute the same values.
 
-    Inputs whose shapes differ from the captured ones, such as an incomplete batch, are computed
-    eagerly. After ``warm_up`` such calls in a row, the step is captured again; there is at
-    most one graph.
+    Calls whose input shapes differ from the captured shapes, such as an incomplete batch, run
+    eagerly. After ``warm_up`` such calls in a row, the step is captured again and replaces the
+    previous graph.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class CapturedStep:
     ):
         """
         Args:
-            function: The step. It takes a dict of tensors on the device, and returns tensors. It
-                must not read values from the device. Of the host's values that change between
-                steps, it may only depend on ``state``.
+            function: The step function. It takes a dict of tensors on the device and returns
+                tensors. It must not read values from the device. Among the host values that change
+                between steps, it may depend only on those returned by ``state``.
             graphs: The source of graphs.
-            state: A function that returns the host's values on which the step depends, such as the
+            state: A function that returns the host values that the step depends on, such as the
                 training modes of the modules.
             warm_up: The number of eager calls before a capture.
         """
@@ -61,10 +61,10 @@ class CapturedStep:
         self._told = False
 
     def __call__(self, inputs: Inputs) -> Outputs:
-        """Compute a step.
+        """Run the step.
 
         Args:
-            inputs: Tensors on any device. They are copied to the device without waiting.
+            inputs: Tensors on any device. They are copied to the step's device asynchronously.
 
         Raises:
             UserError: If the step can't be captured.
@@ -95,7 +95,7 @@ class CapturedStep:
     def _eager(self, inputs: Inputs) -> Outputs:
         if self._graph is not None and not self._told:
             self._told = True
-            logger.info("Inputs whose shapes differ from the captured ones are computed eagerly.")
+            logger.info("Steps whose input shapes differ from the captured shapes run eagerly.")
         device = self._graphs.device
         inputs = {name: to_device(value, device) for name, value in inputs.items()}
         before = _random_state(device)
@@ -122,13 +122,13 @@ class CapturedStep:
 
 
 def _pinned(value: Tensor, target: Tensor) -> Tensor:
-    """Return the value in pinned memory if the target is on a GPU, so that a copy does not wait."""
+    """Return a value in pinned memory if the target is on a GPU, for an asynchronous copy."""
     on_host = value.device.type == "cpu" and target.device.type == "cuda"
     return value.pin_memory() if on_host else value
 
 
 def _random_state(device: torch.device) -> Hashable:
-    """Return the states of the host's random generators, which a graph can't advance."""
+    """Return the states of the host's random number generators, which a graph can't advance."""
     name, keys, *rest = np.random.get_state()
     own = b"" if device.type == "cpu" else torch.get_rng_state().numpy().tobytes()
     return random.getstate(), name, np.asarray(keys).tobytes(), tuple(rest), own

@@ -1,9 +1,9 @@
 """Capture of functions as CUDA graphs.
 
-A CUDA graph is a recording of kernels. Replaying it launches all of them at once, on the same
-memory as during the capture. All values computed by the host during the capture, such as numbers
-and the choice of branches, are the same in every replay. Random numbers are the exception: PyTorch
-passes the current seed of the device's default generator to each replay.
+A CUDA graph is a recording of kernels. A replay launches all of these kernels at once and uses the
+same memory as the capture. Everything that the host computed during the capture, such as numbers
+and branch decisions, is the same in every replay. Random numbers are the exception: PyTorch passes
+the current seed of the device's default generator to each replay.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class Graph(Protocol):
 
 
 class Graphs(Protocol):
-    """Source of graphs: a GPU, or a test's recording of operators."""
+    """Interface for capturing functions as graphs. Tests implement it without a GPU."""
 
     device: torch.device
 
@@ -42,10 +42,10 @@ class Graphs(Protocol):
 
 
 class CudaGraphs:
-    """CUDA graphs of a device. Each has its own memory, which is freed with the graph.
+    """Capture of functions as CUDA graphs. Each graph owns the memory that it uses.
 
     Attributes:
-        device: The device.
+        device: The CUDA device.
     """
 
     def __init__(self, device: torch.device):
@@ -54,12 +54,12 @@ class CudaGraphs:
             device: A CUDA device.
         """
         self.device = device
-        # The default stream can't be captured. Functions are warmed up on the same stream as they
-        # are captured on, because libraries allocate their workspaces per stream.
+        # The default stream can't be captured. Functions are warmed up on the stream that is used
+        # for captures, because libraries allocate their workspaces per stream.
         self._stream = torch.cuda.Stream(device)
 
     def warm_up(self, function: Function) -> Outputs:
-        """Call a function on the stream on which functions are captured."""
+        """Call a function on the stream that is used for captures."""
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -70,7 +70,7 @@ class CudaGraphs:
     def capture(self, function: Function) -> Graph:
         """Capture a function as a CUDA graph."""
         graph = torch.cuda.CUDAGraph()
-        # With the default mode, "global", the threads of data loaders could not pin memory.
+        # In the default mode, "global", data loader threads could not pin memory.
         with (
             torch.cuda.device(self.device),
             torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),

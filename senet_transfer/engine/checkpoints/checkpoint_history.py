@@ -1,9 +1,9 @@
-"""List of a run's checkpoints, and their verification.
+"""Verification of checkpoints, and the list of a run's checkpoints.
 
-``last_checkpoint`` is Detectron2's file with the name of the newest checkpoint.
-``recent_checkpoints`` lists all checkpoints that the run keeps, newest last. It is needed to fall
-back to an earlier checkpoint if the newest is corrupted, and to delete old checkpoints. Both files
-are replaced atomically after the new checkpoint has been written to disk.
+``last_checkpoint`` is a Detectron2 file that contains the name of the newest checkpoint.
+``recent_checkpoints`` lists all checkpoints that the run keeps, newest last. The list is used to
+fall back to an earlier checkpoint if the newest is corrupted, and to delete old checkpoints. Both
+files are replaced atomically after the new checkpoint has been written to disk.
 """
 
 import logging
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def sum_file(path: Path) -> Path:
-    """Return the path of the checksum file for ``path``, which is in ``sha256sum`` format."""
+    """Return the path of the checksum file for ``path``, a file in ``sha256sum`` format."""
     return path.with_name(f"{path.name}.sha256")
 
 
@@ -37,7 +37,7 @@ def write_sum(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically; on failure, an existing file is left unchanged.
 
-    Paths in the text that are not UTF-8 are written as the same bytes as on disk.
+    Paths in the text that are not valid UTF-8 are written as their original bytes.
     """
     with atomic_file(path) as stream:
         stream.write(text.encode(errors="surrogateescape"))
@@ -47,7 +47,7 @@ def checkpoints(folder: str | Path) -> list[str]:
     """Return the names of a run's checkpoints, starting with the one to resume from.
 
     The first name is read from ``last_checkpoint``, which the user may have changed to an earlier
-    checkpoint. It is followed by the checkpoints written before it, newest first.
+    checkpoint. The checkpoints written before that checkpoint follow, newest first.
     """
     tagged = _lines(folder, TAG)[:1]
     listed = [name for name in _lines(folder, HISTORY) if Path(folder, name).is_file()]
@@ -68,8 +68,8 @@ def _lines(folder: str | Path, name: str) -> list[str]:
 def record(folder: str | Path, name: str, keep: int) -> None:
     """Register a saved checkpoint as the newest, and delete the oldest checkpoints.
 
-    Checkpoints that are newer than the one in ``last_checkpoint`` are removed from the list, but
-    not deleted.
+    Checkpoints that are newer than the checkpoint named in ``last_checkpoint`` are removed from the
+    list, but not deleted.
 
     Args:
         folder: The run's output folder.
@@ -81,7 +81,8 @@ def record(folder: str | Path, name: str, keep: int) -> None:
     listed = [n for n in _lines(folder, HISTORY) if (folder / n).is_file()]
     for tagged in _lines(folder, TAG)[:1]:
         if tagged in listed:
-            # If the user has changed the tag, the run did not continue from the later checkpoints.
+            # If the user has edited last_checkpoint, the run did not continue from the later
+            # checkpoints.
             del listed[listed.index(tagged) + 1 :]
     listed = [*(n for n in listed if n != name), name]
     write_text(folder / HISTORY, "".join(f"{n}\n" for n in listed))
@@ -93,7 +94,7 @@ def record(folder: str | Path, name: str, keep: int) -> None:
 
 
 def forget(folder: str | Path) -> None:
-    """Delete the list of checkpoints, but not the checkpoints, so that nothing can be resumed."""
+    """Delete the list of checkpoints, but not the files, so there is nothing to resume from."""
     for name in (TAG, HISTORY):
         Path(folder, name).unlink(missing_ok=True)
 
@@ -112,7 +113,7 @@ def drop_torn_line(path: Path) -> None:
 
 
 def verify_checkpoint(path: Path) -> str:
-    """Return a description of the damage if a checkpoint is corrupted, or "" if it is intact."""
+    """Describe what is damaged in a corrupted checkpoint. Return "" if the checkpoint is intact."""
     if not path.is_file():
         return f"{path} does not exist"
     try:

@@ -24,9 +24,9 @@ from senet_transfer.weights.save import model_metadata
 class Checkpointer(DetectionCheckpointer):
     """Checkpointer that accounts for every tensor in the model and in the file.
 
-    Detectron2's checkpointer only logs mismatches, so training would start from random weights if
-    a file had nothing in common with the model. Checkpoints include a description of the network,
-    which allows loading them without a config.
+    Detectron2's checkpointer only logs mismatches, so training would start from random weights if a
+    file had nothing in common with the model. Checkpoints include a description of the network, so
+    they can be loaded without a config.
 
     Checkpoints are written atomically, with a SHA-256 file next to each, before
     ``last_checkpoint`` is updated. If a checkpoint is later found to be corrupted, the run resumes
@@ -51,10 +51,11 @@ class Checkpointer(DetectionCheckpointer):
         Args:
             model: The model to save and load.
             save_dir: The run's output folder.
-            family: The family of weight files whose tensor names match several families
-                (``MODEL.WEIGHTS_FAMILY``). It doesn't apply to the checkpoints in ``save_dir``.
-            choice: The network to take from files that contain several (``MODEL.WEIGHTS_PREFIX``
-                and similar keys). It doesn't apply to checkpoints either.
+            family: The family of a pretrained weight file whose tensor names match several families
+                (``MODEL.WEIGHTS_FAMILY``). Checkpoints in ``save_dir`` don't need it.
+            choice: The network to load from a pretrained weight file with several networks
+                (``MODEL.WEIGHTS_PREFIX`` and similar keys). Checkpoints in ``save_dir`` don't need
+                it.
             keep: The number of checkpoints to keep, or 0 to keep all. The oldest are deleted.
             classes: The class names in the order of the model's outputs, to store in checkpoints.
             kwargs: Additional arguments for Detectron2's ``DetectionCheckpointer``.
@@ -110,8 +111,14 @@ class Checkpointer(DetectionCheckpointer):
         return bool(history.checkpoints(self.save_dir))
 
     def get_checkpoint_file(self) -> str:
-        """Return the newest intact checkpoint. All processes of a job must call this together."""
-        return str(history.newest_whole(self.save_dir))
+        """Return the newest intact checkpoint. All processes of a job must call this method.
+
+        Damaged checkpoints that are newer are no longer among those to keep. They are not deleted.
+        """
+        path = history.newest_whole(self.save_dir)
+        if self.save_to_disk:
+            history.write_text(path.with_name(history.TAG), path.name)
+        return str(path)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load a checkpoint or pretrained weights.
@@ -120,8 +127,8 @@ class Checkpointer(DetectionCheckpointer):
             path: A weight file of any family, or a name in the catalogue. If empty, nothing is
                 loaded.
             checkpointables: None for a checkpoint of the same model: all tensors must match, and
-                the training state is also restored. ``[]`` for pretrained weights, which are
-                loaded in the same way as by :func:`senet_transfer.load_weights`.
+                the training state is also restored. ``[]`` for pretrained weights, which are loaded
+                as in :func:`senet_transfer.load_weights`.
 
         Raises:
             UserError: If the file does not exist or does not match the model.
@@ -139,18 +146,21 @@ class Checkpointer(DetectionCheckpointer):
         resumed = self._whole and bool(self.checkpointables)
         state = _training_state(filename, list(self.checkpointables)) if resumed else {}
         if resumed:
-            return {**state, "model": examine(filename, None)}  # as in apply_file_geometry
+            return {
+                **state,
+                "model": examine(filename, None),
+            }  # same call as in apply_file_geometry
         return {"model": examine(filename, self._family, **self.choice)}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> None:
         self.report = load_source(self.model, checkpoint.pop("model"), exact=self._whole)
-        if OWN_METADATA in checkpoint:  # A resumed run keeps the origin of its initial weights.
+        if OWN_METADATA in checkpoint:  # Keep the origin of the initial weights.
             origin = checkpoint[OWN_METADATA].get("source", {})
             target_of(self.model).backbone.weights_source = origin
 
 
 def _training_state(filename: str, names: list[str]) -> dict[str, Any]:
-    """Return a checkpoint's contents except the model, without running code from the file.
+    """Return everything in a checkpoint except the model, without running code from the file.
 
     The file is memory-mapped to avoid reading the model's tensors a second time.
     """
@@ -171,7 +181,7 @@ def _training_state(filename: str, names: list[str]) -> dict[str, Any]:
 
 
 class UntaggedCheckpointer(Checkpointer):
-    """Checkpointer for models that are not used for resuming, such as the best model."""
+    """Checkpointer for models from which training does not resume, such as the best model."""
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Do nothing, because ``last_checkpoint`` must name a checkpoint to resume from."""

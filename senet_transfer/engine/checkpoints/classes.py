@@ -1,4 +1,4 @@
-"""Comparison of a trained model's class names with those of the data sets."""
+"""Comparison of a trained model's class names with the class names of data sets."""
 
 import logging
 import os
@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 def config_next_to(weights: str) -> str:
     """Return the path of the ``config.yaml`` next to a checkpoint, or "" if there is none.
 
-    The files of a repository of the Hugging Face Hub are downloaded. Weights in this package have
-    a config too.
+    Files in a Hugging Face Hub repository are downloaded. Weights that are part of this package
+    also have a config.
     """
     if names_published(weights):
         return bundled_config(weights)
@@ -37,8 +37,8 @@ def config_next_to(weights: str) -> str:
 def trained_classes(source: Source) -> list[str]:
     """Return a weight file's class names, in the order of the model's outputs.
 
-    They are read from the file or, if it was written before version 0.1, from the ``config.yaml``
-    next to it.
+    The names are read from the weight file or, if it was written before version 0.1, from the
+    ``config.yaml`` next to it.
 
     Returns:
         The class names, or an empty list if they are unknown or the file has no predictor.
@@ -51,24 +51,24 @@ def trained_classes(source: Source) -> list[str]:
         return []
     try:
         return list(load_config(path).DATASETS.CLASSES)
-    except UserError:  # It was written by another program.
+    except UserError:  # The config was written by another program.
         return []
 
 
 def use_trained_classes(
     cfg: CfgNode, source: Source, names: Sequence[str], *, keeps: bool, eval_only: bool = False
 ) -> None:
-    """Compare the classes of a run's data sets with those of the model that it starts from.
+    """Compare the classes of a run's data sets with the classes of the run's initial model.
 
     If the data sets have the same classes in a different order, the model's order is used, except
     for classification data with fixed labels, such as shards.
 
     Args:
         cfg: The config, whose ``DATASETS.CLASSES`` and ``CATEGORY_IDS`` are changed in place.
-        source: The weight file.
+        source: The weight file of the initial model.
         names: The names of the run's data sets.
         keeps: True if the model is evaluated or its training is resumed. False if its weights
-            initialise a new model, which may have other classes.
+            initialise a new model, which may have different classes.
         eval_only: True for a run that does not read the training data.
 
     Raises:
@@ -81,14 +81,14 @@ def use_trained_classes(
     if detector:
         cfg.DATASETS.CLASSES = model
         cfg.DATASETS.CATEGORY_IDS = category_ids(names[0])
-    # Data for evaluation may lack classes of the model.
+    # Evaluation data may lack some of the model's classes.
     same = keeps or len(model) == len(data)
     if detector or (
         is_classification(cfg) and same and build.use_class_order(cfg, model, eval_only=eval_only)
     ):
         logger.warning(
-            "The data sets list the classes of %s in a different order, or some of them. The order "
-            "of the weights is used: %s.",
+            "The data sets list the classes of %s in a different order, or only some of them. The "
+            "class order of the weights is used: %s.",
             source.path,
             first_of(model),
         )
@@ -96,24 +96,25 @@ def use_trained_classes(
     found = differences(data, model)
     if keeps:
         raise UserError(
-            f"The model in {source.path} was trained on other classes than those of the data sets: "
-            f"{found}. The model's classes are {model}; the data sets' classes are {data}. "
+            f"The model in {source.path} was trained on classes that differ from those of the data "
+            f"sets: {found}. The model's classes are {model}; the data sets' classes are {data}. "
             "Use data with the same classes in the same order."
         )
     if len(model) == len(data):
         logger.warning(
-            "%s was trained on other classes than those of the data sets: %s. Because the number "
-            "of classes is the same, the new predictors start from those weights.",
+            "%s was trained on classes that differ from those of the data sets: %s. The number of "
+            "classes is the same, so the new model starts from the predictors in this file.",
             source.path,
             found,
         )
 
 
 def apply_file_classes(cfg: CfgNode, source: Source) -> None:
-    """Set the class names in a config to those of the weights, if they are known.
+    """Copy a weight file's class names, if they are known, to a config.
 
     Args:
-        cfg: The config, which is changed in place. The category ids of its classes are kept.
+        cfg: The config, which is changed in place. Classes that it already contains keep their
+            category ids.
         source: The weight file of the model.
     """
     names = trained_classes(source)

@@ -1,4 +1,4 @@
-"""Protection of an earlier run's files in the output folder of a new run."""
+"""Protection against overwriting an earlier run in the output folder of a new run."""
 
 import os
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ LOG = "log.txt"
 # Files that identify a training run.
 _CHECKPOINTS = ("model_final.pth", "model_best.pth", "model_ema.pth", "model_[0-9]*[0-9].pth")
 _METRICS = "metrics.json"
-# All files written by a run, except the log and files that the next run replaces at its start.
+# All files written by a run, except the log and the files that every new run replaces at its start.
 _WRITTEN = (
     *(name for stem in _CHECKPOINTS for name in (stem, f"{stem}.sha256")),
     TAG,
@@ -47,15 +47,15 @@ def claim_output_folder(cfg: CfgNode, *, overwrite: bool, restarted: bool) -> No
     Args:
         cfg: The config of a run that starts from iteration 0.
         overwrite: If True, delete the earlier run's files.
-        restarted: If True, the launcher has started this command again after a failure, so the
+        restarted: If True, the launcher has started this command again after a failure, so existing
             files belong to this run.
 
     Raises:
-        UserError: If there are files of an earlier run, or if ``MODEL.WEIGHTS`` is one of the files
-            to delete.
+        UserError: If the folder contains files of an earlier run, or if ``MODEL.WEIGHTS`` is one of
+            the files to delete.
     """
     folder = Path(cfg.OUTPUT_DIR)
-    # Only the main process looks, because other processes may see a different state of the folder.
+    # Only the main process checks, because other processes may see a different state of the folder.
     found = comm.all_gather(_earlier(folder))[0]
     if not found or restarted and not overwrite:
         return
@@ -103,7 +103,7 @@ def _written(folder: Path) -> Iterator[Path]:
 
 
 def drop_earlier_log(folder: str | Path, size: int) -> None:
-    """Remove the first ``size`` bytes of the log, to which this process appends."""
+    """Remove the first ``size`` bytes of the log while this process keeps appending to it."""
     path = Path(folder, LOG)
     if size and path.is_file():
         with open(path, "r+b") as log:

@@ -27,7 +27,7 @@ def check_changes(cfg: CfgNode, before: CfgNode) -> None:
 
     Args:
         cfg: The current config.
-        before: The config with which the run was started.
+        before: The run's original config.
 
     Raises:
         UserError: If ``SOLVER.OPTIMIZER`` has changed. The checkpoint's optimizer state does not
@@ -35,7 +35,7 @@ def check_changes(cfg: CfgNode, before: CfgNode) -> None:
     """
     if cfg.SOLVER.OPTIMIZER != before.SOLVER.OPTIMIZER:
         raise UserError(
-            f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER}, but the run to resume has used "
+            f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER}, but the run to resume used "
             f"{before.SOLVER.OPTIMIZER}. Change the key back, or start a new run with "
             "MODEL.WEIGHTS."
         )

@@ -1,4 +1,4 @@
-"""Test-time augmentation of detectors."""
+"""Test-time augmentation for detectors."""
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import DatasetMapperTTA, GeneralizedRCNNWithTTA
@@ -8,13 +8,13 @@ from senet_transfer.engine.inference.fused_detector import FusedDetector
 
 
 def with_augmentation(cfg: CfgNode, model: nn.Module) -> GeneralizedRCNNWithTTA | FusedDetector:
-    """Return a detector with the test-time augmentation of ``TEST.AUG``.
+    """Return a detector with the test-time augmentation configured in ``TEST.AUG``.
 
-    A single R-CNN is augmented by Detectron2, which also averages its masks, and all other
-    detectors by :class:`FusedDetector`.
+    A single R-CNN is augmented by Detectron2, which also averages masks. All other detectors are
+    augmented by :class:`FusedDetector`.
 
     Detectron2's default sizes, 400 to 1200 pixels, are for ``INPUT.MIN_SIZE_TEST: 800``. If
-    ``TEST.AUG`` has its defaults, they are scaled to the config's test size.
+    ``TEST.AUG`` has its default values, the sizes are scaled to the config's test size.
     """
     theirs = get_cfg()
     aug, default = cfg.TEST.AUG, theirs.TEST.AUG

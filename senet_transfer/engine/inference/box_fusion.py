@@ -13,17 +13,17 @@ def fuse_boxes(
     classes: Sequence[Tensor],
     iou_threshold: float = 0.55,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge overlapping boxes of the same class into their mean, weighted by their scores.
+    """Merge overlapping boxes of the same class into their mean, weighted by score.
 
-    The result equals that of ``weighted_boxes_fusion`` in the package ensemble-boxes with equal
-    weights and ``conf_type="avg"``. The score of a merged box is the mean score of its boxes,
+    The result is the same as with ``weighted_boxes_fusion`` in the package ensemble-boxes with
+    equal weights and ``conf_type="avg"``. The score of a merged box is the mean score of its boxes,
     multiplied by min(boxes, detectors) / detectors.
 
     Args:
         boxes: Boxes ``(N, 4)`` of each detector, as (x0, y0, x1, y1).
         scores: Scores ``(N,)`` of each detector.
         classes: Class indices ``(N,)`` of each detector.
-        iou_threshold: Minimum IoU of a box with a merged box to be added to it.
+        iou_threshold: Minimum IoU with a merged box for another box to be added to it.
 
     Returns:
         The merged boxes, scores and classes, in descending order of the scores.

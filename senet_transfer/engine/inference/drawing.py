@@ -21,11 +21,11 @@ Rect = tuple[float, float, float, float]
 # Small images are enlarged until their shorter side has this length, which keeps labels legible,
 # but at most 4 times, and only while the longer side stays below a limit.
 _SHORT_SIDE, _LONG_SIDE, _ENLARGED = 480, 4096, 4.0
-# Size of the lines and the text, as a fraction of the image size, and their minimum in pixels.
+# Line width and text size, each as a fraction of the image size and as a minimum in pixels.
 _LINE, _LEAST_LINE = 0.0033, 1.5
 _TEXT, _LEAST_TEXT = 0.021, 12.0
 _MASK_ALPHA = 0.45
-# With more labels than this, they are drawn smaller, down to the given factor.
+# If there are more labels than this number, they are drawn smaller, down to this factor.
 _MANY, _SMALLEST = 25, 0.75
 # Maximum distance between a label and its object, as a multiple of the label's height.
 _FARTHEST = 8
@@ -52,9 +52,9 @@ class ClassNames:
     """Class names to draw, and the fonts for them.
 
     Attributes:
-        things: The class names of objects.
-        stuff: The class names of a semantic segmentation.
-        families: The font families in the order in which they are tried.
+        things: The names of object classes.
+        stuff: The names of semantic segmentation classes.
+        families: The font families, in the order of preference.
     """
 
     things: Sequence[str]
@@ -87,7 +87,7 @@ class PredictionDrawing(Visualizer):
         scale = max(1.0, min(_ENLARGED, _SHORT_SIDE / short, _LONG_SIDE / long))
         super().__init__(image, Metadata(), scale=scale)
         self._classes = classes
-        # The size of the drawing; the default would be too small for very elongated images.
+        # Scale with the size of the drawing. The default is too small for very elongated images.
         size = max(np.sqrt(self.output.width * self.output.height), long / 4) * scale
         self._line = max(_LEAST_LINE, _LINE * size)
         self._text = max(_LEAST_TEXT, _TEXT * size)
@@ -122,7 +122,7 @@ class PredictionDrawing(Visualizer):
             self._label(label, (0.0, bottom, 0.0, bottom), class_colour(index))
 
     def draw_segments(self, segments: dict[int, np.ndarray]) -> None:
-        """Draw a semantic segmentation, given the mask (H, W) of each class."""
+        """Draw a semantic segmentation from the mask (H, W) of each class."""
         for index, mask in segments.items():
             if mask.sum() < _LEAST_AREA:
                 continue
@@ -211,7 +211,7 @@ class PredictionDrawing(Visualizer):
             family=list(self._classes.families),
             color=text_colour(colour),
             verticalalignment="top",
-            parse_math=False,  # a dollar sign is a character
+            parse_math=False,  # treat "$" as text, not as math
             zorder=11,
         )
         extent = text.get_window_extent(self.output.canvas.get_renderer())
@@ -248,7 +248,7 @@ def free_corner(
         return None
     preferred = [(x0, y0 - h), (x0, y0), (x0, y1), (x0, y1 - h), (x1 - w, y0 - h), (x1 - w, y1)]
     preferred += [(x1, y0), (x0 - w, y0)]
-    # Positions farther away, from near to far.
+    # Then positions farther away, nearest first.
     steps = np.arange(-_FARTHEST, _FARTHEST + 0.5, 0.5) * h
     grid = np.stack(np.meshgrid(x0 + steps, y0 - h + steps), -1).reshape(-1, 2)
     grid = grid[np.argsort(np.hypot(*(grid - (x0, y0 - h)).T), kind="stable")]
@@ -289,7 +289,7 @@ def _extent(mask: np.ndarray) -> Rect:
 
 
 def _bounds(boxes: Any) -> np.ndarray:
-    """Return the rectangles (N, 4) of boxes, or the topmost corners of rotated boxes."""
+    """Return boxes as rectangles (N, 4). For rotated boxes, return their topmost corners."""
     boxes = boxes.tensor.numpy()
     if boxes.shape[1] == 4:
         return boxes

@@ -1,4 +1,4 @@
-"""Several models whose predictions are combined."""
+"""Ensembles: several models whose predictions are combined."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +16,7 @@ def check_same_classes(sources: Sequence[ModelSource]) -> None:
     """Check that the outputs of several models have the same classes in the same order.
 
     Args:
-        sources: Sources after :meth:`~.model_from.ModelSource.examined`.
+        sources: Model sources returned by :meth:`~.model_from.ModelSource.examined`.
 
     Raises:
         UserError: If the number, the names or the order of the classes differ.
@@ -33,9 +33,9 @@ def check_same_classes(sources: Sequence[ModelSource]) -> None:
             )
         if has_caffe_order(first) != has_caffe_order(other):
             raise UserError(
-                f"The class orders of {files} differ: one of them is a Caffe model with "
-                "the order of ImageNet's development kit, and the other one is not. Combine only "
-                "models with the same order."
+                f"The class orders of {files} differ: one is a Caffe model with the class order of "
+                "ImageNet's development kit, and the other is not. Combine only models with the "
+                "same class order."
             )
         names = list(first.cfg.DATASETS.CLASSES), list(other.cfg.DATASETS.CLASSES)
         if not all(names) or names[0] == names[1]:
@@ -57,7 +57,7 @@ def _class_count(found: ModelSource) -> int:
 
 
 def has_caffe_order(found: ModelSource) -> bool:
-    """Return whether a model is one of the paper's authors' ImageNet classifiers."""
+    """Return whether a model is an ImageNet classifier published by the authors of the paper."""
     published = found.source is not None and found.source.family.name == "caffe"
     return published and not found.cfg.DATASETS.CLASSES and _class_count(found) == 1000
 
@@ -70,8 +70,8 @@ def build_detectors(source: ModelSource, device: str = "") -> LoadedModel:
         device: The device. If empty, ``MODEL.DEVICE`` is used.
 
     Raises:
-        UserError: If the detectors' classes or image formats differ, or if one of them does not
-            only predict boxes.
+        UserError: If the detectors' classes or image formats differ, or if a detector predicts
+            anything other than boxes.
     """
     cfg = source.cfg
     if not cfg.TEST.ENSEMBLE.WEIGHTS:
@@ -91,7 +91,7 @@ def build_detectors(source: ModelSource, device: str = "") -> LoadedModel:
             raise UserError(
                 f"INPUT.FORMAT is {cfg.INPUT.FORMAT} for {cfg.MODEL.WEIGHTS} and "
                 f"{found.cfg.INPUT.FORMAT} for {weights}; expected the same format, because all "
-                "detectors get the same images."
+                "detectors receive the same images."
             )
         sources.append(found.examined())
     check_same_classes(sources)

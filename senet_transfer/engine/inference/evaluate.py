@@ -55,14 +55,14 @@ def run_evaluation(
         device: The device, such as "cuda:1". If empty, ``MODEL.DEVICE`` is used.
         data: The path of shards, a folder or an archive. If empty, the first data set in
             ``DATASETS.TEST`` is used.
-        views: The views of each image. If None, those of the model are used.
+        views: The views of each image. If None, the model's default views are used.
         batch_size: The number of images per batch.
         workers: The number of processes that read and decode images.
         output: The path of the JSON file to write. If empty, no JSON file is written.
         predictions: The path of the CSV file to write, with the key, the label, the most
             probable classes and the path of each image. If empty, no CSV file is written.
-        keep_logits: If True, add the logits to the CSV file. Those of several classifiers are the
-            logarithm of the mean probabilities.
+        keep_logits: If True, add the logits to the CSV file. For several classifiers, these are the
+            logarithms of the mean probabilities.
         published: Published results on the same data to include in the output. If empty, the
             known results of this network are included.
         quiet: If True, show no progress bar.
@@ -117,15 +117,15 @@ def run_evaluation(
 def _check_order(
     sources: Sequence[ModelSource], dataset: ClassificationDataset | ImageArrays
 ) -> None:
-    """Raise a UserError if the labels are in the usual order of ImageNet, but not the outputs."""
+    """Raise a UserError if the labels use ImageNet's usual class order but the outputs do not."""
     names = list(dataset.classes)
     if all(re.fullmatch(r"n\d{8}", name) for name in names) and names == sorted(names):
         for found in filter(has_caffe_order, sources):
             raise UserError(
-                f"The outputs of {found.cfg.MODEL.WEIGHTS} have the order of ImageNet's "
+                f"The outputs of {found.cfg.MODEL.WEIGHTS} have the class order of ImageNet's "
                 f"development kit, but the classes of {dataset.origin} are sorted by WordNet id. "
-                "Evaluate Cadene's conversion of the network, such as cadene/se_resnet50, or give "
-                "a CSV file with the labels of the kit."
+                "Evaluate Cadene's conversion of the network, such as cadene/se_resnet50, or pass "
+                "a CSV file with the development kit's labels."
             )
 
 
@@ -137,12 +137,12 @@ def run_saved_evaluation(
     keep_logits: bool = False,
     published: Sequence[Published] = (),
 ) -> dict[str, Any]:
-    """Evaluate the mean of the probabilities that were saved by several evaluations.
+    """Evaluate the mean of probabilities saved by several evaluations.
 
     Args:
         files: CSV files with logits; see :func:`~.saved_logits.evaluate_saved_logits`.
-        output: See :func:`run_evaluation`, as for the other arguments.
-        predictions: The path of the CSV file to write.
+        output: The path of the JSON file to write. If empty, no JSON file is written.
+        predictions: The path of the CSV file to write; see :func:`run_evaluation`.
         keep_logits: If True, add the logarithm of the mean probabilities to the CSV file.
         published: Published results on the same data to include in the output.
 
@@ -165,7 +165,7 @@ def run_saved_evaluation(
 def _written(
     evaluation: Evaluation, results: dict[str, Any], output: str, predictions: str
 ) -> dict[str, Any]:
-    """Write the files that were requested, and return the results."""
+    """Write the requested files, and return the results."""
     if predictions:
         evaluation.write_predictions(predictions)
     if output:
@@ -202,7 +202,10 @@ def _check_files(output: str, predictions: str, *, keep_logits: bool) -> None:
     for path in (output, predictions):
         _check_writable(path)
     if keep_logits and not predictions:
-        raise UserError("--logits requires --predictions, the CSV file for the logits.")
+        raise UserError(
+            "--logits adds the logits to the CSV file of --predictions. Pass "
+            "--predictions FILE as well."
+        )
 
 
 def _check_writable(path: str) -> None:
@@ -227,11 +230,11 @@ def _check(found: ModelSource) -> None:
         raise UserError(
             f"MODEL.META_ARCHITECTURE in {found.config_file} is "
             f"{found.cfg.MODEL.META_ARCHITECTURE}; expected ImageClassifier. To evaluate a "
-            "detector, give its weights with --weights, or use `senet train --eval-only`."
+            "detector, pass its weights with --weights, or use `senet train --eval-only`."
         )
     if not found.cfg.MODEL.WEIGHTS:
         raise UserError(
-            "There are no weights to evaluate: neither --weights nor MODEL.WEIGHTS is set. Give "
+            "There are no weights to evaluate: neither --weights nor MODEL.WEIGHTS is set. Pass "
             "--weights or, with --config-file, set MODEL.WEIGHTS."
         )
 
@@ -244,10 +247,10 @@ def _with_classes(found: ModelSource, count: int) -> ModelSource:
 
 
 def _open_data(sources: Sequence[ModelSource], data: str) -> ClassificationDataset | ImageArrays:
-    """Open the data set with the order of the classes in the weights, if one of them states it."""
+    """Open the evaluation data, with the class order of the weights if it is known."""
     cfg = sources[0].cfg
     if not data and not cfg.DATASETS.TEST:
-        raise UserError("There is no evaluation data: DATASETS.TEST is empty. Give --data.")
+        raise UserError("There is no evaluation data: DATASETS.TEST is empty. Pass --data.")
     path = find_dataset(data or cfg.DATASETS.TEST[0])
     names = (list(found.cfg.DATASETS.CLASSES) for found in sources)
     classes = next((found for found in names if found), None)
@@ -266,7 +269,7 @@ def _published(
     loaded: LoadedModel,
     transform: EvalTransform | MultiScaleTransform,
 ) -> tuple[Published, ...]:
-    """Return published results for this network on this data, with one crop of this size."""
+    """Return published single-crop results for a network, data set and crop size."""
     name = backbone_name(loaded.cfg)
     if not isinstance(transform, EvalTransform) or transform.mode == "ten_crop":
         return ()

@@ -1,4 +1,4 @@
-"""Choice of installed fonts for the characters of class names."""
+"""Selection of installed fonts for the characters in class names."""
 
 import functools
 import logging
@@ -9,7 +9,7 @@ from matplotlib.font_manager import FontEntry, fontManager, get_font
 
 logger = logging.getLogger(__name__)
 
-# It is part of matplotlib and covers Latin, Greek, Cyrillic and more.
+# DejaVu Sans is part of matplotlib and covers Latin, Greek, Cyrillic and more.
 _DEFAULT = "DejaVu Sans"
 # matplotlib's font of placeholder boxes, which has a glyph for every character.
 _PLACEHOLDERS = "Last Resort"
@@ -26,7 +26,7 @@ def drawable_names(names: Sequence[str]) -> tuple[list[str], list[str]]:
         names: The class names.
 
     Returns:
-        The names to draw, and the families in the order in which matplotlib must try them.
+        The names to draw, and the font families in the order of preference for matplotlib.
     """
     families, missing = _families("".join(names))
     drawn = [
@@ -72,16 +72,16 @@ def _families(text: str) -> tuple[list[str], set[str]]:
 
 
 def _covered(entry: FontEntry, characters: set[str]) -> set[str]:
-    """Return the characters for which a font has a glyph."""
+    """Return the characters that a font has glyphs for."""
     if entry.name.startswith(_PLACEHOLDERS):
         return set()
     try:
         font = get_font(entry.fname)
-    except (OSError, RuntimeError):  # a font without outlines, such as one of colour bitmaps
+    except (OSError, RuntimeError):  # a font without outlines, such as a bitmap font for emoji
         return set()
     return {c for c in characters if font.get_char_index(ord(c))}
 
 
 def clear_cache() -> None:
-    """Clear the cache of the fonts' characters, after fonts were installed."""
+    """Clear the cache of each font's characters. This is needed after installing fonts."""
     _families.cache_clear()

@@ -1,4 +1,4 @@
-"""Detections of several models and of several views of an image, merged to one result."""
+"""Merging of detections from several models or several views of an image."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,12 +19,12 @@ _FIELDS = {"pred_boxes", "scores", "pred_classes"}
 
 
 class FusedDetector(nn.Module):
-    """Detectors of any meta-architecture, whose boxes are merged.
+    """One or more detectors of any meta-architecture, whose boxes are merged.
 
-    The boxes of several models are merged by weighted boxes fusion, and those of several views of
-    an image by non-maximum suppression, as in Detectron2's test-time augmentation. With several
-    models and views, weighted boxes fusion merges the boxes of all of them. It has the interface of
-    Detectron2's meta-architectures.
+    Boxes from several models are merged by weighted boxes fusion. Boxes from several views of an
+    image are merged by non-maximum suppression, as in Detectron2's test-time augmentation. If there
+    are several models and several views, weighted boxes fusion merges all boxes. This module has
+    the interface of Detectron2's meta-architectures.
 
     Attributes:
         models: The detectors.
@@ -40,11 +40,12 @@ class FusedDetector(nn.Module):
         Args:
             cfg: The config of the first model.
             models: Detectors with the same classes.
-            views: Function that returns the views of an image; None for the image only.
+            views: A function that returns the views of an image. If None, only the image itself is
+                used.
         """
         super().__init__()
         self.models = nn.ModuleList(models)
-        # Evaluation restores this mode afterwards, also that of the models.
+        # After an evaluation, Detectron2 restores this mode in all modules.
         self.training = models[0].training
         self.views = views
         self.nms = box_head(cfg).NMS_THRESH_TEST
@@ -85,14 +86,14 @@ class FusedDetector(nn.Module):
             return [(item, NoOpTransform())]
         found = []
         for view in self.views(item):
-            # The model scales boxes to this size, which is here that of the view.
+            # Models scale their boxes to this size; here, the boxes must fit the view.
             view["height"], view["width"] = view["image"].shape[-2:]
             found.append((view, view.pop("transforms").inverse()))
         return found
 
 
 def _restored(output: dict[str, Any], inverse: Transform, size: tuple[int, int]) -> Instances:
-    """Return the boxes that were predicted in a view, on the CPU and in the original image."""
+    """Move the boxes predicted in a view to the CPU and transform them to the original image."""
     found = output.get("instances")
     fields = {} if found is None else found.get_fields()
     others = sorted((output.keys() - {"instances"}) | (fields.keys() - _FIELDS))
@@ -100,7 +101,7 @@ def _restored(output: dict[str, Any], inverse: Transform, size: tuple[int, int])
         raise UserError(
             f"The model predicts {', '.join(others) or 'rotated boxes or no boxes'}; expected only "
             "boxes. Test-time augmentation of this meta-architecture and the fusion of several "
-            "detectors support boxes without rotation."
+            "detectors only support boxes without rotation."
         )
     found = found.to("cpu")
     boxes = inverse.apply_box(found.pred_boxes.tensor.detach().numpy())

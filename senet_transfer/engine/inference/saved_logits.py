@@ -18,11 +18,11 @@ from senet_transfer.models.averaged import average_logits
 
 @dataclass(frozen=True)
 class SavedLogits:
-    """Content of a CSV file written by ``--predictions FILE --logits``.
+    """Contents of a CSV file written by ``--predictions FILE --logits``.
 
     Attributes:
         file: Path of the file.
-        rows: The index from 0 of each image's row, by its key.
+        rows: The row index of each image, from 0, by the key of the image.
         labels: The label and the class name of each image.
         paths: The path of each image.
         logits: Float32 ``(N, C)``.
@@ -36,7 +36,7 @@ class SavedLogits:
 
     @classmethod
     def read(cls, file: str) -> "SavedLogits":
-        """Read a file.
+        """Read a CSV file.
 
         Raises:
             UserError: If the file can't be read or has no logits.
@@ -88,7 +88,7 @@ def evaluate_saved_logits(
         keep_logits: If True, return the logarithm of the mean probabilities of each image.
 
     Raises:
-        UserError: If a file can't be read, or if the files have other images or other classes.
+        UserError: If a file can't be read, or if the files differ in their images or classes.
     """
     start = time.perf_counter()
     read = [SavedLogits.read(file) for file in files]
@@ -124,7 +124,7 @@ def evaluate_saved_logits(
 
 
 def _check_same(first: SavedLogits, other: SavedLogits) -> None:
-    """Raise a UserError if two files have other images or other classes."""
+    """Raise a UserError if two files differ in their images or classes."""
     files = f"{first.file} and {other.file}"
     counts = first.logits.shape[1], other.logits.shape[1]
     if counts[0] != counts[1]:

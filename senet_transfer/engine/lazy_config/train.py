@@ -1,6 +1,6 @@
-"""Training and evaluation of a model from a LazyConfig.
+"""Training and evaluation with a LazyConfig.
 
-The steps are those of Detectron2's ``tools/lazyconfig_train_net.py``, with this project's training
+This module follows Detectron2's ``tools/lazyconfig_train_net.py``, but uses this project's training
 step, checkpoints and graceful shutdown.
 """
 
@@ -29,6 +29,7 @@ from senet_transfer.engine.setup import (
     RunOptions,
     available_device,
     escape_names,
+    check_overwrite,
     restarted,
     resumes,
 )
@@ -38,7 +39,7 @@ from senet_transfer.errors import UserError
 
 _SECTIONS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
-# The flags of the command that change the keys of a YAML config.
+# Command-line flags that change keys of a YAML config.
 _UNSUPPORTED = ("classes", "deterministic", "quiet", "data", "val", "images")
 
 logger = logging.getLogger(__name__)
@@ -50,9 +51,12 @@ def load_lazy_config(options: RunOptions) -> DictConfig:
     Raises:
         UserError: If the file or a section is missing, or if an option is invalid.
     """
+    check_overwrite(options)
     path = options.config_file
     if not Path(path).is_file():
-        raise UserError(f"There is no config file {path}. Give the path of an existing file.")
+        raise UserError(
+            f"The config file {path} does not exist. Pass the path of an existing file."
+        )
     if given := [name for name in _UNSUPPORTED if getattr(options, name)]:
         raise UserError(
             f"--{given[0]} is not supported with a LazyConfig. Remove it, and set the "
@@ -67,7 +71,7 @@ def load_lazy_config(options: RunOptions) -> DictConfig:
     cfg.train = OmegaConf.merge(model_zoo.get_config("common/train.py").train, cfg.train)
     try:
         return LazyConfig.apply_overrides(cfg, list(options.options))
-    except Exception as error:  # Hydra's parser and OmegaConf raise various types.
+    except Exception as error:  # Hydra's parser and OmegaConf raise exceptions of various types.
         raise UserError(
             f"The options {' '.join(options.options)} can't be applied to the LazyConfig {path}: "
             f"{str(error).splitlines()[0]}. Expected KEY=VALUE, such as train.max_iter=1000."
@@ -81,7 +85,7 @@ def main(options: RunOptions) -> None:
     :func:`senet_transfer.engine.train.main`.
 
     Args:
-        options: The run's options, of which ``config_file`` is a LazyConfig.
+        options: The run's options. ``config_file`` must be a LazyConfig.
 
     Raises:
         UserError: If the run can't start with these options.
@@ -116,10 +120,10 @@ def _distributed(cfg: DictConfig, model: nn.Module) -> nn.Module:
 
 
 class LazyTrainer(StepTrainer):
-    """This project's training step as a trainer, for its hooks.
+    """Trainer that runs this project's training step and hooks.
 
     Attributes:
-        timer: The timer of the steps, which must be one of the hooks.
+        timer: The hook that times the steps. It must also be registered.
     """
 
     timer: hooks.StepTimer
@@ -181,7 +185,7 @@ def _hooks(
 
 
 def _evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
-    """Return the metrics of the evaluator, or nothing if the config has none."""
+    """Return the evaluator's metrics, or an empty dict if the config has no evaluator."""
     if "evaluator" not in cfg.dataloader:
         return {}
     loader, evaluator = instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)

@@ -1,1 +1,1 @@
-"""Methods for small data sets: features, probes, and fine-tuning of the backbone by stages."""
+"""Methods for small data sets: features, probes, and stage-wise fine-tuning of the backbone."""

@@ -30,7 +30,7 @@ SUFFIXES = (".npz", ".safetensors")
 
 @dataclass(frozen=True)
 class Features:
-    """Features of the images of a data set, in its order.
+    """Features of a data set's images, in the order of the data set.
 
     Attributes:
         features: The input of the classifier's linear layer, float32 ``(N, D)``.
@@ -45,7 +45,7 @@ class Features:
     classes: list[str]
 
     def write(self, path: str) -> None:
-        """Write the attributes to an .npz or a .safetensors file.
+        """Write the features, labels, paths and class names to an .npz or .safetensors file.
 
         A .safetensors file contains the paths and classes as JSON in its metadata.
 
@@ -69,22 +69,23 @@ class Features:
 
 
 def check_features_file(path: str) -> None:
-    """Raise a UserError if the suffix of a file for features is unknown."""
+    """Raise a UserError if the suffix of a feature file is not supported."""
     check_suffix(Path(path), SUFFIXES)
 
 
 def load_backbone(found: ModelSource, device: str = "") -> LoadedModel:
-    """Build a classifier with the backbone of a weight file, whose classifier is not needed.
+    """Build a classifier and load its backbone; the weight file may lack the linear layer.
 
     Raises:
-        UserError: If the model is not a classifier, or the file lacks a part of the backbone.
+        UserError: If the model is not a classifier, or the weight file lacks a part of the
+            backbone.
     """
     if not is_classification(found.cfg):
         raise UserError(
             f"MODEL.META_ARCHITECTURE in {found.config_file} is "
             f"{found.cfg.MODEL.META_ARCHITECTURE}; expected ImageClassifier. To use the backbone "
             "of a detector, write it to a file with `senet convert WEIGHTS backbone.pth "
-            "--backbone`, and give this file with --model NAME --weights backbone.pth."
+            "--backbone`, and pass that file with --model NAME --weights backbone.pth."
         )
     if not found.cfg.MODEL.WEIGHTS:
         raise UserError(
@@ -97,18 +98,18 @@ def load_backbone(found: ModelSource, device: str = "") -> LoadedModel:
 def open_labelled(
     cfg: CfgNode, *, train: str = "", test: str, classes: str = ""
 ) -> list[ClassificationDataset | ImageArrays]:
-    """Open classification data for the transforms of a config.
+    """Open labelled classification data with the input settings of a config.
 
     Args:
-        cfg: The config of the model. Its data sets and classes are not used.
+        cfg: The model's config. The data sets and classes in the config are not used.
         train: A data set in any supported format, which determines the classes. If empty, only
             ``test`` is opened.
-        test: A data set with the same classes.
+        test: A data set with the same classes as ``train``.
         classes: Order of the labels: "numeric", or a file with one class name per line. If empty,
             the order of the data is used.
 
     Raises:
-        UserError: If a data set is missing or damaged, or the two have different classes.
+        UserError: If a data set is missing or damaged, or the data sets have different classes.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -135,8 +136,8 @@ def extract_features(
         loaded: A classifier. It is not changed.
         dataset: The data set, whose classes may differ from the classifier's.
         batch_size: The number of images per batch.
-        workers: The number of processes that read and decode images. Each of them builds batches
-            of its own part of the data.
+        workers: The number of processes that read and decode images. Each process builds batches
+            from its own part of the data.
         quiet: If True, show no progress bar.
 
     Raises:
@@ -168,6 +169,6 @@ def _check_finite(features: Tensor, paths: Sequence[str]) -> None:
     if bad:
         raise UserError(
             f"The features of {len(bad)} of {len(paths)} images are not finite; the first image is "
-            f"{paths[bad[0]]}. The weights are damaged, or their training diverged. Use "
-            "different weights."
+            f"{paths[bad[0]]}. The weights are damaged, or training diverged. Use different "
+            "weights."
         )

@@ -10,12 +10,12 @@ from torch import Tensor
 from senet_transfer.engine.little_data.neighbours import top_errors
 from senet_transfer.errors import UserError
 
-# Strengths of the L2 regularisation to try, from strong to weak.
+# L2 regularisation strengths to try, from strong to weak.
 WEIGHT_DECAYS = tuple(float(f"{10**power:.3g}") for power in np.arange(1, -4.5, -0.5))
 
 HELD_OUT = 0.2
 
-# Maximum numbers of L-BFGS iterations, for each strength to try and for the final fit.
+# Maximum numbers of L-BFGS iterations: for each strength to try, and for the final fit.
 _ITERATIONS_TRIED = 100
 _ITERATIONS = 500
 
@@ -45,16 +45,16 @@ def fit_linear_probe(
 ) -> LinearProbe:
     """Fit a linear probe, and select its regularisation on a held-out part of the training images.
 
-    A fifth of the images of each class is held out. The strength with the lowest top-1 error on
-    these images is selected; in case of a tie, the one with the lowest loss. The probe is then
-    fitted to all images. Features are standardised for the fit, and the layer is converted to one
-    for the original features.
+    A fifth of the images in each class is held out. The strength with the lowest top-1 error on
+    these images is selected; ties are resolved by the lowest loss. The probe is then fitted to all
+    images. Features are standardised for the fit, and the layer is converted to one for the
+    original features.
 
     Args:
         features: Features of the training images ``(N, D)``.
-        labels: Their labels ``(N,)``.
+        labels: Labels of the training images ``(N,)``.
         num_classes: The number of classes.
-        seed: The seed of the held-out part.
+        seed: The seed for choosing the held-out images.
 
     Raises:
         UserError: If no class has two images.
@@ -66,8 +66,8 @@ def fit_linear_probe(
     out = _held_out(labels, num_classes, seed)
     if not out.any():
         raise UserError(
-            "Each class of the training data has at most one image, so that none can be held out "
-            "to select the regularisation. Use at least two images per class."
+            "Each class of the training data has at most one image, so none can be held out to "
+            "select the regularisation. Use at least two images per class."
         )
     tried = []
     start = None

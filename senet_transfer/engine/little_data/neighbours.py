@@ -17,14 +17,14 @@ def neighbour_scores(
 ) -> Tensor:
     """Return a score for each class from the ``k`` nearest training images.
 
-    The neighbours are those with the largest cosine similarity ``s``. Each adds the weight
-    ``exp(s / 0.07)`` to the score of its class.
+    The neighbours are those with the largest cosine similarity ``s``. Each neighbour adds the
+    weight ``exp(s / 0.07)`` to the score of its class.
 
     Args:
         train: Features of the training images ``(M, D)``.
         labels: Labels of the training images ``(M,)``.
         features: Features of the images to classify ``(N, D)``.
-        k: Number of neighbours; all training images are used if there are fewer.
+        k: Number of neighbours. If there are fewer training images, all of them are used.
         num_classes: Number of classes.
 
     Returns:
@@ -43,8 +43,8 @@ def top_errors(scores: Tensor, labels: Tensor) -> dict[str, float]:
     """Return the number of images and the top-1 and top-5 errors in percent.
 
     Args:
-        scores: Scores of the classes ``(N, C)``. A class with a score of minus infinity is not a
-            prediction, even if fewer than five classes have other scores.
+        scores: Scores of the classes ``(N, C)``. A class whose score is minus infinity never counts
+            as predicted, even if fewer than five classes have finite scores.
         labels: Class indices ``(N,)``.
     """
     values, best = scores.topk(min(TOP, scores.shape[1]))

@@ -44,10 +44,10 @@ def run_probe(
     workers: int = 2,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Fit a linear probe, evaluate it and the nearest neighbours, and save the results.
+    """Evaluate a linear probe and nearest neighbours, and save the results.
 
-    The output folder then contains the classifier, ``model_final.pth`` with its ``config.yaml``,
-    and the results, ``probe.json``.
+    The classifier is saved as ``model_final.pth`` with a ``config.yaml``, and the results as
+    ``probe.json``.
 
     Args:
         found: A classifier, whose linear layer is replaced.
@@ -57,13 +57,13 @@ def run_probe(
         device: The device for the features. If empty, ``MODEL.DEVICE`` is used.
         classes: Order of the labels; see :func:`~.features.open_labelled`.
         neighbours: The number of nearest neighbours.
-        seed: The seed for the held-out part of the training data.
+        seed: The seed for choosing the held-out training images.
         batch_size: The number of images per batch.
         workers: The number of processes that read and decode images.
         quiet: If True, show no progress bar.
 
     Returns:
-        The results, with the errors of the probe in percent.
+        The results, with errors in percent.
 
     Raises:
         UserError: If a file is missing or does not match the other files, or the output folder
@@ -124,7 +124,7 @@ def _check_output(output: str) -> None:
     """Create the output folder; raise a UserError if it contains a run other than a probe."""
     if Path(output, "config.yaml").is_file() and not Path(output, RESULTS).is_file():
         raise UserError(
-            f"{output} contains a training run, whose config.yaml would be replaced. Give a "
+            f"{output} contains a training run, whose config.yaml would be replaced. Choose a "
             "different output folder."
         )
     make_output_folder(output)

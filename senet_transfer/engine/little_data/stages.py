@@ -1,4 +1,4 @@
-"""Fine-tuning by stages: learning rates that decay with depth, and gradual unfreezing."""
+"""Stage-wise fine-tuning: lower learning rates in earlier stages, and gradual unfreezing."""
 
 import math
 import re
@@ -10,14 +10,14 @@ from torch import nn
 
 from senet_transfer.errors import UserError
 
-# Modules of the stages in classifiers, in detectors with an FPN, and in detectors with a C4 head.
+# Names of the stage modules in classifiers, in FPN detectors and in C4 detectors.
 _STAGE = re.compile(r"(?:backbone\.(?:bottom_up\.)?|roi_heads\.)(stem|res[2-5])")
 
 
 def backbone_stages(model: nn.Module) -> dict[str, nn.Module]:
     """Return the stages of a model's backbone by module name, from the stem to the last stage.
 
-    The last stage of a C4 detector is part of its head, but is also pretrained.
+    In a C4 detector, the last stage is part of the head, but it is also pretrained.
     """
     found = {name: module for name, module in model.named_modules() if _STAGE.fullmatch(name)}
     order = ("stem", "res2", "res3", "res4", "res5")
@@ -28,8 +28,8 @@ def layer_factors(model: nn.Module, decay: float) -> Callable[[str], float]:
     """Return a function that maps a parameter's name to a factor for its learning rate.
 
     The factor is 1 for parameters outside the stages, ``decay`` in the last stage, ``decay ** 2``
-    in the stage before it, and so on. This is BEiT's and timm's layer decay (Bao et al. 2022) with
-    the stages of the backbone as layers.
+    in the stage before it, and so on. This is the layer decay of BEiT (Bao et al. 2022) and timm,
+    applied to the stages of the backbone.
 
     Raises:
         UserError: If the backbone has no known stages.
@@ -49,24 +49,25 @@ def layer_factors(model: nn.Module, decay: float) -> Callable[[str], float]:
 
 
 class GradualUnfreezing(HookBase):
-    """Hook that freezes a backbone's stages at the start and unfreezes them, the last one first.
+    """Hook that freezes a backbone's stages at first and then unfreezes them, last stage first.
 
-    The weights of a frozen stage do not change, its batch norms use their running statistics and
-    do not update them, and no gradients are computed for it. The frozen stages depend only on the
-    iteration, so that a resumed run continues exactly.
+    The weights of a frozen stage do not change, its batch norms use their running statistics and do
+    not update them, and no gradients are computed for it. The frozen stages depend only on the
+    iteration, so a resumed run continues exactly.
     """
 
     def __init__(self, model: nn.Module, starts: Sequence[int], wrap: Callable[[], Any]):
         """
         Args:
             model: The model, without a wrapper for distributed training.
-            starts: The iterations from which the last stage, the stage before it, and so on are
-                trained. Stages without a number stay frozen.
+            starts: The iterations at which the last stage, the stage before it, and so on are
+                unfrozen. Stages without a number stay frozen.
             wrap: A function that wraps the model for distributed training again. The wrapper only
                 supports the parameters that required gradients when it was created.
 
         Raises:
-            UserError: If the numbers are not in ascending order, or there are more than stages.
+            UserError: If the numbers are not in ascending order, or if there are more numbers than
+                stages.
         """
         stages = [
             (name, stage, parameters)
@@ -77,8 +78,8 @@ class GradualUnfreezing(HookBase):
             raise UserError(
                 f"SOLVER.UNFREEZE_ITERS (or UNFREEZE_EPOCHS) has {len(starts)} numbers, but the "
                 f"backbone has {len(stages)} trainable stages: "
-                f"{', '.join(name for name, *_ in stages)}. Give at most one number per stage, for "
-                "the last stage first. MODEL.BACKBONE.FREEZE_AT freezes stages permanently."
+                f"{', '.join(name for name, *_ in stages)}. Set at most one number per stage, "
+                "starting with the last stage. MODEL.BACKBONE.FREEZE_AT freezes stages permanently."
             )
         if list(starts) != sorted(starts) or any(start < 0 for start in starts):
             raise UserError(

@@ -9,7 +9,7 @@ from pycocotools import mask as mask_util
 
 
 def objects(output: dict[str, Any], threshold: float) -> Instances | None:
-    """Return the detected objects in a model's output for an image, or None if it detects none.
+    """Return the objects in a model's output for an image, or None if the output has no objects.
 
     The proposals of a region proposal network become objects of class 0, and their scores are the
     sigmoid of the logits.
@@ -36,8 +36,8 @@ def objects(output: dict[str, Any], threshold: float) -> Instances | None:
 def object_annotations(found: Instances, image_id: int) -> list[dict[str, Any]]:
     """Return COCO annotations of objects, with the class index as ``category_id``.
 
-    The ``area`` is the mask's if there are masks, otherwise the box's. A rotated box has five
-    numbers: centre x and y, width, height and angle in degrees, counterclockwise.
+    The ``area`` is that of the mask or, without masks, of the box. A rotated box has five values:
+    centre x and y, width, height and angle in degrees, counterclockwise.
     """
     if not len(found):
         return []
@@ -71,7 +71,7 @@ def segment_annotations(
     Args:
         segments: The mask (H, W) of each class; see :func:`segments`.
         image_id: The image id.
-        first: The ``category_id`` of class 0. The other classes follow.
+        first: The ``category_id`` of class 0. The other classes have the ids that follow.
     """
     annotations = []
     for index, segment in segments.items():
@@ -91,7 +91,7 @@ def segment_annotations(
 def segments(output: dict[str, Any]) -> dict[int, np.ndarray]:
     """Return the mask (H, W) of each class in a model's semantic segmentation of an image.
 
-    In a panoptic segmentation, only the stuff segments are returned, not the objects.
+    For a panoptic segmentation, only the stuff segments are returned, not the objects.
     """
     if "panoptic_seg" in output:
         ids, info = output["panoptic_seg"]

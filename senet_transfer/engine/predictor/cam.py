@@ -27,8 +27,8 @@ class ActivationMap:
         name: The class name.
         probability: The probability of the class.
         cam: The map ``(h, w)``. Its mean plus the bias of the class is the logit.
-        plain: The map that results if the last gate scales all channels equally, by the mean of
-            its values; None if the network has no gates.
+        plain: The map that would result if the last SE gate scaled all channels equally, by the
+            mean of its values; None if the network has no gates.
     """
 
     view: np.ndarray
@@ -39,11 +39,11 @@ class ActivationMap:
 
     @property
     def added(self) -> np.ndarray | None:
-        """Change of the map by the last gate, which scales channels differently, ``(h, w)``."""
+        """Change caused by the last gate, ``cam - plain``, ``(h, w)``; None without gates."""
         return None if self.plain is None else self.cam - self.plain
 
     def plot(self) -> Image.Image:
-        """Return the map drawn on the image and, next to it, the change by the last gate."""
+        """Return the map drawn on the image and, next to it, the change caused by the last gate."""
         maps = [(self.cam, f"{self.name} {self.probability:.1%}")]
         if self.added is not None:
             maps.append((self.added, "added by the last SE gate"))
@@ -74,7 +74,7 @@ def class_activation_map(
         label: The index of the class. If None, the most probable class is used.
 
     Raises:
-        UserError: If the network has no global average pooling, or was exported.
+        UserError: If the network has no global average pooling, or the model is an exported file.
     """
     model = predictor.run
     if not isinstance(model, ImageClassifier) or model.neck is not None:
@@ -114,7 +114,7 @@ def class_activation_map(
 
 
 def _scale_equally(gate: SqueezeExcitation, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    """Forward hook that scales all channels by the mean of the gate's values."""
+    """Scale all channels by the mean of the gate's values. This is a forward hook."""
     x, shortcut, scale = (*inputs, None, 1.0)[:3]
     gated = scale * x * gate.gate(x).mean(1, keepdim=True)
     return gated if shortcut is None else gated + shortcut

@@ -29,14 +29,14 @@ def load_exported(
     """Return a predictor for an exported file; see :func:`senet_transfer.load`.
 
     Args:
-        path: The file. Files from other people should not be loaded, because formats other than
-            ONNX can run any code.
+        path: The exported file. Load only trusted files: formats other than ONNX can execute
+            arbitrary code.
         threshold: The minimum score of objects.
-        top: The number of classes in a classifier's results.
-        options: Further arguments of the predictor.
+        top: The number of most probable classes in a classifier's results.
+        options: Further arguments for the predictor.
 
     Raises:
-        UserError: If the file can't be read, or is not from this project.
+        UserError: If the file can't be read, or was not exported by this project.
     """
     opens = {".onnx": _open_onnx, ".pt2": _open_program, ".ts": _open_traced}
     try:
@@ -44,7 +44,7 @@ def load_exported(
         found = {key: json.loads(text) for key, text in metadata.items() if text}
     except ImportError:
         raise
-    except Exception as error:  # each library raises errors of many types
+    except Exception as error:  # each library raises exceptions of many types
         raise UserError(
             f"{path} can't be read as an exported model: {type(error).__name__}: {error}. Export "
             "it again with senet export."
@@ -54,7 +54,7 @@ def load_exported(
     if found.get("task", "classification") != "classification" or "preprocessing" not in found:
         raise UserError(
             f"{path} does not describe its preprocessing, which prediction requires. Expected a "
-            "classifier, or a detector in ONNX's format, written by senet export."
+            "classifier, or a detector in ONNX format, written by senet export."
         )
     return _classifier(run, found, size, top=top, **options)
 
@@ -100,8 +100,8 @@ def _classifier(
     height, width = size or found.get("size") or [preprocessing["crop"]] * 2
     if height != width:
         raise UserError(
-            f"The model takes images of {height}x{width} pixels; expected a square size. Export it "
-            "with one side length."
+            f"The model takes images of {height}x{width} pixels; expected a square size. Export "
+            "the model with a single side length."
         )
     transform = EvalTransform(
         mode=found.get("mode", "short_side"),
@@ -139,7 +139,7 @@ def _detector(
         detect,
         Resize([side, side], found["max_size"]),
         Classes(tuple(found["classes"]), ids=tuple(found["category_ids"])),
-        # The exported model takes RGB images, and reorders the channels.
+        # The exported model takes RGB images and reorders the channels itself.
         input_format="L" if found["format"] == "L" else "RGB",
         reading=Reading(tuple(found["value_range"]), found.get("upright", True)),
         **options,

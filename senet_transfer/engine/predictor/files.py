@@ -19,16 +19,17 @@ from senet_transfer.engine.predictor.predictor import (
     DetectorPredictor,
     describe_problem,
 )
-from senet_transfer.engine.predictor.video import Video, check_path
+from senet_transfer.engine.predictor.video import Video
 from senet_transfer.engine.results import write_results
 from senet_transfer.errors import UserError
 from senet_transfer.utils.progress import progress
+from senet_transfer.utils.text import check_utf8
 
 logger = logging.getLogger(__name__)
 
 FORMATS = ("json", "coco", "csv", "yolo")
 
-# Number of problems to list in an error.
+# Maximum number of problems to list in an error message.
 _LISTED = 10
 
 Result = Classification | Detections
@@ -47,26 +48,26 @@ def predict_files(
     report: Callable[[Result], object] = lambda result: None,
     plot: Callable[[Any], Image.Image] = lambda result: result.plot(),
 ) -> str:
-    """Predict images, write the results and draw them.
+    """Run prediction on images, write the results and draw them.
 
-    Ctrl-C keeps the results until then.
+    After Ctrl-C, the results so far are kept.
 
     Args:
         predictor: The predictor.
         images: Paths of images, or the images found by :func:`~.inputs.find_photos`. A path that
-            occurs several times is predicted once.
+            occurs several times is processed once.
         output_dir: The output folder for ``predictions.json`` (or ``.csv``, or the folder
-            ``labels`` of YOLO) and the drawings. A drawing has the relative path of its image.
+            ``labels`` for YOLO) and the drawings. A drawing has the relative path of its image.
         form: One of :data:`FORMATS`; by default "coco" for detectors and "json" for classifiers.
-        draw: If True, write drawings. By default, only those of a detector are written.
+        draw: If True, write drawings. By default, drawings are written only for detectors.
         batch_size: See :meth:`Predictor.stream`.
         workers: See :meth:`Predictor.stream`.
         quiet: If True, show no progress bar.
-        report: Function to call with each result.
-        plot: Function that draws a result.
+        report: A function that is called with each result.
+        plot: A function that draws a result.
 
     Returns:
-        The path of the results.
+        The path of the results file or folder.
 
     Raises:
         UserError: If an argument is invalid, or if any image can't be processed. In the latter
@@ -92,12 +93,12 @@ def predict_files(
                     try:
                         _save(plot(result), drawings[name])
                     except Exception as error:
-                        lacks = "no drawing, only its predictions"
+                        lacks = "predictions but no drawing"
                         broken.append(describe_problem(name, lacks, error))
                 bar.update()
     except KeyboardInterrupt:
         path = writer.close()
-        logger.warning("Stopped: not all %d images are in %s.", len(photos), path)
+        logger.warning("Stopped early, so not all of the %d images are in %s.", len(photos), path)
         raise
     path = writer.close()
     check_all_read(broken, len(photos), path)
@@ -114,23 +115,23 @@ def predict_video(
     batch_size: int = 0,
     quiet: bool = False,
 ) -> tuple[str, int]:
-    """Predict the frames of a video, write the results and a video with the results drawn.
+    """Run prediction on a video, and write the results and a video with the results drawn on it.
 
     The results are written to ``NAME.jsonl``: one JSON object per frame, with its index, its time
     in seconds and the results. The video is ``NAME.mp4``. Memory use does not depend on the length
-    of the video. Ctrl-C ends a stream, and keeps the results until then.
+    of the video. Ctrl-C ends a stream; the results so far are kept.
 
     Args:
         predictor: The predictor.
-        name: Path of a video file, address of a stream, or index of a camera.
+        name: Path of a video file, URL of a stream, or index of a camera.
         output_dir: The output folder.
-        draw: If True, write a video. By default, only that of a detector is written.
-        limit: The number of frames to predict; None for all.
+        draw: If True, write a video. By default, a video is written only for detectors.
+        limit: The maximum number of frames to process; None for all.
         batch_size: See :meth:`Predictor.stream`.
         quiet: If True, show no progress bar.
 
     Returns:
-        The path of the JSON lines, and the number of frames.
+        The path of the JSON Lines file, and the number of frames.
 
     Raises:
         UserError: If the video can't be read, or a file can't be written.
@@ -155,7 +156,7 @@ def predict_video(
                     out = out or _video_writer(drawn, video.rate, image)
                     out.write(image[:, :, ::-1])
                 count += 1
-        except KeyboardInterrupt:  # the usual way to stop an endless stream
+        except KeyboardInterrupt:  # Ctrl-C is the usual way to stop an endless stream
             logger.info("Stopped after %d frames of %s.", count, name)
         finally:
             if out is not None:
@@ -164,12 +165,12 @@ def predict_video(
 
 
 def video_stem(name: str) -> str:
-    """Return the name of a video's results without their suffix."""
+    """Return the name of a video's results without a suffix."""
     return os.path.splitext(os.path.basename(name.partition("?")[0].rstrip("/")))[0] or "video"
 
 
 def _video_writer(path: str, rate: float, image: np.ndarray) -> cv2.VideoWriter:
-    check_path(path)
+    check_utf8(path, "videos")
     height, width = image.shape[:2]
     out = cv2.VideoWriter(path, cv2.VideoWriter.fourcc(*"mp4v"), rate, (width, height))
     if not out.isOpened():
@@ -191,20 +192,20 @@ def make_output_folder(path: str) -> None:
 
 
 def check_all_read(broken: list[str], images: int, path: str) -> None:
-    """Raise a UserError with the reasons if any images could not be read or processed."""
+    """Raise a UserError that lists the images that could not be read or processed, if any."""
     if broken:
         more = f"\n... and {len(broken) - _LISTED} more" if len(broken) > _LISTED else ""
         raise UserError(
             f"{len(broken)} of {images} images can't be read or processed. The predictions for the "
-            f"others are in {path}. The reasons:\n" + "\n".join(broken[:_LISTED]) + more
+            f"other images are in {path}. The problems:\n" + "\n".join(broken[:_LISTED]) + more
         )
 
 
 def output_names(photos: Sequence[Photo], output_dir: str, suffix: str = ".jpg") -> dict[str, str]:
-    """Return the path of each image's drawing, or other file, by the image's name.
+    """Return the path of each image's drawing or other output file, by the image's name.
 
     Raises:
-        UserError: If two files would have the same path, or a file would replace its image.
+        UserError: If two output files would have the same path, or one would replace its image.
     """
     names: dict[str, str] = {}
     taken: set[str] = set()
@@ -252,7 +253,7 @@ def _writer(form: str, detects: bool, output_dir: str, photos: Sequence[Photo]) 
 
 
 def _opened(path: str) -> IO[str]:
-    """Open a text file for writing; paths that are not UTF-8 are written as on disk."""
+    """Open a text file for writing. Paths that are not valid UTF-8 keep their original bytes."""
     try:
         make_output_folder(os.path.dirname(path))
         return open(path, "w", newline="", encoding="utf-8", errors="surrogateescape")
@@ -261,13 +262,13 @@ def _opened(path: str) -> IO[str]:
 
 
 class _Writer:
-    """Writer of results to ``predictions.json``. The base class writes nothing."""
+    """Base class for writers of results. It writes nothing itself."""
 
     def __init__(self, output_dir: str, photos: Sequence[Photo]):
         self.path = os.path.join(output_dir, "predictions.json")
 
     def add(self, result: Any, number: int) -> None:
-        """Add the result for an image, given its number among all images, from 1."""
+        """Add the result for an image. Images are numbered from 1."""
 
     def close(self) -> str:
         """Write the remaining results, and return the path."""
@@ -275,7 +276,7 @@ class _Writer:
 
 
 class _Json(_Writer):
-    """List with one dictionary per image."""
+    """Writer of a JSON list with one dictionary per image."""
 
     def __init__(self, output_dir: str, photos: Sequence[Photo]):
         super().__init__(output_dir, photos)
@@ -290,7 +291,7 @@ class _Json(_Writer):
 
 
 class _Coco(_Writer):
-    """COCO's ``images``, ``annotations`` and ``categories``, with the numbers as image ids."""
+    """Writer of a file in COCO format, with the images' numbers as their ids."""
 
     def __init__(self, output_dir: str, photos: Sequence[Photo]):
         super().__init__(output_dir, photos)
@@ -311,12 +312,12 @@ class _Coco(_Writer):
         return self.path
 
 
-# Columns of boxes, by the number of values.
+# Column names for boxes, by the number of values per box.
 _BOXES = {0: (), 4: ("x1", "y1", "x2", "y2"), 5: ("x", "y", "width", "height", "angle")}
 
 
 class _Csv(_Writer):
-    """Table with one row per object, or per class of an image."""
+    """Writer of a CSV table with one row per object, or per class of an image."""
 
     def __init__(self, output_dir: str, photos: Sequence[Photo]):
         self.path = os.path.join(output_dir, "predictions.csv")
@@ -347,10 +348,10 @@ class _Csv(_Writer):
 
 
 class _Yolo(_Writer):
-    """One text file per image in YOLO's format, with one line per object.
+    """Writer of one text file per image in YOLO format, with one line per object.
 
-    A line is the label, the centre, width and height of the box as fractions of the image size, and
-    the score.
+    A line contains the label, the centre, width and height of the box as fractions of the image
+    size, and the score.
     """
 
     def __init__(self, output_dir: str, photos: Sequence[Photo]):
@@ -362,7 +363,8 @@ class _Yolo(_Writer):
         height, width = result.instances.image_size
         if result.boxes.shape[1] != 4:
             raise UserError(
-                "YOLO's format has no rotated boxes. Choose the format coco, csv or json."
+                "The YOLO format does not support rotated boxes. Choose the format coco, csv or "
+                "json."
             )
         with _opened(self.files[result.photo.name]) as file:
             rows = zip(result.labels, result.boxes, result.scores, strict=True)

@@ -1,6 +1,7 @@
-"""Images to predict: files, folders, patterns, lists, addresses and images in memory."""
+"""Input images for prediction: files, folders, patterns, lists, URLs and images in memory."""
 
 import glob
+import itertools
 import os
 import re
 import urllib.request
@@ -16,7 +17,8 @@ from PIL import Image
 from senet_transfer.data.detection.mapper import decode_image
 from senet_transfer.data.images.channels import as_rgb, decode_channels, to_channels
 from senet_transfer.data.images.decode import AS_STORED, Reading, decode_exact, to_rgb
-from senet_transfer.data.images.file_types import is_array_name, is_hidden, is_image_name
+from senet_transfer.data.images.file_types import is_hidden
+from senet_transfer.data.images.listing import find_images
 from senet_transfer.errors import UserError
 
 VIDEO_SUFFIXES = (".avi", ".m3u8", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
@@ -26,14 +28,14 @@ _TIMEOUT = 30.0  # seconds
 
 @dataclass(frozen=True, eq=False)
 class Photo:
-    """Image to predict. A file is read when its pixels are needed, and not kept in memory.
+    """Input image for prediction. A file is read when needed, and is not kept in memory.
 
     Attributes:
-        source: Path, http(s) address, PIL image, or RGB or grey pixels: an array ``(H, W, 3)`` or
-            ``(H, W)``, or a tensor ``(3, H, W)`` or ``(1, H, W)``, uint8. If ``reading`` contains a
+        source: Path, HTTP(S) URL, PIL image, or RGB or grey pixels: an array ``(H, W, 3)`` or ``(H,
+            W)``, or a tensor ``(3, H, W)`` or ``(1, H, W)``, uint8. If ``reading`` contains a
             number of channels, an array ``(H, W, C)`` or a tensor ``(C, H, W)`` of any number type.
-        name: Path or address, or a description of an image in memory.
-        relative: Path of the image in its folder, after which output files are named.
+        name: Path or URL, or a description of an image in memory.
+        relative: Path of the image relative to the input folder. Output files are named after it.
         reading: Settings for reading the image.
     """
 
@@ -44,7 +46,7 @@ class Photo:
 
     @classmethod
     def of(cls, source: Any, name: str = "image") -> "Photo":
-        """Return the photo for a path, an address or an image in memory."""
+        """Return the photo for a path, a URL or an image in memory."""
         if isinstance(source, Photo):
             return source
         if isinstance(source, str | os.PathLike):
@@ -53,7 +55,7 @@ class Photo:
         return cls(source, name, name)
 
     def pillow(self) -> Image.Image:
-        """Return the RGB image as classifiers see it.
+        """Return the image for a classifier, in RGB.
 
         Raises:
             UserError: If the image can't be read.
@@ -68,7 +70,7 @@ class Photo:
             raise self._unreadable(error) from error
 
     def pixels(self) -> np.ndarray:
-        """Return the image as detectors see it: RGB, uint8 ``(H, W, 3)``.
+        """Return the image for a detector: RGB, uint8 ``(H, W, 3)``.
 
         Raises:
             UserError: If the image can't be read.
@@ -79,15 +81,15 @@ class Photo:
             return np.asarray(self.pillow())
         try:
             return decode_image(read_bytes(self.source), "RGB", self.reading)
-        # Decoders raise exceptions of many types for damaged files.
+        # Decoders raise many types of exceptions for damaged files.
         except Exception as error:
             raise self._unreadable(error) from error
 
     def bands(self) -> np.ndarray:
-        """Return all channels of the image as the model sees them, uint8 ``(H, W, C)``.
+        """Return all channels of the image for a model with this input format, uint8 ``(H, W, C)``.
 
         Raises:
-            UserError: If the image can't be read, or has another number of channels.
+            UserError: If the image can't be read, or has a different number of channels.
         """
         try:
             if isinstance(self.source, str):
@@ -122,13 +124,13 @@ def _in_memory(image: Any) -> Image.Image:
     shape, dtype = getattr(image, "shape", ""), getattr(image, "dtype", "")
     given = " ".join(str(part) for part in (type(image).__name__, dtype, shape) if str(part))
     raise UserError(
-        f"The image is a {given}; expected a path, an address, a PIL image, or RGB or grey pixels "
-        "in 0-255 with the data type uint8: an array (H, W, 3) or (H, W), or a tensor (C, H, W)."
+        f"The image is a {given}; expected a path, a URL, a PIL image, or RGB or grey pixels in "
+        "0-255 with the data type uint8: an array (H, W, 3) or (H, W), or a tensor (C, H, W)."
     )
 
 
 def read_bytes(name: str) -> bytes:
-    """Return the content of a file or an http(s) address."""
+    """Return the contents of a file or an HTTP(S) URL."""
     if is_address(name):
         with urllib.request.urlopen(name, timeout=_TIMEOUT) as answer:
             return answer.read()
@@ -136,12 +138,12 @@ def read_bytes(name: str) -> bytes:
 
 
 def is_address(name: str) -> bool:
-    """Return whether a name is an http(s) address."""
+    """Return whether a name is an HTTP(S) URL."""
     return name.startswith(("http://", "https://"))
 
 
 def is_video(name: str) -> bool:
-    """Return whether a name is that of a video file, of a stream, or the index of a camera."""
+    """Return whether a name refers to a video file, a stream, or a camera index."""
     if is_address(name):
         return name.partition("?")[0].lower().endswith(VIDEO_SUFFIXES)
     if name.startswith(_STREAMS) or (name.isdigit() and not os.path.exists(name)):
@@ -150,10 +152,10 @@ def is_video(name: str) -> bool:
 
 
 def find_photos(inputs: Iterable[str]) -> list[Photo]:
-    """Return the images given by paths, addresses, folders, glob patterns and lists of images.
+    """Find images by paths, URLs, folders, glob patterns and lists of images.
 
-    Folders are searched recursively. A list is a ``.txt`` file with one path or address per line;
-    paths are relative to the list's folder or to the working directory.
+    Folders are searched recursively. A list is a ``.txt`` file with one path or URL per line; paths
+    are relative to the list's folder or to the working directory.
 
     Returns:
         Each image once, sorted by name.
@@ -166,9 +168,9 @@ def find_photos(inputs: Iterable[str]) -> list[Photo]:
         photos = list(_photos(name))
         if not photos:
             raise UserError(
-                f"No image matches {name}. Expected an image file, a folder with images such as "
-                ".jpg or .png files, a pattern such as 'images/*.jpg', a .txt file with one path "
-                "per line, or an http(s) address."
+                f"No image matches {name}. Expected an image file, a folder with image files such "
+                "as .jpg or .png, a pattern such as 'images/*.jpg', a .txt file with one path per "
+                "line, or an HTTP(S) URL."
             )
         for photo in photos:
             found.setdefault(photo.name, photo)
@@ -179,17 +181,12 @@ def _photos(name: str) -> Iterator[Photo]:
     if is_address(name):
         yield Photo(name, name, os.path.basename(name.partition("?")[0]) or "image")
     elif os.path.isdir(name):
-        names: list[str] = []
-        for folder, folders, files in os.walk(name):
-            folders[:] = [entry for entry in folders if not is_hidden(entry)]
-            names += [os.path.relpath(os.path.join(folder, entry), name) for entry in files]
-        # NumPy arrays are images if there are no other images.
-        for relative in [*filter(is_image_name, names)] or filter(is_array_name, names):
+        for relative in itertools.chain(*find_images(name).values()):
             path = os.path.join(name, relative)
             yield Photo(path, path, relative)
     elif os.path.isfile(name) and name.lower().endswith(".txt"):
         yield from _listed(name)
-    elif os.path.isfile(name):  # first, because its name may contain glob characters
+    elif os.path.isfile(name):  # before patterns, because a file name may contain glob characters
         yield Photo.of(name)
     else:
         folder = os.path.dirname(re.split(r"[*?\[]", name)[0])
@@ -200,13 +197,13 @@ def _photos(name: str) -> Iterator[Photo]:
 
 
 def _listed(path: str) -> Iterator[Photo]:
-    """Yield the images in a list, whose relative paths are those in the list."""
+    """Yield the images in a list file. Their relative paths are the paths in the list."""
     try:
         lines = Path(path).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path} can't be read as a list of images: {error}. Expected a UTF-8 text file with "
-            "one path or address per line."
+            "one path or URL per line."
         ) from error
     for line in map(str.strip, lines):
         if line and not is_address(line):

@@ -22,7 +22,7 @@ from senet_transfer.weights.hub.catalogue import names_published
 from senet_transfer.weights.hub.repositories import is_hub_name
 from senet_transfer.weights.hub.zoo import is_zoo_name, zoo_model
 
-# Checkpoints in the folder of a run, or a model from the Hugging Face Hub, in order of preference.
+# File names in a run's folder, or in a folder with a Hugging Face model, in order of preference.
 _CHECKPOINTS = ("model_best.pth", "model_final.pth", "model.safetensors")
 
 
@@ -37,7 +37,7 @@ def load(
     threshold: float = 0.5,
     top: int = TOP,
 ) -> ClassifierPredictor | DetectorPredictor:
-    """Return a predictor, which is called with images.
+    """Load a model, and return a predictor that can be called with images.
 
     ```python
     predictor = senet_transfer.load("output/model_final.pth")
@@ -47,31 +47,31 @@ def load(
     ```
 
     Args:
-        source: The output folder of a run (its best model is loaded, otherwise its final model), a
-            checkpoint or weight file, a config file whose ``MODEL.WEIGHTS`` is a complete model, a
-            published name such as "cadene/se_resnet50" (names that start with "senet_transfer/" are
-            weights in this package), or "timm/NAME" for weights that only timm
-            provides, a repository of the Hugging Face Hub such as "hf-hub:owner/name", the name of
-            a detector in Detectron2's model zoo such as
-            "COCO-Detection/faster_rcnn_R_50_FPN_3x", or a file written by ``senet export`` (.onnx,
-            .pt2 or .ts; of detectors, .onnx).
+        source: The output folder of a run (its best model or, if there is none, its final model is
+            loaded); a checkpoint or weight file; a config file whose ``MODEL.WEIGHTS`` is a
+            complete model; a published name such as "cadene/se_resnet50" (names that start with
+            "senet_transfer/" are weights in this package) or "timm/NAME" for weights that only timm
+            provides; a Hugging Face Hub repository such as "hf-hub:owner/name"; a detector in
+            Detectron2's model zoo such as "COCO-Detection/faster_rcnn_R_50_FPN_3x"; or a file
+            written by ``senet export`` (.onnx, .pt2 or .ts; for detectors, only .onnx).
         config_file: The config of a weight file. If empty, the ``config.yaml`` next to the file or,
             without one, the file's metadata is used.
         options: Alternating keys and values that override the config, such as
             ``["INPUT.MIN_SIZE_TEST", "600"]``.
-        device: The device, such as "cpu" or "cuda:1". If empty, a GPU is used if there is one.
+        device: The device, such as "cpu" or "cuda:1". If empty, a GPU is used if available.
         half: If True, compute in half precision: float16 on a GPU, bfloat16 on the CPU.
-        batch_size: The number of images per batch. Larger batches change results by rounding and,
-            because Detectron2 pads smaller images to the size of the largest, near the edges.
+        batch_size: The number of images per batch. Larger batches change results slightly, by
+            rounding and near the edges of images, because Detectron2 pads smaller images to the
+            size of the largest.
         threshold: The minimum score of objects.
-        top: The number of classes in a classifier's results, the most probable ones.
+        top: The number of most probable classes in a classifier's results.
 
     Returns:
         A :class:`~senet_transfer.engine.predictor.predictor.ClassifierPredictor`, which returns
         :class:`~senet_transfer.engine.predictor.predictions.Classification`, or a
         :class:`~senet_transfer.engine.predictor.predictor.DetectorPredictor`, which returns
-        :class:`~senet_transfer.engine.predictor.predictions.Detections`. With batches of one
-        image, the results are bitwise identical to those of the evaluation.
+        :class:`~senet_transfer.engine.predictor.predictions.Detections`. With batches of one image,
+        the results are bitwise identical to the predictions in evaluation.
 
     Raises:
         UserError: If the source is unknown, a file can't be read, or an argument is invalid.
@@ -93,9 +93,9 @@ def _check_exported(path: str, device: str, half: bool, config: Sequence[str]) -
         raise UserError(f"The exported model {path} does not exist. Check the path.")
     if device not in ("", "cpu") or half or any(config):
         raise UserError(
-            f"{path} is an exported model, which runs on the CPU in the precision and with the "
-            "settings of its export. Load the checkpoint to use a device, half precision or config "
-            "options."
+            f"{path} is an exported model, which runs on the CPU with the precision and settings "
+            "that it was exported with. Load the checkpoint to use a device, half precision or "
+            "config options."
         )
 
 
@@ -107,7 +107,7 @@ def load_trained(
     named = names_published(weights) or is_hub_name(weights)
     if not config_file and not named and not os.path.isfile(weights):
         raise UserError(
-            f"The checkpoint {weights} does not exist. Give the path of a .pth file, the output "
+            f"The checkpoint {weights} does not exist. Pass the path of a .pth file, the output "
             "folder of a run, or the name of published weights (see "
             "senet_transfer.list_catalogue())."
         )
@@ -118,18 +118,18 @@ def load_trained(
             raise
         raise UserError(
             f"{error} There is no config.yaml next to {weights}, where training writes it. If the "
-            "model has a config, give it with --config-file (config_file= in Python)."
+            "model has a config, pass it with --config-file (config_file= in Python)."
         ) from error
     if not found.cfg.MODEL.WEIGHTS:
         raise UserError(
-            f"{config_file} has no weights (MODEL.WEIGHTS is empty). Give a checkpoint of this "
+            f"{config_file} has no weights (MODEL.WEIGHTS is empty). Pass a checkpoint of this "
             "config, or published weights."
         )
     if not found.cfg.DATASETS.CLASSES:
         take_classes(found.cfg)
     found = found.examined()
     classes = found.cfg.DATASETS.CLASSES or found.cfg.DATASETS.STUFF_CLASSES
-    # The boxes of a region proposal network have no classes.
+    # The boxes predicted by a region proposal network have no classes.
     if config_file and not classes and predicts(found.cfg) != {PROPOSALS}:
         raise UserError(
             f"{config_file} has no class names (DATASETS.CLASSES is empty). Use the config.yaml "
@@ -155,7 +155,7 @@ def _find(name: str, config_file: str) -> tuple[str, str]:
         if os.path.isdir(name):
             raise UserError(
                 f"The folder {name} contains neither {' nor '.join(_CHECKPOINTS)}; expected the "
-                "output folder of a finished run. Give the path of a checkpoint."
+                "output folder of a finished run. Pass the path of a checkpoint."
             )
     if name.endswith((".yaml", ".yml")):
         return find_config(name), ""

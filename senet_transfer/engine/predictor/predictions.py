@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Classes:
-    """Classes that a model predicts.
+    """Names and ids of the classes that a model predicts.
 
     Attributes:
-        things: Names of a classifier's classes, or of objects.
+        things: Names of a classifier's classes, or of a detector's object classes.
         stuff: Names of the classes of a semantic segmentation.
-        ids: COCO's category ids of ``things``. Empty for 1 to N.
+        ids: COCO category ids of ``things``. If empty, the ids are 1 to N.
         keypoints: Names of an object's keypoints.
     """
 
@@ -52,7 +52,7 @@ class Classes:
 
     @functools.cached_property
     def drawn(self) -> ClassNames:
-        """The names with fonts for drawing them."""
+        """The class names and the fonts for drawing them."""
         return ClassNames.of(self.things, self.stuff)
 
     @functools.cached_property
@@ -65,7 +65,7 @@ class Classes:
 
     @functools.cached_property
     def categories(self) -> list[dict[str, Any]]:
-        """The categories in COCO's format: those of objects, followed by those of segments."""
+        """The categories in COCO format: object classes, followed by segmentation classes."""
         ids = list(self.ids)
         if len(ids) != len(self.things):
             ids = list(range(1, len(self.things) + 1))
@@ -81,7 +81,7 @@ class Classes:
 
 
 class _Shown(ABC):
-    """Display of a result in a notebook: the drawing above the text."""
+    """Base class for results, which notebooks display as a drawing above a text."""
 
     photo: Photo
 
@@ -101,15 +101,15 @@ class _Shown(ABC):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Classification(_Shown):
-    """Classes of an image.
+    """Predicted classes of an image.
 
     Attributes:
         photo: The image.
         labels: Indices of the most probable classes, most probable first.
-        names: Their names.
-        scores: Their probabilities.
+        names: Names of the most probable classes.
+        scores: Probabilities of the most probable classes.
         probabilities: Probabilities of all classes, float32 ``(C,)``.
-        classes: All classes.
+        classes: All classes of the model.
         outdoor: Probability that the scene is outdoors, which is the sum over the outdoor classes
             of Places365; None for other classes.
     """
@@ -126,7 +126,7 @@ class Classification(_Shown):
     def of(
         cls, photo: Photo, probabilities: np.ndarray, classes: Classes, top: int
     ) -> "Classification":
-        """Return the ``top`` classes of an image, given the probabilities ``(C,)``."""
+        """Return the ``top`` most probable classes of an image from the probabilities ``(C,)``."""
         best = np.argsort(-probabilities, kind="stable")[:top].tolist()
         outdoor = None
         if classes.outdoors is not None:
@@ -157,7 +157,7 @@ class Classification(_Shown):
         return found if self.outdoor is None else {**found, "outdoor": self.outdoor}
 
     def plot(self) -> Image.Image:
-        """Return the image with the names and probabilities of its classes."""
+        """Return the image with the names and probabilities of its classes drawn on it."""
         drawing = PredictionDrawing(np.asarray(self.photo.pillow()), self.classes.drawn)
         drawing.draw_classes(self.labels, self.scores)
         return Image.fromarray(drawing.image)
@@ -171,12 +171,12 @@ class Classification(_Shown):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Detections(_Shown):
-    """Objects in an image and, of a segmentation model, the mask of each class.
+    """Objects in an image and, for a segmentation model, the mask of each class.
 
     Attributes:
         photo: The image.
         instances: The objects as Detectron2's ``Instances``, on the CPU.
-        classes: The classes.
+        classes: The classes of the model.
         segments: Mask ``(H, W)`` of each class of a semantic segmentation.
     """
 
@@ -192,9 +192,9 @@ class Detections(_Shown):
     def boxes(self) -> np.ndarray:
         """Boxes, float32 ``(N, 4)``: x1, y1, x2, y2 in pixels of the image as it is read.
 
-        The model's ``INPUT.EXIF`` determines if the EXIF orientation is applied.
+        The model's ``INPUT.EXIF`` determines whether the EXIF orientation is applied.
 
-        A rotated box has five numbers; see :func:`~.annotations.object_annotations`.
+        A rotated box has five values; see :func:`~.annotations.object_annotations`.
         """
         if not len(self):
             return np.zeros((0, 4), np.float32)
@@ -217,13 +217,13 @@ class Detections(_Shown):
 
     @property
     def masks(self) -> np.ndarray | None:
-        """Masks, bool ``(N, H, W)``; None if the model predicts none."""
+        """Masks, bool ``(N, H, W)``; None if the model does not predict masks."""
         found = self.instances
         return found.pred_masks.numpy() if found.has("pred_masks") else None
 
     @property
     def keypoints(self) -> np.ndarray | None:
-        """Keypoints, float32 ``(N, K, 3)``: x, y and score; None if the model predicts none."""
+        """Keypoints, float32 ``(N, K, 3)``: x, y, score; None if the model has no keypoints."""
         found = self.instances
         return found.pred_keypoints.numpy() if found.has("pred_keypoints") else None
 
@@ -236,8 +236,7 @@ class Detections(_Shown):
     def to_dict(self) -> dict[str, Any]:
         """Return the path, the image size, and the class, label, score and box of each object.
 
-        An object has a ``segmentation`` or ``keypoints`` in COCO's format if the model predicts
-        them.
+        An object has a ``segmentation`` or ``keypoints`` in COCO format if the model predicts them.
         """
         height, width = self.instances.image_size
         objects = []
@@ -254,9 +253,9 @@ class Detections(_Shown):
         }
 
     def to_coco(self, image_id: int = 1) -> list[dict[str, Any]]:
-        """Return the objects and segments as COCO annotations, with the data set's category ids.
+        """Return the objects and segments as COCO annotations.
 
-        The ids of the categories are those in ``classes.categories``.
+        The category ids are those in ``classes.categories``.
         """
         found = object_annotations(self.instances, image_id) if len(self) else []
         found += segment_annotations(self.segments, image_id, len(self.classes.things))
@@ -266,11 +265,13 @@ class Detections(_Shown):
         return found
 
     def to_supervision(self) -> "supervision.Detections":
-        """Return the objects as ``supervision.Detections``, which can't have rotated boxes."""
+        """Return the objects as ``supervision.Detections``. Rotated boxes are not supported."""
         from supervision import Detections as Supervision
 
         if len(self) and isinstance(self.instances.pred_boxes, RotatedBoxes):
-            raise ValueError("supervision.Detections has no rotated boxes.")
+            raise ValueError(
+                "supervision.Detections does not support rotated boxes. Use to_coco() or to_dict()."
+            )
         return Supervision(
             xyxy=self.boxes.copy(),
             mask=self.masks,
@@ -280,7 +281,7 @@ class Detections(_Shown):
         )
 
     def plot(self) -> Image.Image:
-        """Return the image with boxes, masks, keypoints, class names and scores."""
+        """Return the image with boxes, masks, keypoints, class names and scores drawn on it."""
         drawing = PredictionDrawing(self.photo.pixels(), self.classes.drawn)
         drawing.draw_segments(self.segments)
         if len(self):

@@ -42,8 +42,8 @@ Result = TypeVar("Result", Classification, Detections)
 class _ImagesAsIndices(Dataset):
     """Data set whose indices are the images themselves.
 
-    With it, a data loader sends the images of an iterable to its workers, and reads the iterable
-    only as far as it prefetches.
+    A data loader can then send images from an iterable to its workers without reading the whole
+    iterable first.
     """
 
     def __getitem__(self, photo: Photo) -> Photo:
@@ -52,7 +52,7 @@ class _ImagesAsIndices(Dataset):
 
 @dataclass(frozen=True)
 class Prepared:
-    """Image that is ready for the model.
+    """Image that has been prepared for the model.
 
     Attributes:
         photo: The image.
@@ -69,10 +69,10 @@ class Prepared:
 
 
 class Predictor(ABC, Generic[Result]):
-    """Model that is called with images, and returns their classes or the objects in them.
+    """Callable that takes images and returns their classes or the objects in them.
 
     Attributes:
-        classes: The classes.
+        classes: The classes of the model.
         device: The model's device.
         reading: Settings for reading images.
         half: True for half precision: float16 on a GPU, bfloat16 on the CPU.
@@ -95,13 +95,13 @@ class Predictor(ABC, Generic[Result]):
         self.batch_size = batch_size
 
     def __call__(self, images: Any, *, batch_size: int = 0) -> Any:
-        """Predict images.
+        """Run prediction on images.
 
         Args:
-            images: A path or http(s) address, a PIL image, RGB or grey pixels (an array
-                ``(H, W, 3)`` or ``(H, W)``, or a tensor ``(C, H, W)``, uint8), or a list of these;
-                or a folder, a glob pattern, a ``.txt`` list of paths or a video.
-            batch_size: The number of images per batch. By default, that of the predictor.
+            images: A path or HTTP(S) URL, a PIL image, RGB or grey pixels (an array ``(H, W, 3)``
+                or ``(H, W)``, or a tensor ``(C, H, W)``, uint8), or a list of these; or a folder, a
+                glob pattern, a ``.txt`` list of paths or a video.
+            batch_size: The number of images per batch. By default, the predictor's batch size.
 
         Returns:
             The result for a single image, or a list with one result per image.
@@ -120,15 +120,15 @@ class Predictor(ABC, Generic[Result]):
         workers: int = 0,
         broken: list[str] | None = None,
     ) -> Iterator[Result]:
-        """Yield the results one by one, with a constant use of memory.
+        """Yield the results one by one, using a constant amount of memory.
 
         Args:
             images: Images as in :meth:`__call__`, or any iterable of them.
-            batch_size: The number of images per batch. By default, that of the predictor.
+            batch_size: The number of images per batch. By default, the predictor's batch size.
             workers: The number of processes that read and resize images. Videos are read by this
                 process only.
-            broken: A list to which the problems of images that can't be read or processed are
-                appended. If None, the first of them raises an error.
+            broken: A list to which a message is appended for each image that can't be read or
+                processed. If None, the first such image raises an error.
         """
         size = batch_size or self.batch_size
         if size < 1 or workers < 0:
@@ -156,7 +156,8 @@ class Predictor(ABC, Generic[Result]):
                 num_workers=workers,
                 collate_fn=self._prepared_batch,
                 worker_init_fn=init_worker,
-                # Creating an iterator draws a random number, not from PyTorch's global generator.
+                # A new iterator draws a random number. It must not change PyTorch's global
+                # generator.
                 generator=torch.Generator(),
             )
             return
@@ -170,12 +171,12 @@ class Predictor(ABC, Generic[Result]):
             return self.prepare(photo)
         except UserError as error:
             return Prepared(photo, problem=error)
-        except Exception as error:  # such as a lack of memory
+        except Exception as error:  # such as insufficient memory
             reason = describe_problem(photo.name, "no prediction", error)
             return Prepared(photo, problem=UserError(reason))
 
     def _results(self, batch: list[Prepared], broken: list[str] | None) -> Iterator[Result]:
-        """Yield the results for a batch, or for each of its images if that fails."""
+        """Yield the results for a batch. If it fails, process its images one by one."""
         try:
             for item in batch:
                 if item.problem:
@@ -208,7 +209,7 @@ class Predictor(ABC, Generic[Result]):
 
 
 class ClassifierPredictor(Predictor[Classification]):
-    """Predictor of the classes of images."""
+    """Predictor for image classification."""
 
     def __init__(
         self,
@@ -221,12 +222,12 @@ class ClassifierPredictor(Predictor[Classification]):
     ):
         """
         Args:
-            run: Function that returns logits ``(N, C)`` for a batch ``{"image": images}``, uint8
+            run: A function that returns logits ``(N, C)`` for a batch ``{"image": images}``, uint8
                 RGB ``(N, 3, H, W)``.
-            transform: The evaluation transform.
-            classes: The classes.
+            transform: The evaluation transform of the model.
+            classes: The classes of the model.
             top: The number of most probable classes in a result.
-            options: Further arguments of :class:`Predictor`.
+            options: Further arguments for :class:`Predictor`.
         """
         super().__init__(classes, reading=transform.reading, **options)
         self.run, self.transform, self.top = run, transform, top
@@ -250,8 +251,9 @@ class ClassifierPredictor(Predictor[Classification]):
         logits = self.run({"image": images}).float()
         if not logits.isfinite().all():
             raise UserError(
-                f"The logits of {batch[0].photo.name} or of other images of its batch are not "
-                "finite. Either training diverged, or half precision is not enough for the model."
+                f"The logits of {batch[0].photo.name}, or of another image in its batch, are not "
+                "finite. Either training diverged, or half precision is not sufficient for the "
+                "model."
             )
         rows = logits.softmax(1).cpu().numpy()
         return [
@@ -261,7 +263,7 @@ class ClassifierPredictor(Predictor[Classification]):
 
 
 class DetectorPredictor(Predictor[Detections]):
-    """Predictor of objects, and of the segments of segmentation models."""
+    """Predictor for object detection and segmentation."""
 
     def __init__(
         self,
@@ -275,13 +277,13 @@ class DetectorPredictor(Predictor[Detections]):
     ):
         """
         Args:
-            run: Function with the interface of Detectron2's meta-architectures.
-            resize: Resizing of the images.
-            classes: The classes.
-            input_format: The order of the model's channels, "L" for grey images, or "C5", for
-                example, for images with 5 channels.
+            run: A function with the interface of Detectron2's meta-architectures.
+            resize: The transform that resizes images.
+            classes: The classes of the model.
+            input_format: The model's channel order, such as "BGR"; "L" for grey images; or, for
+                example, "C5" for images with 5 channels.
             threshold: The minimum score of the objects in a result.
-            options: Further arguments of :class:`Predictor`.
+            options: Further arguments for :class:`Predictor`.
         """
         super().__init__(classes, **options)
         if not 0 <= threshold <= 1:
@@ -293,7 +295,7 @@ class DetectorPredictor(Predictor[Detections]):
     def of(cls, loaded: LoadedModel, **options: Any) -> "DetectorPredictor":
         """Return the predictor for a loaded detector or segmentation model.
 
-        It uses test-time augmentation if ``TEST.AUG`` is enabled.
+        The predictor uses test-time augmentation if ``TEST.AUG`` is enabled.
         """
         cfg = loaded.cfg
         model = with_augmentation(cfg, loaded.model) if cfg.TEST.AUG.ENABLED else loaded.model
@@ -331,7 +333,7 @@ class DetectorPredictor(Predictor[Detections]):
 
 
 class Resize(ResizeShortestEdge):
-    """Detectron2's resizing with sides of at least 1 pixel, for very elongated images."""
+    """Detectron2's resizing, but very elongated images keep sides of at least 1 pixel."""
 
     def get_transform(self, image: np.ndarray) -> Transform:
         """Return the transform for an image."""
@@ -343,7 +345,7 @@ class Resize(ResizeShortestEdge):
 
 
 class ResizeChannels(Resize, ChannelResizeShortestEdge):
-    """Resizing as in :class:`Resize` for images with any number of channels."""
+    """Same as :class:`Resize`, for images with any number of channels."""
 
 
 def describe_problem(path: str, lacks: str, error: Exception) -> str:
@@ -355,7 +357,7 @@ def describe_problem(path: str, lacks: str, error: Exception) -> str:
 
 
 def _is_single(images: Any) -> bool:
-    """Return whether an argument of a predictor is one image, not several."""
+    """Return whether a predictor's argument is a single image."""
     if isinstance(images, str | os.PathLike):
         name = os.fspath(images)
         return not is_video(name) and (is_address(name) or _is_file(name))

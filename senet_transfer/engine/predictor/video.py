@@ -1,7 +1,6 @@
 """Frames of video files, streams and cameras."""
 
 import math
-import os
 from collections.abc import Iterator
 from types import TracebackType
 
@@ -9,47 +8,37 @@ import cv2
 
 from senet_transfer.engine.predictor.inputs import Photo
 from senet_transfer.errors import UserError
+from senet_transfer.utils.text import check_utf8
 
 _USUAL_RATE = 25.0
-
-
-def check_path(path: str) -> None:
-    """Raise a UserError for a path that is not UTF-8, with which OpenCV would crash."""
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        raise UserError(
-            f"The path {os.fsencode(path)!r} is not UTF-8; expected UTF-8 for videos. Rename the "
-            "file or the folder."
-        ) from None
 
 
 class Video:
     """Iterable over the frames of a video, which are read one by one.
 
-    It is a context manager that closes the video.
+    A video is also a context manager, which closes it on exit.
 
     Attributes:
-        name: Path of a file, address of a stream, or index of a camera.
-        rate: Frames per second; 25 if the video does not state a valid number.
+        name: Path of a file, URL of a stream, or index of a camera.
+        rate: Frames per second; 25 if the video does not specify a valid rate.
         frames: Number of frames; None if it is unknown.
     """
 
     def __init__(self, name: str):
         """
         Args:
-            name: Path, address or index that OpenCV can open.
+            name: Path, URL or camera index that OpenCV can open.
 
         Raises:
             UserError: If the video can't be opened.
         """
         self.name = name
-        check_path(name)
+        check_utf8(name, "videos")  # With other paths, OpenCV would crash.
         self._capture = cv2.VideoCapture(int(name) if name.isdigit() else name)
         if not self._capture.isOpened():
             raise UserError(
                 f"{name} can't be opened as a video. Expected a video file that OpenCV's FFmpeg "
-                "can read, the address of a stream, or the index of a camera such as 0."
+                "can read, the URL of a stream, or the index of a camera such as 0."
             )
         rate = self._capture.get(cv2.CAP_PROP_FPS)
         self.rate = rate if 0 < rate < math.inf else _USUAL_RATE

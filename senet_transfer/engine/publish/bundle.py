@@ -1,4 +1,4 @@
-"""Addition of a trained model to this package; see :mod:`senet_transfer.weights.hub.bundled`."""
+"""Adding trained models to this package; see :mod:`senet_transfer.weights.hub.bundled`."""
 
 import os
 import re
@@ -16,8 +16,8 @@ from senet_transfer.weights.save import write_own
 
 USE = (
     "The model is meant for trying this package without a download, for comparing networks with "
-    "and without SE, and as initial weights. It is a result of research on small data, and was not "
-    "tested for any other use."
+    "and without SE, and as initial weights. It was trained on a small data set for research, and "
+    "has not been tested for any other use."
 )
 
 
@@ -30,15 +30,15 @@ def bundle(
     half: bool = False,
     **statements: Any,
 ) -> Path:
-    """Write a model to the folder of weights in this package, replacing files with its name.
+    """Write a model to this package's folder of weights. Files with the same name are replaced.
 
-    The files are ``NAME-HASH.safetensors``, ``NAME.yaml`` and ``NAME.md``. The weight file depends
-    only on the arguments and the model, and so does its hash.
+    The files are ``NAME-HASH.safetensors``, ``NAME.yaml`` and ``NAME.md``. The weight file and its
+    hash depend only on the arguments and the model.
 
     Args:
         source: The model; see :func:`~senet_transfer.engine.publish.push.push`.
-        name: The name by which the model is loaded, "senet_transfer/NAME".
-        folder: The folder.
+        name: The name under which the model is loaded, "senet_transfer/NAME".
+        folder: The folder to write to.
         config_file: The config of a weight file; see :func:`senet_transfer.load`.
         half: If True, store kernels and matrices in float16.
         **statements: Fields of :class:`~senet_transfer.engine.publish.model_card.Card`.
@@ -53,8 +53,8 @@ def bundle(
     short = name.removeprefix(f"{PUBLISHER}/")
     if not re.fullmatch(rf"{PUBLISHER}/\w+", name):
         raise UserError(
-            f"{name} is not a name of weights in this package; expected {PUBLISHER}/NAME, with "
-            "letters, digits and underscores."
+            f"{name} is not a valid name for weights in this package; expected {PUBLISHER}/NAME, "
+            "with letters, digits and underscores."
         )
     contents = contents_of(source, config_file, half=half)
     stated: dict[str, Any] = {k: v for k, v in statements.items() if k in ("licence", "data")}
@@ -65,7 +65,7 @@ def bundle(
         total = sum(path.stat().st_size for path in (new, *others.values()))
         if total > MAX_BYTES:
             raise UserError(
-                f"With {name}, the weights in {folder} have {total:,} bytes; expected at most "
+                f"With {name}, the weights in {folder} take up {total:,} bytes; expected at most "
                 f"{MAX_BYTES:,}. Remove a network, or choose a smaller one."
             )
         path = new.with_name(f"{short}-{file_sha256(new)[:8]}.safetensors")
@@ -84,7 +84,7 @@ def bundle(
 
 
 def _changes(cfg: CfgNode) -> str:
-    """Return the values of a config that differ from the defaults as YAML."""
+    """Return the config values that differ from the defaults, as YAML."""
     tree = CfgNode()
     for key, value in {"VERSION": cfg.VERSION, **changed_items(cfg)}.items():
         node = tree
@@ -96,7 +96,7 @@ def _changes(cfg: CfgNode) -> str:
 
 
 def index(folder: Path) -> str:
-    """Return the README.md of a folder of weights, with a table of its networks."""
+    """Return the text of the README.md for a folder of weights, with a table of its networks."""
     lines = [
         "# Weights in this package",
         "",

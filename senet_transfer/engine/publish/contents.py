@@ -37,8 +37,8 @@ class Contents:
 
     Attributes:
         tensors: Tensors by their names in the model.
-        cfg: Config without weights and paths of this machine.
-        metadata: Metadata of the weight file; see
+        cfg: Config without weights and local paths.
+        metadata: Metadata for the weight file; see
             :func:`senet_transfer.weights.save.model_metadata`.
         results: Metrics of the run's evaluation of this checkpoint, as in ``results.json``. Empty
             if they are unknown.
@@ -56,12 +56,12 @@ class Contents:
     sha256: str
 
     def evaluate(self, weights: Path, options: Sequence[str] = ()) -> dict[str, Any]:
-        """Evaluate a written weight file on the run's ``DATASETS.TEST``.
+        """Evaluate a weight file with these contents on the run's ``DATASETS.TEST``.
 
         Args:
             weights: The weight file.
-            options: Alternating keys and values that override the config of the run, such as the
-                data sets of this machine.
+            options: Alternating keys and values that override the run's config, such as local data
+                sets.
 
         Returns:
             The results, as in ``results.json``.
@@ -77,14 +77,14 @@ class Contents:
 def contents_of(
     source: str | os.PathLike[str], config_file: str = "", *, half: bool = False
 ) -> Contents:
-    """Load a complete model, and return what is published of it.
+    """Load a complete model, and return the contents to publish.
 
     Args:
         source: The output folder of a run, a checkpoint, or another source of a complete model; see
             :func:`senet_transfer.load`.
         config_file: The config of a weight file; see :func:`senet_transfer.load`.
-        half: If True, kernels and matrices are in float16, and vectors (biases, and the parameters
-            and statistics of norms) in float32.
+        half: If True, store kernels and matrices in float16, and vectors (biases, and the
+            parameters and statistics of norms) in float32.
 
     Raises:
         UserError: If the model can't be loaded, or a value exceeds the range of float16.
@@ -94,7 +94,7 @@ def contents_of(
     cfg, classes = _published_config(loaded), loaded.classes
     stored = _stored_values(loaded)
     target = target_of(loaded.model)
-    # Keep the origin of the weights from which training started.
+    # Keep the origin of the initial weights.
     target.backbone.weights_source = stored.get(OWN_METADATA, {}).get("source", {})
     metadata = model_metadata(loaded.model, classes)
     if cfg.MODEL.BACKBONE.ARCH:
@@ -119,14 +119,14 @@ def _in_half(name: str, tensor: Tensor) -> Tensor:
 
 
 def changed_items(cfg: CfgNode) -> dict[str, Any]:
-    """Return the values of a config that differ from the defaults, by dotted key."""
+    """Return the config values that differ from the defaults, by dotted key."""
     default = {key: json.dumps(value) for key, value in config_items(get_senet_config())}
     # In JSON, tuples equal lists.
     return {k: value for k, value in config_items(cfg) if json.dumps(value) != default.get(k)}
 
 
 def _published_config(loaded: LoadedModel) -> CfgNode:
-    """Return a model's config without weights and paths of this machine."""
+    """Return a model's config without weights and local paths."""
     cfg = loaded.cfg.clone()
     cfg.defrost()
     default = get_senet_config()
@@ -134,7 +134,7 @@ def _published_config(loaded: LoadedModel) -> CfgNode:
     cfg.OUTPUT_DIR, cfg.DATASETS.REGISTER = default.OUTPUT_DIR, []
     cfg.DATASETS.CLASSES = loaded.classes
     for key, value in list(config_items(cfg)):
-        if key == "DATASETS.CLASSES":  # in Places365, for example, names such as /a/airfield
+        if key == "DATASETS.CLASSES":  # such as names like /a/airfield in Places365
             continue
         if isinstance(value, str) and _is_local(value):
             set_config_value(cfg, key, config_value(default, key))
@@ -152,16 +152,17 @@ def _is_local(value: str) -> bool:
 
 
 def _stored_values(loaded: LoadedModel) -> dict[str, Any]:
-    """Return the values that are stored with the tensors of a model's weight file."""
+    """Return the values stored next to the tensors in a model's weight file."""
     if loaded.family != "senet_transfer":
         return {OWN_METADATA: {"source": target_of(loaded.model).backbone.weights_source}}
     return read_tensors(local_weights(loaded.cfg.MODEL.WEIGHTS)[0]).metadata
 
 
 def _results(cfg: CfgNode, stored: dict[str, Any]) -> dict[str, Any]:
-    """Return the results of this checkpoint's evaluation, as far as they are known.
+    """Return the evaluation results of a checkpoint, if they are known.
 
-    They are in the ``results.json`` next to a run's final model, and in its best model itself.
+    For a run's final model, they are in the ``results.json`` next to it. A run's best model
+    contains its own results.
     """
     path = Path(cfg.MODEL.WEIGHTS)
     if path.name == f"{BEST_NAME}.pth":
@@ -171,12 +172,12 @@ def _results(cfg: CfgNode, stored: dict[str, Any]) -> dict[str, Any]:
     if path.name != evaluated_file(cfg) or not results.is_file():
         return {}
     content = read_json(results, "Evaluate the model again, or delete the file.")
-    # A later evaluation of other weights in the same folder has no entry "training".
+    # If other weights were evaluated later in the same folder, the results lack "training".
     return content if isinstance(content, dict) and "training" in content else {}
 
 
 def read_json(path: Path, remedy: str) -> Any:
-    """Return the content of a JSON file.
+    """Return the contents of a JSON file.
 
     Raises:
         UserError: If the file can't be read. The message ends with ``remedy``.

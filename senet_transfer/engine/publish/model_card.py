@@ -25,24 +25,24 @@ _LIMITS = {
     "classes": "The model assigns every image to one of the classes below, even if it shows none "
     "of them. Its probabilities are not calibrated. Expect more errors for images that differ from "
     "the training data.",
-    "objects": "The model only finds objects of the classes below. Its scores are not calibrated. "
-    "Expect more errors for images that differ from the training data.",
+    "objects": "The model detects only objects of the classes below. Its scores are not "
+    "calibrated. Expect more errors for images that differ from the training data.",
 }
 
 
 @dataclass(frozen=True)
 class Card:
-    """Statements on a model card that the model itself does not contain.
+    """Information on a model card that the model itself does not contain.
 
     Attributes:
-        name: Name or path by which the model is loaded, such as "hf-hub:owner/name".
+        name: Name or path for loading the model, such as "hf-hub:owner/name".
         title: Title of the card; default: the last part of the name.
-        licence: Licence of the weights; empty if it is not stated.
-        data: Names of the training data; empty if they are not stated.
-        use: Intended use; empty if it is not stated.
-        runs: Records of all runs of the same config, one per seed; see :func:`read_runs`.
-        evaluate: If True, the file is evaluated on the run's ``DATASETS.TEST``.
-        opts: Config options for the evaluation, such as the data sets of this machine.
+        licence: Licence of the weights; empty if unspecified.
+        data: Names of the training data; empty if unspecified.
+        use: Intended use; empty if unspecified.
+        runs: Records of all runs with the same config, one per seed; see :func:`read_runs`.
+        evaluate: If True, the weight file is evaluated on the run's ``DATASETS.TEST``.
+        opts: Config options for the evaluation, such as local data sets.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Card:
     opts: Sequence[str] = ()
 
     def of_file(self, contents: Contents, weights: Path) -> str:
-        """Return the card of a weight file in Markdown, which states nothing that is not known."""
+        """Return the model card for a weight file, in Markdown. Unknown facts are omitted."""
         from huggingface_hub import ModelCardData
 
         cfg = contents.cfg
@@ -92,7 +92,7 @@ class Card:
         return "\n\n".join(parts) + "\n"
 
     def _results(self, contents: Contents, evaluated: dict[str, Any]) -> str:
-        """Return the metrics of the file, of its run and of the runs with all seeds."""
+        """Return the metrics of the weight file, of its run, and of the runs with all seeds."""
         run = {key: value for key, value in contents.results.items() if key != "training"}
         columns = {
             "this file": _texts(evaluated),
@@ -112,14 +112,17 @@ class Card:
 
 
 def _provenance(contents: Contents, runs: Sequence[dict[str, Any]]) -> Iterable[str]:
-    """Yield sentences about the runs of a config, from which one file is published."""
+    """Yield sentences about the runs of a config, one of which is published."""
     if not runs:
         return
     seeds = first_of(str(run.get("seed", "unknown")) for run in runs)
-    yield f"Seeds of the runs: {seeds}. Command of the first: `{runs[0].get('command', 'unknown')}`"
+    yield (
+        f"Seeds of the runs: {seeds}. "
+        f"Command of the first run: `{runs[0].get('command', 'unknown')}`"
+    )
     for run in runs:
         if run.get("weights_sha256") == contents.sha256:
-            yield f"The weights are from the checkpoint of the run with seed {run['seed']}."
+            yield f"The weights are from the run with seed {run['seed']}."
     machines = dict.fromkeys(
         ", ".join(f"{key} {value}" for key, value in run["machine"].items())
         for run in runs
@@ -130,23 +133,23 @@ def _provenance(contents: Contents, runs: Sequence[dict[str, Any]]) -> Iterable[
 
 
 def read_runs(folder: str | Path) -> list[dict[str, Any]]:
-    """Read the records ``seed<N>.json`` of the runs of one config, in the order of their seeds.
+    """Read the records ``seed<N>.json`` of one config's runs, sorted by seed.
 
     Raises:
-        UserError: If there are none, or a file is invalid.
+        UserError: If there are no records, or a record is invalid.
     """
     files = sorted(Path(folder).glob("seed*.json"), key=lambda path: (len(path.name), path.name))
     if not files:
-        raise UserError(f"{folder} contains no records seed<N>.json of runs. Check the path.")
-    records = [read_json(path, "Write the record of this run again.") for path in files]
+        raise UserError(f"{folder} contains no run records (seed<N>.json). Check the path.")
+    records = [read_json(path, "Write the record for this run again.") for path in files]
     for path, record in zip(files, records, strict=True):
         if not isinstance(record, dict) or not isinstance(record.get("metrics"), dict):
-            raise UserError(f"{path} has no metrics; expected a dictionary with this key.")
+            raise UserError(f"{path} has no metrics; expected a dictionary under the key metrics.")
     return records
 
 
 def _over_runs(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Return the mean and the standard deviation of each metric that all runs have."""
+    """Return the mean and standard deviation of each metric that all runs have."""
     found = [metrics(run["metrics"]) for run in runs]
     names = _texts(runs[0]["metrics"]) if runs else {}
     return {
@@ -157,14 +160,14 @@ def _over_runs(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 def _texts(results: dict[str, Any]) -> dict[str, str]:
-    """Return metrics as text by name, without those of single classes and numbers of images."""
+    """Return metrics as text by name, without per-class metrics and image counts."""
     names = (name for name in metric_texts(results) if not name.endswith("/images"))
     found = metrics(results)
     return {name: "-" if math.isnan(found[name]) else f"{found[name]:.2f}" for name in names}
 
 
 def _task(cfg: CfgNode) -> str:
-    """Return the Hub's name for the model's task."""
+    """Return the Hugging Face Hub's name for the model's task."""
     if is_classification(cfg):
         return "image-classification"
     if predicts(cfg) == {OBJECTS} and cfg.MODEL.KEYPOINT_ON:
@@ -177,14 +180,14 @@ def _task(cfg: CfgNode) -> str:
 def _properties(contents: Contents, data: Sequence[str]) -> Iterable[tuple[str, str]]:
     cfg, metadata = contents.cfg, contents.metadata
     image = metadata["preprocessing"]
-    yield "model", f"{cfg.MODEL.META_ARCHITECTURE} with the backbone {backbone_name(cfg)}"
+    yield "model", f"{cfg.MODEL.META_ARCHITECTURE} with backbone {backbone_name(cfg)}"
     if data:
         yield "training data", first_of(map(_escaped, data))
     if origin := metadata["source"]:
         label = "initial weights" if contents.family == "senet_transfer" else "converted from"
         yield label, f"{_escaped(origin['file'])} (family {_escaped(origin['family'])})"
     mean, std = (", ".join(f"{value:g}" for value in image[key]) for key in ("mean", "std"))
-    yield "input", f"{image['format']}, mean {mean}, std {std} (pixels from 0 to 255)"
+    yield "input", f"{image['format']}, mean {mean}, std {std} (for pixel values from 0 to 255)"
     if is_classification(cfg):
         yield (
             "resize",
@@ -213,6 +216,6 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _escaped(text: object) -> str:
-    """Escape a name for Markdown, in which it has no effect on the layout."""
+    """Escape a name so that it does not affect the layout in Markdown."""
     words = html.escape(shown(text, 200), quote=False)
     return "".join(f"\\{c}" if c in "\\`*_[]|#" else c for c in words)

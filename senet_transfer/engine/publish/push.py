@@ -21,18 +21,18 @@ def push(
 ) -> str:
     """Upload a model with its config, class names, preprocessing and a generated model card.
 
-    The repository is created if it does not exist. :func:`senet_transfer.load` and all options for
-    weights accept it as "hf-hub:owner/name".
+    The repository is created if it does not exist. :func:`senet_transfer.load` and all options that
+    take weights accept it as "hf-hub:owner/name".
 
     Args:
         source: The output folder of a run, a checkpoint, or another source of a complete model; see
             :func:`senet_transfer.load`.
         repository: The name of the repository, "owner/name".
         private: If True, a new repository is private.
-        **options: Further arguments of :func:`write_repository`.
+        **options: Further arguments for :func:`write_repository`.
 
     Returns:
-        The address of the uploaded commit.
+        The URL of the uploaded commit.
 
     Raises:
         UserError: If the name is malformed, the model can't be loaded, there is no token, or the
@@ -43,8 +43,8 @@ def push(
     name = _repository_name(repository)
     if not get_token():
         raise UserError(
-            "There is no token for the upload. Create one with write access in the settings of the "
-            "Hub, then run `hf auth login` or set HF_TOKEN."
+            "The upload requires a Hugging Face token. Create a token with write access in the "
+            "settings of the Hub, then run `hf auth login` or set HF_TOKEN."
         )
     with tempfile.TemporaryDirectory() as folder:
         write_repository(source, folder, name, **options)
@@ -68,12 +68,12 @@ def write_repository(
 ) -> None:
     """Write the files of a repository to a folder.
 
-    The files are ``model.safetensors``, ``config.yaml`` (without paths of this machine),
-    ``config.json`` (class names, preprocessing and network, for other programs) and ``README.md``.
+    The files are ``model.safetensors``, ``config.yaml`` (without local paths), ``config.json``
+    (class names, preprocessing and network, for other programs) and ``README.md``.
 
     Args:
         source: The model, as in :func:`push`.
-        folder: The folder.
+        folder: The folder to write to.
         name: The name of the repository, "owner/name".
         config_file: The config of a weight file; see :func:`senet_transfer.load`.
         half: If True, store kernels and matrices in float16.
@@ -105,9 +105,9 @@ def write_card(
     config_file: str = "",
     **statements: Any,
 ) -> None:
-    """Write only the model card of a model whose weights are not published.
+    """Write the model card for a model whose weights are not published.
 
-    Its file is the checkpoint.
+    The card describes the checkpoint in place of a published weight file.
 
     Args:
         source: The model, as in :func:`push`.
@@ -120,7 +120,7 @@ def write_card(
         UserError: If the model can't be loaded, or the card can't be written.
     """
     contents = contents_of(source, config_file)
-    shown = os.fspath(source)  # without the folders of this machine
+    shown = os.fspath(source)  # without local folders
     shown = Path(shown).name if os.path.isabs(os.path.expanduser(shown)) else shown
     card = Card(shown, title, use=_UNPUBLISHED, **statements)
     text = card.of_file(contents, Path(local_weights(contents.run_cfg.MODEL.WEIGHTS)[0]))
@@ -133,5 +133,7 @@ def write_card(
 def _repository_name(repository: str) -> str:
     name, revision = parse_hub_name(repository)
     if revision:
-        raise UserError(f"{repository} has a revision; expected owner/name. Leave out the @.")
+        raise UserError(
+            f"{repository} contains a revision; expected owner/name. Remove the @ and the revision."
+        )
     return name

@@ -1,1 +1,1 @@
-"""Recipes that fit a user's data and machine (``--data`` of the training command)."""
+"""Recipes for a user's data and machine, used by the training command's option ``--data``."""

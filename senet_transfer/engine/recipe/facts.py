@@ -1,4 +1,4 @@
-"""Facts about a data set and a machine, on which a recipe depends."""
+"""Facts about a data set and a machine that determine a recipe."""
 
 import io
 import math
@@ -17,7 +17,7 @@ from senet_transfer.data.detection.dataset_checks import check_objects
 from senet_transfer.data.detection.formats.source import read_annotations
 from senet_transfer.data.own_data import DataPart
 
-# Number of images of a classification data set whose size is read.
+# Maximum number of images in a classification data set whose size is read.
 _SAMPLE = 100
 
 
@@ -27,13 +27,13 @@ class DataFacts:
 
     Attributes:
         task: "detection" or "classification".
-        images: Number of training images, for detection of those with objects.
+        images: Number of training images. For detection, only images with objects count.
         classes: Number of classes.
         short_side: Median of the images' shorter sides, in pixels.
         object_size: 10th percentile of the objects' sizes (square root of the area), divided by
             the shorter side of the image. All classes have the same weight, as in COCO's AP. 0 for
             classification.
-        most_objects: Largest number of objects in an image; 0 for classification.
+        most_objects: Maximum number of objects in an image; 0 for classification.
     """
 
     task: str
@@ -50,8 +50,8 @@ class MachineFacts:
 
     Attributes:
         gpu_memory: Memory of the smallest GPU, in GB; 0 for a run on the CPU.
-        processes: Number of processes of the run, one per GPU.
-        cpus: Number of CPU cores that the run may use on all machines together.
+        processes: Number of processes in the run, one per GPU.
+        cpus: Total number of CPU cores that the run may use on all machines.
     """
 
     gpu_memory: float
@@ -60,12 +60,12 @@ class MachineFacts:
 
 
 def describe_data(train: DataPart, val: DataPart, *, upright: bool = True) -> DataFacts:
-    """Read the facts about a data set.
+    """Determine the facts about a data set.
 
     Args:
-        train: Training data, of which everything but the largest number of objects is read.
-        val: Validation data.
-        upright: Whether annotations are those of the images with their EXIF orientation.
+        train: Training data.
+        val: Validation data. Only the maximum number of objects depends on it.
+        upright: True if annotations refer to images with the EXIF orientation applied.
 
     Raises:
         UserError: If the data is missing or invalid, or there is no object to train on.
@@ -113,12 +113,12 @@ def describe_data(train: DataPart, val: DataPart, *, upright: bool = True) -> Da
 
 
 def describe_machine(device: str) -> MachineFacts:
-    """Read the facts about the machines for a run on a device, such as "cuda" or "cpu"."""
+    """Determine the facts about the machines of a run on a device such as "cuda" or "cpu"."""
     memory = 0.0
     if device.startswith("cuda") and torch.cuda.is_available():
         gpus = range(torch.cuda.device_count())
         memory = min(torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus) / 2**30
     machines = comm.get_world_size() // comm.get_local_size()
-    # The cores of all machines, because the processes are those of all machines.
+    # Count the cores of all machines, because the run's processes are on all machines.
     cpus = machines * len(os.sched_getaffinity(0))
     return MachineFacts(round(memory, 1), comm.get_world_size(), cpus)

@@ -1,4 +1,4 @@
-"""Recipes for a user's data: choice of the settings, and the config file that contains them."""
+"""Recipes for a user's data: choosing the settings, and writing them to a config file."""
 
 import contextlib
 import json
@@ -22,13 +22,14 @@ from senet_transfer.engine.recipe.rules import Choice, backbone, choose
 from senet_transfer.errors import UserError
 from senet_transfer.models.registry import list_models
 from senet_transfer.utils.atomic_io import atomic_file
+from senet_transfer.utils.text import check_utf8
 from senet_transfer.weights.file_geometry import examine_config_weights
 from senet_transfer.weights.hub.catalogue import resolve
 
 if TYPE_CHECKING:
     from senet_transfer.engine.setup import RunOptions
 
-# Name of the file in OUTPUT_DIR.
+# Name of the recipe's config file in OUTPUT_DIR.
 RECIPE = "recipe.yaml"
 
 _HEADER = """\
@@ -41,13 +42,13 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def use_recipe(options: "RunOptions", *, resume: bool) -> Iterator["RunOptions"]:
-    """Replace ``options.data`` by a config file for it, which is saved when the block ends.
+    """Replace ``options.data`` with a config file for the data, which is saved on exit.
 
     All processes of a job must call this function together. The main process makes the recipe.
 
     Args:
         options: The run's options. Without data, they are not changed.
-        resume: If True, the recipe with which the run was started is used.
+        resume: If True, the recipe of the original run is used.
 
     Raises:
         UserError: If the data can't be used, or if the options contradict each other.
@@ -61,6 +62,9 @@ def use_recipe(options: "RunOptions", *, resume: bool) -> Iterator["RunOptions"]
     if comm.is_main_process():
         try:
             _check(options)
+            # The recipe is a text file that contains these paths.
+            for path in (options.data, options.val, options.images, str(saved.parent)):
+                check_utf8(path, "--data, --val, --images and OUTPUT_DIR")
             if not (resume and saved.is_file()):
                 if not options.overwrite:
                     check_unused(saved.parent)
@@ -91,13 +95,13 @@ def _check(options: "RunOptions") -> None:
         if given:
             raise UserError(
                 f"--data makes a config for training, so it can't be combined with {flag}. Remove "
-                "one of the two. To evaluate a trained model or train it in another way, use its "
+                "one of the two. To evaluate a trained model or train it differently, use its "
                 "config: --config-file OUTPUT_DIR/config.yaml."
             )
 
 
 def _make(options: "RunOptions") -> list[Choice]:
-    """Choose the settings for a user's data; settings on the command line replace them."""
+    """Choose the settings for a user's data. Settings on the command line take precedence."""
     stated = load_config("", options.options)
     train, val = find_parts(options.data, options.val, options.images)
     upright = reading_of(stated).upright
@@ -107,7 +111,7 @@ def _make(options: "RunOptions") -> list[Choice]:
         except UserError as error:
             raise UserError(
                 f"There is no validation data in {options.data}, and the data can't be split: "
-                f"{error} Give the path of the validation data: --val PATH."
+                f"{error} Pass the path of the validation data with --val PATH."
             ) from error
         if not options.quiet:
             print(table)
@@ -115,7 +119,7 @@ def _make(options: "RunOptions") -> list[Choice]:
     if "MODEL.WEIGHTS" in options.options[::2]:
         source = examine_config_weights(stated)
         weights = stated.MODEL.WEIGHTS
-        # A network that is not in the list has a description instead of a name.
+        # A network that is not in the list of models has a description instead of a name.
         arch = source.model_name if source and source.model_name in list_models() else ""
     choices = choose_settings(
         train, val, upright=upright, weights=weights, arch=arch, device=stated.MODEL.DEVICE
@@ -156,10 +160,10 @@ def choose_settings(
     Args:
         train: Training data.
         val: Validation data.
-        upright: Whether annotations are those of the images with their EXIF orientation.
+        upright: True if annotations refer to images with the EXIF orientation applied.
         weights: Pretrained weights, or "" for random weights. If None, published weights are
             downloaded, and random weights are used if that fails.
-        arch: Name of the network of ``weights``, if it is known.
+        arch: Name of the network that ``weights`` belong to, if it is known.
         device: Device of the run.
 
     Raises:
@@ -202,7 +206,7 @@ def _datasets(train: DataPart, val: DataPart) -> list[Choice]:
 
 
 def _text(choices: Iterable[Choice]) -> str:
-    """Return the settings as YAML, each below a comment with its reason."""
+    """Return the settings as YAML. A comment above each setting gives the reason for it."""
     tree: dict[str, Any] = {}
     for choice in choices:
         *path, leaf = choice.key.split(".")

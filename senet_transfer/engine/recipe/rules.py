@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 from senet_transfer.engine.recipe.facts import DataFacts, MachineFacts
 
-# GPU memory in GB from which SE-ResNet-50 is chosen instead of SE-ResNet-18.
+# Minimum GPU memory in GB for choosing SE-ResNet-50 instead of SE-ResNet-18.
 LARGE_GPU = 6
 
-# Number of images to process in training, and the minimum and maximum number of epochs. The key is
-# the task, and True for training from pretrained weights.
+# Number of images to process in training, and minimum and maximum number of epochs. The keys are
+# the task and whether training starts from pretrained weights.
 SCHEDULES = {
     ("detection", True): (12_000, 12, 100),
     ("detection", False): (36_000, 36, 300),
@@ -22,16 +22,16 @@ SCHEDULES = {
 # Maximum number of images to process on a CPU, and the minimum number of epochs.
 CPU_SCHEDULES = {"detection": (6_000, 3), "classification": (20_000, 3)}
 
-# Limits of the shorter side of a detector's images, on a GPU and on a CPU.
+# Limits for the shorter side of a detector's images, on a GPU and on a CPU.
 _SIDES, _CPU_SIDES = (320, 800), (224, 320)
-# Limits of a classifier's crop, on a GPU and on a CPU.
+# Limits for a classifier's crop size, on a GPU and on a CPU.
 _CROPS, _CPU_CROPS = (32, 224), (32, 128)
-# Size in pixels that the 10th percentile of the objects should have, the smallest anchor of an FPN.
+# Target for the 10th percentile of object sizes in pixels: the smallest anchor of an FPN.
 _SMALLEST_ANCHOR = 32
-# Number of evaluations in training.
+# Number of evaluations during training.
 _EVALUATIONS = 10
 
-# Learning rates per image: those of the base configs.
+# Learning rates per image in a batch, as in the base configs.
 _RATES = {
     ("detection", True): 0.00125,
     ("detection", False): 0.000125,
@@ -49,22 +49,22 @@ class Choice(NamedTuple):
 
 
 def backbone(machine: MachineFacts) -> tuple[str, str]:
-    """Return the names of the backbone for a machine and of its published ImageNet weights."""
+    """Return the names of a backbone that fits a machine and of its published ImageNet weights."""
     if machine.gpu_memory >= LARGE_GPU:
         return "se_resnet50", "cadene/se_resnet50"
     return "se_resnet18", "timm_legacy/seresnet18"
 
 
 def choose(data: DataFacts, machine: MachineFacts, weights: str, arch: str = "") -> list[Choice]:
-    """Return the settings for a data set, in the order of their importance.
+    """Return the settings for a data set, in order of importance.
 
     Args:
         data: Facts about the data.
         machine: Facts about the machine.
         weights: Pretrained weights of the backbone, or "" for random weights.
-        arch: Name of the backbone of these weights, if they are the user's.
+        arch: Name of the backbone that ``weights`` belong to, if they are the user's own.
     """
-    why = "the network of the weight file" if arch else _why_backbone(machine, weights)
+    why = "the network in the weight file" if arch else _why_backbone(machine, weights)
     arch = arch or (backbone(machine)[0] if weights else "se_resnet18")
     base = "finetune" if weights else "scratch"
     choices = [
@@ -120,7 +120,7 @@ def _detection(data: DataFacts, machine: MachineFacts, pretrained: bool) -> list
         Choice(
             "MODEL.ANCHOR_GENERATOR.SIZES",
             [[first * 2**level] for level in range(5)],
-            f"the smallest tenth of the objects is at most {data.object_size * side:.0f} px",
+            f"the smallest 10% of the objects are at most {data.object_size * side:.0f} px",
         ),
     ]
     if data.most_objects > 100:
@@ -167,7 +167,7 @@ def _classification(data: DataFacts, machine: MachineFacts, pretrained: bool) ->
 
 
 def _batch(machine: MachineFacts, fits: float, most: int) -> Choice:
-    """Return the number of images per step, given the number that fits into one process."""
+    """Return the number of images per step, given the number that fits in one process."""
     share = max(1, min(int(fits), most // machine.processes))
     reason = f"{machine.processes} process{'es' * (machine.processes > 1)} with {share} images"
     if machine.gpu_memory:
@@ -178,7 +178,7 @@ def _batch(machine: MachineFacts, fits: float, most: int) -> Choice:
 def _schedule(
     data: DataFacts, machine: MachineFacts, batch: Choice, pretrained: bool
 ) -> list[Choice]:
-    """Return the keys for the batch, the learning rate, the schedule and the workers."""
+    """Return the settings for the batch size, learning rate, schedule and data loader workers."""
     views, least, most = SCHEDULES[data.task, pretrained]
     if not machine.gpu_memory:
         fewer, least = CPU_SCHEDULES[data.task]
@@ -213,5 +213,5 @@ def _schedule(
 
 
 def _multiple(value: float, of: int, low: int, high: int) -> int:
-    """Round a number to a multiple within limits."""
+    """Round a number to a multiple of ``of`` within limits."""
     return max(low, min(round(value / of) * of, high))

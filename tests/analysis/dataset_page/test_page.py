@@ -98,7 +98,7 @@ def test_a_classifier_s_page_shows_copies_with_different_labels(tmp_path, tree):
 
 
 def test_missing_data_is_an_error_that_names_the_arguments():
-    with pytest.raises(UserError, match="--data, register it with --dataset"):
+    with pytest.raises(UserError, match="--data, register data sets with --dataset"):
         data_config()
     with pytest.raises(UserError, match=r"nowhere"):
         data_config("nowhere")

@@ -1,5 +1,7 @@
 """Tests for opening small images in all supported data formats."""
 
+import tarfile
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from PIL import ExifTags, Image, ImageOps
 from senet_transfer import UserError
 from senet_transfer.data.cifar import archives
 from senet_transfer.data.cifar.in_memory import ImageArrays, save_images, split_file
+from senet_transfer.data.cifar.loader import CifarEvalLoader
 from senet_transfer.data.cifar.open import cifar_name, open_cifar
 from senet_transfer.data.images.decode import UPRIGHT
 from senet_transfer.data.images.folders import open_folder
@@ -102,8 +105,51 @@ def test_larger_images_are_seen_as_evaluation_sees_them(tmp_path):
 
 
 def test_other_classes_are_refused(tree):
-    with pytest.raises(UserError, match=r"3 classes .* 3 expected classes.*'cat' instead of 'dog'"):
+    with pytest.raises(UserError, match="1 folders .* not among the 3 expected classes: ship"):
         open_cifar(tree, split="test", classes=["dog", "cat", "plane"])
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_tree_is_listed_as_a_folder_of_larger_images(tree, tmp_path, packed):
+    def opened(**options):
+        root = tree
+        if packed:
+            root = tmp_path / "packed"
+            root.mkdir(exist_ok=True)
+            with tarfile.open(root / "test.tar", "w") as tar:
+                tar.add(tree / "test", "any/test")
+        return open_cifar(root, split="test", **options)
+
+    (tree / "test" / "empty").mkdir()
+    with pytest.raises(UserError, match=r"1 folders .* contain no images: empty"):
+        opened()
+    assert len(opened(classes=[*CLASSES, "empty"])) == 12
+    # A folder named like an image is a class folder.
+    (tree / "test" / "empty").rename(tree / "test" / "dog" / "x.png")
+    with pytest.raises(UserError, match="1 folders .* contain no images: dog/x.png"):
+        opened()
+    Image.new("RGB", (32, 32)).save(tree / "test" / "dog" / "x.png" / "0.png")
+    found = opened()
+    assert (
+        found.classes == open_folder(tree / "test").classes == ["cat", "dog", "dog/x.png", "ship"]
+    )
+    assert found.labels.tolist() == open_folder(tree / "test").labels.tolist()
+    Image.new("RGB", (32, 32)).save(tree / "test" / "stray.png")
+    with pytest.raises(UserError, match="images outside of class folders: .*stray.png"):
+        opened()
+
+
+def test_a_broken_link_in_a_tree_is_named(tree):
+    (tree / "test" / "dog" / "7.png").symlink_to("missing.png")
+    with pytest.raises(UserError, match="1 of 13 listed images are empty or missing .*dog/7.png"):
+        open_cifar(tree, split="test")
+
+
+def test_predictions_have_the_paths_of_the_images(tree):
+    expected = [str(path) for path in sorted((tree / "test").rglob("*.png"))]
+    for place in (tree, tree / "test"):
+        (batch,) = CifarEvalLoader(open_cifar(place, split="test"), batch_size=12)
+        assert batch["path"] == expected
 
 
 def test_folders_are_labelled_in_the_order_of_the_expected_classes(tree):

@@ -227,8 +227,8 @@ def test_commands_find_patterns_of_shards(tmp_path, monkeypatch):
 
 def test_shards_that_could_not_be_read_by_their_names_are_rejected(tmp_path, capsys):
     write_webdataset(tmp_path / "shards")
-    (tmp_path / "shards" / "own-000001.tar").rename(tmp_path / "shards" / "own+val-000001.tar")
-    with pytest.raises(UserError, match=r"the shards own\+val-000001\.tar in .* Rename"):
+    (tmp_path / "shards" / "own-000001.tar").rename(tmp_path / "shards" / "own+new-000001.tar")
+    with pytest.raises(UserError, match=r"the shards own\+new-000001\.tar in .* Rename"):
         open_dataset(tmp_path / "shards")
     assert command("manifest")([tmp_path / "shards"]) == 2
     assert not (tmp_path / "shards" / "manifest.json").exists()

@@ -140,7 +140,7 @@ def test_a_detector_with_a_captured_backbone_learns_the_same(command, tmp_path):
         (
             "faster_rcnn_se_r50",
             ["MODEL.BACKBONE.NAME", "build_senet_backbone", "INPUT.SIZE_DIVISIBILITY", "64"],
-            "only supported for detectors with",
+            "only supported for detectors whose",
         ),
         ("instant/cifar10_se_resnet20", ["INPUT.SIZE_DIVISIBILITY", "64"], "only supported for"),
     ],

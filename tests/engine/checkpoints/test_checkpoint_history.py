@@ -109,6 +109,18 @@ def test_the_one_before_a_damaged_one_is_taken_and_said(saver, tmp_path, caplog)
         history.newest_whole(tmp_path)
 
 
+def test_a_damaged_checkpoint_is_not_one_of_those_to_keep(saver, tmp_path):
+    saver(1)
+    saver(3)
+    damaged = tmp_path / "model_0000003.pth"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    found = Checkpointer(nn.Linear(1, 1), str(tmp_path)).get_checkpoint_file()
+    assert found == str(tmp_path / "model_0000001.pth")
+    saver(2)
+    assert history.checkpoints(tmp_path) == ["model_0000002.pth", "model_0000001.pth"]
+    assert names(tmp_path) == [f"model_000000{number}.pth" for number in (1, 2, 3)]
+
+
 def test_a_checkpoint_of_before_there_were_sums_is_checked_by_its_own(saver, tmp_path):
     saver(1)
     path = tmp_path / "model_0000001.pth"

@@ -125,7 +125,7 @@ def test_a_checkpoints_own_order_has_priority(command, numbered, tmp_path, flags
     assert open_test_dataset(cfg, str(numbered)).classes == own
     assert own == load_config(f"{cfg.OUTPUT_DIR}/config.yaml").DATASETS.CLASSES
     log = Path(cfg.OUTPUT_DIR, "log.txt").read_text()
-    assert "The order of the weights is used: 9, 10, 1" in log
+    assert "The class order of the weights is used: 9, 10, 1" in log
     # Also check training that starts from the weights, and data without one of the classes.
     cfg = setup(command("--overwrite", *flags, **data, **weights))
     assert own == cfg.DATASETS.CLASSES

@@ -323,7 +323,7 @@ def test_what_training_left_is_evaluated_with_its_own_config(train, tree, tmp_pa
         (["--model", "resnet18"], "no weights to evaluate"),
         (["--data", "."], "No model is specified"),
         (["--weights", "{weights}"], "no evaluation data"),
-        (["--model", "a", "--config-file", "b"], "Give only one of them"),
+        (["--model", "a", "--config-file", "b"], "only one of them is allowed"),
         (["--config-file", "configs/faster_rcnn_se_r50.yaml"], "expected ImageClassifier"),
         (["--config-file", "configs/places365_se_r152.yaml"], "neither --weights"),
         (["--model", "resnet18", "--weights", "{weights}"], "no evaluation data"),

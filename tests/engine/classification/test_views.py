@@ -171,10 +171,13 @@ def test_dense_evaluation_applies_fully_connected_layers_at_all_positions():
     [
         (["--scales", "40", "30", "--crop", "32"], "contains 30, but the crop is 32 pixels"),
         (["--scales", "40", "40"], "expected different sizes"),
-        (["--scales", "40", "--resize", "40"], "Give only --scales"),
+        (["--scales", "40", "--resize", "40"], "Remove one of them"),
         (["--crops", "10", "--crop-mode", "squash"], "without --crop-mode"),
         (["--dense", "--crops", "10"], "whole images"),
-        (["--saved-logits", "a.csv", "SEED", "1"], "--weights, --data, SEED 1 can't be given"),
+        (
+            ["--saved-logits", "a.csv", "SEED", "1"],
+            "--weights, --data, SEED 1 can't be used as well",
+        ),
     ],
 )
 @pytest.mark.long

@@ -210,7 +210,7 @@ def test_checkpoints_are_evaluated_together_with_and_without_augmentation(comman
     expected = [row for row in found[0] if row["image_id"] == photo["image_id"]]
     boxes = BoxMode.convert(predict(photo["file_name"]).boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
     np.testing.assert_array_equal(boxes, [row["bbox"] for row in expected])
-    with pytest.raises(UserError, match="--crops can't be given for a detector"):
+    with pytest.raises(UserError, match="--crops can't be used for a detector"):
         evaluate("--crops", "10")
     save_weights(Trainer.build_model(cfg), weights[1], classes=cfg.DATASETS.CLASSES[::-1])
     with pytest.raises(UserError, match="class orders of .* differ"):
@@ -232,13 +232,18 @@ def test_results_are_written_next_to_a_checkpoint_but_not_to_a_folder_named_afte
     outputs = [cfg.OUTPUT_DIR for cfg in found]
     assert outputs == [str(tmp_path / "evaluation"), "output/evaluation"]
     assert [cfg.DATALOADER.NUM_WORKERS for cfg in found] == [0, 0]
+    with pytest.raises(UserError, match="--batch-size can't be given for a detector"):
+        main(parser().parse_args(["--weights", str(checkpoint), "--batch-size", "32"]))
 
 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"MODEL.META_ARCHITECTURE": "PanopticFPN"}, "predicts classes of pixels and objects"),
-        ({"MODEL.META_ARCHITECTURE": "SemanticSegmentor"}, "predicts classes of pixels"),
+        (
+            {"MODEL.META_ARCHITECTURE": "PanopticFPN"},
+            "predicts objects and panoptic segments and pixel classes",
+        ),
+        ({"MODEL.META_ARCHITECTURE": "SemanticSegmentor"}, "predicts pixel classes"),
         ({"MODEL.META_ARCHITECTURE": "ImageClassifier"}, "senet eval has --scales"),
         ({"MODEL.META_ARCHITECTURE": "RetinaNet", "MODEL.MASK_ON": "True"}, "masks .* only for"),
         ({"MODEL.KEYPOINT_ON": "True"}, "keypoints"),

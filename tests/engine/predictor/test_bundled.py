@@ -160,10 +160,10 @@ def test_a_card_states_the_metrics_of_the_file_and_of_all_seeds(classifier, phot
     # All three class folders contain the same image, so exactly one prediction is right.
     assert "| metric | this file | all runs (2 seeds) |" in card
     assert "| classification/top1_error | 66.67 | 31.00 ± 1.41 |" in card
-    assert "Seeds of the runs: 2, 10. Command of the first: `senet train SEED 2`" in card
-    assert "from the checkpoint of the run with seed 10." in card
+    assert "Seeds of the runs: 2, 10. Command of the first run: `senet train SEED 2`" in card
+    assert "from the run with seed 10." in card
     assert "Machine: device a GPU, cores 2." in card
     assert "AP-cat" not in card
     assert "| `SOLVER.BASE_LR` | `0.0005` |" in card
-    with pytest.raises(UserError, match="contains no records"):
+    with pytest.raises(UserError, match="contains no run records"):
         bundle(classifier, "senet_transfer/scenes", place, "--runs", str(place))

@@ -223,7 +223,7 @@ def test_rotated_boxes_are_written_with_five_numbers_and_drawn(images, tmp_path)
     with open(predict_files(predictor, images[:1], out, form="csv", quiet=True)) as file:
         (row,) = csv.DictReader(file)
     assert [float(row[k]) for k in ("x", "y", "width", "height", "angle")] == [30, 20, 20, 10, 45]
-    with pytest.raises(UserError, match="YOLO's format has no rotated boxes"):
+    with pytest.raises(UserError, match="The YOLO format does not support rotated boxes"):
         predict_files(predictor, images[:1], out, form="yolo", quiet=True)
     drawing = cv2.imread(str(tmp_path / "out" / "a.jpg"))
     # The box's right corner is 15 / sqrt(2) pixels from its centre, and the drawing is enlarged 4x.

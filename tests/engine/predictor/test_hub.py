@@ -306,7 +306,7 @@ def test_a_repository_without_access_is_a_clear_error(classifier, hub, tmp_path,
     with pytest.raises(UserError, match="rejected the request for me/new with status 401"):
         push(classifier, "me/new")
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    with pytest.raises(UserError, match="There is no token"):
+    with pytest.raises(UserError, match="requires a Hugging Face token"):
         push(classifier, "me/new")
 
 

@@ -224,7 +224,7 @@ def test_an_exported_detector_finds_the_same_objects(detector, photos, turned, t
     np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
     assert (found.masks != expected.masks).mean() < 0.01
     assert_same_result(predictor(turned[0]), predictor(turned[1]))
-    with pytest.raises(UserError, match="runs on the CPU in the precision"):
+    with pytest.raises(UserError, match="runs on the CPU with the precision"):
         senet_transfer.load(path, half=True)
 
 

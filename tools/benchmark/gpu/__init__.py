@@ -1,1 +1,1 @@
-"""Benchmark ``gpu``: training and inference on a GPU, compared with the targets."""
+"""Benchmark ``gpu``: training and inference on a GPU, compared with target values."""

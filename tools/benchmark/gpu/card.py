@@ -1,4 +1,4 @@
-"""Description of the GPU: copying, matrix products, and the cost of a launch and of a wait."""
+"""Speed of the GPU: copies, matrix products, kernel launches and synchronisation."""
 
 import time
 from collections.abc import Iterator

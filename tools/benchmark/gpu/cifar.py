@@ -22,7 +22,7 @@ from benchmark.training import engine_loop, random_images
 from senet_transfer.data.cifar.in_memory import save_images
 
 BATCH = 128
-# The engine writes metrics every 20 steps, so that a call with 20 steps includes one write.
+# The engine writes metrics every 20 steps, so a call with 20 steps includes one write.
 STEPS = 20
 # The settings that the engine selects on a GPU.
 AUTO = dict.fromkeys(
@@ -102,7 +102,7 @@ def _compiled_loop(settings: Settings, network: str) -> Step:
     def step() -> None:
         steps()
 
-    step.stack = stack  # type: ignore[attr-defined]  # It is closed with the process.
+    step.stack = stack  # type: ignore[attr-defined]  # closed when the process ends
     return step
 
 

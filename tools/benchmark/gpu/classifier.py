@@ -30,7 +30,7 @@ from senet_transfer.layers.fused.functions import set_fused
 from senet_transfer.models import create_classifier
 
 PLAIN, FUSED, SE, TIMM, TIMM_SE = "plain", "fused plain", "SE", "timm resnet50", "timm seresnet50"
-# A dry run has networks of 18 layers.
+# A dry run uses networks with 18 layers.
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     PLAIN: lambda depth: create_classifier(f"resnet{depth}", fused=False),
     "plain again": lambda depth: create_classifier(f"resnet{depth}", fused=False),
@@ -59,7 +59,7 @@ def training_step(
     dtype: torch.dtype | None = torch.bfloat16,
     cache: bool = True,
 ) -> Step:
-    """Return a function that runs a forward and a backward pass, with new gradients."""
+    """Return a function that runs a forward and a backward pass and allocates new gradients."""
     labels = torch.randint(1000, (len(images),), device=images.device)
     parameters = parameters_of(model)
 

@@ -1,4 +1,4 @@
-"""Training of Faster R-CNN R50-FPN and of its backbone, compared with Detectron2's own."""
+"""Training of Faster R-CNN R50-FPN and of its backbone, compared with Detectron2's code."""
 
 import copy
 import math
@@ -47,11 +47,11 @@ DETECTORS: dict[str, tuple[bool, str | bool, bool]] = {
     DETECTRON2: (False, "auto", True),
     FUSED: (False, "auto", False),
 }
-# Height and width of the images of the batches, of which each contains only one shape.
+# Height and width of the images in each batch. All images in a batch have the same shape.
 SHAPES = ((800, 1066), (800, 1200), (1200, 800), (800, 1333), (1066, 800), (800, 1216))
 OBJECTS = 7  # per image, as in COCO
 ROUNDS = 50  # steps of each detector, if there is enough time
-_AFTER = 5.0  # seconds for what follows the comparison
+_AFTER = 5.0  # seconds reserved for the measurements after the comparison
 READ_PERIOD = 20  # number of steps after which the losses are read, as in training
 
 
@@ -200,7 +200,7 @@ def training_step(own: TrainerBase) -> Callable[[], None]:
 
 
 def measure_detector(settings: Settings) -> Iterator[Found]:
-    """Measure the training step, :data:`ROUNDS` times each, and its peak memory."""
+    """Measure each detector's training step, :data:`ROUNDS` times, and its peak memory."""
     batches = [batch(settings, shape, seed) for seed, shape in enumerate(SHAPES)]
     batches = batches[: settings.sized(len(batches), 1)]
     what = "Faster R-CNN R50-FPN, AMP, training step: {}"

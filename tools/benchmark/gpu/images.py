@@ -1,4 +1,4 @@
-"""Training of SE-ResNet-50 from JPEG files, and the share of the time spent waiting for them."""
+"""Training of SE-ResNet-50 from JPEG files, and the share of time spent waiting for images."""
 
 import os
 import tempfile
@@ -20,7 +20,7 @@ BATCH, STEPS = 128, 20
 
 
 def measure_images(settings: Settings) -> Iterator[Found]:
-    """Measure the engine with images of 256x256, as in Places365, and the loader by itself."""
+    """Measure the engine and the loader alone with images of 256x256 pixels, as in Places365."""
     batch, steps = settings.sized((BATCH, STEPS), (4, 2))
     size = settings.sized(224, 32)
     workers = settings.sized(max(len(os.sched_getaffinity(0)) - 2, 1), 1)
@@ -60,7 +60,7 @@ def measure_images(settings: Settings) -> Iterator[Found]:
 
 
 def _loader_rate(settings: Settings, folder: Path, batch: int, workers: int, size: int) -> float:
-    """Return the images per second of the loader, whose batches are dropped."""
+    """Return the loader's speed in images per second, without using the batches."""
     loader = build_classification_train_loader(
         open_dataset(folder),
         batch_size=batch,

@@ -1,4 +1,4 @@
-"""Measurements that the parts of the GPU benchmark share: time, kernels and CUDA graphs."""
+"""Measurements shared by the parts of the GPU benchmark: time, kernels and CUDA graphs."""
 
 import gc
 import math
@@ -16,7 +16,7 @@ from benchmark.gpu.targets import Result
 from benchmark.report import Amounts, Row
 
 Step = Callable[[], object]
-# A row of the benchmark, and its values that have a target.
+# A row of the benchmark, and those of its values that have a target.
 Found = tuple[Row, dict[str, Result]]
 
 
@@ -26,8 +26,8 @@ class Settings:
 
     Attributes:
         dry_run: Run all code on a CPU with tiny sizes. The numbers are meaningless.
-        compiled: "bf16" compiles the networks with a target only; "all" compiles all.
-        deadline: Time of ``time.monotonic()`` at which the part is ended.
+        compiled: "bf16" compiles only the networks that have a target; "all" compiles all networks.
+        deadline: Value of ``time.monotonic()`` at which the part is stopped.
     """
 
     dry_run: bool = False
@@ -36,11 +36,11 @@ class Settings:
 
     @property
     def device(self) -> str:
-        """Device of the networks."""
+        """Device for the networks."""
         return "cpu" if self.dry_run else "cuda"
 
     def sized(self, full: Any, tiny: Any) -> Any:
-        """Return the full size, or the tiny one in a dry run."""
+        """Return the full size or, in a dry run, the tiny size."""
         return tiny if self.dry_run else full
 
     def left(self) -> float:
@@ -49,7 +49,7 @@ class Settings:
 
 
 def timed(calls: int) -> Callable[[Step], float]:
-    """Return a function that calls another one several times, and returns the seconds per call."""
+    """Return a timer that calls a step several times and returns the seconds per call."""
 
     def seconds(step: Step) -> float:
         gc.collect(1)
@@ -77,7 +77,7 @@ def compare_steps(
     pairs: list[tuple[str, str]] | None = None,
     timer: Callable[[Step], float] | None = None,
 ) -> Comparison:
-    """Compare steps with "plain", and with the control "plain again" if it is one of them."""
+    """Compare steps with the step "plain", and with the control "plain again" if there is one."""
     return compare(
         what,
         steps,
@@ -124,7 +124,7 @@ def host_milliseconds(step: Step) -> float:
 
 
 def kernels_of(step: Step, calls: int = 3) -> tuple[float, int]:
-    """Return the time in ms that the GPU is busy during a call, and the number of kernels.
+    """Return how long the GPU is busy during a call, in ms, and the number of kernels.
 
     Copies and fills count as kernels. Both numbers are medians over the calls, and 0 on a CPU.
     """
@@ -148,7 +148,7 @@ def kernels_of(step: Step, calls: int = 3) -> tuple[float, int]:
 
 
 def captured(step: Step) -> Step:
-    """Return a function that replays a step as a CUDA graph; on a CPU, the step itself.
+    """Return a function that replays a step as a CUDA graph. On a CPU, return the step itself.
 
     The step must allocate its gradients itself, and autocast must not cache weights.
     """
@@ -167,7 +167,7 @@ def captured(step: Step) -> Step:
 
 
 def autocast(settings: Settings, dtype: torch.dtype | None, *, cache: bool) -> torch.autocast:
-    """Return an autocast context, which None or a dry run disables."""
+    """Return an autocast context, disabled if ``dtype`` is None or in a dry run."""
     dtype = settings.sized(dtype, None)
     return torch.autocast(
         settings.device, dtype=dtype, enabled=dtype is not None, cache_enabled=cache
@@ -175,7 +175,7 @@ def autocast(settings: Settings, dtype: torch.dtype | None, *, cache: bool) -> t
 
 
 def keep_finite(model: nn.Module) -> nn.Module:
-    """Scale the last norm of each residual block, so that random weights give finite outputs."""
+    """Scale the last norm in each residual block to keep outputs finite with random weights."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith("conv3.norm.weight"):
             nn.init.constant_(tensor, 0.2)
@@ -183,5 +183,5 @@ def keep_finite(model: nn.Module) -> nn.Module:
 
 
 def parameters_of(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that are trained."""
+    """Return the trainable parameters."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]

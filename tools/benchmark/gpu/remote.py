@@ -1,6 +1,6 @@
-"""Steps in other processes, so that several networks can be compiled at the same time.
+"""Steps that run in other processes, to compile several networks at the same time.
 
-While one process runs a step, the others wait, so that they do not affect its time.
+While one process runs a step, the others wait, so they do not affect the measured time.
 """
 
 import contextlib
@@ -15,16 +15,16 @@ import torch
 
 from benchmark.gpu.measure import Settings, Step, timed
 
-# Seconds before the deadline that are left for the comparison.
+# Seconds before the deadline that are reserved for the comparison.
 _RESERVE = 12.0
 
 
 class RemoteError(Exception):
-    """Error or timeout in the other process."""
+    """Error or timeout in a process that runs a step."""
 
 
 class Remote:
-    """Step in another process. A call runs it once and returns its time in seconds."""
+    """Step that runs in another process. A call runs the step and returns its time in seconds."""
 
     def __init__(self, connection: Connection, settings: Settings):
         self.connection, self.settings = connection, settings
@@ -48,7 +48,7 @@ class Remote:
 
 
 def call_remote(step: Step) -> float:
-    """Return the seconds of a remote step, measured in its own process."""
+    """Run a remote step, and return its time in seconds, measured in the remote process."""
     return step()  # type: ignore[return-value]
 
 
@@ -71,12 +71,12 @@ def _serve(connection: Connection, build: Callable[[], Step], settings: Settings
 
 @dataclass
 class Started:
-    """Steps in other processes.
+    """Steps that have been built in other processes.
 
     Attributes:
         steps: Steps that are ready to be called.
-        seconds: Time that building each step took.
-        errors: Errors of the steps that could not be built, or not in time.
+        seconds: Time taken to build each step.
+        errors: Errors for the steps that could not be built in time.
     """
 
     steps: dict[str, Remote] = field(default_factory=dict)
@@ -92,7 +92,7 @@ class Started:
 
 @contextlib.contextmanager
 def start_all(settings: Settings, builders: Mapping[str, Callable[[], Step]]) -> Iterator[Started]:
-    """Build steps in one process each, all at the same time.
+    """Build steps in separate processes, all at the same time.
 
     CUDA must not be initialised in this process.
 

@@ -1,8 +1,8 @@
 """Parts of the GPU benchmark, each in its own process with a time limit.
 
 An error in a kernel makes CUDA unusable for the rest of a process, and a compilation can take very
-long. Therefore each part runs in its own process, which is ended at its time limit. All rows
-reported by then are kept.
+long. Therefore, each part runs in its own process, which is stopped at the part's time limit. All
+rows reported by then are kept.
 """
 
 import importlib
@@ -77,24 +77,26 @@ def run(
         output: The JSON file, which is written after each row.
         command: The command line, for the JSON file.
         budget: The time for all parts together, in seconds.
-        compiled: "bf16" compiles the networks with a target only. "all" compiles all networks in
-            all precisions, and needs a larger budget.
+        compiled: "bf16" compiles only the networks that have a target. "all" compiles all networks
+            in all precisions, and needs a larger budget.
         dry_run: Run all code on a CPU with tiny sizes. No value is compared with its target.
 
     Raises:
         UserError: If there is no GPU, and this is not a dry run.
-        RunError: At the end, if a part failed or was out of time.
+        RunError: At the end, if a part failed or ran out of time.
     """
     # A process that has initialised CUDA cannot be forked. With this variable, libraries that call
     # torch.cuda.is_available() do not initialise it.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     if not dry_run and not _has_gpu():
         raise UserError(
-            "The GPU benchmark needs a CUDA GPU, and torch.cuda.is_available() is False. To run "
+            "The GPU benchmark needs a CUDA GPU, but torch.cuda.is_available() is False. To run "
             "its code with tiny sizes on a CPU, use --dry-run."
         )
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # The profiler logs each start and stop.
-    signal.signal(signal.SIGTERM, _stop)  # so that the process of a part is ended, too
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "99"
+    )  # Otherwise, the profiler logs each start and stop.
+    signal.signal(signal.SIGTERM, _stop)  # also stop the process of the current part
     start = time.monotonic()
     settings = Settings(dry_run=dry_run, compiled=compiled)
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max((os.cpu_count() or 1) // 2, 1)))
@@ -121,7 +123,7 @@ def _stop(*_: object) -> None:
 
 
 class Report:
-    """Rows, results and problems, which are printed and saved as they come."""
+    """Rows, results and problems, which are printed and saved as soon as they are available."""
 
     def __init__(self, output: str | None, command: str, dry_run: bool):
         self.output, self.dry_run = output, dry_run
@@ -171,7 +173,7 @@ class Report:
         print(f"{seconds:.0f} seconds")
         if self.problems:
             names = ", ".join(self.problems)
-            raise RunError(f"Incomplete parts: {names}. Their errors are above.")
+            raise RunError(f"Incomplete parts: {names}. The errors are listed above.")
 
     def _save(self) -> None:
         self.content["targets"] = table(self.results)
@@ -216,7 +218,7 @@ def _receive(connection: Connection, name: str, settings: Settings, report: Repo
 
 
 def _end(process: multiprocessing.process.BaseProcess) -> None:
-    """End a part's process group: the process and those that it has started."""
+    """Stop a part's process group, which includes its child processes."""
     if process.pid is not None:
         try:
             os.killpg(process.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Targets of the GPU benchmark, and their table."""
+"""Target values of the GPU benchmark, and their comparison with measurements."""
 
 import math
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ class Target:
 
     Attributes:
         what: Description of the value.
-        bound: Largest accepted value, or smallest if ``at_least`` is True.
-        at_least: Whether larger values are better.
+        bound: Maximum accepted value, or minimum if ``at_least`` is True.
+        at_least: True if larger values are better.
     """
 
     what: str
@@ -64,8 +64,8 @@ class Result:
 
     Attributes:
         value: Measured value.
-        spread: Relative spread of the control, the interquartile range of its ratios to the
-            baseline; None if the value does not depend on time.
+        spread: Relative spread of the control: the interquartile range of its ratios to the
+            baseline. None if the value does not depend on time.
     """
 
     value: float
@@ -86,7 +86,7 @@ def table(results: Mapping[str, Result]) -> list[dict[str, Any]]:
 
 
 def as_text(rows: list[dict[str, Any]]) -> str:
-    """Return the rows of :func:`table` as text; "not measured" stands for missing values."""
+    """Return the rows of :func:`table` as text, with "not measured" for missing values."""
     lines = ["Targets"]
     for row in rows:
         measured = "not measured"
@@ -99,7 +99,7 @@ def as_text(rows: list[dict[str, Any]]) -> str:
 
 
 def as_markdown(rows: list[dict[str, Any]], device: str) -> str:
-    """Return the rows of :func:`table` as a Markdown table for the documents."""
+    """Return the rows of :func:`table` as a Markdown table for the documentation."""
     lines = [f"| measured value | target | {device} |", "|---|---|---|"]
     for row in rows:
         measured = "not measured"

@@ -146,7 +146,7 @@ function diagnosticsParts(gallery, names) {
     detail.replaceChildren(
       element("div", { class: "columns" }, ...groupTables(found)),
       element("h4", {}, "Classes"), classTable(found),
-      element("p", { class: "quiet" }, "Precision, recall and F1 are those of the detections with at least the threshold, at which F1 is highest."),
+      element("p", { class: "quiet" }, "Precision, recall and F1 are for the detections with a score of at least the threshold, which maximises F1."),
       element("h4", {}, "Confusion matrix"), ...confusionTable(found),
     );
   };

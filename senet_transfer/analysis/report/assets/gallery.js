@@ -209,7 +209,7 @@ function detectionGallery(gallery, names) {
     show(`${kept.length} images.${part}`, kept.map(card));
   };
   const orders = [["worst", "worst first"], ["best", "best first"], ["name", "by file name"]];
-  // Missed objects are no detections. They are marked among the objects.
+  // Missed objects are not detections. They are marked among the objects.
   const errors = gallery.errors.slice(0, -1).entries();
   const errorControl = choice("error type", [["-1", "all detections"], ...errors], (event) => {
     state.error = Number(event.target.value);

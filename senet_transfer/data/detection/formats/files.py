@@ -16,7 +16,8 @@ from defusedxml.ElementTree import parse
 from PIL import Image
 
 from senet_transfer.data.images.decode import MAX_PIXELS, size_of
-from senet_transfer.data.images.file_types import is_hidden, is_image_name
+from senet_transfer.data.images.file_types import is_image_name
+from senet_transfer.data.images.listing import walk
 from senet_transfer.errors import UserError
 
 # A few lines of YAML with aliases can describe a list with billions of elements.
@@ -210,9 +211,10 @@ class ImageFolder:
         except MemoryError:
             raise
         except Exception as error:  # Pillow raises exceptions of many types for damaged files
-            found = "does not exist" if isinstance(error, FileNotFoundError) else "can't be read"
+            missing = isinstance(error, FileNotFoundError)
+            found = "does not exist" if missing else f"can't be read ({error})"
             raise UserError(
-                f"{where} lists the image {path}, which {found} ({error}); its size is required. "
+                f"{where} lists the image {path}, which {found}; its size is required. "
                 "Restore the image, or specify the folder that contains the images."
             ) from None
 
@@ -224,12 +226,10 @@ def list_files(root: str | Path, accept: Any) -> list[str]:
         root: The folder.
         accept: Function that returns True for the relative paths to list.
     """
-    found = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not is_hidden(name)]
-        relative = os.path.relpath(folder, root)
-        found += [os.path.normpath(os.path.join(relative, name)) for name in names]
-    return sorted(name for name in found if accept(name) and not is_hidden(name))
+    if not os.path.isdir(root):
+        return []
+    names = (os.path.join(folder, name) for folder, _, files in walk(root) for name in files)
+    return sorted(filter(accept, names))
 
 
 def images_next_to(location: Path) -> Path:

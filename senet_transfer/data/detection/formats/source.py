@@ -21,6 +21,7 @@ from senet_transfer.data.detection.formats.records import (
     to_coco,
 )
 from senet_transfer.data.detection.json_file import read_json_object
+from senet_transfer.data.images.listing import walk
 from senet_transfer.errors import UserError
 
 # Number of bytes examined at the start of a file.
@@ -63,18 +64,18 @@ class Source:
     Attributes:
         format: Key of :data:`FORMATS`.
         path: File or folder that the user specified.
-        places: File or folder to read, by split. The key is empty if the format itself defines the
-            splits or there are no splits.
+        locations: File or folder to read, by split. The key is empty if the format itself defines
+            the splits or there are no splits.
     """
 
     format: str
     path: Path
-    places: dict[str, Path]
+    locations: dict[str, Path]
 
     def image_folder(self) -> str:
         """Return the default image folder."""
-        if "" in self.places:
-            return os.path.abspath(FORMATS[self.format].image_folder(self.places[""]))
+        if "" in self.locations:
+            return os.path.abspath(FORMATS[self.format].image_folder(self.locations[""]))
         return os.path.abspath(self.path)
 
     def read(
@@ -91,17 +92,17 @@ class Source:
         """
         root = Path(image_dir or self.image_folder())
         read = FORMATS[self.format].read
-        if "" in self.places:
-            return read(self.places[""], ImageFolder(root, upright=upright))
+        if "" in self.locations:
+            return read(self.locations[""], ImageFolder(root, upright=upright))
         whole = ImportedData()
-        for split, place in self.places.items():
+        for split, location in self.locations.items():
             # The images are in the same relative folder as the annotations, in a folder named after
             # the split, or in `root` itself.
-            below = os.path.relpath(FORMATS[self.format].image_folder(place), self.path)
-            name = os.path.relpath(place, self.path).split(os.sep)[0]
+            below = os.path.relpath(FORMATS[self.format].image_folder(location), self.path)
+            name = os.path.relpath(location, self.path).split(os.sep)[0]
             folders = [root / below] * (not below.startswith(os.pardir)) + [root / name]
             folder = next((path for path in folders if path.is_dir()), root)
-            part = read(place, ImageFolder(folder, upright=upright))
+            part = read(location, ImageFolder(folder, upright=upright))
             prefix = os.path.relpath(folder, root)
             whole.splits[split] = [image for images in part.splits.values() for image in images]
             for image in whole.splits[split]:
@@ -124,13 +125,13 @@ def find_source(path: str | os.PathLike, name: str | None = None) -> Source | No
         found = _in_folder(path, name)
         if found:
             return Source(found[0], path, {"": found[1]})
-        places = {}
+        locations = {}
         for folder in sorted(path.iterdir()):
             inner = _in_folder(folder, name) if folder.name.lower() in SPLIT_NAMES else None
             if inner and (name is None or inner[0] == name):
                 name = inner[0]
-                places[SPLIT_NAMES[folder.name.lower()]] = inner[1]
-        return Source(name, path, places) if name and places else None
+                locations[SPLIT_NAMES[folder.name.lower()]] = inner[1]
+        return Source(name, path, locations) if name and locations else None
     if not path.is_file():
         return None
     kind = name or _format_of(path)
@@ -146,7 +147,7 @@ def _in_folder(folder: Path, name: str | None) -> tuple[str, Path] | None:
     """Return a folder's annotation format, and the file or folder to read."""
     if name in ("voc", None) and any((folder / "Annotations").glob("**/*.xml")):
         return "voc", folder
-    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    files = [folder / file for file in next(walk(folder))[2]] if folder.is_dir() else []
     # A YOLO data set may contain other YAML or JSON files, such as information about the export.
     first = [path for path in files if path.name in _YOLO_FILES]
     for path in first + files:
@@ -202,9 +203,9 @@ def annotations_exist(path: str) -> bool:
 
 def default_image_folder(path: str) -> str:
     """Return the default image folder for annotations."""
-    place, _ = split_path(path)
-    source = find_source(place)
-    return source.image_folder() if source else os.path.dirname(os.path.abspath(place))
+    location, _ = split_path(path)
+    source = find_source(location)
+    return source.image_folder() if source else os.path.dirname(os.path.abspath(location))
 
 
 def read_annotations(path: str, image_dir: str, *, upright: bool = True) -> dict[str, Any]:
@@ -218,48 +219,48 @@ def read_annotations(path: str, image_dir: str, *, upright: bool = True) -> dict
     Raises:
         UserError: If a file is invalid, or the path does not determine the split.
     """
-    place, split = split_path(path)
-    if find_source(place) is None:
+    location, split = split_path(path)
+    if find_source(location) is None:
         content = read_json_object(path)
         content.pop(NOTES, None)
         return content
-    data = _imported(place, image_dir, upright)
-    return to_coco(data, _choose(data, split, place))
+    data = _imported(location, image_dir, upright)
+    return to_coco(data, _choose(data, split, location))
 
 
-def _choose(data: ImportedData, split: str, place: str) -> str:
+def _choose(data: ImportedData, split: str, location: str) -> str:
     if not split and len(data.splits) == 1:
         return next(iter(data.splits))
     if split in data.splits:
         return split
-    choices = ", ".join(f"{place}:{name}" for name in data.splits)
+    choices = ", ".join(f"{location}:{name}" for name in data.splits)
     found = f"no split {split!r}" if split else f"{len(data.splits)} splits"
-    raise UserError(f"{place} has {found}; expected one of: {choices}.")
+    raise UserError(f"{location} has {found}; expected one of: {choices}.")
 
 
 def annotations_state(path: str, image_dir: str, *, upright: bool = True) -> object | None:
     """Return a value that changes whenever the annotations change; None if they are missing."""
-    place, _ = split_path(path)
-    if not os.path.exists(place):
+    location, _ = split_path(path)
+    if not os.path.exists(location):
         return None
-    if find_source(place) is None:
-        return _state([place])
-    return _state(_imported(place, image_dir, upright).files)
+    if find_source(location) is None:
+        return _state([location])
+    return _state(_imported(location, image_dir, upright).files)
 
 
-def _imported(place: str, image_dir: str, upright: bool) -> ImportedData:
+def _imported(location: str, image_dir: str, upright: bool) -> ImportedData:
     """Read annotations, or return the cached data if the files have not changed."""
-    data, state = _read(place, image_dir, upright)
+    data, state = _read(location, image_dir, upright)
     if _state(data.files) != state:
         _read.cache_clear()
-        data, _ = _read(place, image_dir, upright)
+        data, _ = _read(location, image_dir, upright)
     return data
 
 
 # Two entries, for the training and validation data of a run.
 @lru_cache(maxsize=2)
-def _read(place: str, image_dir: str, upright: bool) -> tuple[ImportedData, object]:
-    source = find_source(place)
+def _read(location: str, image_dir: str, upright: bool) -> tuple[ImportedData, object]:
+    source = find_source(location)
     assert source is not None
     data = source.read(image_dir, upright=upright)
     return data, _state(data.files)

@@ -101,11 +101,11 @@ def _read_image(
     width, height = images.size(file_name, where)
     image = ImportedImage(file_name, width, height, where)
     for index, region in enumerate(regions, 1):
-        place = f"{where}, region {index}"
-        label = _label(region["region_attributes"], attribute, place)
-        shape = _shape(region["shape_attributes"], place, data)
+        source = f"{where}, region {index}"
+        label = _label(region["region_attributes"], attribute, source)
+        shape = _shape(region["shape_attributes"], source, data)
         if shape is not None:
-            image.objects.append(ImportedObject(label, shape[0], place, shape[1]))
+            image.objects.append(ImportedObject(label, shape[0], source, shape[1]))
     return image
 
 
