@@ -172,7 +172,7 @@ def has_deep_colours(image: Image.Image, data: bytes) -> bool:
         return _bits_per_sample(image) > 8
     if image.format == "JPEG2000":
         return jpeg2000_bits(data) > 8
-    return image.format == "SGI" and any(tile[0] == "SGI16" for tile in image.tile)
+    return image.format == "SGI" and any(tile[0] == "SGI16" for tile in getattr(image, "tile", ()))
 
 
 def has_deep_planes(image: Image.Image) -> bool:

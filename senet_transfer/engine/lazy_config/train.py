@@ -28,8 +28,8 @@ from senet_transfer.engine.results import write_results
 from senet_transfer.engine.setup import (
     RunOptions,
     available_device,
-    escape_names,
     check_overwrite,
+    escape_names,
     restarted,
     resumes,
 )
