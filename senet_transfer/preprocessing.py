@@ -25,6 +25,10 @@ class Preprocessing:
         resize: Length in pixels to which the shorter side is resized for classification.
         crop: Side length in pixels of the center crop for classification.
         interpolation: Interpolation mode for resizing, "bilinear" or "bicubic".
+        mode: Evaluation mode for classification: "short_side", "squash" or "ten_crop".
+        value_range: Values of black and white in images with more than 8 bits per channel, for
+            classification. Empty for the whole range of 16-bit images.
+        upright: Whether to apply the EXIF orientation of images, for classification.
     """
 
     format: str = "RGB"
@@ -33,6 +37,9 @@ class Preprocessing:
     resize: int = 256
     crop: int = 224
     interpolation: str = "bilinear"
+    mode: str = "short_side"
+    value_range: tuple[float, ...] = ()
+    upright: bool = False
 
     def channel_values(self) -> tuple[Tensor, Tensor]:
         """Return the mean and standard deviation as tensors of shape ``(C, 1, 1)``."""

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
-from onnx_images import open_model, read_image  # noqa: E402
+from onnx_images import open_model, print_any_name, read_image  # noqa: E402
 
 
 def resized(image: Image.Image, resize: int, mode: str) -> tuple[int, int]:
@@ -70,9 +70,15 @@ def load(
 
 def main(model_file: str, *image_files: str) -> None:
     """Print the top five classes of each image."""
+    print_any_name()
     session, metadata = open_model(model_file, "classification")
     # The exported network includes the channel order and the normalisation.
     preprocessing, classes = metadata["preprocessing"], metadata["classes"]
+    if preprocessing["format"] not in ("RGB", "BGR", "L"):
+        raise SystemExit(
+            f"error: the model takes images of the format {preprocessing['format']}; expected RGB, "
+            "BGR or L. Use `senet predict` for models trained with INPUT.CHANNELS."
+        )
     mode, value_range = metadata.get("mode", "short_side"), metadata.get("value_range", ())
     upright = metadata.get("upright", False)
     height, width = session.get_inputs()[0].shape[-2:]

@@ -17,7 +17,7 @@ from onnxruntime import InferenceSession
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
-from onnx_images import open_model, read_image  # noqa: E402
+from onnx_images import open_model, print_any_name, read_image  # noqa: E402
 
 
 def resized(width: int, height: int, min_size: int, max_size: int) -> tuple[int, int]:
@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--output", default="detections.json", help="the JSON file to write")
     parser.add_argument("--threshold", type=float, default=0.0, help="minimum score")
     args = parser.parse_args()
+    print_any_name()
     session, metadata = open_model(args.model, "detection")
     detections = []
     for image_id, path in enumerate(args.images, start=1):

@@ -4,8 +4,11 @@ Images are read in the same way as by senet_transfer/data/images/decode.py.
 """
 
 import contextlib
+import io
 import json
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -41,19 +44,48 @@ def open_model(path: str, task: str) -> tuple[onnxruntime.InferenceSession, dict
     return session, metadata
 
 
+def print_any_name() -> None:
+    """Make ``print`` escape characters of file names that the terminal can't show."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def formats() -> list[str]:
     """Return the supported image formats, which Pillow reads without external programs."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def has_deep_colours(image: Image.Image) -> bool:
-    """Return whether an opened image has 16-bit colours, which Pillow reduces to 8 bits."""
-    if image.mode not in ("RGB", "RGBA") or not getattr(image, "tile", ()):
+def has_deep_colours(image: Image.Image, path: str) -> bool:
+    """Return whether Pillow does not return the stored values of an image with over 8 bits."""
+    if not getattr(image, "tile", ()):
+        return False
+    if image.format == "JPEG2000":  # The SIZ marker contains the number of bits.
+        data = Path(path).read_bytes()
+        start = data.find(b"\xff\x4f\xff\x51")
+        bits = (data[start + 42] & 0x7F) + 1 if 0 <= start < len(data) - 42 else 8
+        # Pillow scales grey values with 9 to 15 bits to 16 bits.
+        return 8 < bits < 16 if image.mode == "I;16" else bits > 8
+    if image.mode.startswith(("I", "F")):
         return False
     codec, _, _, args = image.tile[0]  # type: ignore[attr-defined]  # of ImageFile
     args = args if isinstance(args, tuple) else (args,)
-    return ";16" in str(args[0]) or (codec == "ppm" and args[1] > 255)
+    if image.format == "PPM":
+        return isinstance(args[-1], int) and args[-1] > 255
+    if image.format == "TIFF":
+        return bits_per_sample(image) > 8
+    return codec == "SGI16" or (image.format == "PNG" and ";16" in str(args[0]))
+
+
+def bits_per_sample(image: Image.Image) -> int:
+    """Return the number of bits that a TIFF file specifies."""
+    return max(image.tag_v2.get(258, (1,)))  # type: ignore[attr-defined]
+
+
+def scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Map a range of values to 0-255."""
+    values = (values.astype(np.float64) - low) * (255 / (high - low))
+    return np.rint(np.nan_to_num(values).clip(0, 255)).astype(np.uint8)
 
 
 def read_image(
@@ -72,32 +104,45 @@ def read_image(
     """
     try:
         image: Image.Image = Image.open(path, formats=formats())
-        deep_colours = has_deep_colours(image)
-        # Pillow opens 16-bit PGM files in its mode for 32-bit integers.
-        is_16_bit = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
+        deep_colours = has_deep_colours(image, path)
+        # Pillow opens 16-bit PGM files in its mode for 32-bit integers, and scales the values.
+        is_pgm = (image.mode, image.format) == ("I", "PPM")
+        is_16_bit = image.mode.startswith("I;16") or is_pgm
+        largest, maxval, tags = 65535, 65535, {}
+        if is_pgm and isinstance(image.tile[0][3], tuple):  # type: ignore[attr-defined]
+            maxval = image.tile[0][3][1]  # type: ignore[attr-defined]
+        if image.format == "TIFF":
+            tags = dict(image.tag_v2)  # type: ignore[attr-defined]
+            largest = (1 << bits_per_sample(image)) - 1
         image.load()
         if upright:
-            with contextlib.suppress(
-                Exception
-            ):  # Pillow raises exceptions of many types for broken EXIF data
+            # Pillow raises exceptions of many types for broken EXIF data.
+            with contextlib.suppress(Exception):
                 image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise SystemExit(f"error: {path} can't be read as an image: {error}") from error
+    if tags.get(284) == 2 and deep_colours:
+        raise SystemExit(
+            f"error: {path} contains 16-bit colours in separate planes, which Pillow can't read. "
+            "Convert it to 8 bits per channel."
+        )
     if value_range and deep_colours:
         raise SystemExit(
-            f"error: {path} is a colour image with 16 bits per channel, whose value range can't be "
-            "applied here. Convert it to 8 bits per channel."
+            f"error: {path} is an image with more than 8 bits per channel, whose value range can't "
+            "be applied here. Convert it to 8 bits per channel."
         )
     if value_range and (is_16_bit or image.mode in ("I", "F")):
-        low, high = value_range
-        values = (np.asarray(image).astype(np.float64) - low) * (255 / (high - low))
-        image = Image.fromarray(np.rint(np.nan_to_num(values).clip(0, 255)).astype(np.uint8))
+        values = np.asarray(image)
+        values = np.rint(values * (maxval / 65535)) if maxval < 65535 else values
+        grey = scaled(values, *value_range)
     elif is_16_bit:
-        wide = np.asarray(image).astype(np.uint32)
-        image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
+        grey = scaled(np.asarray(image), 0, largest)
     elif image.mode in ("I", "F"):
         raise SystemExit(
             f"error: {path} has 32 bits per channel, and the model was trained without a value "
             "range (INPUT.VALUE_RANGE). Convert it to 8 bits per channel."
         )
-    return image
+    else:
+        return image
+    white_is_zero = tags.get(262) == 0
+    return Image.fromarray(255 - grey if white_is_zero else grey)

@@ -286,8 +286,8 @@ def _add_epochs(cfg: CfgNode) -> None:
     """Add the keys for schedules in epochs, and the key for selecting the best model."""
     # Fractions of epochs are allowed. If EPOCHS is set, it replaces MAX_ITER, and STEP_EPOCHS
     # replaces STEPS. The other keys, if set, replace WARMUP_ITERS, UNFREEZE_ITERS, FROZEN_BN_ITERS,
-    # CHECKPOINT_PERIOD and TEST.EVAL_PERIOD. For a detector, an epoch consists of the images that
-    # remain after FILTER_EMPTY_ANNOTATIONS.
+    # CHECKPOINT_PERIOD and TEST.EVAL_PERIOD. WARMUP_EPOCHS 0 disables the warm-up. For a detector,
+    # an epoch consists of the images that remain after FILTER_EMPTY_ANNOTATIONS.
     cfg.SOLVER.EPOCHS = None
     cfg.SOLVER.STEP_EPOCHS = ()
     cfg.SOLVER.WARMUP_EPOCHS = None

@@ -20,7 +20,7 @@ from senet_transfer.config.defaults import (
     get_senet_config,
     set_config_value,
 )
-from senet_transfer.config.validation import MOST_CHANNELS, check_elements
+from senet_transfer.config.validation import MOST_CHANNELS, check_elements, check_encoding
 from senet_transfer.errors import UserError
 
 # Keys whose values may have several types: an integer or a float (epochs), a string or a list.
@@ -73,6 +73,7 @@ def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
         for key in options[::2]:
             if not _has_key(cfg, key):
                 raise UserError(f"In the command-line options: {_explain_unknown(cfg, key)}")
+        check_encoding(zip(options[::2], options[1::2], strict=True))
         for key in _SEVERAL_TYPES.intersection(options[::2]):
             # yacs would reject 0.5 if the config file contains an integer.
             set_config_value(cfg, key, None)

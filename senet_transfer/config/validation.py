@@ -4,9 +4,10 @@ Without these checks, invalid values would be noticed late or not at all.
 """
 
 import contextlib
+import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -180,6 +181,23 @@ def check_ranges(cfg: CfgNode) -> None:
 
 IMAGE_FORMATS = ("BGR", "RGB", "L")
 MOST_CHANNELS = 16
+
+
+def check_encoding(items: Iterable[tuple[str, Any]]) -> None:
+    """Check that the values of config keys can be saved in ``config.yaml``.
+
+    Raises:
+        UserError: If a value contains a path that is not UTF-8.
+    """
+    for key, value in items:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{key} is {ascii(value)}, which is not UTF-8 and can't be saved in config.yaml. "
+                "Rename the file or folder, or specify a symbolic link to it."
+            ) from None
 
 
 def check_input(cfg: CfgNode) -> None:

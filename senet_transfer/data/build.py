@@ -32,7 +32,7 @@ from senet_transfer.data.images.class_names import match_names
 from senet_transfer.data.images.decode import Reading
 from senet_transfer.data.images.folders import choose_classes
 from senet_transfer.data.images.transforms import EvalTransform, TrainTransform
-from senet_transfer.data.reading import reading_of
+from senet_transfer.data.reading import reading_of, warn_if_dark
 from senet_transfer.data.shards.storage import is_remote
 from senet_transfer.errors import UserError, check_choice
 from senet_transfer.utils.text import first_of
@@ -89,6 +89,21 @@ def use_classification_datasets(
     for name in cfg.DATASETS.TEST:
         cfg.DATASETS.CLASSES = list(open_test_dataset(cfg, name).classes)
     cfg.MODEL.CLASSIFIER.NUM_CLASSES = len(cfg.DATASETS.CLASSES)
+
+
+def check_brightness(cfg: CfgNode, *, eval_only: bool = False) -> None:
+    """Warn about data sets of 16-bit images that would be almost black."""
+    opened = {} if eval_only else {name: open_train_dataset(cfg) for name in cfg.DATASETS.TRAIN}
+    opened |= {name: open_test_dataset(cfg, name) for name in cfg.DATASETS.TEST}
+    for name, dataset in opened.items():
+        if isinstance(dataset, ClassificationDataset):
+            warn_of_dataset(dataset, name, reading_of(cfg))
+
+
+def warn_of_dataset(dataset: ClassificationDataset, name: str, reading: Reading) -> None:
+    """Warn about a data set of 16-bit images that would be almost black, unless it is remote."""
+    if not is_remote(name):
+        warn_if_dark(name, reading, len(dataset), lambda index: dataset.read_sample(index).data)
 
 
 def _class_folders(cfg: CfgNode, name: str, eval_only: bool) -> Path:

@@ -14,6 +14,7 @@ from senet_transfer.config.load import load_config, merge_options
 from senet_transfer.config.validation import check_input
 from senet_transfer.data.cifar.in_memory import SIDE
 from senet_transfer.data.images.published_classes import published_classes
+from senet_transfer.data.images.transforms import EVAL_MODES
 from senet_transfer.engine.checkpoints.classes import apply_file_classes, config_next_to
 from senet_transfer.engine.numerics import set_memory_format
 from senet_transfer.engine.setup import use_available_device
@@ -34,7 +35,7 @@ from senet_transfer.weights.file_geometry import (
 from senet_transfer.weights.formats.timm_config import read_timm_config
 from senet_transfer.weights.hub.catalogue import only_in_timm, own_model
 from senet_transfer.weights.hub.timm_networks import PREFIX as TIMM_PREFIX
-from senet_transfer.weights.hub.timm_networks import evaluation_mode, is_timm
+from senet_transfer.weights.hub.timm_networks import is_timm
 from senet_transfer.weights.load import LoadReport, load_source
 from senet_transfer.weights.mapping.source import Source, examine, with_stated
 
@@ -251,6 +252,14 @@ def _timm_network(path: str) -> str:
     return TIMM_PREFIX + stated.architecture
 
 
+def _check_mode(name: str, mode: str) -> None:
+    if mode not in EVAL_MODES:
+        raise UserError(
+            f"{name} is evaluated in the mode {mode}; expected one of: {', '.join(EVAL_MODES)}. "
+            "Use another network, or a config that specifies how images are resized."
+        )
+
+
 def _named(name: str, weights: str, family: str, choice: Choice) -> tuple[CfgNode, Source | None]:
     """Return the config and the weights of the classifier built by ``create_classifier``."""
     if name:
@@ -272,6 +281,7 @@ def _named(name: str, weights: str, family: str, choice: Choice) -> tuple[CfgNod
             "--config-file, or --weights with a checkpoint that contains a model description."
         )
     preprocessing = (source.preprocessing if source else None) or model_entry(name).preprocessing
+    _check_mode(name, preprocessing.mode)
     cfg = get_senet_config()
     cfg.MODEL.META_ARCHITECTURE = META_ARCHITECTURE
     cfg.MODEL.BACKBONE.NAME = "build_senet_backbone"
@@ -286,7 +296,9 @@ def _named(name: str, weights: str, family: str, choice: Choice) -> tuple[CfgNod
     cfg.INPUT.CLASSIFICATION.TEST_RESIZE = preprocessing.resize
     cfg.INPUT.CLASSIFICATION.TEST_CROP = preprocessing.crop
     cfg.INPUT.CLASSIFICATION.INTERPOLATION = preprocessing.interpolation
-    cfg.INPUT.CLASSIFICATION.TEST_MODE = evaluation_mode(name)
+    cfg.INPUT.CLASSIFICATION.TEST_MODE = preprocessing.mode
+    cfg.INPUT.VALUE_RANGE = preprocessing.value_range
+    cfg.INPUT.EXIF = "apply" if preprocessing.upright else "auto"
     if preprocessing.resize == SIDE:
         cfg.INPUT.CLASSIFICATION.AUGMENT = "pad_crop"  # Use the standard augmentation for CIFAR.
     if source and source.num_classes:

@@ -24,7 +24,7 @@ from senet_transfer.config import (
     is_classification,
 )
 from senet_transfer.config.architectures import OBJECTS, predicts, predicts_rotated_boxes
-from senet_transfer.config.validation import check_input, check_ranges
+from senet_transfer.config.validation import check_encoding, check_input, check_ranges
 from senet_transfer.data.detection.augmentation.build import check_detection_augmentation
 from senet_transfer.data.images.augmentation import ENABLING_KEYS
 from senet_transfer.engine.checkpoints import checkpoint_history as history
@@ -90,6 +90,7 @@ def check_run(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
     _check_norms(cfg)
     if not eval_only:
         _check_numbers(cfg)
+    check_encoding(config_items(cfg))
     check_input(cfg)
     _check_anchors(cfg)
     check_augmentation(cfg)

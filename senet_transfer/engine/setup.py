@@ -1,6 +1,7 @@
 """Setup of a run: config, logging, data sets, device and checks."""
 
 import importlib.util
+import io
 import logging
 import os
 import sys
@@ -18,7 +19,11 @@ from detectron2.utils.logger import setup_logger
 from senet_transfer.config import is_classification
 from senet_transfer.config.architectures import PIXELS, predicts
 from senet_transfer.config.load import load_config
-from senet_transfer.data.build import use_class_weights, use_classification_datasets
+from senet_transfer.data.build import (
+    check_brightness,
+    use_class_weights,
+    use_classification_datasets,
+)
 from senet_transfer.data.detection.augmentation.build import removes_parts
 from senet_transfer.data.detection.coco import (
     CocoDataset,
@@ -199,8 +204,7 @@ def _prepare(options: RunOptions) -> CfgNode:
         use_named_datasets(cfg, options, logger)
         use_datasets(cfg, eval_only=eval_only, keep_classes=eval_only or resume)
     check_run(cfg, eval_only=eval_only, resume=resume)
-    if not is_classification(cfg):
-        _check_images(cfg, eval_only=eval_only)
+    _check_images(cfg, eval_only=eval_only)
     resumed = str(history.newest_whole(cfg.OUTPUT_DIR)) if resume else None
     source = _examine_weights(cfg, resumed, eval_only=eval_only)
     if source:
@@ -255,12 +259,21 @@ def _logger(name: str, cfg: CfgNode, *, quiet: bool) -> logging.Logger:
     The results that Detectron2 repeats for spreadsheets are written to ``log.txt`` only.
     """
     logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
+    escape_names(logger)
     for handler in logger.handlers:
         if getattr(handler, "stream", None) is sys.stdout:
             handler.addFilter(_is_for_people)
             if quiet:
                 handler.setLevel(logging.WARNING)
     return logger
+
+
+def escape_names(logger: logging.Logger) -> None:
+    """Make a logger's handlers escape characters of file names that can't be encoded."""
+    for handler in logger.handlers:
+        stream = getattr(handler, "stream", None)
+        if isinstance(stream, io.TextIOWrapper) and not stream.closed:
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _is_for_people(record: logging.LogRecord) -> bool:
@@ -424,9 +437,15 @@ def _use_stuff(cfg: CfgNode, names: Sequence[str], *, keep_classes: bool) -> Non
 def _check_images(cfg: CfgNode, *, eval_only: bool) -> None:
     """Check the images of the data sets in the main process, for all processes.
 
+    The images of a classifier are only checked for dark 16-bit images.
+
     Raises:
         UserError: If images are unreadable, or if their sizes differ from the annotations.
     """
+    if is_classification(cfg):
+        if comm.is_main_process():
+            check_brightness(cfg, eval_only=eval_only)
+        return
     check_choice("DATALOADER.CHECK_IMAGES", cfg.DATALOADER.CHECK_IMAGES, MODES)
     problem = ""
     if comm.is_main_process():

@@ -32,6 +32,8 @@ _IN_EPOCHS = {
     "TEST.EVAL_PERIOD": "TEST.EVAL_EPOCHS",
 }
 
+_MAY_BE_ZERO = ("SOLVER.WARMUP_EPOCHS", "SOLVER.FROZEN_BN_EPOCHS")
+
 
 def check_epochs(cfg: CfgNode) -> None:
     """Check that the config doesn't specify the schedule in both epochs and iterations.
@@ -45,10 +47,11 @@ def check_epochs(cfg: CfgNode) -> None:
     if cfg.SOLVER.EPOCHS is None:
         return
     for key in ("SOLVER.EPOCHS", *_IN_EPOCHS.values()):
-        value = config_value(cfg, key)
-        if value is not None and not (isinstance(value, int | float) and value > 0):
+        value, least = config_value(cfg, key), 0 if key in _MAY_BE_ZERO else math.ulp(0)
+        if value is not None and not (isinstance(value, int | float) and value >= least):
             raise UserError(
-                f"{key} is {value!r}; expected a positive number of epochs, such as 90 or 0.5."
+                f"{key} is {value!r}; expected a positive number of epochs, such as 90 or 0.5"
+                f"{', or 0 for none' if least == 0 else ''}."
             )
     defaults = get_senet_config()
     for key in ("SOLVER.MAX_ITER", "SOLVER.STEPS"):
@@ -84,7 +87,7 @@ def epochs_to_iterations(cfg: CfgNode, images: int) -> CfgNode:
     if cfg.SOLVER.UNFREEZE_EPOCHS:
         counted.SOLVER.UNFREEZE_ITERS = tuple(map(iterations, cfg.SOLVER.UNFREEZE_EPOCHS))
     for key, in_epochs in _IN_EPOCHS.items():
-        if epochs := config_value(cfg, in_epochs):
+        if (epochs := config_value(cfg, in_epochs)) is not None:
             node, _, leaf = key.rpartition(".")
             config_value(counted, node)[leaf] = iterations(epochs)
     logger.info(

@@ -7,7 +7,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -29,6 +28,9 @@ FORMATS = {
     # A torch.export program compiled by AOTInductor for this machine's processor.
     "aot_inductor": ".pt2",
 }
+
+# The fields of Preprocessing in the metadata's "preprocessing". The others have their own entries.
+_STORED = ("format", "mean", "std", "resize", "crop", "interpolation")
 
 # Relative to the largest output. The outputs differ because float32 rounding depends on the order
 # of operations.
@@ -108,7 +110,7 @@ def export_network(
     channels = channels_of(preprocessing.format) or 3
     example = 255 * torch.rand(2, channels, *size)
     metadata = {
-        "preprocessing": json.dumps(asdict(preprocessing)),
+        "preprocessing": json.dumps({key: getattr(preprocessing, key) for key in _STORED}),
         "classes": json.dumps(list(classes)),
         "mode": json.dumps(mode),
         "size": json.dumps(size),

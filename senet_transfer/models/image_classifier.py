@@ -203,6 +203,9 @@ def preprocessing_of(cfg: CfgNode) -> Preprocessing:
         resize=image.TEST_RESIZE,
         crop=image.TEST_CROP,
         interpolation=image.INTERPOLATION,
+        mode=image.TEST_MODE,
+        value_range=tuple(cfg.INPUT.VALUE_RANGE),
+        upright=cfg.INPUT.EXIF == "apply",
     )
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from senet_transfer.errors import UserError
+from senet_transfer.preprocessing import Preprocessing
 from senet_transfer.utils.hashing import file_sha256, tensors_sha256
 from senet_transfer.utils.private_api import set_state_dict_metadata
 from senet_transfer.utils.text import first_of
@@ -153,6 +154,7 @@ def write_converted(source: Source, path: Path, to: str) -> list[str]:
         )
     if to in FORMATS:
         _write_foreign(source, path, FORMATS[to], metadata)
+        notes += _keys_for_images(source.preprocessing)
         if "linear.weight" not in source.tensors:
             notes.append(
                 "The file has no classifier. Load the new file with strict=False, or into a model "
@@ -210,6 +212,20 @@ def _keys_for_detectron2(source: Source) -> list[str]:
             "Load this file into a senet_transfer backbone."
         )
     return notes
+
+
+def _keys_for_images(pixels: Preprocessing | None) -> list[str]:
+    """Return a note about the keys for reading images that other projects' files don't contain."""
+    keys = []
+    if pixels and pixels.upright:
+        keys.append("INPUT.EXIF apply")
+    if pixels and pixels.value_range:
+        keys.append(f"INPUT.VALUE_RANGE {list(pixels.value_range)}")
+    if pixels and pixels.mode != "short_side":
+        keys.append(f"INPUT.CLASSIFICATION.TEST_MODE {pixels.mode}")
+    if not keys:
+        return []
+    return [f"The new file doesn't specify how its model reads images: {', '.join(keys)}."]
 
 
 def _write_foreign(source: Source, path: Path, form: Format, metadata: dict[str, Any]) -> None:

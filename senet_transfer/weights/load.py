@@ -147,13 +147,10 @@ def load_source(model: nn.Module, source: Source, *, exact: bool = False) -> Loa
     own = target.backbone_preprocessing()
     preprocessing = source.preprocessing or own
     if pixels := target.pixels():
-        # The model was built from a config. The config's resizing and cropping replace the file's.
+        # The model was built from a config, which specifies how images are read, resized and
+        # cropped.
         preprocessing = replace(
-            preprocessing,
-            format=pixels.format,
-            resize=own.resize,
-            crop=own.crop,
-            interpolation=own.interpolation,
+            own, format=pixels.format, mean=preprocessing.mean, std=preprocessing.std
         )
     target.backbone.preprocessing = preprocessing
     notes = list(source.notes)

@@ -72,6 +72,14 @@ def test_epochs_are_iterations_rounded_up():
     assert epochs_to_iterations(exact, 100).SOLVER.MAX_ITER == 7
 
 
+def test_a_warm_up_of_0_epochs_is_none():
+    keys = {"SOLVER.EPOCHS": "2", "SOLVER.WARMUP_EPOCHS": "0", "SOLVER.IMS_PER_BATCH": "10"}
+    cfg = config(**keys, **{"SOLVER.LR_SCHEDULER_NAME": "WarmupMultiStepLR"})
+    check_epochs(cfg)
+    counted = epochs_to_iterations(cfg, 100)
+    assert rates(counted) == [cfg.SOLVER.BASE_LR] * 20
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

@@ -1,6 +1,7 @@
 """Tests that compare deployed networks and exported files with the eager networks."""
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -263,7 +264,7 @@ def test_onnx_runs_without_torch_as_the_evaluation_does(classifier, tmp_path):
         format="BGR", mean=(90.0, 100.0, 110.0), std=(50.0, 60.0, 70.0), resize=72, crop=64
     )
     names = [f"kind {index}" for index in range(7)]
-    model, image = tmp_path / "model.onnx", tmp_path / "image.png"
+    model, image = tmp_path / "model.onnx", tmp_path / os.fsdecode(b"caf\xe9.png")
     options = {"form": "onnx", "preprocessing": preprocessing, "size": (64, 64)}
     export_network(classifier, model, classes=names, **options)
     draw = np.random.default_rng(0)
@@ -279,9 +280,10 @@ def test_onnx_runs_without_torch_as_the_evaluation_does(classifier, tmp_path):
 
     script = ROOT / "tools" / "classify_onnx.py"
     code = f"import sys, runpy; sys.modules['torch'] = None; sys.argv = {[str(script), str(model), str(image)]}; runpy.run_path(sys.argv[0], run_name='__main__')"  # noqa: E501
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    env = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == f"{image}: {expected}"
+    assert done.stdout.strip() == f"{tmp_path}/caf\\udce9.png: {expected}"
 
 
 @pytest.mark.long

@@ -185,7 +185,9 @@ def test_the_evaluation_mode_is_that_of_timm(monkeypatch, timm):
     assert mode("resnet18") == "short_side"
     bordered = replace(timm.get_pretrained_cfg("resnet18"), crop_mode="border")
     monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: bordered)
-    with pytest.raises(UserError, match="crop_mode border; expected center or squash"):
+    with pytest.raises(
+        UserError, match="timm/resnet18 is evaluated in the mode border; expected one"
+    ):
         mode("resnet18")
 
 

@@ -81,7 +81,7 @@ def test_rotated_images_are_upright_and_unusable_ones_are_refused(tmp_path):
     assert np.array_equal(found, read_image(str(wide), "RGB", Reading((0, 4095), upright=True)))
     deep = tmp_path / "deep.png"
     cv2.imwrite(str(deep), np.full((4, 4, 3), 3000, np.uint16))
-    with pytest.raises(SystemExit, match="colour image with 16 bits per channel"):
+    with pytest.raises(SystemExit, match="image with more than 8 bits per channel"):
         SHARED["read_image"](str(deep), (0, 4095))
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(SystemExit, match="can't be read as an image"):
@@ -107,3 +107,10 @@ def test_a_file_for_another_task_is_refused(tmp_path):
         SHARED["open_model"](str(path), "classification")
     with pytest.raises(SystemExit, match="can't be read as an ONNX file"):
         SHARED["open_model"](str(tmp_path / "missing.onnx"), "detection")
+
+
+def test_models_with_other_channels_are_refused(monkeypatch):
+    metadata = {"preprocessing": {"format": "C4"}, "classes": []}
+    monkeypatch.setitem(SCRIPT["main"].__globals__, "open_model", lambda *_: (None, metadata))
+    with pytest.raises(SystemExit, match="format C4; expected RGB, BGR or L. Use `senet predict`"):
+        SCRIPT["main"]("model.onnx", "image.tif")

@@ -1,13 +1,11 @@
 """Checks of image files before a run, which report all invalid files of a data set at once."""
 
-import logging
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-import numpy as np
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
@@ -20,21 +18,14 @@ from senet_transfer.data.images.decode import (
     no_truncated_images,
     size_of,
 )
+from senet_transfer.data.reading import warn_if_dark
 from senet_transfer.errors import UserError
 from senet_transfer.utils.progress import progress
 
 MODES = ("header", "decode")
 
-# Number of 16-bit images whose pixel values are examined.
-_SAMPLED = 8
-
-# 16-bit images below this value use less than a quarter of the range.
-_DIM = 1 << 14
-
 _LISTED = 50
 _THREADS = 8
-
-logger = logging.getLogger(__name__)
 
 
 def check_images(
@@ -117,8 +108,8 @@ def check_dataset_images(
             "used:\n  " + "\n  ".join(listed) + "\nRestore or correct these files, or remove them "
             "from the annotation file."
         )
-    if reading.channels is None and not reading.value_range:
-        _check_values(dataset, records)
+    paths = [record["file_name"] for record in records]
+    warn_if_dark(dataset.json_file, reading, len(paths), lambda index: _content(paths[index]))
     return len(records)
 
 
@@ -157,21 +148,6 @@ def _check_header(record: dict, *, read: Callable[[dict], object], reading: Read
         read(record)
 
 
-def _check_values(dataset: CocoDataset, records: list[dict]) -> None:
-    """Warn about 16-bit images that would be almost black, such as images with 12-bit data."""
-    step = max(1, len(records) // _SAMPLED)
-    largest = -1
-    for record in records[::step][:_SAMPLED]:
-        with PathManager.open(record["file_name"], "rb") as file:
-            image = Image.open(file)
-            if bits_of(image) != 16:
-                return
-            largest = max(largest, int(np.asarray(image).max()))
-    if not 0 <= largest < _DIM:
-        return
-    high = (1 << max(1, largest).bit_length()) - 1
-    logger.warning(
-        "%s: all pixel values of the examined 16-bit images are below %d of 65535, so the images "
-        "are almost black. If they contain %d-bit data, set INPUT.VALUE_RANGE to [0, %d].",
-        dataset.json_file, high + 1, high.bit_length(), high,
-    )  # fmt: skip
+def _content(path: str) -> bytes:
+    with PathManager.open(path, "rb") as file:
+        return file.read()

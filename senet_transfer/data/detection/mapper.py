@@ -379,8 +379,8 @@ def decode_image(data: bytes, image_format: str, reading: Reading = UPRIGHT) -> 
         orientation = exif_orientation(image) if reading.upright else None
         pixels = decode_jpeg(data, image_format) if image.format == "JPEG" else None
         if pixels is None:
-            image.load()
             image = to_8_bit(image, reading.value_range, data)
+            image.load()
             pixels = detection_utils.convert_PIL_to_numpy(image, image_format)
         return turn_upright(pixels, orientation)
 

@@ -19,10 +19,13 @@ from senet_transfer.data.images.decode import (
     BrokenImageError,
     Reading,
     allowed_formats,
+    bits_of,
     decode_fast,
     deep_colours,
     exif_orientation,
+    has_deep_colours,
     scale,
+    stored_values,
     turn_upright,
 )
 
@@ -49,7 +52,7 @@ def decode_channels(data: bytes, reading: Reading) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as in decode_exact
-            values = _values(data, reading.upright)
+            values = _values(data, reading)
     except BrokenImageError:
         raise
     except Exception as error:  # decoders raise exceptions of many types for damaged files
@@ -85,14 +88,14 @@ def to_channels(values: np.ndarray, reading: Reading) -> np.ndarray:
     return np.ascontiguousarray(values)
 
 
-def _values(data: bytes, upright: bool) -> np.ndarray:
+def _values(data: bytes, reading: Reading) -> np.ndarray:
     """Return the values of an image in the file's data type."""
     if data.startswith(_NPY):
         values = np.load(io.BytesIO(data), allow_pickle=False)
     elif data.startswith(_TIFF):
-        values = _tiff_values(data, upright)
+        values = _tiff_values(data, reading)
     else:
-        values = _pillow_values(data, upright)
+        values = _pillow_values(data, reading)
     if values.dtype.kind not in "uif":
         raise BrokenImageError(f"its values have the type {values.dtype}; expected numbers")
     return values.astype(values.dtype.newbyteorder("="), copy=False)
@@ -123,7 +126,7 @@ def decode_shown(data: bytes, reading: Reading, min_size: int | None = None) -> 
     return decode_fast(data, min_size, reading)
 
 
-def _tiff_values(data: bytes, upright: bool) -> np.ndarray:
+def _tiff_values(data: bytes, reading: Reading) -> np.ndarray:
     """Return the values of a TIFF file ``(H, W, C)``.
 
     Pillow reads palette images, 1-bit images and compression methods that tifffile does not support
@@ -133,23 +136,27 @@ def _tiff_values(data: bytes, upright: bool) -> np.ndarray:
         page, series = file.pages.first, file.series[0]
         supported = page.compression in tifffile.TIFF.DECOMPRESSORS
         if not supported or page.photometric == PHOTOMETRIC.PALETTE or page.bitspersample == 1:
-            return _pillow_values(data, upright)
+            return _pillow_values(data, reading)
         _check_size(math.prod(series.shape))
         if len(file.series) > 1 or not {"Y", "X"} <= set(series.axes):
             raise BrokenImageError("its pages have different sizes; expected one image")
         sides = series.axes.index("Y"), series.axes.index("X")
         values = np.moveaxis(series.asarray(), sides, (0, 1))
-        orientation = page.tags.valueof(ExifTags.Base.Orientation) if upright else None
+        orientation = page.tags.valueof(ExifTags.Base.Orientation) if reading.upright else None
     return turn_upright(values.reshape(*values.shape[:2], -1), orientation)
 
 
-def _pillow_values(data: bytes, upright: bool) -> np.ndarray:
+def _pillow_values(data: bytes, reading: Reading) -> np.ndarray:
     image = Image.open(io.BytesIO(data), formats=allowed_formats())
     frames = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
     _check_size(image.width * image.height * frames)
-    orientation = exif_orientation(image) if upright else None
-    if frames == 1 and (deep := deep_colours(image, data)) is not None:
-        return turn_upright(deep, orientation)
+    orientation = exif_orientation(image) if reading.upright else None
+    # Without a range, Pillow converts the values of other formats to 8 bits in the correct way.
+    exact = reading.value_range or image.format in ("PNG", "TIFF")
+    if frames == 1 and exact and has_deep_colours(image, data):
+        return turn_upright(deep_colours(image, data), orientation)
+    if frames == 1 and reading.value_range and bits_of(image) == 16:
+        return turn_upright(stored_values(image, data)[:, :, None], orientation)
     pages = ImageSequence.Iterator(image) if frames > 1 else [image]
     parts = [np.asarray(page.convert("RGB") if page.mode == "P" else page) for page in pages]
     parts = [255 * part.astype(np.uint8) if part.dtype == bool else part for part in parts]

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import simplejpeg
+import tifffile
 from PIL import ExifTags, Image, ImageFile
 
 from senet_transfer.data.images.file_types import FORMATS
@@ -28,6 +29,8 @@ MAX_PIXELS = 100_000_000
 
 _TURNED = range(2, 9)  # EXIF orientations of images that are not upright
 SIDEWAYS = range(5, 9)  # EXIF orientations that swap width and height
+
+_SEPARATE_PLANES = 2  # the PlanarConfiguration of a TIFF file
 
 
 @dataclass(frozen=True)
@@ -109,17 +112,22 @@ def to_8_bit(
             read with full precision. Otherwise, only their upper 8 bits are used, as in Pillow.
 
     Raises:
-        BrokenImageError: If the image has 32 bits per value and no range is given.
+        BrokenImageError: If the image has 32 bits per value and no range is given, or if colours
+            with more than 8 bits can't be read with full precision to apply the range.
     """
     bits = bits_of(image)
     if bits == 8:
-        deep = deep_colours(image, data) if value_range and data else None
-        return image if deep is None else Image.fromarray(scale(deep, value_range))
-    values = np.asarray(image)
+        if value_range and data and has_deep_colours(image, data):
+            return Image.fromarray(scale(deep_colours(image, data), value_range))
+        if data and has_deep_planes(image):
+            return Image.fromarray((deep_colours(image, data) >> 8).astype(np.uint8))
+        return image
     if value_range:
-        return Image.fromarray(scale(values, value_range))
-    if bits == 16:
-        return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+        grey = scale(stored_values(image, data), value_range)
+    elif bits == 16:
+        grey = scale(np.asarray(image), (0, _white(image)))
+    if value_range or bits == 16:
+        return Image.fromarray(255 - grey if _white_is_zero(image) else grey)
     kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
     raise BrokenImageError(
         f"its pixels are {kind}, whose value range is unknown; set INPUT.VALUE_RANGE to [low, "
@@ -134,16 +142,129 @@ def scale(values: np.ndarray, value_range: Sequence[float]) -> np.ndarray:
     return np.rint(np.nan_to_num(scaled, nan=0.0).clip(0, 255)).astype(np.uint8)
 
 
-def deep_colours(image: Image.Image, data: bytes) -> np.ndarray | None:
-    """Return a 16-bit colour image as uint16 RGB `(H, W, 3)`; None for other images."""
-    if image.mode not in ("RGB", "RGBA") or image.format not in ("PNG", "TIFF", "PPM"):
-        return None
-    # Pillow does not report the bit depth of colour images. The decoding with OpenCV ignores the
-    # EXIF orientation.
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if pixels is None or pixels.dtype != np.uint16 or pixels.ndim != 3:
-        return None
-    return np.ascontiguousarray(pixels[:, :, 2::-1])
+def stored_values(image: Image.Image, data: bytes = b"") -> np.ndarray:
+    """Return the values of an opened grey image, without Pillow's scaling to 16 bits."""
+    # The tile is only known before decoding.
+    maxval = _tile_arguments(image)[1:2] if image.format == "PPM" else ()
+    values = np.asarray(image)
+    if image.mode == "I" and maxval and isinstance(maxval[0], int):
+        return np.rint(values * (maxval[0] / 65535))
+    if image.mode == "I;16" and image.format == "JPEG2000" and data:
+        return values >> (16 - jpeg2000_bits(data))
+    return values
+
+
+def has_deep_colours(image: Image.Image, data: bytes) -> bool:
+    """Return whether Pillow reduces an image to 8 bits per channel when it decodes the image.
+
+    Args:
+        image: Opened image. Only PNG files may already be decoded.
+        data: The encoded image.
+    """
+    if bits_of(image) > 8:
+        return False
+    if image.format == "PNG":
+        return data[24] > 8  # the bit depth in the header
+    if image.format == "PPM":
+        maxval = _tile_arguments(image)[1:2]
+        return any(isinstance(value, int) and value > 255 for value in maxval)
+    if image.format == "TIFF":
+        return _bits_per_sample(image) > 8
+    if image.format == "JPEG2000":
+        return jpeg2000_bits(data) > 8
+    return image.format == "SGI" and any(tile[0] == "SGI16" for tile in getattr(image, "tile", ()))
+
+
+def has_deep_planes(image: Image.Image) -> bool:
+    """Return whether an opened TIFF file has 16-bit colours in separate planes.
+
+    Pillow reads wrong pixels from such a file if it is not compressed.
+    """
+    if image.format != "TIFF" or _bits_per_sample(image) <= 8:
+        return False
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    return tags.get(ExifTags.Base.PlanarConfiguration) == _SEPARATE_PLANES
+
+
+def deep_colours(image: Image.Image, data: bytes) -> np.ndarray:
+    """Return the values of an image for which :func:`has_deep_colours` is True.
+
+    Args:
+        image: Opened image that has not been decoded yet.
+        data: The encoded image.
+
+    Returns:
+        The values as they are stored, uint16 RGB ``(H, W, 3)``.
+
+    Raises:
+        BrokenImageError: If neither tifffile nor OpenCV reads the values with full precision.
+    """
+    planes = has_deep_planes(image)
+    mode, form = image.mode, image.format
+    image.load()  # OpenCV accepts truncated files.
+    pixels = None
+    if form == "TIFF":
+        pixels = _tiff_colours(data)
+    if pixels is None and not planes:
+        # OpenCV is told to ignore the EXIF orientation.
+        found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        pixels = None if found is None or found.ndim != 3 else found[:, :, 2::-1]
+    if pixels is None or pixels.dtype != np.uint16 or mode not in ("RGB", "RGBA"):
+        raise BrokenImageError(
+            f"it is a {form} file with more than 8 bits per channel, whose values can't be read "
+            "with full precision; convert the image to PNG, or to 8 bits per channel"
+        )
+    return np.ascontiguousarray(pixels)
+
+
+def _tiff_colours(data: bytes) -> np.ndarray | None:
+    """Return a TIFF file's first three channels; None if tifffile doesn't read them.
+
+    As in Pillow, the orientation is applied.
+    """
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        page = file.pages.first
+        if page.compression not in tifffile.TIFF.DECOMPRESSORS or page.samplesperpixel < 3:
+            return None
+        values = page.asarray()
+        if page.planarconfig == _SEPARATE_PLANES:
+            values = np.moveaxis(values, 0, -1)
+        orientation = page.tags.valueof(ExifTags.Base.Orientation)
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)
+    return turn_upright(values[:, :, :3], orientation)
+
+
+def jpeg2000_bits(data: bytes) -> int:
+    """Return the number of bits per channel of a JPEG 2000 file; 8 if it is unknown."""
+    # The SIZ marker follows the start of the codestream. Its last bytes describe the channels.
+    start = data.find(b"\xff\x4f\xff\x51")
+    return (data[start + 42] & 0x7F) + 1 if 0 <= start < len(data) - 42 else 8
+
+
+def _white(image: Image.Image) -> int:
+    """Return the largest possible value of an opened grey image with 16 bits."""
+    # A TIFF file can also specify 12 bits.
+    return (1 << (_bits_per_sample(image) if image.format == "TIFF" else 16)) - 1
+
+
+def _bits_per_sample(image: Image.Image) -> int:
+    return max(image.tag_v2.get(ExifTags.Base.BitsPerSample, (1,)))  # type: ignore[attr-defined]
+
+
+def _white_is_zero(image: Image.Image) -> bool:
+    """Return whether an opened image is a TIFF file whose values decrease with the brightness.
+
+    Pillow inverts such files only if they have 8 bits.
+    """
+    tags = getattr(image, "tag_v2", {})
+    return tags.get(ExifTags.Base.PhotometricInterpretation) == 0
+
+
+def _tile_arguments(image: Image.Image) -> tuple:
+    """Return the decoder arguments of an opened image, such as its mode in the file."""
+    tiles = getattr(image, "tile", ())
+    arguments = tiles[0][3] if tiles else ()
+    return arguments if isinstance(arguments, tuple) else (arguments,)
 
 
 def to_rgb(image: Image.Image, reading: Reading, data: bytes = b"") -> Image.Image:
@@ -200,6 +321,27 @@ def decode_exact(data: bytes, reading: Reading = AS_STORED) -> Image.Image:
             if image.width * image.height > MAX_PIXELS:
                 raise BrokenImageError(f"{image.width}x{image.height} pixels exceed the size limit")
             return to_rgb(image, reading, data)
+    except BrokenImageError:
+        raise
+    except Exception as error:  # Pillow raises exceptions of many types for damaged files
+        raise BrokenImageError(f"{type(error).__name__}: {error}") from error
+
+
+def largest_of_16_bits(data: bytes) -> int | None:
+    """Return the largest value of a 16-bit image, as part of 65535; None for other images.
+
+    Raises:
+        BrokenImageError: If the image cannot be decoded.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=allowed_formats())
+            if bits_of(image) == 16 and not _white_is_zero(image):
+                return int(np.asarray(image).max()) * 65535 // _white(image)
+            if image.format in ("PNG", "TIFF") and has_deep_colours(image, data):
+                return int(deep_colours(image, data).max())
+            return None
     except BrokenImageError:
         raise
     except Exception as error:  # Pillow raises exceptions of many types for damaged files

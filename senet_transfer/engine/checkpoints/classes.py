@@ -118,8 +118,15 @@ def apply_file_classes(cfg: CfgNode, source: Source) -> None:
         source: The weight file of the model.
     """
     names = trained_classes(source)
-    if not names or names == list(cfg.DATASETS.CLASSES):
+    stated = list(cfg.DATASETS.CLASSES)
+    if not names or names == stated:
         return
+    if stated:
+        logger.warning(
+            "DATASETS.CLASSES is %s, but the classes of the model are %s, which are used.",
+            first_of(stated),
+            first_of(names),
+        )
     ids = dict(zip(cfg.DATASETS.CLASSES, cfg.DATASETS.CATEGORY_IDS, strict=False))
     frozen = cfg.is_frozen()
     cfg.defrost()

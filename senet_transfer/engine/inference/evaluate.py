@@ -9,7 +9,7 @@ from typing import Any
 
 from senet_transfer.config import is_classification
 from senet_transfer.data.base import ClassificationDataset
-from senet_transfer.data.build import eval_transform, find_dataset, in_memory
+from senet_transfer.data.build import eval_transform, find_dataset, in_memory, warn_of_dataset
 from senet_transfer.data.cifar.in_memory import ImageArrays
 from senet_transfer.data.cifar.open import open_cifar
 from senet_transfer.data.classification.open import open_dataset
@@ -258,7 +258,9 @@ def _open_data(sources: Sequence[ModelSource], data: str) -> ClassificationDatas
     if in_memory(cfg):
         reading = reading_of(cfg)
         return open_cifar(path, split="test", classes=classes, cache_dir=cache, reading=reading)
-    return open_dataset(path, split="val", classes=classes, cache_dir=cache)
+    dataset = open_dataset(path, split="val", classes=classes, cache_dir=cache)
+    warn_of_dataset(dataset, path, reading_of(cfg))
+    return dataset
 
 
 def _published(

@@ -29,6 +29,7 @@ from senet_transfer.engine.setup import (
     RunOptions,
     available_device,
     check_overwrite,
+    escape_names,
     restarted,
     resumes,
 )
@@ -98,7 +99,8 @@ def main(options: RunOptions) -> None:
     resume = resumes(run, options)
     if not (resume or options.eval_only):
         claim_output_folder(run, overwrite=options.overwrite, restarted=restarted())
-    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="senet_transfer")
+    rank = comm.get_rank()
+    escape_names(setup_logger(cfg.train.output_dir, distributed_rank=rank, name="senet_transfer"))
     default_setup(cfg, options)
     register_datasets(options.datasets)
     model = instantiate(cfg.model).to(cfg.train.device)

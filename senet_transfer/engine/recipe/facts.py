@@ -79,10 +79,8 @@ def describe_data(train: DataPart, val: DataPart, *, upright: bool = True) -> Da
             try:
                 with Image.open(io.BytesIO(dataset.read_sample(int(index)).data)) as image:
                     sides.append(min(image.size))
-            except (
-                OSError,
-                ValueError,
-            ):  # Pillow can't read the image; training handles such images.
+            # Pillow can't read the image. Training counts such images.
+            except (OSError, ValueError, Image.DecompressionBombError):
                 continue
         return DataFacts(
             "classification", count, dataset.num_classes, int(np.median(sides or [224]))

@@ -90,28 +90,8 @@ def timm_preprocessing(name: str) -> Preprocessing:
         resize=math.floor(side / data["crop_pct"]),
         crop=side,
         interpolation=data["interpolation"],
+        mode={"center": "short_side"}.get(data["crop_mode"], data["crop_mode"]),
     )
-
-
-def evaluation_mode(name: str) -> str:
-    """Return a network's evaluation mode (``INPUT.CLASSIFICATION.TEST_MODE``).
-
-    The mode is "short_side" for all networks that timm does not build.
-
-    Raises:
-        UserError: If timm evaluates the network in a mode that this project does not support.
-    """
-    if not is_timm(name):
-        return "short_side"
-    data = import_timm().data.resolve_data_config(pretrained_cfg=pretrained_config(name))
-    modes = {"center": "short_side", "squash": "squash"}
-    if data["crop_mode"] not in modes:
-        raise UserError(
-            f"timm evaluates {name} with the crop_mode {data['crop_mode']}; expected "
-            f"{' or '.join(modes)}. Use another network, or a config that specifies how images are "
-            "resized."
-        )
-    return modes[data["crop_mode"]]
 
 
 def classifier_name(name: str) -> str:

@@ -1,6 +1,7 @@
 """Examination of weight files to find the family, renamed tensors, architecture and geometry."""
 
 import logging
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -586,8 +587,10 @@ _CHANNELS = {"RGB": (3,), "BGR": (3,), "L": (1, 3)}
 
 def _preprocessing(file: WeightFile, values: Mapping[str, Any]) -> Preprocessing:
     known = {f.name: values[f.name] for f in fields(Preprocessing) if f.name in values}
+    if "mode" not in known and (network := _own_network(file)):
+        known["mode"] = timm_preprocessing(network).mode  # older files don't contain the mode
     try:
-        for name in ("mean", "std"):
+        for name in ("mean", "std", "value_range"):
             if name in known:
                 known[name] = tuple(float(value) for value in known[name])
         found = Preprocessing(**known)
@@ -598,6 +601,10 @@ def _preprocessing(file: WeightFile, values: Mapping[str, Any]) -> Preprocessing
             raise ValueError("wrong number of values for mean or std")
         if not all(isinstance(side, int) and side > 0 for side in (found.resize, found.crop)):
             raise ValueError("resize and crop must be positive integers")
+        if not isinstance(found.mode, str) or not isinstance(found.upright, bool):
+            raise ValueError("mode must be a string, and upright a boolean")
+        if not _is_range(found.value_range):
+            raise ValueError("value_range must be (low, high) or empty")
         return found
     except (TypeError, ValueError) as error:
         raise UserError(
@@ -611,6 +618,13 @@ def _joined(alternatives: dict[str, str]) -> str:
     return " or ".join(
         f"{name} (with {difference})" if difference else name
         for name, difference in alternatives.items()
+    )
+
+
+def _is_range(values: tuple[float, ...]) -> bool:
+    """Return whether values are finite limits (low, high), or empty."""
+    return not values or (
+        len(values) == 2 and all(map(math.isfinite, values)) and values[0] < values[1]
     )
 
 

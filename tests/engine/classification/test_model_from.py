@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from senet_transfer import UserError, create_classifier, save_weights
 from senet_transfer.cli import evaluate, predict
 from senet_transfer.cli.analysis import gates
+from senet_transfer.data.build import eval_transform
+from senet_transfer.data.images.decode import Reading
 from senet_transfer.engine.model_from import ModelSource, find_model, model_config
 from senet_transfer.engine.predictor.load import load_trained
 from senet_transfer.engine.setup import setup
@@ -17,6 +20,7 @@ from senet_transfer.engine.train import main as run
 from senet_transfer.preprocessing import Preprocessing
 from senet_transfer.utils import hashing
 from senet_transfer.utils.read_once import once_per_file, read_once
+from senet_transfer.weights.convert import write_converted
 from senet_transfer.weights.mapping import source
 from tests.weights.peers import peer, save
 
@@ -141,6 +145,34 @@ def test_a_file_alone_says_what_its_network_is(tmp_path):
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(loaded.model(x), model.eval()(x))
+
+
+@pytest.mark.long
+def test_a_checkpoint_alone_says_how_its_model_reads_images(train, tmp_path):
+    keys = {"EXIF": "apply", "VALUE_RANGE": "[0, 4095]", "CLASSIFICATION.TEST_MODE": "squash"}
+    trainer = train(**{f"INPUT.{key}": value for key, value in keys.items()})
+    weights = tmp_path / "alone.pth"
+    weights.write_bytes((tmp_path / "run" / "model_final.pth").read_bytes())
+    converted = tmp_path / "alone.safetensors"
+    write_converted(source.examine(weights), converted, "senet_transfer")
+    view = eval_transform(trainer.cfg)
+    assert (view.mode, view.reading) == ("squash", Reading((0, 4095), upright=True))
+    for path in (weights, converted):
+        assert eval_transform(find_model(weights=str(path)).cfg) == view
+    options = ["INPUT.EXIF", "ignore", "INPUT.VALUE_RANGE", "[0, 255]"]
+    options += ["DATASETS.CLASSES", "['a', 'b', 'c', 'd']"]
+    chosen = find_model(weights=str(weights), options=options).examined().cfg
+    assert list(chosen.DATASETS.CLASSES) == list(trainer.cfg.DATASETS.CLASSES)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "DATASETS.CLASSES is a, b, c, d, but the classes of the model are blue" in log
+    assert eval_transform(chosen) == replace(view, reading=Reading((0, 255)))
+    # Older files specify none of the three.
+    checkpoint = torch.load(weights)
+    for key in ("mode", "value_range", "upright"):
+        del checkpoint["senet_transfer"]["preprocessing"][key]
+    torch.save(checkpoint, tmp_path / "older.pth")
+    older = eval_transform(find_model(weights=str(tmp_path / "older.pth")).cfg)
+    assert older == replace(view, mode="short_side", reading=Reading())
 
 
 @pytest.mark.long

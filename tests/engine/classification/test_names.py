@@ -43,8 +43,12 @@ def test_names_survive_training_evaluation_and_prediction(command, tmp_path, cap
     train = write(tmp_path / "train", [NFC, CHINESE], images)
     val = write(tmp_path / "val", [NFD, CHINESE], images)
     data = {"DATASETS.TRAIN": f"('{train}',)", "DATASETS.TEST": f"('{val}',)"}
-    run = command(**data, **{"SOLVER.IMS_PER_BATCH": "2", "SOLVER.MAX_ITER": "1"})
+    broken = train / CHINESE / os.fsdecode(b"bris\xe9.jpg")
+    broken.write_bytes(b"broken")
+    run = command(**data, **{"SOLVER.IMS_PER_BATCH": "4", "SOLVER.MAX_ITER": "2"})
     main(run)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "bris\\udce9.jpg" in log
     weights = str(tmp_path / "run" / "model_final.pth")
     if form == "shards":
         source = open_folder(val, [NFC, CHINESE])
@@ -100,3 +104,18 @@ def test_class_folders_that_are_not_utf8_are_rejected_when_listed(command, share
     train = open_dataset(folders / "nfc_nfd" / "train")
     val = open_dataset(folders / "nfc_nfd" / "val", classes=train.classes)
     assert (val.classes, val.labels().tolist()) == (train.classes, [0, 1])
+
+
+def test_a_root_whose_name_is_not_utf_8_is_an_error(command, tmp_path, monkeypatch):
+    root = tmp_path / os.fsdecode(b"donn\xe9es")
+    write(root / "train", ["cat", "dog"])
+    message = r"DATASETS.TRAIN is .*donn\\udce9es.*, which is not UTF-8 .* symbolic link"
+    with pytest.raises(UserError, match=message):
+        setup(command(**{"DATASETS.TRAIN": f"['{root / 'train'}']"}))
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(root))
+    data = {f"DATASETS.{which}": "('train',)" for which in ("TRAIN", "TEST")}
+    with pytest.raises(UserError, match=message):
+        setup(command(**data))
+    os.symlink(root, tmp_path / "data")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
+    assert setup(command("--overwrite", **data)).DATASETS.CLASSES == ["cat", "dog"]

@@ -5,6 +5,8 @@ import logging
 import math
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,8 +17,10 @@ from senet_transfer.cli.export import parser as export_parser
 from senet_transfer.cli.predict import main as predict
 from senet_transfer.cli.predict import parser
 from senet_transfer.config.load import load_config
+from senet_transfer.data.own_data import DataPart
 from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
 from senet_transfer.engine.predictor.load import load_trained
+from senet_transfer.engine.recipe.facts import describe_data
 from senet_transfer.engine.setup import setup
 from senet_transfer.engine.solver import epochs_to_iterations
 from senet_transfer.engine.train import main
@@ -177,3 +181,30 @@ def test_an_error_inside_training_has_no_traceback(command, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         main(command("--overwrite"))
     assert [record.exc_info[0] for record in records if record.exc_info] == [ZeroDivisionError]
+
+
+@pytest.mark.parametrize("largest", [4095, 20000])
+def test_dark_16_bit_images_are_a_warning(largest, command, tmp_path):
+    for name in ("cats", "dogs"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        pixels = np.linspace(0, largest, 900).astype(np.uint16).reshape(30, 30)
+        Image.fromarray(pixels).save(tmp_path / "data" / name / "grey.png")
+        cv2.imwrite(str(tmp_path / "data" / name / "rgb.png"), np.dstack([pixels] * 3))
+    names = {f"DATASETS.{which}": f"('{tmp_path / 'data'}',)" for which in ("TRAIN", "TEST")}
+    for value_range in ("[]", "[0, 4095]"):
+        out = tmp_path / value_range
+        setup(command(**names, **{"INPUT.VALUE_RANGE": value_range, "OUTPUT_DIR": str(out)}))
+        said = "12-bit data, set INPUT.VALUE_RANGE to [0, 4095]" in (out / "log.txt").read_text()
+        assert said == (largest == 4095 and value_range == "[]")
+
+
+def test_an_image_of_too_many_pixels_is_skipped_by_a_recipe(tmp_path, monkeypatch):
+    for name in ("cats", "dogs"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (40, 30)).save(tmp_path / name / "a.png")
+    Image.new("L", (500, 500)).save(tmp_path / "dogs" / "b.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(tmp_path / "dogs" / "b.png")
+    part = DataPart(str(tmp_path), "")
+    assert describe_data(part, part).short_side == 30
