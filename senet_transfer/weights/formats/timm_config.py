@@ -87,7 +87,7 @@ def train_options(metadata: Mapping[str, Any], default: Preprocessing) -> dict[s
 
     Args:
         metadata: Plain values in the checkpoint, such as the script's options ``args``.
-        default: Preprocessing of the network, used for options that are None.
+        default: Preprocessing of the network, used for options without a value.
     """
     args = metadata.get("args")
     if not isinstance(args, Mapping) or not args.keys() >= _TRAIN_OPTIONS:

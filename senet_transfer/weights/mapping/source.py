@@ -186,7 +186,7 @@ def examine(
             logging.WARNING if first.preprocessing and len(pixels) > 1 else logging.INFO,
             "The tensors of %s match several weight families. The family %s is assumed. The file "
             "could also be from %s. If so, set family= or MODEL.WEIGHTS_FAMILY.",
-            path, first.family.name, _joined(alternatives),
+            path, first.family.name, _described(alternatives),
         )  # fmt: skip
     return replace(first, alternatives=alternatives)
 
@@ -613,7 +613,7 @@ def _preprocessing(file: WeightFile, values: Mapping[str, Any]) -> Preprocessing
         ) from error
 
 
-def _joined(alternatives: dict[str, str]) -> str:
+def _described(alternatives: dict[str, str]) -> str:
     """Return the names of other families and their differences as text for a message."""
     return " or ".join(
         f"{name} (with {difference})" if difference else name
