@@ -54,7 +54,7 @@ def test_the_readme_fits_on_a_screen_and_a_half():
 
 
 @pytest.mark.long
-def test_the_python_example_of_the_readme_runs_as_it_is(tmp_path, monkeypatch, capsys):
+def test_the_python_example_of_the_readme_runs_unchanged(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (block,) = python_blocks("README.md")
     names: dict = {}
@@ -146,7 +146,7 @@ def test_every_family_has_a_line_and_every_name_in_it_is_in_the_catalogue():
             assert load_catalogue()[found[1]].family == family.strip("`")
 
 
-def test_every_config_that_is_named_for_a_kind_of_data_exists():
+def test_every_config_recommended_for_a_kind_of_data_exists():
     table = read("docs/classification.md").partition("|---")[2].partition("\n\n")[0]
     named = re.findall(r"`(\w+)`", table)
     assert len(named) == 6
@@ -165,7 +165,7 @@ def test_the_configs_of_the_page_on_augmentation_are_valid(tmp_path):
         assert is_classification(cfg) == (build_augmentation(cfg) is not None)
 
 
-def test_the_papers_results_are_those_of_the_configs_headers():
+def test_the_papers_results_match_the_configs_headers():
     headers = "".join(path.read_text() for path in sorted((ROOT / "configs").glob("*.yaml")))
     quoted = rows("docs/results.md", "| data and metric | network | without SE | with SE |\n")[1:]
     assert len(quoted) == 22
@@ -177,7 +177,7 @@ def test_the_papers_results_are_those_of_the_configs_headers():
         assert re.search(rf"\b{re.escape(figure)}\b", headers), figure
 
 
-def test_every_fault_has_a_test_that_exists():
+def test_every_documented_failure_has_an_existing_test():
     found = [row for row in rows("docs/reliability.md") if len(row) == 3][1:]
     written = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     assert len(found) > 10

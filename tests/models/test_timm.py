@@ -57,7 +57,7 @@ def state_dict(tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", NETWORKS)
-def test_features_and_logits_are_those_of_timm(name, state_dict, timm):
+def test_features_and_logits_equal_timms(name, state_dict, timm):
     network = peer("timm", name)
     path = state_dict(network)
     images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
@@ -142,7 +142,7 @@ def test_the_captured_gates_multiply_the_input_of_the_se_layer(name):
     # Radosavovic et al. 2020 (Table 4) and Tan and Le 2019 (Table 2).
     [("regnety_002", 3.2, 0.2), ("efficientnet_b0", 5.3, 0.39)],
 )
-def test_complexity_is_the_published_one_and_includes_the_se_layers(name, millions, giga):
+def test_complexity_equals_the_published_one_and_includes_the_se_layers(name, millions, giga):
     classifier = create_classifier(f"timm/{name}")
     cost = measure(classifier, torch.zeros(1, 3, 224, 224)).total
     assert round(cost.parameters / 1e6, 1) == millions
@@ -151,7 +151,7 @@ def test_complexity_is_the_published_one_and_includes_the_se_layers(name, millio
     assert cost.se_parameters == sum(se)
 
 
-def test_preprocessing_is_that_of_the_pretrained_weights():
+def test_preprocessing_equals_that_of_the_pretrained_weights():
     found = create_backbone("timm/test_resnet.r160_in1k").preprocessing
     assert (found.format, found.mean, found.std) == ("RGB", (127.5,) * 3, (127.5,) * 3)
     # timm's crop_pct of 0.95 gives 160 / 0.95 = 168.4
@@ -171,12 +171,12 @@ def test_preprocessing_is_that_of_the_pretrained_weights():
         ("timm/test_resnet", {"se_ratio": 8}, "timm builds this network's SE layers"),
     ],
 )
-def test_a_network_or_option_that_does_not_fit_is_an_error(name, options, message):
+def test_an_incompatible_network_or_option_is_an_error(name, options, message):
     with pytest.raises(UserError, match=message):
         create_backbone(name, **options)
 
 
-def test_the_evaluation_mode_is_that_of_timm(monkeypatch, timm):
+def test_the_evaluation_mode_equals_timms(monkeypatch, timm):
     def mode(name: str) -> str:
         return model_config(f"timm/{name}").INPUT.CLASSIFICATION.TEST_MODE
 
@@ -291,7 +291,7 @@ def test_a_name_outside_the_catalogue_is_downloaded_by_timm_once(tmp_path, monke
         create_backbone("timm/resnet10t", "timm/test_resnet.r160_in1k")
 
 
-def test_a_failed_download_says_where_to_put_the_file(tmp_path, monkeypatch, timm):
+def test_a_failed_download_reports_where_to_put_the_file(tmp_path, monkeypatch, timm):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
 
     def fail(*words, **options):

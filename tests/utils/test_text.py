@@ -33,5 +33,5 @@ def test_no_names_give_no_text():
         ("xb", "ab", "0: 'x' instead of 'a'; 'a' is missing; 'x' is unexpected"),
     ],
 )
-def test_lists_that_differ_only_in_length_have_differences_too(found, expected, text):
+def test_lists_that_differ_only_in_length_have_differences(found, expected, text):
     assert differences(found, expected) == text

@@ -179,7 +179,7 @@ def test_vgg_with_parallel_features_as_saved_by_pytorch_s_imagenet_example(tmp_p
         torch.testing.assert_close(found, network(images), rtol=1e-3, atol=1e-3)
 
 
-def test_flat_parameters_of_fsdp_name_the_remedy(tmp_path):
+def test_flat_parameters_of_fsdp_are_an_error_with_a_remedy(tmp_path):
     torch.save({"_fsdp_wrapped_module._flat_param": torch.ones(9)}, tmp_path / "a.pth")
     with pytest.raises(UserError, match="FULL_STATE_DICT"):
         _logits(tmp_path / "a.pth")
@@ -207,7 +207,7 @@ def test_lightning_s_checkpoints(prefix, tmp_path):
     _assert_is(peer, path)
 
 
-def test_lightning_with_a_loss_that_has_weights_names_the_remedy(tmp_path):
+def test_lightning_with_a_loss_with_weights_is_an_error_with_a_remedy(tmp_path):
     state = prefixed("model.", (peer := tiny()).state_dict())
     path = tmp_path / "a.ckpt"
     torch.save(layouts.lightning(state | {"criterion.weight": torch.ones(5)}), path)
@@ -343,7 +343,7 @@ def test_a_part_of_the_backbone_is_never_ignored_as_a_head(head, tmp_path):
 
 
 @pytest.mark.long
-def test_ema_weights_are_chosen_as_the_project_does_and_on_request(tmp_path):
+def test_ema_weights_are_chosen_like_the_projects_default_or_on_request(tmp_path):
     plain, ema = tiny(1), tiny(2)
     content = {
         "timm": (layouts.timm_train(plain, ema), ema),
@@ -533,7 +533,7 @@ def test_a_variance_of_another_dtype_is_rejected(dtype, kind, tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("kind", FLAT_WRITERS)
-def test_weights_of_a_training_that_diverged_are_rejected_in_every_format(kind, value, tmp_path):
+def test_weights_of_a_diverged_training_are_rejected_in_every_format(kind, value, tmp_path):
     state = tiny().state_dict()
     state["layer2.0.conv1.weight"][0, 0, 0, 0] = value
     FLAT_WRITERS[kind](state, tmp_path / "a")
@@ -609,7 +609,7 @@ def test_a_malformed_index_is_rejected(content, words, tmp_path):
         ([], "Check the path"),
     ],
 )
-def test_a_folder_is_named_for_what_it_is(files, words, tmp_path):
+def test_a_folder_is_an_error_that_names_its_kind(files, words, tmp_path):
     for name in files:
         (tmp_path / name).touch()
     with pytest.raises(UserError, match=words):

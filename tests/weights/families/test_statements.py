@@ -74,7 +74,7 @@ _ENDLESS.itself = _ENDLESS
         {"meta": {"cfg": "backbone=dict(type='ResNet', depth=18, dilations=(1, 1, 2, 4)), neck="}},
     ],
 )
-def test_a_statement_that_contradicts_the_tensors_is_an_error(extras, tmp_path):
+def test_stated_values_that_contradict_the_tensors_are_an_error(extras, tmp_path):
     with pytest.raises(UserError, match="its (entry|config)"):
         create_classifier("resnet18", 5, weights=_write(tmp_path / "a.pth", **extras), **_SIZE)
 
@@ -101,7 +101,7 @@ def test_a_statement_that_contradicts_the_tensors_is_an_error(extras, tmp_path):
         },
     ],
 )
-def test_a_statement_that_agrees_or_says_nothing_is_accepted(extras, tmp_path):
+def test_consistent_or_empty_stated_values_are_accepted(extras, tmp_path):
     path = _write(tmp_path / "a.pth", **extras)
     model = create_classifier("resnet18", 5, weights=path, **_SIZE).eval()
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_a_statement_that_agrees_or_says_nothing_is_accepted(extras, tmp_path):
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_statement_about_another_network_of_the_file_is_a_note(nested, tmp_path):
+def test_stated_values_of_another_network_in_the_file_are_a_note(nested, tmp_path):
     networks = {"teacher": tiny(1).state_dict(), "student": tiny().state_dict()}
     if not nested:
         networks = prefixed("teacher.", networks["teacher"]) | prefixed(
@@ -132,7 +132,7 @@ def test_a_statement_about_another_network_of_the_file_is_a_note(nested, tmp_pat
 @pytest.mark.parametrize("kind", [dict, Namespace])
 @pytest.mark.parametrize("network", ["", "timm/resnet10t"])
 @pytest.mark.long
-def test_the_options_of_timm_s_train_py_are_the_preprocessing(network, kind, tmp_path):
+def test_the_options_of_timms_train_script_set_the_preprocessing(network, kind, tmp_path):
     data = pytest.importorskip("timm.data")
     none = dict.fromkeys(("mean", "std", "crop_pct", "img_size")) | {"interpolation": ""}
     half = {"mean": [0.5] * 3, "std": [0.25] * 3}
@@ -194,7 +194,7 @@ def test_names_of_published_networks_agree_with_their_tensors():
 
 @pytest.mark.parametrize("name", ["resnetblur18", "resnetblur50", "resnetaa50"])
 @pytest.mark.long
-def test_timm_s_lookalikes_are_named_in_the_report(name, tmp_path):
+def test_timms_similar_networks_are_named_in_the_report(name, tmp_path):
     timm = pytest.importorskip("timm")
     other = f"resnet{name[-2:]}"
     with torch.device("meta"):
@@ -296,7 +296,7 @@ def _config(tmp_path, path, yaml="", *options):
     )
 
 
-def test_options_with_another_file_forget_the_choice_for_the_config_s_file(tmp_path):
+def test_options_with_another_file_reset_the_keys_of_the_configs_file(tmp_path):
     text = "MODEL: {WEIGHTS: a.pth, WEIGHTS_PREFIX: encoder_q., WEIGHTS_HEAD: ignore}\n"
     (tmp_path / "config.yaml").write_text(text)
     path = str(tmp_path / "config.yaml")
@@ -312,7 +312,7 @@ def _legacy(path):
 
 
 @pytest.mark.long
-def test_stated_values_win_against_a_guess_and_inherited_ones_do_not(tmp_path, caplog):
+def test_stated_values_override_a_guess_but_inherited_ones_do_not(tmp_path, caplog):
     path = _legacy(tmp_path / "a.pth")
     caplog.set_level("INFO", "senet_transfer")
 
@@ -355,7 +355,7 @@ def test_a_stated_mean_gives_the_logits_of_that_mean(tmp_path):
 
 
 @pytest.mark.long
-def test_a_statement_that_contradicts_the_file_s_own_record_is_an_error(tmp_path):
+def test_stated_values_that_contradict_the_files_metadata_are_an_error(tmp_path):
     backbone = create_backbone("se_resnet18", stem_pool="ceil", se_divisor=8)
     save_weights(randomise(backbone), tmp_path / "own.pth")
     options = ("MODEL.RESNETS.STEM_POOL", "pad")
@@ -434,7 +434,7 @@ def test_a_published_file_is_known_by_its_name_and_hash(tmp_path, monkeypatch):
 # Other numbers of classes.
 
 
-def test_another_number_of_classes_is_said_first_with_what_to_do(tmp_path):
+def test_another_number_of_classes_is_reported_first_with_a_remedy(tmp_path):
     save_weights(create_classifier("cifar_resnet8", 8), tmp_path / "own.pth")
     found = find_model(
         "cifar_resnet8", weights=str(tmp_path / "own.pth"),
@@ -453,5 +453,5 @@ def test_only_keys_that_a_file_would_change_are_kept(value):
         load_config("", ["MODEL.WEIGHTS_KEEP", value])
 
 
-def test_no_list_of_kept_keys_is_an_empty_one():
+def test_none_for_the_kept_keys_is_an_empty_list():
     assert load_config("", ["MODEL.WEIGHTS_KEEP", "None"]).MODEL.WEIGHTS_KEEP == []

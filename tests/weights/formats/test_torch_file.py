@@ -56,7 +56,7 @@ def _assert_same(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Ten
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_what_torch_saves_is_read_as_torch_loads_it(zipped, protocol, tmp_path):
+def test_torch_files_are_read_as_by_torch_load(zipped, protocol, tmp_path):
     path = tmp_path / "a.pth"
     torch.save(
         collections.OrderedDict(_tensors()),
@@ -70,7 +70,7 @@ def test_what_torch_saves_is_read_as_torch_loads_it(zipped, protocol, tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_model_is_taken_out_of_a_trainer_s_checkpoint(zipped, tmp_path):
+def test_a_model_is_extracted_from_a_trainers_checkpoint(zipped, tmp_path):
     # DataParallel uses the same tensor names, but would move the model to a GPU if there is one.
     network = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
     model = torch.nn.Sequential(collections.OrderedDict(module=network))
@@ -189,7 +189,7 @@ _ONLY_ZIPPED = {"uint16", "float8", "nested", "untyped storage"}
 )
 # Ignore warnings about sparse, quantized and nested tensors and typed storages.
 @pytest.mark.filterwarnings("ignore")
-def test_what_torch_accepts_with_weights_only_is_accepted_next_to_the_model(name, zipped, tmp_path):
+def test_objects_that_weights_only_allows_are_accepted_next_to_the_model(name, zipped, tmp_path):
     path = tmp_path / "a.pth"
     content = {"model": _tensors(), "extra": [_WEIGHTS_ONLY[name]]}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
@@ -208,7 +208,7 @@ class _OnDevice:
 
 
 @pytest.mark.parametrize("numpy", [False, True])
-def test_tensors_of_other_devices_and_with_attributes_are_read_as_torch_loads_them(numpy, tmp_path):
+def test_tensors_of_other_devices_and_with_attributes_are_read_as_by_torch(numpy, tmp_path):
     path, weight = tmp_path / "a.pth", torch.randn(2, 3)
     attributed = torch.randn(3)
     attributed.partition = 1
@@ -232,7 +232,7 @@ def test_python_2_files_are_read(tmp_path):
     assert file.metadata == {"arch": "resnet50", "best_prec1": 54.7, "name": "\xe9"}
 
 
-def test_the_tar_format_is_read_as_torch_loads_it(tmp_path):
+def test_the_tar_format_is_read_as_by_torch_load(tmp_path):
     tensors = {"a.weight": torch.randn(3, 4), "a.bias": torch.arange(5), "b": torch.randn(()) + 1}
     path = tmp_path / "a.pth.tar"
     tar_torch_file(tensors, path, arch="alexnet")
@@ -316,7 +316,7 @@ def _flip(path, place: int, bit: int = 0) -> None:
     path.write_bytes(data)
 
 
-def test_a_flipped_byte_of_a_weight_is_caught_which_torch_does_not_catch(tmp_path):
+def test_a_flipped_weight_byte_that_torch_ignores_is_detected(tmp_path):
     path = tmp_path / "a.pth"
     torch.save({"state_dict": {"w": torch.ones(1000)}}, path)
     _flip(path, _places(path, "data/0")[500], bit=3)
@@ -327,7 +327,7 @@ def test_a_flipped_byte_of_a_weight_is_caught_which_torch_does_not_catch(tmp_pat
 
 
 @pytest.mark.parametrize("record", ["data/0", "data/1", "data.pkl", "version"])
-def test_a_flipped_byte_of_any_record_is_caught(record, tmp_path):
+def test_a_flipped_byte_of_any_record_is_detected(record, tmp_path):
     path = tmp_path / "a.pth"
     content = {"state_dict": {"w": torch.ones(9)}, "optimizer": {"momentum": torch.ones(9)}}
     torch.save(content, path)
@@ -340,7 +340,7 @@ def test_a_flipped_byte_of_any_record_is_caught(record, tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_file_cut_anywhere_is_refused(zipped, tmp_path):
+def test_a_file_truncated_anywhere_is_rejected(zipped, tmp_path):
     path = tmp_path / "a.pth"
     torch.save({"w": torch.ones(50)}, path, _use_new_zipfile_serialization=zipped)
     data = path.read_bytes()
@@ -350,7 +350,7 @@ def test_a_file_cut_anywhere_is_refused(zipped, tmp_path):
             read_tensors(path)
 
 
-def test_other_archives_say_what_they_are(tmp_path):
+def test_other_archives_are_rejected_with_a_remedy(tmp_path):
     inner = tmp_path / "weights.pth"
     torch.save({"w": torch.ones(2)}, inner)
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
@@ -375,7 +375,7 @@ def test_other_archives_say_what_they_are(tmp_path):
         read_tensors(tmp_path / "a.pt2")
 
 
-def test_a_torchscript_program_is_refused(tmp_path):
+def test_a_torchscript_program_is_rejected(tmp_path):
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "a.pt")
     with pytest.raises(UserError, match="TorchScript"):
         read_tensors(tmp_path / "a.pt")
@@ -433,7 +433,7 @@ def _zip(path, content, records: dict[str, bytes]) -> None:
         (0, (4.0,), (1,), 4, 4),
     ],
 )
-def test_a_tensor_that_does_not_fit_its_data_is_refused(
+def test_a_tensor_that_does_not_fit_its_data_is_rejected(
     offset, shape, strides, stated, stored, tmp_path
 ):
     path = tmp_path / "a.pth"
@@ -488,7 +488,7 @@ _ONE = _Storage("FloatStorage", "0", 1)
         {"a": _ONE, "w": _Rebuilt(_Storage("IntStorage", "0", 1), 0, (1,), (1,))},
     ],
 )
-def test_odd_references_and_arguments_are_refused(content, tmp_path):
+def test_invalid_references_and_arguments_are_rejected(content, tmp_path):
     path = tmp_path / "a.pth"
     _zip(path, {"state_dict": content}, {"data/0": bytes(4)})
     with pytest.raises(UserError, match="damaged"):
@@ -504,7 +504,7 @@ def test_odd_references_and_arguments_are_refused(content, tmp_path):
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*quantiz")
-def test_tensors_that_are_not_dense_are_refused_by_name(kind, expected, tmp_path):
+def test_sparse_and_quantised_tensors_are_rejected_by_name(kind, expected, tmp_path):
     tensor = torch.ones(2, 2)
     if kind == "sparse":
         tensor = tensor.to_sparse()
@@ -559,21 +559,21 @@ def _another_folder(archive, info):
 @pytest.mark.parametrize(
     "change", [_overlap, _duplicate, _encrypt, _two_sizes, _huge, _another_folder]
 )
-def test_a_zip_that_lies_about_its_records_is_refused(change, tmp_path):
+def test_a_zip_with_inconsistent_records_is_rejected(change, tmp_path):
     path = tmp_path / "a.pth"
     _rezipped(path, change)
     with pytest.raises(UserError, match="damaged"):
         read_tensors(path)
 
 
-def test_a_big_endian_file_is_refused(tmp_path):
+def test_a_big_endian_file_is_rejected(tmp_path):
     tensor = _Rebuilt(_Storage("FloatStorage", "0", 1), 0, (1,), (1,))
     _zip(tmp_path / "a.pth", {"w": tensor}, {"data/0": bytes(4), "byteorder": b"big"})
     with pytest.raises(UserError, match="big-endian"):
         read_tensors(tmp_path / "a.pth")
 
 
-def test_many_views_of_few_bytes_are_refused(tmp_path):
+def test_many_views_of_few_bytes_are_rejected(tmp_path):
     storage = _Storage("FloatStorage", "0", 250_000)
     views = {f"w{i}": _Rebuilt(storage, 0, (249_999,), (1,)) for i in range(1000)}
     _zip(tmp_path / "a.pth", {"state_dict": views}, {"data/0": bytes(1_000_000)})
