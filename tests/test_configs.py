@@ -48,13 +48,13 @@ def difference(first, second):
 
 
 @pytest.mark.parametrize("depth", [50, 101])
-def test_a_baseline_and_its_se_config_differ_only_in_the_switch_and_weights(depth):
+def test_a_baseline_and_its_se_config_differ_only_in_se_and_weights(depth):
     names = f"faster_rcnn_r{depth}", f"faster_rcnn_se_r{depth}"
     assert difference(*names) == {"MODEL.SE.ENABLED", "MODEL.WEIGHTS"}
 
 
 @every_config
-def test_a_header_names_the_command_the_expectation_and_the_hardware(path):
+def test_a_header_has_the_command_expected_result_and_hardware(path):
     header = path.read_text()
     assert f"configs/{path.name}" in header or "make demo" in header
     assert "# Expected:" in header
@@ -95,7 +95,7 @@ def test_gates_start_open_unless_the_network_is_trained_from_scratch():
         assert expected == cfg.MODEL.SE.INIT, path.stem
 
 
-def test_the_csail_recipe_is_the_data_sets_own():
+def test_the_csail_recipe_equals_the_data_sets():
     names = "places365_csail_r152", "places365_csail_se_r152"
     assert difference(*names) == {"MODEL.SE.ENABLED"}
     cfg = load_config(str(ROOT / "configs" / "places365_csail_se_r152.yaml"))
@@ -110,7 +110,7 @@ def test_the_csail_recipe_is_the_data_sets_own():
     assert cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler"
 
 
-def test_the_places_recipe_is_the_protocol_that_the_paper_follows():
+def test_the_places_recipe_equals_the_papers_protocol():
     names = "places365_r152", "places365_se_r152"
     assert difference(*names) == {"MODEL.SE.ENABLED"}
     cfg = load_config(str(ROOT / "configs" / "places365_se_r152.yaml"))
@@ -161,7 +161,7 @@ def imagenet_config(name, *options):
     return load_config(str(ROOT / "configs" / f"imagenet_{name}.yaml"), [*options])
 
 
-def test_imagenet_recipes_are_the_papers():
+def test_imagenet_recipes_equal_the_papers():
     names = {path.stem for path in CONFIGS if path.stem.startswith("imagenet_")}
     assert names == {f"imagenet_{name}" for name in IMAGENET}
     for name, expected in IMAGENET.items():
@@ -223,7 +223,7 @@ CIFAR_RECIPES = [
 
 @pytest.mark.parametrize(("data", "net"), CIFAR_RECIPES)
 @pytest.mark.long
-def test_cifar_recipes_are_the_original_papers(data, net):
+def test_cifar_recipes_equal_the_original_papers(data, net):
     names = f"{data}_{net}", f"{data}_se_{net}"
     assert difference(*names) == {"MODEL.SE.ENABLED"}
     cfg = load_config(str(ROOT / "configs" / f"{names[1]}.yaml"))
@@ -251,7 +251,7 @@ def test_cifar_recipes_are_the_original_papers(data, net):
         assert f"error {published.top1_error:.2f}%" in header
 
 
-def test_the_rate_of_a_pre_activation_resnet_is_a_tenth_for_400_iterations():
+def test_pre_activation_resnets_warm_up_at_a_tenth_for_400_iterations():
     cfg = load_config(str(ROOT / "configs" / "cifar10_resnet110.yaml"))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.SOLVER.BASE_LR)
     schedule = build_lr_scheduler(cfg, optimizer)._multiplier
@@ -271,7 +271,7 @@ def test_every_recipe_starts_from_published_weights_of_its_own_backbone(path):
 
 
 @pytest.mark.parametrize("path", COCO, ids=lambda path: path.stem)
-def test_coco_recipes_are_detectron1s_2x(path):
+def test_coco_recipes_equal_detectron1s_2x_schedule(path):
     cfg = load_config(str(path))
     prefix = "keypoints_" if "keypoint" in path.stem else ""
     assert (f"{prefix}coco_2017_train",) == cfg.DATASETS.TRAIN
@@ -296,7 +296,7 @@ def test_coco_recipes_are_detectron1s_2x(path):
         ("keypoint_rcnn_se_r50", "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x", set()),
     ],
 )
-def test_a_recipe_changes_faster_rcnn_as_detectron2s_baseline_does(name, theirs, kept):
+def test_a_recipe_changes_faster_rcnn_like_detectron2s_baseline(name, theirs, kept):
     faster = model_zoo.get_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
     theirs = dict(flat(model_zoo.get_config(f"{theirs}.yaml")))
     changed = {key for key, value in flat(faster) if theirs[key] != value} - kept

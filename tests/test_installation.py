@@ -97,7 +97,7 @@ def test_a_detectron2_that_can_be_imported_is_kept(tmp_path):
     assert files_below(tmp_path) == before
 
 
-def test_a_mere_folder_named_detectron2_does_not_count_as_installed(tmp_path, monkeypatch):
+def test_a_folder_named_detectron2_does_not_count_as_installed(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("install_detectron2", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -113,7 +113,7 @@ def test_only_the_package_and_its_metadata_are_installed(installer, wheel, targe
     assert not list(target.rglob("_C.*"))
 
 
-def test_the_metadata_tells_pip_what_is_really_there(installer, wheel, target):
+def test_the_metadata_matches_the_installed_files(installer, wheel, target):
     install(installer, wheel, target)
     (found,) = importlib.metadata.distributions(path=[str(target)])
     assert found.requires == ["tqdm>4.29.0", "numpy", 'black==23.3.0; extra == "dev"']
@@ -127,7 +127,7 @@ def test_the_metadata_tells_pip_what_is_really_there(installer, wheel, target):
             assert path.hash.value == urlsafe_b64encode(digest).decode().rstrip("=")
 
 
-def test_a_wheel_with_another_hash_is_refused(installer, wheel, target, capsys):
+def test_a_wheel_with_a_wrong_hash_is_rejected(installer, wheel, target, capsys):
     assert installer.main(["--wheel", str(wheel)], target=target) == 1
     message = capsys.readouterr().err
     assert installer.SHA256 in message
@@ -135,7 +135,7 @@ def test_a_wheel_with_another_hash_is_refused(installer, wheel, target, capsys):
     assert not list(target.iterdir())
 
 
-def test_a_wheel_that_is_not_there_is_named(installer, target, capsys):
+def test_a_missing_wheel_is_named(installer, target, capsys):
     assert installer.main(["--wheel", "not-there.whl"], target=target) == 1
     assert "not-there.whl" in capsys.readouterr().err
 
@@ -153,7 +153,7 @@ def test_a_failed_download_names_the_other_ways(installer, target, capsys, monke
     assert not list(target.iterdir())
 
 
-def test_the_operating_systems_own_python_is_refused(
+def test_the_operating_systems_python_is_rejected(
     installer, wheel, target, capsys, monkeypatch, tmp_path
 ):
     (tmp_path / "EXTERNALLY-MANAGED").touch()
@@ -180,7 +180,7 @@ def test_an_interrupted_installation_leaves_nothing(installer, wheel, target, mo
     assert not list(target.iterdir())
 
 
-def test_what_a_killed_installation_left_is_cleared_by_the_next(installer, wheel, target):
+def test_leftovers_of_a_killed_installation_are_removed_by_the_next(installer, wheel, target):
     staging = target / f"{installer.STAGING_PREFIX}abc"
     (staging / "detectron2").mkdir(parents=True)
     info = target / "sal_detectron2-0.7.2.dist-info"
@@ -192,7 +192,7 @@ def test_what_a_killed_installation_left_is_cleared_by_the_next(installer, wheel
     assert (target / "detectron2" / "__init__.py").exists()
 
 
-def test_a_folder_in_the_way_is_reported(installer, wheel, target, capsys):
+def test_a_conflicting_folder_is_reported(installer, wheel, target, capsys):
     (target / "detectron2" / "rest").mkdir(parents=True)
     assert install(installer, wheel, target) == 1
     assert str(target) in capsys.readouterr().err
@@ -228,7 +228,7 @@ def test_every_dependency_is_pinned_to_a_version_it_allows():
 
 
 @pytest.mark.long
-def test_what_dependencies_depend_on_is_pinned_too():
+def test_transitive_dependencies_are_pinned_too():
     pinned = pins()
     todo = [(canonicalize_name(r.name), "") for r in direct_requirements()]
     seen = set()
@@ -293,7 +293,7 @@ def fake_python(folder, script):
     return path
 
 
-def test_without_a_suitable_python_make_says_what_to_install(clone):
+def test_without_a_suitable_python_make_reports_what_to_install(clone):
     old = fake_python(clone, "exit 1")  # the check for Python 3.11 to 3.13 fails
     run = make("setup", f"PYTHON={old}", cwd=clone)
     assert run.returncode != 0

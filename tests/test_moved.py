@@ -9,7 +9,7 @@ from senet_transfer._moved import MOVED
 
 
 @pytest.mark.parametrize("old", MOVED)
-def test_an_old_path_warns_and_gives_the_very_objects_of_the_new_one(old):
+def test_an_old_path_warns_and_exports_the_objects_of_the_new_one(old):
     sys.modules.pop(old, None)
     with pytest.warns(DeprecationWarning, match=f"{old} has moved to {MOVED[old]}"):
         module = importlib.import_module(old)
@@ -19,7 +19,7 @@ def test_an_old_path_warns_and_gives_the_very_objects_of_the_new_one(old):
     assert all(getattr(module, name) is getattr(current, name) for name in names)
 
 
-def test_old_statements_run_as_they_are_written_and_the_warning_names_their_line(run_python):
+def test_old_imports_work_and_the_warning_names_their_line(run_python):
     code = (
         "from senet_transfer.backbones import create_backbone, list_models\n"
         "from senet_transfer.backbones.registry import register_with_se\n"

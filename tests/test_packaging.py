@@ -132,7 +132,7 @@ def test_a_wheel_holds_every_module_config_and_data_file(wheel):
 
 
 @pytest.mark.long
-def test_the_commands_that_are_promised_can_be_called():
+def test_the_documented_commands_can_be_called():
     # Check the entry points in pyproject.toml, because the installed ones can be out of date.
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert set(scripts) == set(COMMANDS)
@@ -145,7 +145,7 @@ def test_the_commands_that_are_promised_can_be_called():
     "name",
     ["faster_rcnn_se_r50", "configs/faster_rcnn_se_r50.yaml", "instant/faster_rcnn_se_r50"],
 )
-def test_a_config_goes_by_its_name_from_any_folder(name, tmp_path, monkeypatch):
+def test_a_config_is_found_by_name_from_any_folder(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_config(name).MODEL.SE.ENABLED is True
     # A user's file with this name takes precedence.
@@ -155,7 +155,7 @@ def test_a_config_goes_by_its_name_from_any_folder(name, tmp_path, monkeypatch):
     assert load_config(name).SEED == 123
 
 
-def test_a_config_that_is_not_there_is_told_with_the_nearest_names():
+def test_a_missing_config_is_an_error_that_suggests_similar_names():
     with pytest.raises(UserError, match="no config file faster_rcn_se_r50.*faster_rcnn_se_r50"):
         find_config("faster_rcn_se_r50")
 
@@ -193,7 +193,7 @@ print(sorted(found.names))
 
 
 @pytest.mark.slow
-def test_an_installed_wheel_trains_evaluates_and_predicts_far_from_the_clone(
+def test_an_installed_wheel_trains_evaluates_and_predicts_outside_the_clone(
     wheel, tmp_path, shared_data
 ):
     place, home = tmp_path / "installed", tmp_path / "home"

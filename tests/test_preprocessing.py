@@ -11,18 +11,18 @@ from senet_transfer.preprocessing import CIFAR10, Preprocessing, normalise
 IMAGES = torch.randint(0, 256, (2, 3, 5, 7), dtype=torch.uint8)
 
 
-def test_images_are_normalised_as_torchvision_does_it():
+def test_images_are_normalised_as_in_torchvision():
     expected = functional.normalize(IMAGES.float(), CIFAR10.mean, CIFAR10.std)
     assert torch.equal(normalise(IMAGES, *CIFAR10.channel_values()), expected)
 
 
-def test_mean_and_std_of_a_bgr_model_are_in_its_order_of_channels():
+def test_mean_and_std_of_a_bgr_model_are_in_bgr_order():
     expected = functional.normalize(IMAGES.float().flip(1), CIFAR10.mean, CIFAR10.std)
     assert torch.equal(normalise(IMAGES, *CIFAR10.channel_values(), "BGR"), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_bytes_give_the_bits_of_images_of_the_means_type(dtype):
+def test_uint8_images_are_bitwise_equal_to_those_of_the_means_dtype(dtype):
     mean, std = (value.to(dtype) for value in CIFAR10.channel_values())
     found = normalise(IMAGES, mean, std)
     assert found.dtype == dtype
@@ -47,7 +47,7 @@ def test_images_become_grey_as_in_pillow(channels):
 
 
 @pytest.mark.parametrize("order", ["RGB", "BGR"])
-def test_the_grey_mean_is_that_of_the_colours(order):
+def test_the_grey_mean_is_computed_from_the_colours(order):
     mean, std = (100.0, 110.0, 120.0), (50.0, 51.0, 52.0)
     colours = Preprocessing(order, mean if order == "RGB" else mean[::-1], std)
     assert colours.grey().mean == (

@@ -30,6 +30,11 @@ def python_blocks(document: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", read(document), re.S)
 
 
+def block_with(word: str, document: str) -> str:
+    """Return the first Python example of a document that contains a word."""
+    return next(block for block in python_blocks(document) if word in block)
+
+
 def rows(document: str, table: str = "") -> list[list[str]]:
     """Return the cells of all table rows in a document, without separator rows.
 
@@ -49,7 +54,7 @@ def test_the_readme_fits_on_a_screen_and_a_half():
 
 
 @pytest.mark.long
-def test_the_python_example_of_the_readme_runs_as_it_is(tmp_path, monkeypatch, capsys):
+def test_the_python_example_of_the_readme_runs_unchanged(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (block,) = python_blocks("README.md")
     names: dict = {}
@@ -77,14 +82,14 @@ def test_the_lazy_config_builds_an_fpn_on_an_se_backbone_with_weights(
     tmp_path, zero_initial_weights
 ):
     names: dict = {}
-    exec(python_blocks("docs/python.md")[2], names)
-    config = names["backbone"].bottom_up
+    exec(block_with("LazyCall", "docs/detectron2.md"), names)
+    config = names["model"].backbone.bottom_up
     assert config.weights in load_catalogue()
     trained = senet_transfer.create_backbone(config.name)
     torch.nn.init.ones_(trained.res5[2].conv3.weight)
     config.weights = str(tmp_path / "weights.pth")
     senet_transfer.save_weights(trained, config.weights)
-    fpn = instantiate(names["backbone"])
+    fpn = instantiate(names["model"].backbone)
     assert bool((fpn.bottom_up.res5[2].conv3.weight == 1).all())
     assert list(fpn(torch.randn(1, 3, 64, 64))) == ["p2", "p3", "p4", "p5", "p6"]
     assert any(".se." in key for key, _ in fpn.bottom_up.named_parameters())
@@ -108,13 +113,29 @@ def test_three_lines_load_weights_into_a_detectron2_model(tmp_path, zero_initial
         senet_transfer.save_weights(model, tmp_path / "weights.pth")
     cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
     names: dict = {"cfg": cfg}
-    exec(python_blocks("docs/python.md")[3], names)
+    exec(block_with("apply_file_geometry", "docs/detectron2.md"), names)
     if kind == "checkpoint of a detector":
         assert bool((names["model"].proposal_generator.rpn_head.conv.weight == 3).all())
     else:
         assert bool((names["model"].backbone.res4[1].conv2.weight == 1).all())
         assert cfg.MODEL.RESNETS.STEM_POOL == "ceil"
         assert cfg.INPUT.FORMAT == "RGB"
+
+
+@pytest.mark.long
+def test_three_keys_replace_the_backbone_of_a_detectron2_config(tmp_path, zero_initial_weights):
+    trained = senet_transfer.create_backbone("se_resnet50")
+    torch.nn.init.ones_(trained.res5[2].conv3.weight)
+    senet_transfer.save_weights(trained, tmp_path / "weights.pth")
+    names: dict = {}
+    exec(block_with("model_zoo", "docs/detectron2.md"), names)
+    cfg = names["cfg"]
+    assert cfg.MODEL.WEIGHTS in load_catalogue()
+    cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = str(tmp_path / "weights.pth"), "cpu"
+    exec(block_with("apply_file_geometry", "docs/detectron2.md"), names)
+    assert bool((names["model"].backbone.bottom_up.res5[2].conv3.weight == 1).all())
+    assert any(".se." in name for name, _ in names["model"].named_parameters())
+    assert cfg.INPUT.FORMAT == "RGB"
 
 
 def test_every_family_has_a_line_and_every_name_in_it_is_in_the_catalogue():
@@ -125,7 +146,7 @@ def test_every_family_has_a_line_and_every_name_in_it_is_in_the_catalogue():
             assert load_catalogue()[found[1]].family == family.strip("`")
 
 
-def test_every_config_that_is_named_for_a_kind_of_data_exists():
+def test_every_config_recommended_for_a_kind_of_data_exists():
     table = read("docs/classification.md").partition("|---")[2].partition("\n\n")[0]
     named = re.findall(r"`(\w+)`", table)
     assert len(named) == 6
@@ -144,7 +165,7 @@ def test_the_configs_of_the_page_on_augmentation_are_valid(tmp_path):
         assert is_classification(cfg) == (build_augmentation(cfg) is not None)
 
 
-def test_the_papers_results_are_those_of_the_configs_headers():
+def test_the_papers_results_match_the_configs_headers():
     headers = "".join(path.read_text() for path in sorted((ROOT / "configs").glob("*.yaml")))
     quoted = rows("docs/results.md", "| data and metric | network | without SE | with SE |\n")[1:]
     assert len(quoted) == 22
@@ -156,7 +177,7 @@ def test_the_papers_results_are_those_of_the_configs_headers():
         assert re.search(rf"\b{re.escape(figure)}\b", headers), figure
 
 
-def test_every_fault_has_a_test_that_exists():
+def test_every_documented_failure_has_an_existing_test():
     found = [row for row in rows("docs/reliability.md") if len(row) == 3][1:]
     written = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     assert len(found) > 10

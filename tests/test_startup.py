@@ -35,7 +35,7 @@ def modules_after(code: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
-def test_importing_the_package_imports_nothing_heavy():
+def test_importing_the_package_imports_no_heavy_modules():
     assert not modules_after("import senet_transfer") & {*HEAVY, "torch", "detectron2", "numpy"}
 
 
@@ -79,5 +79,5 @@ assert "shapes_val" in DatasetCatalog
     ],
     ids=["ours first", "detectron2 first"],
 )
-def test_an_import_registers_every_model_in_either_order_but_not_the_demos_data(imports):
+def test_importing_in_either_order_registers_models_but_not_demo_data(imports):
     modules_after(f"{imports}\n{BUILD}\n{REGISTER}")

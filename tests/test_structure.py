@@ -102,13 +102,13 @@ def circles(edges: dict[str, set[str]]) -> list[list[str]]:
     return found
 
 
-def test_a_circle_is_found():
+def test_a_cycle_is_found():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if part(name) in RANK])
 @pytest.mark.long
-def test_a_module_imports_only_parts_below_its_own(name):
+def test_a_module_imports_only_from_layers_below_its_own(name):
     own = part(name)
     for target in imports(name, when_loaded=False):
         other = part(target)
@@ -118,18 +118,18 @@ def test_a_module_imports_only_parts_below_its_own(name):
         assert other not in FORBIDDEN.get(own, ()), f"{name} imports {target}"
 
 
-def test_every_part_has_a_place_in_the_architecture():
+def test_every_package_has_a_layer_in_the_architecture():
     assert {part(name) for name in MODULES} - {"", "_moved"} == set(RANK)
 
 
 @pytest.mark.long
-def test_no_modules_import_each_other_in_a_circle():
+def test_modules_have_no_circular_imports():
     edges = {name: imports(name, when_loaded=True) for name in MODULES}
     assert circles(edges) == []
 
 
 @pytest.mark.long
-def test_no_folders_import_each_other_in_a_circle():
+def test_folders_have_no_circular_imports():
     # Imports between a folder and its subfolders are allowed: `backbones/` uses
     # `models/registry.py`, and `models/build.py` builds networks of `backbones/`.
     edges = {path.parent: set() for path in MODULES.values()}
@@ -141,7 +141,7 @@ def test_no_folders_import_each_other_in_a_circle():
     assert circles(edges) == []
 
 
-def test_nothing_below_the_models_imports_detectron2s_models_when_it_is_loaded():
+def test_lower_layers_do_not_import_detectron2s_models_at_import():
     # Importing detectron2.modeling registers our models, and these import all lower-level parts.
     for name, path in MODULES.items():
         if part(name) in RANK and RANK[part(name)] < RANK["models"]:
@@ -205,7 +205,7 @@ def test_a_private_name_of_another_library_is_found(source, expected):
 
 
 @pytest.mark.long
-def test_private_parts_of_other_libraries_are_in_one_module():
+def test_private_apis_of_other_libraries_are_used_in_one_module():
     trees = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
     own = set().union(*map(private_names, trees.values()))
     users = {name: foreign_private_names(tree, own) for name, tree in trees.items()}
@@ -213,6 +213,6 @@ def test_private_parts_of_other_libraries_are_in_one_module():
     assert {name: found for name, found in users.items() if found} == {}
 
 
-def test_a_folder_holds_few_enough_files_to_be_overlooked_at_once():
+def test_folders_contain_a_limited_number_of_files():
     count = Counter(path.parent for path in MODULES.values())
     assert {str(folder): n for folder, n in count.items() if n > MOST_FILES} == {}

@@ -60,11 +60,11 @@ def test_a_workflow_runs_only_make_targets_and_commands_tested_elsewhere(command
         assert f"make {target} " in listed
 
 
-def test_no_other_command_is_listed_in_vain():
+def test_every_other_listed_command_is_used():
     assert set(OTHER_COMMANDS) <= set(commands())
 
 
-def test_public_ci_runs_the_checks_of_the_projects_own():
+def test_public_ci_runs_the_checks_of_the_projects_ci():
     own = set(re.findall(r"^step (make \S+)", (ROOT / ".ci" / "run").read_text(), re.M))
     # `make coverage` runs the same tests as `make test`. `make test-narrow` repeats the training
     # tests with narrower vector instructions.
@@ -74,13 +74,13 @@ def test_public_ci_runs_the_checks_of_the_projects_own():
     assert coverage.startswith(test.strip())
 
 
-def test_the_training_tests_that_are_repeated_with_narrower_instructions_exist():
+def test_the_tests_repeated_with_narrower_instructions_exist():
     paths = re.findall(r"tests/\S+\.py", _make("--dry-run", "test-narrow").stdout)
     assert len(paths) > 3
     assert all((ROOT / path).is_file() for path in paths)
 
 
-def test_public_ci_covers_every_python_that_the_package_supports():
+def test_public_ci_covers_every_supported_python():
     (versions,) = re.findall(r'requires-python = ">=3\.(\d+),<3\.(\d+)"', _text("pyproject.toml"))
     expected = [f"3.{minor}" for minor in range(int(versions[0]), int(versions[1]))]
     ci = load(GITHUB / "workflows" / "ci.yml")
@@ -88,7 +88,7 @@ def test_public_ci_covers_every_python_that_the_package_supports():
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_a_workflow_has_the_least_permissions_and_ends_in_time(path):
+def test_a_workflow_has_least_permissions_and_a_timeout(path):
     workflow = load(path)
     assert workflow["permissions"] == {"contents": "read"}
     assert "group" in workflow["concurrency"]
@@ -101,7 +101,7 @@ def test_a_workflow_has_the_least_permissions_and_ends_in_time(path):
                 assert step["with"]["persist-credentials"] is False
 
 
-def test_the_code_of_pull_requests_never_runs_on_a_machine_with_a_gpu_of_ones_own():
+def test_pull_requests_never_run_on_self_hosted_gpu_runners():
     for path in WORKFLOWS:
         for job in load(path)["jobs"].values():
             if "self-hosted" in job["runs-on"]:
@@ -113,7 +113,7 @@ def test_the_code_of_pull_requests_never_runs_on_a_machine_with_a_gpu_of_ones_ow
     [*WORKFLOWS, *(ROOT / name for name in ("Dockerfile", ".pre-commit-config.yaml"))],
     ids=lambda path: path.name,
 )
-def test_no_address_of_a_host_is_built_in(path):
+def test_no_host_address_is_hard_coded(path):
     # Packages come from the indexes and registries that pip and Docker are configured with.
     assert not re.findall(r"://|\b[\w-]+\.(?:com|dev|io|net|org)\b", path.read_text())
 
@@ -129,7 +129,7 @@ def test_a_release_is_named_by_its_tag(tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted((GITHUB / "ISSUE_TEMPLATE").glob("*_*.yml")))
-def test_an_issue_form_asks_for_something(path):
+def test_an_issue_form_has_required_fields(path):
     form = load(path)
     assert {"name", "description", "body"} <= set(form)
     asked = [part for part in form["body"] if part["type"] != "markdown"]
@@ -137,7 +137,7 @@ def test_an_issue_form_asks_for_something(path):
     assert any(part.get("validations", {}).get("required") for part in asked)
 
 
-def test_hooks_before_a_commit_are_local_and_run_the_tools_of_make_lint():
+def test_pre_commit_hooks_are_local_and_run_the_tools_of_make_lint():
     (repo,) = load(ROOT / ".pre-commit-config.yaml")["repos"]
     assert repo["repo"] == "local"
     assert {hook["language"] for hook in repo["hooks"]} == {"system"}
@@ -163,7 +163,7 @@ def instructions() -> list[tuple[str, str]]:
     return [tuple(line.split(None, 1)) for line in joined.splitlines() if line]
 
 
-def test_what_the_image_copies_exists_and_is_not_ignored():
+def test_files_copied_into_the_image_exist_and_are_not_ignored():
     patterns = [line for line in _text(".dockerignore").splitlines() if line[0] not in "#"]
     assert patterns[0] == "*"
     kept = [pattern[1:] for pattern in patterns if pattern.startswith("!")]

@@ -5,7 +5,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from senet_transfer.utils.import_hook import (
     hide_library_warnings,
@@ -145,9 +145,18 @@ class Parser(argparse.ArgumentParser):
             words = [*words[: len(words) - len(found.opts)], *found.opts[first:]]
 
 
+def described(names: Mapping[str, str]) -> str:
+    """Return a list of names with their descriptions, for a help text."""
+    width = max(map(len, names))
+    return "\n".join(f"    {name:{width}}  {text}" for name, text in names.items())
+
+
 def argument_parser() -> argparse.ArgumentParser:
     """Return the training parser with Detectron2's arguments and this project's options."""
-    parser = Parser(epilog=_EPILOG)
+    parser = Parser(
+        description="Train and evaluate a detector or classifier, or only evaluate it.",
+        epilog=_EPILOG,
+    )
     _add_detectron2_arguments(parser)
     add_data_arguments(parser)
     add_dataset_argument(parser)

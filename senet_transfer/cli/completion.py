@@ -1,4 +1,4 @@
-"""Print a shell script that completes the commands and options of ``senet``.
+"""Print a shell script that completes the commands and options of senet.
 
     senet completion bash > ~/.local/share/bash-completion/completions/senet
     senet completion zsh > ~/.zfunc/_senet

@@ -10,7 +10,7 @@ Examples:
 
     senet convert SE-ResNet-50.caffemodel se_resnet50.safetensors --check
     senet convert cadene/se_resnet50 se_resnet50.pth
-    senet convert torchvision_v1/resnet50 R-50.pkl
+    senet convert torchvision/resnet50 R-50.pkl
     senet convert classifier.pth seresnet50.pth --to timm
     senet convert moco.pth.tar resnet50.pth --prefix encoder_q. --head ignore
 """

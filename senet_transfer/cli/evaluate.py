@@ -28,6 +28,7 @@ from senet_transfer.cli.arguments import (
     run_command,
 )
 from senet_transfer.errors import UserError
+from senet_transfer.utils.text import counted
 
 if TYPE_CHECKING:
     from senet_transfer.engine.model_from import ModelSource
@@ -198,7 +199,7 @@ def _main_places365(args: argparse.Namespace) -> None:
 def _print(results: dict[str, Any]) -> None:
     rows = [{**results, "name": results["model"], "source": "this run"}, *results["published"]]
     width = max(len(row["name"]) for row in rows)
-    print(f"{results['images']} images, {results['images_per_second']:.1f} images/s")
+    print(f"{counted(results['images'], 'image')}, {results['images_per_second']:.1f} images/s")
     print(f"{'':{width}}  top-1 error  top-5 error")
     for row in rows:
         top5 = "-" if row["top5_error"] is None else f"{row['top5_error']:.2f}"

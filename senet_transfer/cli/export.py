@@ -25,7 +25,9 @@ def parser() -> argparse.ArgumentParser:
     add("--model", default="", help="a name in senet_transfer.list_models()")
     add("--config-file", default="", help="default: the config.yaml next to the weights")
     add("--output", required=True, help="the file to write: .onnx, .pt2 or .ts")
-    add("--backbone", "--trunk", action="store_true", help="export only the backbone")
+    add("--backbone", action="store_true", help="export only the backbone")
+    # The old name of --backbone.
+    add("--trunk", dest="backbone", action="store_true", help=argparse.SUPPRESS)
     add(
         "--size",
         type=int,

@@ -1,4 +1,4 @@
-"""``senet``: a single program for all commands.
+"""Training, evaluation, prediction, export and analysis of SE networks.
 
 senet train --config-file faster_rcnn_se_r50 --num-gpus 8
 senet predict --weights output/model_final.pth --input photos --output predictions
@@ -10,6 +10,7 @@ import importlib
 import sys
 
 from senet_transfer import __version__
+from senet_transfer.cli.arguments import described
 
 # Maps each command to its module in senet_transfer.cli and its description.
 COMMANDS = {
@@ -22,7 +23,7 @@ COMMANDS = {
     "convert": ("convert", "convert weight files between formats"),
     "push": ("push", "upload a model to the Hugging Face Hub"),
     "report": ("analysis.report", "create an HTML report on training runs"),
-    "data": ("data", "prepare a data set"),
+    "data": ("data", "prepare, check or show a data set"),
     "complexity": ("analysis.complexity", "count parameters and multiply-accumulates"),
     "gates": ("analysis.gates", "analyse the gates of an SE network"),
     "sweep": ("analysis.sweep", "train a config with several seeds"),
@@ -34,8 +35,7 @@ COMMANDS = {
 
 def parser() -> argparse.ArgumentParser:
     """Return the argument parser; each command has a separate parser for its arguments."""
-    width = max(map(len, COMMANDS))
-    listed = "\n".join(f"    {name:{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    listed = described({name: text for name, (_, text) in COMMANDS.items()})
     parser = argparse.ArgumentParser(
         prog="senet",
         description=__doc__,

@@ -14,6 +14,7 @@ import argparse
 
 from senet_transfer.cli.arguments import Parser, run_command
 from senet_transfer.errors import UserError
+from senet_transfer.utils.text import counted
 
 # A copy of FORMATS in senet_transfer/engine/predictor/files.py.
 FORMATS = ("json", "coco", "csv", "yolo")
@@ -98,8 +99,8 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--cam requires a classifier, but the model is a detector. Omit --cam.")
     options = {"draw": True if args.cam else args.draw, "quiet": args.quiet}
     for name in videos:
-        path, count = predict_video(predictor, name, args.output, limit=args.limit, **options)
-        print(f"{name}: {count} frames, results in {path}")
+        path, frames = predict_video(predictor, name, args.output, limit=args.limit, **options)
+        print(f"{name}: {counted(frames, 'frame')}, results in {path}")
     if not images:
         return
     if args.cam:
@@ -114,10 +115,10 @@ def main(args: argparse.Namespace) -> None:
         **options,
     )
     if classifies:
-        print(f"{len(images)} images: predictions in {path}")
+        print(f"{counted(len(images), 'image')}: predictions in {path}")
     else:
         drawings = "" if args.draw is False else f"drawings in {args.output}, "
-        print(f"{len(images)} images: {drawings}detections in {path}")
+        print(f"{counted(len(images), 'image')}: {drawings}detections in {path}")
 
 
 def command(words: list[str] | None = None) -> None:

@@ -57,6 +57,7 @@ from senet_transfer.engine.run_checks import check_run, scratch_hint
 from senet_transfer.errors import RunError, UserError, check_choice
 from senet_transfer.evaluation.evaluators import check_evaluators
 from senet_transfer.utils.environment import environment_report
+from senet_transfer.utils.text import counted
 from senet_transfer.weights import apply_file_geometry
 from senet_transfer.weights.file_geometry import examine_config_weights
 from senet_transfer.weights.hub.catalogue import catalogue_entry, names_published
@@ -306,7 +307,8 @@ def available_device(name: str, logger: logging.Logger) -> str:
         return name
     if not torch.cuda.is_available():
         logger.warning(
-            "No GPU is available. Running on the CPU with %d threads.", torch.get_num_threads()
+            "No GPU is available. Running on the CPU with %s.",
+            counted(torch.get_num_threads(), "thread"),
         )
         return "cpu"
     if (device.index or 0) >= torch.cuda.device_count():

@@ -10,6 +10,7 @@ exhaust memory before any name is looked up (eight bytes, ``LONG_BINPUT`` with a
 seconds and 4.7 GB), and its opcode handlers can't be overridden.
 """
 
+import functools
 import io
 import math
 import pickle
@@ -27,24 +28,37 @@ from senet_transfer.errors import UserError
 from senet_transfer.utils.text import shown
 
 MAX_DIMENSIONS = 16
+# Name of the placeholder for an array of objects, dates, structures or long floats.
+UNREAD_ARRAY = "numpy.ndarray with a dtype other than text or numbers of up to 64 bits"
 # Maximum number of reads from the stream. A detector checkpoint with optimizer state takes about
 # 100,000 reads.
 _MAX_STEPS = 2_000_000
+_MAX_NAME = 200
 
 # Modules with functions that can act on the machine.
 _RUNS_CODE = re.compile(
     r"(os|posix|nt|sys|_posixsubprocess|subprocess|pty|_?socket|shutil|_?ctypes|_?signal|builtins"
-    r"|__builtin__|_?importlib|runpy|_?operator|_?functools|types|code|_?io|pathlib|tempfile|glob"
-    r"|_?pickle|cPickle|marshal|urllib|webbrowser|commands|bdb|pdb|pydoc|timeit"
+    r"|__builtin__|_?importlib|runpy|_?operator|_?functools|types|_?io|pathlib|tempfile|glob"
+    r"|_?pickle|cPickle|marshal|urllib|webbrowser|bdb|pdb|pydoc|timeit"
+    r"|code[.](interact|compile_command|Interactive\w+)|commands[.]get\w+"
     r"|torch[.](hub|load|serialization[.]load))\b"
 )
-# Exceptions to these modules: classes for plain values, which training scripts often save with a
-# model.
+# Exceptions to these modules: classes for plain values and functions without side effects, which
+# training scripts often save with a model.
 _HOLDS_VALUES = re.compile(
-    r"pathlib[.](_local[.])?(Pure)?(Posix|Windows)?Path|types[.]SimpleNamespace|functools[.]partial"
-    r"|_?io[.](Bytes|String)IO|_operator[.]getitem"  # the last name creates typing.Dict[str, int]
-    r"|(builtins|__builtin__)[.](bool|bytearray|complex|float|long|object|slice|str|tuple|unicode"
-    r"|x?range)"
+    r"pathlib[.](_local[.])?(Pure)?(Posix|Windows)?Path|functools[.]partial|_?io[.](Bytes|String)IO"
+    r"|types[.](SimpleNamespace|GenericAlias|UnionType|MappingProxyType|NoneType|EllipsisType)"
+    r"|_?signal[.](Signals|Handlers|Sigmasks)|urllib[.]parse[.]\w+"
+    r"|(os|posix|nt)[.](\w+_result|terminal_size)|sys[.](\w+_info|flags)"
+    r"|_?operator[.](?!_|attrgetter|methodcaller|call\b)\w+"
+    # Functions, classes and exceptions, and methods of classes such as str.lower
+    r"|(builtins|__builtin__)[.](?!_|(apply|breakpoint|compile|delattr|eval|exec|execfile|exit|file"
+    r"|getattr|globals|hasattr|help|input|locals|open|quit|raw_input|reload|setattr|vars)\b)"
+    r"\w+([.](?!_|format)\w+)?"
+)
+# Attributes through which a pickle could reach any function.
+_GIVES_ACCESS = frozenset(
+    {"__builtins__", "__code__", "__globals__", "__import__", "__subclasses__"}
 )
 # Prefixes of modules that usually define models.
 _MODEL_CODE = ("torch.nn.", "torchvision.", "models.", "model.", "timm.", "pretrainedmodels.")
@@ -62,14 +76,14 @@ def check_sizes(sizes: Iterable[Any]) -> tuple[int, ...]:
     return sizes
 
 
+# An array of another dtype becomes an empty array of this dtype.
+_UNREAD_DTYPE = np.dtype("V1")
+
+
 class _DType:
     """Stand-in for ``numpy.dtype``, whose byte order is set by a later ``BUILD`` instruction."""
 
-    __hash__ = None  # type: ignore[assignment]  # can't be a dictionary key
-
-    def __init__(self, code: Any, *_: Any) -> None:
-        if not isinstance(code, str) or not re.fullmatch(r"[<>|=]?[biufcSUO]\d{0,9}", code):
-            raise ValueError("a dtype is neither numeric nor text")
+    def __init__(self, code: str) -> None:
         self.value = np.dtype(code)
 
     def build(self, state: tuple) -> None:
@@ -81,19 +95,34 @@ class _DType:
         self.value = self.value.newbyteorder(byteorder)
 
 
-def _array(raw: Any, dtype: Any, shape: Any, order: str, axes: Any = None) -> np.ndarray:
-    """Create an array from bytes, as numpy's ``_frombuffer`` does, after checking the arguments."""
+def _dtype(code: Any, *_: Any) -> "_DType | Placeholder":
+    """Return a dtype of numbers or text, or a placeholder for objects, dates and structures."""
+    if isinstance(code, str) and re.fullmatch(r"[<>|=]?[biufcSU]\d{0,9}", code):
+        return _DType(code)
+    return Placeholder("numpy.dtype")
+
+
+def _array(
+    raw: Any, dtype: Any, shape: Any, order: str, axes: Any = None
+) -> "np.ndarray | Placeholder":
+    """Create an array from bytes, as numpy's ``_frombuffer`` does, after checking the arguments.
+
+    An array with a dtype that is not read becomes a placeholder.
+    """
+    if isinstance(dtype, Placeholder):
+        return Placeholder(UNREAD_ARRAY)
     raw, shape = raw.encode("latin-1") if isinstance(raw, str) else raw, check_sizes(shape)
     if not isinstance(dtype, _DType) or type(raw) is not bytes:
         raise ValueError("an array has no valid dtype or no bytes")
-    if dtype.value.hasobject:
-        raise ValueError(
-            "an array contains Python objects (dtype object), which are unsafe to load"
-        )
     if math.prod(shape) * dtype.value.itemsize != len(raw):
         raise ValueError(f"an array of shape {shape} ({dtype.value}) has {len(raw)} bytes of data")
     array = np.frombuffer(raw, dtype.value).reshape(shape, order="F" if order == "F" else "C")
     return array if axes is None else array.transpose(check_sizes(axes))
+
+
+def _scalar(dtype: Any, raw: Any = b"") -> Any:
+    array = _array(raw, dtype, (), "C")
+    return array.item() if isinstance(array, np.ndarray) else array
 
 
 def _encode(text: str, codec: str = "latin1") -> bytes:
@@ -103,21 +132,31 @@ def _encode(text: str, codec: str = "latin1") -> bytes:
     return text.encode("latin-1")
 
 
+def _reconstructed(kind: Any, _base: Any = None, state: Any = None) -> Any:
+    """Return an object as protocols 0 and 1 store it: with its class and a dictionary's items."""
+    if not isinstance(kind, Placeholder):
+        return kind
+    created = kind()
+    for key, value in state.items() if isinstance(state, dict) else ():
+        created[key] = value
+    return created
+
+
 # Stand-ins by name, as spelled in Python 3 and numpy 2. None marks a name that a pickle may pass as
 # an argument but not call.
 PLAIN: Mapping[str, Any] = {
-    **dict.fromkeys(("copyreg._reconstructor", "copy_reg._reconstructor"), lambda kind, *_: kind),
+    **dict.fromkeys(("copyreg._reconstructor", "copy_reg._reconstructor"), _reconstructed),
     "collections.OrderedDict": dict,
     "collections.Counter": dict,
     "collections.defaultdict": lambda _factory=None, items=(): dict(items),
     "builtins.set": set,
-    "builtins.frozenset": set,
+    "builtins.frozenset": lambda items=(): _FrozenSet(items),
     "builtins.bytes": lambda: b"",  # protocols 0 to 2 encode b"" like this
     "_codecs.encode": _encode,
     "numpy._core.multiarray._reconstruct": lambda *_: np.empty(0, np.float32),
-    "numpy._core.multiarray.scalar": lambda dtype, raw=b"": _array(raw, dtype, (), "C").item(),
+    "numpy._core.multiarray.scalar": _scalar,
     "numpy._core.numeric._frombuffer": _array,
-    "numpy.dtype": _DType,
+    "numpy.dtype": _dtype,
     **dict.fromkeys(("numpy.ndarray", "builtins.dict", "builtins.list", "builtins.int")),
 }
 
@@ -132,38 +171,60 @@ class Named:
         return self.value(*arguments)
 
 
+# Classes whose items or attributes are options, such as a training script's arguments.
+_NAMESPACE = re.compile(r"[\w.]+[.]((Simple)?Namespace|(Attr|Attribute|Easy)Dict)")
+
+
 class Placeholder:
     """Inert stand-in for a class or function that is not on the allow-list, and for its results.
 
-    It accepts arguments, items and attributes, but keeps only the name.
+    It accepts arguments, items and attributes, but keeps only the name and, for a namespace, the
+    plain values.
     """
 
-    __slots__ = ("name",)
+    __slots__ = ("name", "values")
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.values: dict[Any, Any] = {}
 
     def __call__(self, *_: Any) -> "Placeholder":
         return Placeholder(self.name)  # a new object, because enum members are distinct keys
 
-    def __setitem__(self, *_: Any) -> None:
+    def __setitem__(self, key: Any, value: Any) -> None:
+        plain = isinstance(key, str) and isinstance(value, _NAMESPACE_VALUES)
+        if plain and _NAMESPACE.fullmatch(self.name):
+            self.values[key] = value
+
+    def append(self, *_: Any) -> None:
         """Ignore an item."""
 
-    append = extend = add = __setitem__
+    extend = add = append
+
+
+_NAMESPACE_VALUES = (str, int, float, list, tuple, dict, types.NoneType, Placeholder)
 
 
 class _Tuple(tuple):
-    """Tuple that can be a dictionary key only if it is short and flat.
+    """Tuple that is hashed by identity if it is long or nested.
 
-    Hashing a deeply nested tuple overflows the C stack.
+    Hashing a deeply nested tuple overflows the C stack, and a long tuple can be hashed many times.
     """
 
     __slots__ = ()
 
     def __hash__(self) -> int:
         if len(self) > MAX_DIMENSIONS or any(isinstance(part, tuple) for part in self):
-            raise ValueError("a dictionary key is a long or nested tuple")
+            return id(self)
         return super().__hash__()
+
+
+class _FrozenSet(set):
+    """Frozen set that is compared by identity: comparing nested sets takes exponential time."""
+
+    __slots__ = ()
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__  # type: ignore[assignment]
 
 
 class _Instructions(dict):
@@ -202,13 +263,42 @@ class _PlainUnpickler(_Unpickler):
         modern = f"{re.sub(r'^numpy[.]core[.]', 'numpy._core.', modern)}.{name}"
         if modern in self._allowed:
             return Named(self._allowed[modern])
+        if modern == "builtins.getattr":
+            return Named(self._attribute)
         self._charge((module, name))
         name = f"{module}.{name}"
-        if not re.fullmatch(r"[\w.]{1,200}", name):
+        if len(name) > _MAX_NAME or not re.fullmatch(r"[\w.]+", name):
             raise ValueError(f"{shown(name)!r} is not a valid class name")
+        if re.fullmatch(r"_?functools[.]reduce", name):
+            return Named(functools.partial(self._union, name))
         if _runs_code(name):
             reject_class(self._path, name)
         return Placeholder(name)
+
+    def _attribute(self, *arguments: Any) -> Placeholder:
+        """Return a placeholder for an attribute, such as a nested class or a method.
+
+        Pickle protocols before 4 store it as a call of ``getattr``, which is not executed.
+        """
+        owner, attribute = arguments if len(arguments) == 2 else (None, None)
+        if not (isinstance(attribute, str) and attribute.isidentifier()):
+            reject_class(self._path, "builtins.getattr")
+        start = owner.name if isinstance(owner, Placeholder) else type(owner).__name__
+        name = f"{start}.{attribute}"
+        if _runs_code(name) or attribute in _GIVES_ACCESS or len(name) > _MAX_NAME:
+            reject_class(self._path, shown(name))
+        return Placeholder(name)
+
+    def _union(self, name: str, *arguments: Any) -> Placeholder:
+        """Return a placeholder for a type such as ``int | None``.
+
+        It is stored as a call of ``functools.reduce`` (``name`` in the pickle), which is not
+        executed.
+        """
+        function = arguments[0] if len(arguments) == 2 else None
+        if not (isinstance(function, Placeholder) and function.name.endswith("operator.or_")):
+            reject_class(self._path, name)
+        return Placeholder("types.UnionType")
 
     def _counted_read(self, size: int) -> bytes:
         self._spend(1)
@@ -229,6 +319,8 @@ class _PlainUnpickler(_Unpickler):
         for argument in arguments:
             if isinstance(argument, str | bytes):
                 self._bytes_left -= len(argument)
+            elif isinstance(argument, np.ndarray):
+                self._spend(argument.size)
             elif hasattr(argument, "__len__"):
                 self._spend(len(argument))
         self._spend(3)  # a call takes as long as a few reads
@@ -242,9 +334,8 @@ class _PlainUnpickler(_Unpickler):
     dispatch[pickle.FRAME[0]] = load_frame
 
     def load_frozenset(self) -> None:
-        # Load frozensets as plain sets, so that sets can't be nested: comparing nested sets takes
-        # exponential time.
-        self.append(set(self.pop_mark()))
+        items = self.pop_mark()  # also restores self.append
+        self.append(_FrozenSet(items))
 
     dispatch[pickle.FROZENSET[0]] = load_frozenset
 
@@ -257,13 +348,22 @@ class _PlainUnpickler(_Unpickler):
     def load_build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
         # Drop attributes of an OrderedDict, such as a state_dict's _metadata.
-        if type(target) in (dict, Placeholder):
+        if type(target) is dict:
+            return
+        if isinstance(target, Placeholder):
+            self._spend(len(state) if isinstance(state, dict) else 0)
+            for key, value in state.items() if isinstance(state, dict) else ():
+                target[key] = value
             return
         self._charge(state)
         if type(target) is np.ndarray:
             _, shape, dtype, fortran, raw = state
+            if isinstance(dtype, Placeholder):
+                empty: Any = (1, (0,), _UNREAD_DTYPE, False, b"")
+                target.__setstate__(empty)
+                return
             raw = raw.encode("latin-1") if isinstance(raw, str) else raw
-            checked = _array(raw, dtype, shape, "C")
+            checked: Any = _array(raw, dtype, shape, "C")
             # numpy references the bytes of a large array instead of copying them.
             numpy_state: Any = (1, checked.shape, checked.dtype, bool(fortran), raw)
             target.__setstate__(numpy_state)
@@ -298,7 +398,8 @@ def load_plain(
 
     Python 2 strings are decoded as latin1. Some types are replaced: an ``OrderedDict`` becomes a
     dict, a numpy scalar becomes a number, and a bytearray becomes bytes. Arrays are read-only.
-    Objects of any other class become a :class:`Placeholder`.
+    Objects of any other class become a :class:`Placeholder`. An array of objects, dates or
+    structures becomes a placeholder or an empty array of dtype void.
 
     Args:
         stream: In-memory content of the file, so a wrong length can't cause a large allocation.
@@ -330,6 +431,26 @@ def length_of(stream: io.BytesIO) -> int:
     return length
 
 
+# Advice for tensors that are not dense, by the names of the functions that create them.
+_TENSORS = (
+    (
+        r"torch[.]_utils[.]_rebuild_qtensor|torch[.]qu?int\w+",
+        "The file contains quantized tensors, which are not supported. Use the weights of the "
+        "network before its quantization.",
+    ),
+    (
+        r"torch[.]_utils[.]_rebuild_(sparse|nested)\w*",
+        "The file contains sparse or nested tensors, which are not supported. Save dense tensors: "
+        'torch.save({name: x.to_dense() for name, x in state_dict.items()}, "weights.pth").',
+    ),
+    (
+        r"torch[.]_utils[.]_rebuild_meta\w*",
+        "The file contains tensors of the meta device, which have no values. Save the model again "
+        "after its weights have been loaded.",
+    ),
+)
+
+
 def reject_class(path: str | Path, name: str) -> NoReturn:
     """Raise UserError for a class or function that a file references."""
     start = f"{path} was rejected, because loading it would call or create `{name}`"
@@ -339,6 +460,9 @@ def reject_class(path: str | Path, name: str) -> NoReturn:
             "containers. No code was run. Do not load the file with other tools; download it again "
             "from its publisher."
         )
+    for pattern, advice in _TENSORS:
+        if re.fullmatch(pattern, name):
+            raise UserError(f"{start}. {advice}")
     if name.startswith(_MODEL_CODE):
         raise UserError(
             f"{start}. The file contains a whole model object instead of its tensors. Get the "

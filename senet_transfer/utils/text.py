@@ -30,6 +30,17 @@ def shown(text: object, limit: int = 80) -> str:
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
+def counted(number: int, singular: str, plural: str = "") -> str:
+    """Return a number with a noun, such as "1 image" or "1,200 images".
+
+    Args:
+        number: The number.
+        singular: The noun in the singular.
+        plural: The noun in the plural; by default, the singular with an s.
+    """
+    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
+
+
 def check_utf8(path: str, use: str) -> None:
     """Raise a UserError for a path that is not UTF-8; ``use`` says what requires this encoding."""
     try:

@@ -47,7 +47,7 @@ def test_every_variant_differs_in_one_key(variants):
 
 
 @pytest.mark.long
-def test_what_makes_no_sense_says_why_and_what_is_there_is_not_repeated(variants):
+def test_invalid_variants_have_a_reason_and_duplicates_are_omitted(variants):
     refused = {(v.axis, v.value) for v in variants if v.refused}
     assert refused == {("ratio", "32"), ("placement", "3x3")}
     assert all(v.cost is None for v in variants if v.refused)
@@ -56,7 +56,7 @@ def test_what_makes_no_sense_says_why_and_what_is_there_is_not_repeated(variants
 
 
 @pytest.mark.long
-def test_variants_cost_what_they_should(variants):
+def test_variants_have_the_expected_cost(variants):
     cost = {v.folder: v.cost for v in variants}
     assert cost["ratio_8"].se_parameters > cost["standard"].se_parameters
     stages = [cost[f"stages_{stage}"].se_parameters for stage in (2, 3, 4)]
@@ -80,7 +80,7 @@ def test_the_configs_own_variant_is_the_standard():
         (CONFIG, ["DATASETS.TEST", "()"], [], r"TEST is \(\); expected a single data set"),
     ],
 )
-def test_what_has_no_grid_is_refused_in_words(config, options, axes, said):
+def test_configs_without_a_grid_are_rejected_with_a_clear_error(config, options, axes, said):
     with pytest.raises(UserError, match=said):
         grid(config, options, axes)
 
@@ -96,7 +96,7 @@ SOME = [
 ]
 
 
-def test_each_seed_of_all_variants_comes_before_the_next(monkeypatch, tmp_path):
+def test_all_variants_run_with_one_seed_before_the_next_seed(monkeypatch, tmp_path):
     folders = []
 
     def run_all(runs, **_):
@@ -109,7 +109,7 @@ def test_each_seed_of_all_variants_comes_before_the_next(monkeypatch, tmp_path):
     assert results == ({"standard": errors(8.0)}, 3)
 
 
-def test_sigterm_ends_the_run_and_the_command_with_status_75(monkeypatch, tmp_path):
+def test_sigterm_stops_the_run_and_the_command_exits_with_status_75(monkeypatch, tmp_path):
     terminated = []
 
     def start(*_, **__):
@@ -127,7 +127,7 @@ def test_sigterm_ends_the_run_and_the_command_with_status_75(monkeypatch, tmp_pa
     assert (ended.value.code, terminated) == (75, [True])
 
 
-def test_the_table_has_means_deviations_and_places():
+def test_the_table_has_means_deviations_and_ranks():
     cost = Cost(parameters=1000, macs=2_000_000)
     variants = [
         Variant("", "standard", (), 22.28, cost),
@@ -151,7 +151,7 @@ def test_the_table_has_means_deviations_and_places():
     assert table.endswith("ratio 32: too few channels")
 
 
-def test_everything_is_written_down(tmp_path):
+def test_the_grid_is_written_with_all_results_and_options(tmp_path):
     variants = [Variant("", "standard", ("A", "B"), 22.28, Cost(parameters=7))]
     results = {"standard": errors(8.0)}
     path = Path(write_grid(variants, results, tmp_path))
@@ -162,7 +162,7 @@ def test_everything_is_written_down(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_grid_is_run_once(tree, tmp_path):
+def test_finished_runs_of_a_grid_are_not_repeated(tree, tmp_path):
     options = [
         "DATASETS.TRAIN", f"('{tree}',)", "DATASETS.TEST", f"('{tree}',)", "MODEL.WEIGHTS", "",
         "MODEL.BACKBONE.ARCH", "cifar_resnet8", "SOLVER.MAX_ITER", "2", "MODEL.DEVICE", "cpu",

@@ -66,7 +66,7 @@ def counted_by_hooks(model: nn.Module, x: torch.Tensor) -> dict[str, int]:
     ],
 )
 @pytest.mark.long
-def test_every_model_costs_what_hooks_on_its_layers_see(name):
+def test_the_cost_of_every_model_equals_a_count_by_layer_hooks(name):
     model, side = empty(name), side_of(name)
     # Use a batch with more than one image, and images that aren't square.
     x = torch.zeros(2, 3, side, side + side // 2)
@@ -77,7 +77,7 @@ def test_every_model_costs_what_hooks_on_its_layers_see(name):
     assert found.total.parameters == sum(p.numel() for p in model.parameters())
 
 
-def test_a_gate_costs_its_layers_the_pooling_and_the_product():
+def test_a_gates_cost_includes_layers_pooling_and_product():
     channels, hidden, places = 32, 4, 6 * 5
     x = torch.zeros(1, channels, 6, 5)
     cost = measure(SqueezeExcitation(channels, ratio=8), x).total
@@ -90,7 +90,7 @@ def test_a_gate_costs_its_layers_the_pooling_and_the_product():
 
 
 @pytest.mark.long
-def test_ses_share_is_the_papers_formula():
+def test_the_share_of_se_follows_the_papers_formula():
     """Check Equation 5: SE adds 2/r * sum(N_s C_s^2) parameters and as many MACs."""
     cost = measure(empty("se_resnet50", se_bias=False), torch.zeros(1, 3, 224, 224)).total
     stages = ((3, 256, 56), (4, 512, 28), (6, 1024, 14), (3, 2048, 7))
@@ -117,7 +117,7 @@ SOME = [row for row in ROWS if row.name in ("ResNet-50", "SE-ResNet-50", "NoSque
     ids=["some", "all"],
 )
 @pytest.mark.long
-def test_the_papers_cells_are_ours_or_have_a_reason(rows):
+def test_the_papers_values_are_reproduced_or_the_difference_is_explained(rows):
     for one in compare_with_paper(rows, quiet=True):
         assert not any("unexplained" in reason for reason in one.reasons), one.row
         # Only values outside the tolerance need an explanation.
@@ -125,7 +125,7 @@ def test_the_papers_cells_are_ours_or_have_a_reason(rows):
         assert len(one.reasons) == sum(off)
 
 
-def test_a_cell_that_is_off_is_told():
+def test_a_value_that_differs_from_the_papers_is_reported():
     right, less, more = compare_with_paper(
         (
             Row("II", "right", "resnet18", parameters=11.7, gflops=1.814),
@@ -140,7 +140,7 @@ def test_a_cell_that_is_off_is_told():
 
 
 @pytest.mark.long
-def test_a_shufflenet_counted_by_hand_is_the_one_that_is_built():
+def test_a_shufflenet_has_the_cost_counted_by_hand():
     built = measure(empty("shufflenet_g3"), torch.zeros(1, 3, 224, 224)).total.macs
     assert _shufflenet_macs(3, 240) == built - 960 * 1000
     # Millions of MACs in Table 1 of the ShuffleNet paper, by number of groups and channels.
@@ -150,7 +150,7 @@ def test_a_shufflenet_counted_by_hand_is_the_one_that_is_built():
 
 
 @pytest.mark.long
-def test_a_checkpoint_is_counted_as_what_it_says_it_is(tmp_path):
+def test_the_cost_of_a_checkpoint_is_that_of_its_stored_architecture(tmp_path):
     model = create_classifier("se_resnet18", num_classes=7, se_ratio=8, se_stages=(3, 4))
     save_weights(model, tmp_path / "weights.pth")
     cfg = model_config(weights=str(tmp_path / "weights.pth"))
@@ -163,7 +163,7 @@ def test_a_checkpoint_is_counted_as_what_it_says_it_is(tmp_path):
     "config", ["faster_rcnn_se_r50", "retinanet_se_r50", "faster_rcnn_c4_se_r50"]
 )
 @pytest.mark.long
-def test_the_parts_of_a_detector_are_all_of_it(config):
+def test_the_parts_of_a_detector_add_up_to_the_total(config):
     cfg = model_config(config_file=f"configs/{config}.yaml")
     model = build_to_count(cfg)
     found = report(model, cfg, (60, 100))
@@ -201,12 +201,12 @@ def test_a_box_head_is_counted_for_every_box():
         ({"weights": "missing.pth"}, "weight file .*does not exist"),
     ],
 )
-def test_what_is_no_model_is_refused_in_words(arguments, said):
+def test_files_other_than_models_are_rejected_with_a_clear_error(arguments, said):
     with pytest.raises(UserError, match=said):
         model_config(**arguments)
 
 
-def test_a_size_that_no_image_has_is_refused():
+def test_an_invalid_image_size_is_rejected():
     cfg = model_config("resnet18")
     with pytest.raises(UserError, match="expected 1 or more"):
         report(build_to_count(cfg), cfg, (0, 224))

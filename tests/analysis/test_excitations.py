@@ -74,7 +74,7 @@ def arguments(trained, tree, output, *more: str, words_only: bool = False):
     return words if words_only else gates.parser().parse_args(words)
 
 
-def test_statistics_are_those_of_the_images_one_by_one(tree):
+def test_statistics_equal_those_of_one_image_at_a_time(tree):
     _, model = shaken("se_cifar_resnet8")
     dataset = open_dataset(tree)
     found = collect_excitations(
@@ -100,7 +100,7 @@ def test_statistics_are_those_of_the_images_one_by_one(tree):
 
 
 @pytest.mark.long
-def test_the_command_writes_and_prints_what_it_says(trained, tree, tmp_path, capsys):
+def test_the_command_writes_and_prints_the_documented_files(trained, tree, tmp_path, capsys):
     words = ("--num-classes", "2", "--channels", "9", "--images-per-class", "4")
     gates.main(arguments(trained, tree, tmp_path, *words))
     said = capsys.readouterr().out
@@ -151,7 +151,7 @@ def test_the_same_seed_gives_the_same_files(trained, tree, tmp_path):
 @pytest.mark.parametrize("named", [True, False])
 @pytest.mark.usefixtures("no_figures")
 @pytest.mark.long
-def test_a_prepared_split_gives_what_its_images_do(
+def test_a_prepared_split_gives_the_same_result_as_its_images(
     trained, tree, tmp_path, monkeypatch, capsys, named
 ):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
@@ -203,7 +203,7 @@ def constant_gates(model, stages):
     ],
 )
 @pytest.mark.long
-def test_a_constant_gate_can_be_taken_in_exactly(name, options, stages):
+def test_a_constant_gate_is_folded_exactly(name, options, stages):
     cfg, model = shaken(name, *options)
     values = constant_gates(model, stages)
     side = 96 if "inception" in name else 32
@@ -220,7 +220,7 @@ def test_a_constant_gate_can_be_taken_in_exactly(name, options, stages):
 
 
 @pytest.mark.long
-def test_a_gate_at_one_is_dropped_exactly():
+def test_a_gate_equal_to_one_is_removed_exactly():
     cfg, model = shaken("se_resnet18")
     for gate in gates_of(model.backbone).values():
         torch.nn.init.zeros_(gate.fc2.weight)
@@ -231,7 +231,7 @@ def test_a_gate_at_one_is_dropped_exactly():
         torch.testing.assert_close(plain(x), model(x))
 
 
-def test_gates_that_are_not_behind_a_convolution_are_not_taken_in():
+def test_gates_that_do_not_follow_a_convolution_are_not_folded():
     cfg, model = shaken("se_cifar_resnet8", "MODEL.SE.PLACEMENT", "identity")
     pruned = pruned_config(cfg, model, [4])
     assert without_gates(pruned, model, constant_gates(model, [4])) is None
@@ -267,7 +267,7 @@ def _parameters(trained) -> int:
 
 
 @pytest.mark.long
-def test_a_pruned_residual_network_is_known_by_its_tensors(tmp_path):
+def test_a_pruned_residual_network_is_detected_from_its_tensors(tmp_path):
     cfg, model = shaken("se_resnet18")
     save_weights(without_gates(pruned_config(cfg, model, [5]), model), tmp_path / "pruned.pth")
     again = create_classifier("se_resnet18", 3, weights=tmp_path / "pruned.pth")
@@ -281,13 +281,13 @@ def test_a_pruned_residual_network_is_known_by_its_tensors(tmp_path):
         (("MODEL.SE.STAGES", "(2, 3)"), [4], "expected one or more of: 2, 3"),
     ],
 )
-def test_stages_without_gates_are_refused(options, stages, said):
+def test_stages_without_gates_are_rejected(options, stages, said):
     cfg, model = shaken("se_cifar_resnet8", *options)
     with pytest.raises(UserError, match=said):
         pruned_config(cfg, model, stages)
 
 
-def test_a_gate_behind_a_relu_of_its_own_is_not_dropped():
+def test_a_gate_with_its_own_relu_cannot_be_removed():
     cfg, model = shaken("se_resnet18", "MODEL.SE.RELU_BEFORE", "True")
     with pytest.raises(UserError, match="ReLU before each gate"):
         pruned_config(cfg, model, [5])
@@ -305,19 +305,19 @@ def test_a_gate_behind_a_relu_of_its_own_is_not_dropped():
         (("--model", "cifar_resnet8", "--images-per-class", "1"), "se_"),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_words(trained, tree, tmp_path, words, said):
+def test_invalid_input_is_rejected_with_a_clear_error(trained, tree, tmp_path, words, said):
     with pytest.raises(UserError, match=said):
         gates.main(arguments(trained, tree, tmp_path, *words))
 
 
-def test_a_json_needs_its_images():
+def test_a_json_file_requires_an_image_folder():
     with pytest.raises(UserError, match="--images"):
         open_labelled("annotations.json")
 
 
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory):
-    """Write a detector, and four images with objects in two classes and several sizes."""
+    """Save a detector, and four images with objects of two classes and several sizes."""
     folder = tmp_path_factory.mktemp("detector")
     options = ["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.NUM_CLASSES", "2", "MODEL.WEIGHTS", ""]
     cfg = model_config(config_file="configs/demo_faster_rcnn_se_r18.yaml", options=options)
@@ -367,7 +367,7 @@ def test_a_detectors_gates_are_captured_on_crops(detector, tmp_path, no_figures)
 
 
 @pytest.mark.long
-def test_a_detectors_gates_by_object_size_are_those_of_detectron2_on_whole_images(
+def test_gates_by_object_size_equal_those_of_detectron2_on_whole_images(
     detector, tmp_path, no_figures, capsys
 ):
     analyse(detector, tmp_path, "--group-by", "size")

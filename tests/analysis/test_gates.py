@@ -36,7 +36,7 @@ def test_gates_have_the_papers_names():
 
 @pytest.mark.parametrize("name", [*list_models("se_*"), "senet154"])
 @pytest.mark.long
-def test_every_gate_has_a_name_and_a_stage_of_its_own(name):
+def test_every_gate_has_a_unique_name_and_a_stage(name):
     backbone = empty_backbone(name)
     gates = gates_of(backbone)
     assert len(gates) == sum(key.endswith("fc1.weight") for key, _ in backbone.named_parameters())
@@ -45,7 +45,7 @@ def test_every_gate_has_a_name_and_a_stage_of_its_own(name):
     assert 4 <= len(papers_blocks(list(gates))) <= 8
 
 
-def test_a_network_without_gates_is_refused():
+def test_a_network_without_gates_is_rejected():
     with pytest.raises(UserError, match="no SE"):
         gates_of(empty_backbone("resnet18"))
 
@@ -60,7 +60,7 @@ def test_a_network_without_gates_is_refused():
         {"se_squeeze": "max", "se_excitation": "tanh", "se_placement": "post"},
     ],
 )
-def test_captured_values_are_the_gates_that_act(options):
+def test_captured_values_are_the_applied_gates(options):
     torch.manual_seed(0)
     backbone = create_backbone("se_cifar_resnet8", **options).eval()
     for module in backbone.modules():
@@ -87,7 +87,7 @@ def stated_gate(module, x):
     return {"sigmoid": torch.sigmoid, "tanh": torch.tanh}[module.excitation](out).mean(2)
 
 
-def test_nothing_is_captured_any_more_afterwards():
+def test_nothing_is_captured_after_the_context_ends():
     backbone = create_backbone("se_cifar_resnet8").eval()
     gates = gates_of(backbone)
     with capture_gates(gates) as values:
@@ -114,7 +114,7 @@ def in_batches(gates, labels, size, classes, keep=()):
 
 @pytest.mark.parametrize("shuffled", [False, True])
 @pytest.mark.parametrize("size", [1, 4, 1000])
-def test_statistics_from_batches_are_those_of_the_whole(size, shuffled):
+def test_statistics_from_batches_equal_those_of_the_whole(size, shuffled):
     gates, labels = observed()
     if shuffled:
         order = np.random.default_rng(1).permutation(len(labels))
@@ -142,7 +142,7 @@ def test_statistics_from_batches_are_those_of_the_whole(size, shuffled):
     assert summary.between == pytest.approx(np.sqrt(((weighted - mean_square) / n0).mean()))
 
 
-def test_deviations_are_those_that_were_put_in():
+def test_deviations_match_the_simulated_ones():
     gates, labels = observed(classes=200, channels=40, between=0.02, within=0.06)
     summary = in_batches(gates, labels, 64, 200).summary()
     assert summary.between == pytest.approx(0.02, rel=0.1)
@@ -153,7 +153,7 @@ def test_deviations_are_those_that_were_put_in():
     assert in_batches(gates, labels, 64, 200).summary().between < 0.006
 
 
-def test_memory_does_not_grow_with_the_classes():
+def test_memory_does_not_grow_with_the_number_of_classes():
     gates, labels = observed(classes=100)
     found = GateStatistics(np.bincount(labels, minlength=100))
     held = []
@@ -173,11 +173,11 @@ def test_memory_does_not_grow_with_the_classes():
         (np.linspace(0, 1, 18).reshape(6, 3), ""),
     ],
 )
-def test_a_gate_that_does_nothing_is_named(gates, verdict):
+def test_a_gate_without_effect_is_named(gates, verdict):
     assert in_batches(gates, np.array([0, 0, 0, 1, 1, 1]), 6, 2).summary().verdict == verdict
 
 
-def test_a_sample_has_so_many_of_each_class_and_is_always_the_same(tree):
+def test_a_sample_has_the_given_number_per_class_and_is_reproducible(tree):
     dataset = open_dataset(tree)
     sample = ClassSample(dataset, 3, seed=1)
     assert sample.counts.tolist() == [3, 3, 3]
@@ -191,7 +191,7 @@ def test_a_sample_has_so_many_of_each_class_and_is_always_the_same(tree):
     assert ClassSample(dataset, 100).counts.tolist() == [5, 5, 6]
 
 
-def test_every_image_is_as_likely_to_be_drawn(tree):
+def test_every_image_is_equally_likely_to_be_drawn(tree):
     dataset = open_dataset(tree)
     drawn = [place for seed in range(200) for place in ClassSample(dataset, 2, seed=seed).chosen]
     share = np.bincount(drawn, minlength=len(dataset)) / 200
@@ -200,7 +200,7 @@ def test_every_image_is_as_likely_to_be_drawn(tree):
     assert (np.abs(share - expected) < 5 * np.sqrt(expected * (1 - expected) / 200)).all()
 
 
-def test_what_is_drawn_keeps_its_order():
+def test_a_sample_keeps_the_original_order():
     assert draw(range(100), 1000) == list(range(100))
     found = draw("abcdefghij", 4, seed=3)
     assert found == sorted(found)
@@ -229,7 +229,7 @@ def coco(tmp_path):
     return tmp_path
 
 
-def test_crops_are_the_objects_with_what_surrounds_them(coco):
+def test_crops_contain_the_objects_with_their_surroundings(coco):
     crops = CocoCrops(str(coco / "objects.json"), str(coco))
     assert crops.classes == ["crowd", "red"]
     assert len(crops) == 1
@@ -241,7 +241,7 @@ def test_crops_are_the_objects_with_what_surrounds_them(coco):
     assert ((image == 128).all(2) | red).all()
 
 
-def test_a_crop_is_a_square_inside_of_the_image():
+def test_a_crop_is_a_square_inside_the_image():
     random = np.random.default_rng(0)
     for _ in range(300):
         x, y = random.uniform(0, 80), random.uniform(0, 40)
@@ -258,7 +258,7 @@ def test_a_crop_is_a_square_inside_of_the_image():
             assert abs((right - left) - (bottom - top)) <= 1
 
 
-def test_crops_of_a_file_without_objects_are_refused(coco):
+def test_crops_of_a_file_without_objects_are_rejected(coco):
     with pytest.raises(UserError, match="no object"):
         CocoCrops(str(coco / "objects.json"), str(coco), min_side=40)
 

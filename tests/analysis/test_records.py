@@ -18,11 +18,13 @@ from senet_transfer.analysis.repeated_runs import Run
 from senet_transfer.analysis.results.curves import draw_curves, evaluations
 from senet_transfer.analysis.results.records import read_record, write_record
 from senet_transfer.analysis.results.tables import (
+    baselines,
     comparison,
     read_records,
     transfer,
     update_documents,
     updated_text,
+    with_se,
 )
 from senet_transfer.analysis.results.welch import difference, t_quantile
 from senet_transfer.cli.analysis.gates import parser as gates
@@ -38,11 +40,11 @@ RESULTS = ROOT / "results"
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 3.7, 30])
-def test_the_quantile_is_scipys(freedom):
+def test_the_quantile_equals_scipys(freedom):
     assert t_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-6)
 
 
-def test_the_interval_is_scipys():
+def test_the_interval_equals_scipys():
     plain, se = [8.61, 8.42, 8.93], [8.31, 8.02, 8.27, 8.11]
     shift, half = difference(plain, se)
     theirs = stats.ttest_ind(se, plain, equal_var=False).confidence_interval(0.95)
@@ -120,10 +122,29 @@ def test_the_curves_have_the_evaluations_that_all_runs_have(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
-def test_the_tables_in_the_documents_are_those_of_the_records(name):
+def test_the_tables_in_the_documents_match_the_records(name):
     text = (ROOT / name).read_text()
     assert "<!-- results" in text
     assert updated_text(text, read_records(RESULTS)) == text, "run results/run.sh tables"
+
+
+def test_the_readme_counts_the_comparisons_in_which_se_is_better():
+    records = read_records(RESULTS)
+    better = []
+    for name in baselines(records):
+        values = [
+            [one["metrics"][one["metric"]] for one in records[config]]
+            for config in (name, with_se(name, records))
+        ]
+        sign = -1 if "error" in records[name][0]["metric"] else 1
+        better.append(sign * difference(*values)[0] > 0)
+    assert (len(better), sum(better)) == (8, 5)
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    claim = "SE is better in five of our [eight comparisons](docs/results.md) and worse in three."
+    assert claim in readme
+    rows = re.findall(r"\((\S\d+\.\d+) to (\S\d+\.\d+)\)", readme)
+    assert [low[0] == high[0] for low, high in rows] == [True, False, False, False]
+    assert "Only the first interval excludes 0." in readme
 
 
 def test_records_are_small_and_state_how_they_were_made():
@@ -259,7 +280,7 @@ def test_a_run_without_a_finite_metric_leaves_no_record(finished_run, tmp_path):
     assert not list((tmp_path / "results").glob("*/*.json"))
 
 
-def test_the_machine_and_the_commit_are_those_of_the_training(finished_run, tmp_path):
+def test_the_machine_and_the_commit_are_recorded_at_training(finished_run, tmp_path):
     trained = {"machine": {"device": "a GPU", "cores": 16, "torch": "2.11"}, "commit": "0123abc"}
     (finished_run.output_dir / "origin.json").write_text(json.dumps(trained))
     found = read_record(write_record(finished_run, tmp_path / "results"))

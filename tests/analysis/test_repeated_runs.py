@@ -64,7 +64,7 @@ def run_once(config, options, output, **arguments):
 
 @pytest.mark.long
 @pytest.mark.usefixtures("trains")
-def test_a_finished_run_is_kept_a_broken_one_taken_up_and_another_refused(options, tmp_path):
+def test_finished_runs_are_kept_interrupted_ones_resumed_others_rejected(options, tmp_path):
     output = tmp_path / "run"
     found = run_once(CONFIG, options, output, quiet=True)
     assert found["classification"]["images"] == 8
@@ -93,7 +93,7 @@ def test_a_finished_run_is_kept_a_broken_one_taken_up_and_another_refused(option
         run_once(CONFIG, [*options, "SOLVER.MICRO_BATCHES", "2"], output)
 
 
-def test_a_folder_of_something_else_is_refused(options, tmp_path):
+def test_a_folder_with_other_content_is_rejected(options, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "results.json").write_text("{}")
     with pytest.raises(UserError, match="no run.json"):
@@ -101,7 +101,7 @@ def test_a_folder_of_something_else_is_refused(options, tmp_path):
     assert finished(tmp_path / "run") is None
 
 
-def test_a_run_that_fails_says_where_its_log_is(options, tmp_path, monkeypatch):
+def test_a_failed_run_reports_where_its_log_is(options, tmp_path, monkeypatch):
     failed = SimpleNamespace(poll=lambda: 2)
     monkeypatch.setattr("senet_transfer.analysis.repeated_runs._start", lambda *_, **__: failed)
     with pytest.raises(UserError, match=r"ended with exit status 2 .*log.txt"):
@@ -112,7 +112,7 @@ def result(error: float) -> dict:
     return {"classification": {"top1_error": error}, "training": {"iterations": 64}}
 
 
-def test_a_run_is_not_started_again_while_its_process_survives(options, tmp_path, monkeypatch):
+def test_a_run_is_not_restarted_while_its_process_is_alive(options, tmp_path, monkeypatch):
     """Check that the training process keeps the folder locked after its command has ended."""
     (tmp_path / "run").mkdir()
     with folder_lock.only_writer(tmp_path / "run") as lock:
@@ -128,12 +128,12 @@ def test_a_run_is_not_started_again_while_its_process_survives(options, tmp_path
         run_once(CONFIG, options, tmp_path / "run")
 
 
-def test_two_runs_in_one_folder_are_refused(tmp_path):
+def test_two_runs_in_one_folder_are_rejected(tmp_path):
     with pytest.raises(UserError, match="same output folder"):
         run_all(seed_runs(CONFIG, [1, 1], [], tmp_path))
 
 
-def test_seeds_have_a_folder_each_and_are_summed_up(tmp_path, monkeypatch):
+def test_seeds_have_one_folder_each_and_are_summarised(tmp_path, monkeypatch):
     calls = []
 
     def train(run, *_, **arguments):
@@ -210,7 +210,7 @@ def test_ctrl_c_that_ends_the_process_first_is_not_a_failed_run(options, tmp_pat
     assert run_all(seed_runs(CONFIG, [0, 1], options, tmp_path)) == [None, None]
 
 
-def test_a_run_from_other_weights_in_the_same_file_is_refused(options, tmp_path, monkeypatch):
+def test_a_run_from_other_weights_in_the_same_file_is_rejected(options, tmp_path, monkeypatch):
     ended = SimpleNamespace(poll=lambda: 2)
     monkeypatch.setattr("senet_transfer.analysis.repeated_runs._start", lambda *_, **__: ended)
     weights = tmp_path / "weights.pth"
@@ -261,7 +261,7 @@ def test_a_record_that_fails_does_not_prevent_the_next_one(tmp_path, monkeypatch
     assert recorded == ["seed0", "seed1"]
 
 
-def test_mean_and_deviation_are_those_of_a_sample():
+def test_mean_and_deviation_equal_those_of_a_sample():
     summary = mean_and_deviation([result(error) for error in (5.0, 6.0, 10.0)])
     assert summary["classification/top1_error"] == (7.0, pytest.approx(7**0.5))
     assert math.isnan(mean_and_deviation([result(5.0)])["training/iterations"][1])

@@ -36,7 +36,7 @@ def facts(parser: argparse.ArgumentParser) -> dict[str, tuple]:
     }
 
 
-def test_training_takes_every_argument_of_detectron2s_own_parser():
+def test_training_accepts_every_argument_of_detectron2s_parser():
     ours, theirs = facts(argument_parser()), facts(default_argument_parser())
     # The default of our parser is [] instead of None.
     theirs["opts"] = (*theirs["opts"][:2], ours["opts"][2], theirs["opts"][3])
@@ -61,15 +61,15 @@ def test_training_takes_every_argument_of_detectron2s_own_parser():
         (choices.WEIGHT_TARGETS, TARGETS),
     ],
 )
-def test_the_stated_choices_are_those_of_the_package(stated, values):
+def test_the_listed_choices_match_the_package(stated, values):
     assert stated == tuple(values)
 
 
-def test_the_stated_config_keys_are_those_of_the_config():
+def test_the_listed_config_keys_match_the_config():
     assert set(choices.CONFIG_KEYS) == set(get_senet_config())
 
 
-def test_options_with_several_values_leave_the_config_options_that_follow():
+def test_multi_value_options_do_not_consume_the_config_options():
     names = [name for name, _ in COMMANDS.values()]
     modules = [importlib.import_module(f"senet_transfer.cli.{name}") for name in names]
     parsers = [made.parser() for made in (*modules, *PREPARATIONS.values())]
@@ -98,7 +98,7 @@ def test_every_command_has_a_module_and_a_parser():
         assert callable(importlib.import_module(f"senet_transfer.cli.{module}").command)
 
 
-def test_the_help_of_senet_names_senet_and_no_script_of_a_clone():
+def test_the_help_of_senet_names_senet_and_no_script():
     for module, _ in COMMANDS.values():
         text = importlib.import_module(f"senet_transfer.cli.{module}").parser().format_help()
         assert not re.search(r"python \w+/|(?<!torchrun --nproc-per-node 8 )tools/", text), module

@@ -59,7 +59,7 @@ def test_the_images_of_a_detection_batch_are_copied():
     assert [len(copies) for copies in stream.joined] == [2]
 
 
-def test_tensors_on_a_device_stay_where_they_are():
+def test_tensors_on_a_device_are_not_copied():
     stream = Recorder()
     batch = {"image": torch.ones(2, device="meta"), "key": ["a"]}
     assert Transfer(torch.device("meta"), stream)(batch)["image"] is batch["image"]

@@ -4,9 +4,7 @@ import numpy as np
 from PIL import Image
 
 
-def test_the_command_prepares_a_tree_and_answers_a_mistake_without_a_traceback(
-    tmp_path, run_python
-):
+def test_the_command_prepares_a_tree_and_reports_errors_without_a_traceback(tmp_path, run_python):
     def run(*arguments: object):
         return run_python("datasets/prepare_cifar.py", *arguments)
 

@@ -67,7 +67,7 @@ def corners(box):
 
 
 @pytest.mark.long
-def test_layout_is_the_documented_one(data_set):
+def test_the_layout_matches_the_documentation(data_set):
     expected = {Path("shapes.json")}
     for split, count in COUNTS.items():
         expected.add(Path("annotations", f"instances_{split}.json"))
@@ -88,7 +88,7 @@ def test_same_seed_gives_identical_annotations_and_pixels(data_set, tmp_path):
 
 
 @pytest.mark.long
-def test_number_of_images_changes_none_of_them(data_set, tmp_path):
+def test_the_number_of_images_does_not_change_them(data_set, tmp_path):
     fewer = snapshot(make_shapes(tmp_path / "fewer", seed=0, train=5, val=2))
     more = snapshot(data_set)
     images = [path for path in fewer if path.suffix == ".jpg"]
@@ -102,7 +102,7 @@ def test_another_seed_split_or_index_gives_another_image():
 
 
 @pytest.mark.long
-def test_written_images_are_the_rendered_ones_but_for_jpeg(data_set, rendered):
+def test_written_images_equal_the_rendered_ones_except_for_jpeg(data_set, rendered):
     for index, (image, _) in rendered.items():
         # Swapped channels or images would cause a much larger difference than JPEG compression.
         written = cv2.imread(str(data_set / "train" / f"{index:06d}.jpg"))[..., ::-1]
@@ -141,7 +141,7 @@ def test_detectron2_loads_every_split_with_its_polygons(data_set, split):
 
 
 @pytest.mark.long
-def test_boxes_and_areas_are_those_of_the_visible_masks(data_set, rendered):
+def test_boxes_and_areas_match_the_visible_masks(data_set, rendered):
     coco = COCO(annotation_file(data_set, "train"))
     for index, (_, objects) in rendered.items():
         annotations = coco.loadAnns(coco.getAnnIds([index]))
@@ -232,7 +232,7 @@ def test_any_mask_has_valid_polygons_that_cover_it():
 
 
 @pytest.mark.long
-def test_shapes_occlude_one_another_but_none_is_annotated_that_is_nearly_hidden(rendered):
+def test_shapes_occlude_each_other_and_hidden_ones_are_not_annotated(rendered):
     visible = np.array([x.visible for _, objects in rendered.values() for x in objects])
     assert visible.min() >= 0.25
     assert visible.max() <= 1
@@ -260,14 +260,14 @@ def test_sizes_and_aspects_vary(data_set):
 
 
 @pytest.mark.long
-def test_topmost_shapes_take_turns_so_that_a_few_images_have_every_class(rendered):
+def test_topmost_shapes_alternate_so_few_images_have_every_class(rendered):
     topmost = [objects[-1].category for _, objects in rendered.values()]
     for start in range(len(topmost) - len(SHAPE_CLASSES) + 1):
         assert set(topmost[start : start + len(SHAPE_CLASSES)]) == set(SHAPE_CLASSES)
 
 
 @pytest.mark.long
-def test_every_class_is_in_the_training_and_tiny_splits_and_none_prevails(data_set):
+def test_every_class_is_in_the_training_and_tiny_splits_evenly(data_set):
     for split in ("train", "tiny"):
         coco = COCO(annotation_file(data_set, split))
         counts = Counter(a["category_id"] for a in coco.anns.values())
@@ -279,7 +279,7 @@ def test_every_class_is_in_the_training_and_tiny_splits_and_none_prevails(data_s
 
 
 @pytest.mark.long
-def test_second_call_does_nothing_and_says_so(data_set, monkeypatch, caplog):
+def test_second_call_does_nothing_and_reports_it(data_set, monkeypatch, caplog):
     def fail(*_):
         raise AssertionError("rendered again")
 
@@ -300,7 +300,7 @@ def test_second_call_does_nothing_and_says_so(data_set, monkeypatch, caplog):
         ("shapes.json", "[]", "different settings"),
     ],
 )
-def test_refuses_a_folder_with_something_else_and_keeps_it(tmp_path, name, content, found):
+def test_rejects_a_folder_with_other_content_and_keeps_it(tmp_path, name, content, found):
     folder = tmp_path / "shapes"
     folder.mkdir()
     (folder / name).write_text(content)
@@ -311,7 +311,7 @@ def test_refuses_a_folder_with_something_else_and_keeps_it(tmp_path, name, conte
     assert snapshot(tmp_path) == {Path("shapes", name): content.encode()}
 
 
-def test_refuses_a_file_in_the_folders_place(tmp_path):
+def test_rejects_a_file_in_place_of_the_folder(tmp_path):
     (tmp_path / "shapes").write_text("notes")
     with pytest.raises(UserError, match="is a file"):
         make_shapes(tmp_path / "shapes", train=1, val=1)
@@ -320,7 +320,7 @@ def test_refuses_a_file_in_the_folders_place(tmp_path):
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"train": 3}, {"val": 2}])
 @pytest.mark.long
-def test_refuses_a_data_set_of_other_settings(tmp_path, other):
+def test_rejects_a_data_set_with_other_settings(tmp_path, other):
     settings = {"seed": 0, "train": 2, "val": 1}
     make_shapes(tmp_path / "shapes", **settings)
     before = snapshot(tmp_path)
@@ -331,7 +331,7 @@ def test_refuses_a_data_set_of_other_settings(tmp_path, other):
 
 @pytest.mark.parametrize("lost", ["train/000002.jpg", "annotations/instances_val.json"])
 @pytest.mark.long
-def test_refuses_a_data_set_that_lost_a_file(tmp_path, lost):
+def test_rejects_a_data_set_with_a_missing_file(tmp_path, lost):
     folder = make_shapes(tmp_path / "shapes", train=2, val=1)
     (folder / lost).unlink()
     with pytest.raises(UserError, match="1 of 2 images in train|without instances_val"):
@@ -339,7 +339,7 @@ def test_refuses_a_data_set_that_lost_a_file(tmp_path, lost):
 
 
 @pytest.mark.long
-def test_makes_it_in_an_empty_folder_and_behind_a_link(tmp_path):
+def test_writes_to_an_empty_folder_and_through_a_link(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "shapes").symlink_to(tmp_path / "disk")
     make_shapes(tmp_path / "shapes", train=1, val=1)
@@ -361,7 +361,7 @@ def test_interrupted_run_leaves_nothing(tmp_path, monkeypatch, interruption):
 
 
 @pytest.mark.long
-def test_yields_to_another_run_that_finishes_first(tmp_path, monkeypatch):
+def test_keeps_the_result_of_another_run_that_finishes_first(tmp_path, monkeypatch):
     def overtaken(seed, split, index):
         monkeypatch.setattr(shapes, "render_image", render_image)
         make_shapes(tmp_path / "shapes", train=2, val=1)
@@ -373,7 +373,7 @@ def test_yields_to_another_run_that_finishes_first(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", [{"seed": -1}, {"train": 0}, {"val": 0}])
-def test_refuses_numbers_out_of_range(tmp_path, wrong):
+def test_rejects_numbers_out_of_range(tmp_path, wrong):
     with pytest.raises(UserError, match="expected"):
         make_shapes(tmp_path / "shapes", **wrong)
     assert list(tmp_path.iterdir()) == []

@@ -167,7 +167,7 @@ class Command:
 
     @property
     def form(self) -> str:
-        """Command without model name and number of GPUs; the same for all configs of a task."""
+        """Command without model name and number of GPUs, which is the same for a task's configs."""
         line = re.sub(r"configs/([a-z0-9]+)_\w+\.yaml", r"\1", " ".join(self.words))
         return re.sub(r"(--num-gpus|--nproc-per-node) \d+", r"\1", line)
 

@@ -239,9 +239,15 @@ def _train(root: Path, config: str, *options: str) -> None:
     subprocess.run([sys.executable, *words], cwd=root, env=environment(root), check=True)
 
 
+FLOWERS = ("DATASETS.TRAIN", "('flowers/train',)", "DATASETS.TEST", "('flowers/val',)")
+
+
 def _classifier_run(root: Path) -> None:
-    data = ("DATASETS.TRAIN", "('flowers/train',)", "DATASETS.TEST", "('flowers/val',)")
-    _train(root, "demo_places365_se_r18", *data, "OUTPUT_DIR", "output")
+    _train(root, "demo_places365_se_r18", *FLOWERS, "OUTPUT_DIR", "output")
+
+
+def _flowers_run(root: Path) -> None:
+    _train(root, "finetune_folder", *FLOWERS, "OUTPUT_DIR", "output/flowers")
 
 
 def _detector_runs(root: Path) -> None:
@@ -287,6 +293,7 @@ STAND_INS = (
     (r"\.caffemodel", "SE-ResNet-50.caffemodel", _caffemodel),
     (r"classifier\.pth", "classifier.pth", _classifier),
     (r"output/(model|config)", "output", _classifier_run),
+    (r"output/flowers/model", "output/flowers", _flowers_run),
     (r"tests/test_documents", "tests", _documents),
     (r"output/(demo|r50|se_r50)", "output/demo", _detector_runs),
 )

@@ -123,13 +123,13 @@ def _check(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("command", DOCUMENTED, ids=lambda c: f"{c.document}: {c.text}")
 @pytest.mark.long
-def test_a_command_is_one_that_its_tool_takes(command, monkeypatch):
+def test_commands_are_accepted_by_their_tools(command, monkeypatch):
     _check(command, monkeypatch)
 
 
 @pytest.mark.parametrize("folder", ["configs", "datasets", "senet_transfer", "tools"])
 @pytest.mark.long
-def test_the_commands_in_the_code_are_those_that_their_tools_take(folder, monkeypatch):
+def test_commands_in_the_code_are_accepted_by_their_tools(folder, monkeypatch):
     commands = _commands_in_code(folder)
     assert commands
     for command in commands:
@@ -138,7 +138,7 @@ def test_the_commands_in_the_code_are_those_that_their_tools_take(folder, monkey
             _check(command, patched)
 
 
-def test_the_scripts_for_clusters_are_whole_and_their_command_is_one_that_training_takes(
+def test_cluster_scripts_are_complete_with_a_valid_training_command(
     monkeypatch,
 ):
     scripts = [text for page in DOCUMENTS.values() for kind, text in code(page) if kind == "bash"]
@@ -152,7 +152,7 @@ def test_the_scripts_for_clusters_are_whole_and_their_command_is_one_that_traini
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_no_command_hides_from_these_tests(document):
+def test_every_code_block_and_command_is_recognised(document):
     text = DOCUMENTS[document]
     kinds = {kind for kind, _ in code(text)}
     assert kinds <= {"sh", "bash", "python", "text", "yaml", "inline"}, (
@@ -218,7 +218,7 @@ def _fault(command: Command, folder: Path, python: WarmPython) -> str | None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("document", [name for name in COMMANDS if run_here(name)])
-def test_the_commands_of_a_document_do_what_they_promise(document, tmp_path):
+def test_the_commands_of_a_document_have_the_documented_effect(document, tmp_path):
     commands = run_here(document)
     folder = make_sandbox(tmp_path / "sandbox", [command.to_run for command in commands])
     with WarmPython(folder, environment(folder)) as python:

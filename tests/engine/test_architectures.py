@@ -301,7 +301,7 @@ def test_perfect_proposals_have_a_recall_of_100_and_half_of_them_of_50(images, t
         assert results["AR@100"] == pytest.approx(expected)
 
 
-def test_a_semantic_segmentation_is_evaluated_as_by_hand(images, tmp_path):
+def test_a_semantic_segmentation_is_evaluated_as_computed_by_hand(images, tmp_path):
     drawn.register_labels("drawn", images)
     outputs, common, either = [], np.zeros(3), np.zeros(3)
     for image in images:
@@ -339,7 +339,9 @@ def test_a_semantic_segmentation_is_evaluated_as_by_hand(images, tmp_path):
         ("sem_seg", "SemanticSegmentor", "no ignore_label"),
     ],
 )
-def test_what_evaluation_needs_is_checked_at_the_start(kind, architecture, words, monkeypatch):
+def test_the_requirements_of_evaluation_are_checked_at_start(
+    kind, architecture, words, monkeypatch
+):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     MetadataCatalog.pop("other", None)
     MetadataCatalog.get("other").set(evaluator_type=kind)

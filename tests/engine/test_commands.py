@@ -35,7 +35,7 @@ SHORT = {"SOLVER.MAX_ITER": "1", "SOLVER.STEPS": "()"}
 
 
 @pytest.mark.long
-def test_a_quiet_run_says_its_results_and_leaves_the_rest_to_its_log(words, tmp_path, run_python):
+def test_a_quiet_run_prints_only_results_and_logs_everything(words, tmp_path, run_python):
     done = run_python(*words("--quiet", **SHORT))
     assert done.returncode == 0, done.stderr
     said = dict(line.split(": ") for line in done.stdout.splitlines())
@@ -59,7 +59,7 @@ def test_a_quiet_run_says_its_results_and_leaves_the_rest_to_its_log(words, tmp_
         "--quiet SEED 1 --resume SOLVER.BASE_LR -1",
     ],
 )
-def test_flags_stand_before_after_and_between_the_options_of_the_config(line):
+def test_flags_can_be_before_after_and_between_config_options(line):
     args = argument_parser().parse_args(["--config-file", "a.yaml", *line.split()])
     assert (args.resume, args.quiet, args.config_file) == (True, True, "a.yaml")
     assert args.opts == ["SEED", "1", "SOLVER.BASE_LR", "-1"]
@@ -74,7 +74,7 @@ def test_flags_stand_before_after_and_between_the_options_of_the_config(line):
         (["TEST.DIAGNOSTICS", "()"], ()),
     ],
 )
-def test_iou_types_are_those_of_the_flag_or_of_the_config(words, expected):
+def test_iou_types_come_from_the_flag_or_the_config(words, expected):
     options = run_options(argument_parser().parse_args(words))
     kinds = load_config("", list(options.options)).TEST.DIAGNOSTICS
     assert kinds == expected
@@ -86,7 +86,7 @@ def test_an_unknown_iou_type_is_named_with_the_known_ones():
         check_ranges(load_config("", list(options.options)))
 
 
-def test_a_flag_that_is_none_is_refused_among_the_options_too(capsys):
+def test_an_unknown_flag_is_rejected_among_the_config_options_too(capsys):
     for line in ("SEED 1 --resumee", "--resumee SEED 1"):
         with pytest.raises(SystemExit) as refused:
             argument_parser().parse_args(line.split())
@@ -94,7 +94,7 @@ def test_a_flag_that_is_none_is_refused_among_the_options_too(capsys):
         assert "--resumee" in capsys.readouterr().err
 
 
-def test_a_users_mistake_is_one_line_and_status_2(words, run_python):
+def test_a_user_error_is_one_line_and_status_2(words, run_python):
     done = run_python(*words(**{"MODEL.WEIGHTS": "no/such.pth"}))
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: MODEL.WEIGHTS is no/such.pth")
@@ -167,7 +167,7 @@ def test_two_processes_on_the_cpu_train_evaluate_and_resume(
     assert "Starting training from iteration 1" in log
 
 
-def test_sync_bn_in_several_cpu_processes_is_refused(command, monkeypatch):
+def test_sync_bn_in_several_cpu_processes_is_rejected(command, monkeypatch):
     cfg = setup(command(**{"MODEL.RESNETS.NORM": "SyncBN"}))
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
     with pytest.raises(UserError, match="SyncBN needs GPUs, but this run has 2 processes"):

@@ -48,7 +48,7 @@ def train(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiled_network_learns_the_same_and_its_checkpoints_do_not_know(train, tmp_path):
+def test_a_compiled_network_learns_the_same_with_unchanged_checkpoints(train, tmp_path):
     plain, expected = train(tmp_path / "plain")
     compiled, found = train(tmp_path / "compiled", **{"SOLVER.COMPILE": "default"})
     assert compiled == pytest.approx(plain, rel=1e-4)
@@ -67,6 +67,6 @@ def test_a_compiled_network_learns_the_same_and_its_checkpoints_do_not_know(trai
     assert_same(again["model"], found["model"])
 
 
-def test_an_unknown_way_to_compile_is_refused(train, tmp_path):
+def test_an_unknown_compile_mode_is_rejected(train, tmp_path):
     with pytest.raises(UserError, match="SOLVER.COMPILE is 'fast'; expected one of: none, default"):
         train(tmp_path / "run", **{"SOLVER.COMPILE": "fast"})

@@ -35,7 +35,7 @@ def outputs_and_gradients(model: torch.nn.Module, images: torch.Tensor) -> dict[
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
 @pytest.mark.parametrize("name", ["se_resnet18", "se_resnet50", "se_mobilenet"])
-def test_features_and_gradients_are_those_of_the_cpu(name, norm, layout):
+def test_features_and_gradients_equal_those_of_the_cpu(name, norm, layout):
     """Compare in float64, for which the GPU uses only PyTorch's operators."""
     torch.manual_seed(0)
     stages = ["res2", "res3", "res4", "res5"]
@@ -59,7 +59,7 @@ def test_features_and_gradients_are_those_of_the_cpu(name, norm, layout):
         ("se_cifar_resnet20", "BN"),
     ],
 )
-def test_fused_features_and_gradients_are_those_of_the_cpu(name, norm, layout):
+def test_fused_features_and_gradients_equal_those_of_the_cpu(name, norm, layout):
     """Check that float32 errors are about as small as those of PyTorch's own operators."""
     torch.manual_seed(0)
     # Open gates would hide errors, because they hardly depend on their input.

@@ -110,7 +110,7 @@ def loader(tree, tmp_path, request):
     ],
     indirect=True,
 )
-def test_a_loader_uses_no_more_after_two_thousand_batches_than_after_a_few(loader):
+def test_a_loader_uses_no_more_memory_after_2000_batches_than_after_a_few(loader):
     seen = []
     for count, _ in enumerate(itertools.islice(loader, LOOKED_AT[-1]), start=1):
         if count in LOOKED_AT:
@@ -128,7 +128,7 @@ class _Watch(HookBase):
             self.seen.append(usage())
 
 
-def test_a_run_uses_no_more_after_two_thousand_steps_than_after_a_few(tree, tmp_path):
+def test_a_run_uses_no_more_memory_after_2000_steps_than_after_a_few(tree, tmp_path):
     options = {
         "MODEL.DEVICE": "cpu",
         "MODEL.BACKBONE.ARCH": "cifar_resnet8",

@@ -10,7 +10,7 @@ from torch import nn
 from senet_transfer.engine import hooks
 
 
-def test_the_memory_of_a_run_on_the_cpu_is_the_processs(monkeypatch):
+def test_the_memory_of_a_cpu_run_is_that_of_the_process(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 3 * 2**20)
     logged = {}
@@ -25,7 +25,7 @@ def test_the_memory_of_a_run_on_the_cpu_is_the_processs(monkeypatch):
     assert logged["cpu"] > 50  # importing PyTorch alone uses more
 
 
-def test_the_share_of_waiting_is_that_of_the_last_20_steps(caplog):
+def test_the_share_of_waiting_covers_the_last_20_steps(caplog):
     caplog.set_level("INFO", logger="senet_transfer.engine.hooks")
     trainer = SimpleNamespace(timer=SimpleNamespace(seconds=7.0), waited=3.0)
     hook = hooks.DataWaits()
@@ -47,7 +47,7 @@ def test_the_share_of_waiting_is_that_of_the_last_20_steps(caplog):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("deferred", [False, True])
-def test_the_average_is_that_of_each_tensor_by_itself(dtype, deferred):
+def test_the_ema_equals_that_of_each_tensor_separately(dtype, deferred):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5)).to(dtype)
     guard = SimpleNamespace(deferred=deferred, halted=torch.zeros(()))
@@ -76,7 +76,7 @@ def test_the_average_is_that_of_each_tensor_by_itself(dtype, deferred):
         assert torch.equal(average.average["0.weight"], expected["0.weight"])
 
 
-def test_the_average_with_a_weight_on_the_device_is_the_same_up_to_rounding():
+def test_the_ema_with_a_weight_on_the_device_is_equal_up_to_rounding():
     torch.manual_seed(0)
     model = nn.Linear(3, 5)
     average = hooks.ModelEMA(model, 0.9)
@@ -95,7 +95,7 @@ def test_the_average_with_a_weight_on_the_device_is_the_same_up_to_rounding():
         ({"segm/AP": 3.0}, "returned no metric 'bbox/AP'. Available metrics: segm/AP."),
     ],
 )
-def test_a_metric_without_a_value_is_told_from_one_that_does_not_exist(
+def test_a_metric_without_a_value_is_distinguished_from_a_missing_one(
     logged, message, caplog, tmp_path
 ):
     hook = hooks.BestModel(1, "bbox/AP", SimpleNamespace(save_dir=str(tmp_path)))

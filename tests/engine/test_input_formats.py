@@ -140,7 +140,7 @@ def test_a_backbone_of_one_channel_is_saved_and_created_again(tmp_path):
         ({"DATASETS.TRAIN": "own"}, r"TRAIN is the string 'own'.*\"\['own'\]\""),
     ],
 )
-def test_a_key_that_cannot_work_is_an_error_at_the_start(keys, message, command):
+def test_an_unusable_key_is_an_error_at_start(keys, message, command):
     with pytest.raises(UserError, match=message):
         setup(command(**keys))
 
@@ -189,7 +189,7 @@ def test_results_of_a_data_set_stay_in_the_output_folder(name, command, shapes, 
 
 
 @pytest.mark.long
-def test_weights_of_another_head_name_the_cure(command, tmp_path):
+def test_weights_of_another_head_are_an_error_with_a_remedy(command, tmp_path):
     main(command("--quiet", **{**SHORT, "INPUT.FORMAT": "BGR", "DATASETS.TEST": "()"}))
     weights = str(tmp_path / "run" / "model_final.pth")
     run = command(config="configs/retinanet_se_r50.yaml", **{

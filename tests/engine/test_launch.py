@@ -29,7 +29,7 @@ def test_two_processes_on_the_cpu_use_no_gpu(one_gpu, monkeypatch):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
 
 
-def test_two_processes_on_one_gpu_are_refused(one_gpu, capsys):
+def test_two_processes_on_one_gpu_are_rejected(one_gpu, capsys):
     with pytest.raises(SystemExit) as stopped:
         launch.run(print, None, device=lambda: "cuda", num_gpus=2)
     assert stopped.value.code == 2
@@ -37,7 +37,7 @@ def test_two_processes_on_one_gpu_are_refused(one_gpu, capsys):
     assert one_gpu == []
 
 
-def test_under_torchrun_a_process_on_the_cpu_uses_gloo(tmp_path, monkeypatch):
+def test_under_torchrun_a_cpu_process_uses_gloo(tmp_path, monkeypatch):
     backends = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():

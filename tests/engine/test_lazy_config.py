@@ -93,7 +93,7 @@ def test_a_run_trains_evaluates_resumes_and_is_not_overwritten(
 
 
 @pytest.mark.long
-def test_the_documented_config_is_one_that_the_command_takes(config, shapes):
+def test_the_documented_config_is_accepted_by_the_command(config, shapes):
     page = Path(__file__).parents[2] / "docs" / "detectron2.md"
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
     config.write_text(next(block for block in blocks if "LazyCall" in block))

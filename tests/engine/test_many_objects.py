@@ -58,7 +58,7 @@ def test_perfect_detections_of_256_objects_score_100_where_the_limit_allows(
 
 
 @pytest.mark.long
-def test_the_default_limit_equals_pycocotools_and_is_warned_of(dense, tmp_path, caplog):
+def test_the_default_limit_equals_pycocotools_with_a_warning(dense, tmp_path, caplog):
     evaluate, file = dense
     with caplog.at_level(logging.WARNING):
         found = evaluate("100", output_dir=tmp_path)["AP"]
@@ -77,7 +77,7 @@ def test_the_default_limit_equals_pycocotools_and_is_warned_of(dense, tmp_path, 
     assert 35 < found < 45
 
 
-def test_a_low_limit_leaves_the_metrics_as_they_are(dense, tmp_path):
+def test_a_low_limit_does_not_change_the_metrics(dense, tmp_path):
     evaluate, _ = dense
     # With a limit of 10 detections, at most 10 of 256 objects are found.
     assert evaluate("10", output_dir=tmp_path)["AP"] == pytest.approx(100 * 4 / 101)

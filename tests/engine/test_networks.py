@@ -54,7 +54,7 @@ def test_every_network_under_an_fpn_trains_a_step_and_is_evaluated(name, command
     assert 0 <= Trainer.test(cfg, model)["bbox"]["AP"] <= 100
 
 
-def test_the_networks_for_small_images_are_the_ones_without_such_maps():
+def test_only_networks_for_small_images_lack_fpn_feature_maps():
     others = set(list_models()) - {*PYRAMIDS, CLASSIFIER}
     assert others
     assert all(name.removeprefix("se_").startswith(("cifar", "wrn", "shake")) for name in others)
@@ -67,7 +67,7 @@ def test_a_network_with_feature_maps_of_other_strides_is_for_classification_only
 
 
 @pytest.mark.long
-def test_a_detector_gets_the_inception_resnet_whose_maps_are_aligned(command):
+def test_a_detector_uses_the_inception_resnet_with_aligned_feature_maps(command):
     cfg = setup(command(**keys_of("inception_resnet_v2")))
     backbone = Trainer.build_model(cfg).backbone.bottom_up
     aligned = create_backbone("inception_resnet_v2", padding="same", out_features=["res2"])

@@ -63,7 +63,7 @@ def test_the_configs_of_this_project_keep_their_precision(path, supports_bfloat1
     assert before["SOLVER.TF32"] is None
 
 
-def test_a_resumed_run_takes_the_settings_of_its_start(supports_bfloat16):
+def test_a_resumed_run_keeps_its_initial_settings(supports_bfloat16):
     for amp, dtype in (("False", ""), ("True", ""), ("True", "bfloat16")):
         before = load_config("", ["SOLVER.AMP.ENABLED", amp, "SOLVER.AMP.DTYPE", dtype])
         found = resolved("", "cuda", *AUTO, before=before)
@@ -71,7 +71,7 @@ def test_a_resumed_run_takes_the_settings_of_its_start(supports_bfloat16):
 
 
 @pytest.mark.parametrize("key", AUTO_KEYS)
-def test_other_values_than_auto_true_and_false_are_refused(key, tmp_path):
+def test_values_other_than_auto_true_and_false_are_rejected(key, tmp_path):
     file = tmp_path / "own.yaml"
     tree = value = {}
     for part in key.split("."):
@@ -87,7 +87,7 @@ def test_other_values_than_auto_true_and_false_are_refused(key, tmp_path):
 
 
 @pytest.mark.long
-def test_a_run_saves_its_settings_and_prints_them_in_a_line(command, tmp_path, caplog):
+def test_a_run_saves_its_settings_and_prints_them_on_one_line(command, tmp_path, caplog):
     options = dict(zip(AUTO[::2], AUTO[1::2], strict=True))
     with caplog.at_level("INFO", "detectron2"):
         cfg = setup(command("--deterministic", **options))
@@ -99,7 +99,7 @@ def test_a_run_saves_its_settings_and_prints_them_in_a_line(command, tmp_path, c
 
 
 @pytest.mark.long
-def test_channels_last_is_a_layout_of_detectors_and_no_other_result(command):
+def test_channels_last_does_not_change_the_result_of_detectors(command):
     losses, gradients, images = [], [], torch.randint(256, (1, 3, 64, 96), dtype=torch.uint8)
     boxes = Boxes(torch.tensor([[8.0, 8.0, 40.0, 50.0]]))
     truth = Instances((64, 96), gt_boxes=boxes, gt_classes=torch.zeros(1, dtype=torch.int64))

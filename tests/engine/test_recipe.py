@@ -41,7 +41,7 @@ def test_coco_on_eight_gpus_gets_detectron2s_recipe():
     assert "TEST.DETECTIONS_PER_IMAGE" not in found
 
 
-def test_settings_follow_from_the_data_and_the_machine():
+def test_settings_depend_on_the_data_and_the_machine():
     few = replace(COCO, images=100, most_objects=150)
     found = settings(few, MachineFacts(8.0, 1, 4), "cadene/se_resnet50")
     # At 800 pixels, 8 GB is enough for 2 images. 12,000 samples are 120 epochs; the limit is 100.
@@ -62,7 +62,7 @@ def test_settings_follow_from_the_data_and_the_machine():
 
 
 @pytest.mark.parametrize(("task", "pretrained"), SCHEDULES)
-def test_learning_rates_are_those_of_the_base_configs(task, pretrained):
+def test_learning_rates_equal_those_of_the_base_configs(task, pretrained):
     found = settings(replace(COCO, task=task), CPU, "weights" if pretrained else "")
     cfg = load_config(found["_BASE_"])
     per_image = found["SOLVER.BASE_LR"] / found["SOLVER.IMS_PER_BATCH"]
@@ -70,7 +70,7 @@ def test_learning_rates_are_those_of_the_base_configs(task, pretrained):
     assert per_image == pytest.approx(cfg.SOLVER.BASE_LR / cfg.SOLVER.IMS_PER_BATCH)
 
 
-def test_facts_are_those_counted_by_hand(tmp_path):
+def test_dataset_statistics_equal_a_count_by_hand(tmp_path):
     boxes = [(1, 1, [0, 0, 10, 10])] * 9 + [(1, 2, [0, 0, 90, 40]), (2, 2, [0, 0, 60, 60])]
     content = {
         "images": [
@@ -112,7 +112,7 @@ def test_boxes_without_a_size_are_rejected_as_in_training(tmp_path, caplog):
         ("annotations/instances_train2017.json", "annotations/instances_val2017.json"),
     ],
 )
-def test_the_parts_of_detection_data_are_found_in_the_usual_layouts(tmp_path, train, val):
+def test_the_splits_of_detection_data_are_found_in_common_layouts(tmp_path, train, val):
     for name in (train, val):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ def test_the_parts_of_detection_data_are_found_in_the_usual_layouts(tmp_path, tr
     assert all((tmp_path / part.image_dir / "a.jpg").is_file() for part in parts)
 
 
-def test_files_of_another_tool_may_be_the_parts(tmp_path):
+def test_splits_can_be_files_of_another_tool(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.jpg").touch()
     value = {"x": 0, "y": 0, "width": 50, "height": 50, "rectanglelabels": ["cell"]}
@@ -140,7 +140,7 @@ def test_files_of_another_tool_may_be_the_parts(tmp_path):
 
 
 @pytest.mark.long
-def test_pascal_vocs_image_sets_are_the_parts(shared_data):
+def test_pascal_voc_image_sets_are_the_splits(shared_data):
     bccd = shared_data / "bccd"
     parts = find_parts(str(bccd))
     images = str(bccd / "JPEGImages")
@@ -150,7 +150,7 @@ def test_pascal_vocs_image_sets_are_the_parts(shared_data):
     assert (found.images, found.classes, found.short_side) == (len(listed), 3, 480)
 
 
-def test_data_without_a_validation_part_is_split(shapes, tmp_path):
+def test_data_without_a_validation_split_is_split(shapes, tmp_path):
     names = {}
     content = json.loads((shapes / "annotations" / "instances_tiny.json").read_text())
     content |= {"classes": ["an entry", "of another program"], "info": {"version": 1}}
@@ -172,7 +172,7 @@ def test_data_without_a_validation_part_is_split(shapes, tmp_path):
     assert describe_data(train, val).images == counts[0] > counts[1] > 0
 
 
-def test_what_a_split_leaves_out_of_another_format_is_logged(tmp_path, caplog, monkeypatch):
+def test_entries_that_a_split_omits_are_logged(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("senet_transfer"), "propagate", True)
     content = {}
     for number in range(4):
@@ -190,7 +190,7 @@ def test_what_a_split_leaves_out_of_another_format_is_logged(tmp_path, caplog, m
     assert f"{tmp_path / 'via.json'}: {note}." in caplog.messages
 
 
-def test_data_that_cannot_be_used_is_an_error_that_names_the_remedy(tmp_path, monkeypatch):
+def test_unusable_data_is_an_error_with_a_remedy(tmp_path, monkeypatch):
     for folder in ("flowers/train/a", "flowers/val/a", "boxes"):
         (tmp_path / folder).mkdir(parents=True)
     lost = tmp_path / "boxes" / "train.json"
@@ -235,7 +235,7 @@ def test_without_a_connection_training_starts_from_random_weights(shapes, monkey
     assert "can't be downloaded" in found["MODEL.WEIGHTS"].reason
 
 
-def test_the_recipe_contains_any_name(shapes, tmp_path):
+def test_names_with_special_characters_are_written_to_the_recipe(shapes, tmp_path):
     data = tmp_path / "📷 Größe \\ud83d \u2028"
     shutil.copytree(shapes, data)
     options = ("MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "run"))
@@ -246,7 +246,7 @@ def test_the_recipe_contains_any_name(shapes, tmp_path):
 
 
 @pytest.mark.long
-def test_the_backbone_is_that_of_the_users_weights(shapes, tmp_path):
+def test_the_backbone_matches_the_users_weights(shapes, tmp_path):
     path = tmp_path / "resnet18.pth"
     save_weights(create_classifier("resnet18"), path)
     options = ("MODEL.WEIGHTS", str(path), "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "a"))

@@ -15,7 +15,7 @@ from senet_transfer.engine.results import (
 )
 
 
-def test_what_json_has_no_word_for_becomes_null(tmp_path):
+def test_values_that_json_cannot_represent_become_null(tmp_path):
     results = {"bbox": {"AP": 1.5, "APl": float("nan")}, "rows": [float("inf"), 3, ("a", None)]}
     write_results(tmp_path / "r.json", results)
 
@@ -26,7 +26,7 @@ def test_what_json_has_no_word_for_becomes_null(tmp_path):
     assert found == {"bbox": {"AP": 1.5, "APl": None}, "rows": [None, 3, ["a", None]]}
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
+def test_an_unwritable_path_is_named(tmp_path):
     with pytest.raises(UserError, match="r.json can't be written"):
         write_results(tmp_path / "absent" / "r.json", {})
 
@@ -41,7 +41,7 @@ def test_lists_of_numbers_are_on_one_line(tmp_path):
     assert '"a",\n' in text
 
 
-def test_diagnostics_stand_beside_the_tasks_of_their_data_set(tmp_path):
+def test_diagnostics_are_next_to_the_tasks_of_their_data_set(tmp_path):
     cfg = get_senet_config()
     cfg.OUTPUT_DIR = str(tmp_path)
     for folder, name, task in (
@@ -104,7 +104,7 @@ def test_a_summary_of_a_classifier_and_of_a_run_without_evaluation(tmp_path):
     ("seconds", "words"),
     [(0.4, "0 s"), (59.6, "1 min 0 s"), (151, "2 min 31 s"), (7260, "2 h 1 min")],
 )
-def test_durations_in_words(seconds, words):
+def test_durations_are_formatted_as_text(seconds, words):
     assert duration(seconds) == words
 
 

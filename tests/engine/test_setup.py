@@ -47,16 +47,12 @@ SCRATCH = r"configs/scratch_detector\.yaml"
     ],
 )
 @pytest.mark.long
-def test_a_run_that_could_only_waste_time_is_refused_with_the_remedy(
-    command, flags, overrides, words
-):
+def test_a_run_that_would_waste_time_is_rejected_with_a_remedy(command, flags, overrides, words):
     with pytest.raises(UserError, match=f"(?s){words}"):
         setup(command(*flags, **overrides))
 
 
-def test_weights_that_cannot_be_downloaded_are_answered_with_the_recipe_without(
-    command, monkeypatch, tmp_path
-):
+def test_failed_weight_downloads_suggest_training_without_weights(command, monkeypatch, tmp_path):
     # Nothing listens on this port.
     entry = replace(
         catalogue_entry("cadene/se_resnet50"), url="http://127.0.0.1:9/a.pth", file="a.pth"
@@ -68,7 +64,7 @@ def test_weights_that_cannot_be_downloaded_are_answered_with_the_recipe_without(
         setup(command(**{"MODEL.WEIGHTS": "cadene/se_resnet50"}))
 
 
-def test_coco_that_is_not_on_disk_is_answered_with_layout_source_and_commands(
+def test_missing_coco_files_are_an_error_with_layout_source_and_commands(
     command, monkeypatch, tmp_path
 ):
     args = command(**{"DATASETS.TRAIN": "('coco_2017_train',)"})
@@ -105,7 +101,7 @@ def test_classes_and_their_number_come_from_the_json(command, shapes):
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == cfg.MODEL.RETINANET.NUM_CLASSES == len(names)
 
 
-def test_the_output_folder_tells_what_ran(command, tmp_path):
+def test_the_output_folder_records_the_command_and_environment(command, tmp_path):
     cfg = setup(command())
     run = tmp_path / "run"
     saved = load_config(str(run / "config.yaml"))
@@ -133,28 +129,28 @@ def test_results_for_spreadsheets_are_written_to_the_log_and_not_to_the_terminal
     assert "copypaste: AP,AP50" in (tmp_path / "run" / "log.txt").read_text()
 
 
-def test_an_output_folder_that_cannot_be_made_is_refused(command, tmp_path):
+def test_an_output_folder_that_cannot_be_created_is_rejected(command, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="OUTPUT_DIR"):
         setup(command(OUTPUT_DIR=str(tmp_path / "file" / "run")))
 
 
 @pytest.mark.parametrize(("rate", "warned"), [("0.02", True), ("0.0025", False)])
-def test_a_rate_that_is_not_scaled_to_the_batch_is_warned_of(command, caplog, rate, warned):
+def test_an_unscaled_learning_rate_logs_a_warning(command, caplog, rate, warned):
     logging.getLogger("senet_transfer").propagate = True
     with caplog.at_level(logging.WARNING):
         setup(command(**{"SOLVER.BASE_LR": rate}))
     assert any("scaled linearly" in record.message for record in caplog.records) == warned
 
 
-def test_frozen_stages_of_random_weights_are_warned_of(command, caplog):
+def test_frozen_stages_of_random_weights_log_a_warning(command, caplog):
     logging.getLogger("senet_transfer").propagate = True
     with caplog.at_level(logging.WARNING):
         setup(command(**{"MODEL.BACKBONE.FREEZE_AT": "2"}))
     assert any("keep their random weights" in record.message for record in caplog.records)
 
 
-def test_the_c4_head_that_would_drop_the_gates_is_refused(command):
+def test_the_c4_head_that_would_drop_the_gates_is_rejected(command):
     keys = {"MODEL.BACKBONE.NAME": "build_senet_backbone", "MODEL.ROI_HEADS.NAME": "Res5ROIHeads"}
     with pytest.raises(UserError, match="Set MODEL.ROI_HEADS.NAME to SENetRes5ROIHeads"):
         setup(command(**keys))
@@ -181,14 +177,14 @@ def test_a_config_file_runs_no_code(tmp_path):
         ("_BASE_: c.yaml", "includes itself as its _BASE_"),
     ],
 )
-def test_a_config_file_that_is_no_config_is_refused(tmp_path, text, words):
+def test_files_other_than_configs_are_rejected(tmp_path, text, words):
     path = tmp_path / "c.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=words):
         load_config(str(path))
 
 
-def test_a_model_meets_the_classes_it_was_trained_on(command, shapes, tmp_path):
+def test_a_model_must_have_the_classes_it_was_trained_on(command, shapes, tmp_path):
     json_file = shapes / "annotations" / "instances_tiny.json"
     data = json.loads(json_file.read_text())
     names = [category["name"] for category in data["categories"]]
@@ -205,7 +201,7 @@ def test_a_model_meets_the_classes_it_was_trained_on(command, shapes, tmp_path):
         setup(args)
 
 
-def test_a_mask_head_wants_outlines(command, shapes, tmp_path):
+def test_a_mask_head_requires_segmentations(command, shapes, tmp_path):
     data = json.loads((shapes / "annotations" / "instances_tiny.json").read_text())
     for annotation in data["annotations"]:
         del annotation["segmentation"]
@@ -238,7 +234,7 @@ def test_an_unknown_key_of_a_file_is_named(tmp_path, content, expected):
     assert str(path) in str(caught.value)
 
 
-def test_setup_leaves_the_options_as_they_are(command, tmp_path, monkeypatch):
+def test_setup_does_not_change_the_options(command, tmp_path, monkeypatch):
     """Check that setup does not modify the options, so that a launcher can restart the run."""
     run = command()
     before = replace(run)
@@ -256,7 +252,7 @@ def test_setup_leaves_the_options_as_they_are(command, tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-def test_a_python_caller_needs_no_command_line(shapes, tmp_path):
+def test_the_python_api_requires_no_command_line(shapes, tmp_path):
     options = [word for item in SMALL.items() for word in item]
     own = ("own", f"{shapes}/annotations/instances_tiny.json", f"{shapes}/tiny")
     data = ["DATASETS.TRAIN", "('own',)", "DATASETS.TEST", "()"]

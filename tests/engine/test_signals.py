@@ -10,7 +10,7 @@ from senet_transfer.engine.signals import requested, stop_at_step_end
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_a_request_within_and_what_it_was_after(number):
+def test_a_signal_requests_a_stop_and_its_handler_is_restored(number):
     before = signal.getsignal(number)
     with stop_at_step_end():
         assert not requested()
@@ -26,7 +26,7 @@ def test_a_signal_is_a_request_within_and_what_it_was_after(number):
 
 
 @pytest.mark.long
-def test_a_process_that_waits_for_others_passes_signals_on(run_python):
+def test_a_process_that_waits_for_others_forwards_signals(run_python):
     code = """
 import multiprocessing, os, signal, sys, threading, time
 from senet_transfer.engine.signals import passed_to_children

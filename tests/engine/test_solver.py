@@ -93,7 +93,7 @@ def test_a_warm_up_of_0_epochs_is_none():
         ({"SOLVER.EPOCHS": "3", "TEST.EVAL_EPOCHS": "0"}, "EVAL_EPOCHS is 0;"),
     ],
 )
-def test_counting_in_both_or_in_nonsense_is_refused(overrides, words):
+def test_contradictory_or_invalid_epochs_are_rejected(overrides, words):
     with pytest.raises(UserError, match=words):
         check_epochs(config(**overrides))
 
@@ -119,12 +119,12 @@ def test_the_last_schedule_replaces_one_in_other_units(tmp_path):
     assert (solver.EPOCHS, solver.MAX_ITER) == (None, 30)
 
 
-def test_whole_numbers_are_taken_where_the_key_holds_a_fraction():
+def test_integers_are_accepted_for_float_keys():
     cfg = config(**{"SOLVER.BASE_LR": "1", "SOLVER.CHECKPOINT_EPOCHS": "5"})
     assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.CHECKPOINT_EPOCHS) == (1.0, 5.0)
 
 
-def test_the_step_schedule_is_a_tenth_at_each_step():
+def test_the_step_schedule_divides_by_ten_at_each_step():
     cfg = config(**{"SOLVER.MAX_ITER": "9", "SOLVER.STEPS": "(3, 6)", "SOLVER.BASE_LR": "0.1"})
     expected = [0.1] * 3 + [0.01] * 3 + [0.001] * 3
     assert rates(cfg) == pytest.approx(expected)
@@ -167,7 +167,7 @@ def torchs_rates(values, **options):
 
 
 @pytest.mark.parametrize("threshold", ["0.0", "1.5"])
-def test_the_plateau_schedule_is_torchs(threshold):
+def test_the_plateau_schedule_equals_pytorchs(threshold):
     cfg = config(**PLATEAU, **{"SOLVER.PLATEAU.THRESHOLD": threshold})
     found = rates(cfg, enumerate(ERRORS))[: len(ERRORS)]
     options = {"threshold": float(threshold), "threshold_mode": "abs"}
@@ -175,14 +175,14 @@ def test_the_plateau_schedule_is_torchs(threshold):
     assert min(found) < 0.0011
 
 
-def test_a_metric_that_is_no_error_is_better_when_higher():
+def test_a_metric_other_than_an_error_is_better_when_higher():
     cfg = config(**PLATEAU, **{"SOLVER.PLATEAU.METRIC": "bbox/AP"})
     scores = [100 - error for error in ERRORS]
     expected = torchs_rates(scores, mode="max", threshold=0.0, threshold_mode="abs")
     assert rates(cfg, enumerate(scores))[: len(scores)] == pytest.approx(expected)
 
 
-def test_the_plateau_schedule_goes_on_from_its_state():
+def test_the_plateau_schedule_resumes_from_its_state():
     cfg = config(**PLATEAU)
     optimizers, schedules = [], []
     for _ in range(2):
@@ -212,7 +212,7 @@ def groups_of(**overrides):
 
 
 @pytest.mark.parametrize("kind", ["SGD", "AdamW"])
-def test_the_backbone_can_have_a_rate_of_its_own(kind):
+def test_the_backbone_can_have_a_separate_learning_rate(kind):
     groups, _ = groups_of(**{"SOLVER.BACKBONE_MULTIPLIER": "0.1", "SOLVER.OPTIMIZER": kind})
     base = groups["linear.weight"]["lr"]
     assert groups["linear.bias"]["lr"] == base
@@ -220,7 +220,7 @@ def test_the_backbone_can_have_a_rate_of_its_own(kind):
     assert backbone == pytest.approx([0.1 * base] * len(backbone))
 
 
-def test_norms_and_biases_can_be_left_out_of_the_decay():
+def test_norms_and_biases_can_be_excluded_from_weight_decay():
     off = {"SOLVER.WEIGHT_DECAY_NORM": "0.0", "SOLVER.WEIGHT_DECAY_BIAS": "0.0"}
     groups, optimizer = groups_of(**off, **{"SOLVER.NESTEROV": "True"})
     for name, group in groups.items():
@@ -230,14 +230,14 @@ def test_norms_and_biases_can_be_left_out_of_the_decay():
 
 
 @pytest.mark.long
-def test_two_rates_for_the_backbones_biases_are_refused():
+def test_two_learning_rates_for_the_backbones_biases_are_rejected():
     with pytest.raises(UserError, match="BIAS_LR_FACTOR is 2"):
         groups_of(**{"SOLVER.BACKBONE_MULTIPLIER": "0.1", "SOLVER.BIAS_LR_FACTOR": "2.0"})
 
 
 @pytest.mark.parametrize("kind", ["value", "norm"])
 @pytest.mark.parametrize("order", [1.0, 2.0, math.inf])
-def test_gradients_are_clipped_as_by_detectron2_to_the_last_bit(kind, order):
+def test_gradient_clipping_is_bitwise_equal_to_detectron2s(kind, order):
     cfg = get_senet_config()
     cfg.SOLVER.MOMENTUM = 0.9
     cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True

@@ -50,7 +50,7 @@ def net():
     return Net()
 
 
-def test_without_options_a_step_is_detectron2s_to_the_last_bit(net):
+def test_without_options_a_step_is_bitwise_equal_to_detectron2s(net):
     expected, loss = run(SimpleTrainer, copy.deepcopy(net))
     found, own_loss = run(StepTrainer, net)
     assert own_loss == loss
@@ -59,7 +59,7 @@ def test_without_options_a_step_is_detectron2s_to_the_last_bit(net):
 
 
 @pytest.mark.parametrize("parts", [2, 3, 12])
-def test_gradients_of_parts_add_up_to_those_of_the_whole_batch(net, parts):
+def test_gradients_of_micro_batches_add_up_to_those_of_the_full_batch(net, parts):
     expected, loss = run(SimpleTrainer, copy.deepcopy(net))
     found, own_loss = run(StepTrainer, net, micro_batches=parts)
     assert own_loss == pytest.approx(loss, rel=1e-5)
@@ -68,7 +68,7 @@ def test_gradients_of_parts_add_up_to_those_of_the_whole_batch(net, parts):
 
 
 @pytest.mark.parametrize("parts", [1, 3])
-def test_autocast_and_parts_go_together(net, parts):
+def test_autocast_works_with_micro_batches(net, parts):
     expected, _ = run(SimpleTrainer, copy.deepcopy(net))
     for dtype in ("bfloat16", "float16"):
         found, _ = run(StepTrainer, copy.deepcopy(net), dtype=dtype, micro_batches=parts)
@@ -77,7 +77,7 @@ def test_autocast_and_parts_go_together(net, parts):
             torch.testing.assert_close(found[key], value, rtol=0.1, atol=0.05)
 
 
-def test_a_batch_that_cannot_be_cut_evenly_is_refused():
+def test_a_batch_that_cannot_be_split_evenly_is_rejected():
     assert split_batch([1, 2, 3, 4], 2) == [[1, 2], [3, 4]]
     for size in ([1, 2, 3], {"x": torch.zeros(3)}):
         with pytest.raises(UserError, match="MICRO_BATCHES is 2.*3 images"):
@@ -108,7 +108,7 @@ class Spoilt(Net):
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient", "raised"])
-def test_a_step_with_a_number_that_is_none_is_not_taken_and_reported(net, tmp_path, kind):
+def test_a_step_with_a_non_finite_loss_is_skipped_and_reported(net, tmp_path, kind):
     torch.manual_seed(0)
     spoilt = Spoilt({2}, kind)
     expected, _ = run(SimpleTrainer, net, steps=2)
@@ -121,7 +121,7 @@ def test_a_step_with_a_number_that_is_none_is_not_taken_and_reported(net, tmp_pa
     assert bool(report["nonfinite_gradients"]) == (kind != "raised")
 
 
-def test_a_step_that_is_left_out_leaves_no_trace_in_weights_and_buffers(tmp_path):
+def test_a_skipped_step_does_not_change_weights_and_buffers(tmp_path):
     torch.manual_seed(0)
     spoilt = Spoilt({1, 2})
     state, _ = run(StepTrainer, spoilt, steps=5, max_skips=2)
@@ -137,7 +137,7 @@ def verdict(net, scale):
     return tuple(map(bool, StepGuard(net).check(step, losses, torch.tensor(scale))))
 
 
-def test_gradients_that_overflow_for_their_scale_are_the_scalers_business(net):
+def test_overflow_due_to_the_scale_is_handled_by_the_scaler(net):
     state, _ = run(StepTrainer, net, dtype="float16")
     assert all(value.isfinite().all() for value in state.values())
     net.a.weight.grad = torch.full_like(net.a.weight, torch.inf)
@@ -145,7 +145,7 @@ def test_gradients_that_overflow_for_their_scale_are_the_scalers_business(net):
     assert verdict(net, scale=1.0) == (True, True)
 
 
-def test_finite_gradients_are_no_fault_however_large(net):
+def test_large_finite_gradients_are_not_an_error(net):
     for parameter in net.parameters():
         parameter.grad = torch.full_like(parameter, 1e30)
     assert verdict(net, scale=1.0) == (False, False)
@@ -153,7 +153,7 @@ def test_finite_gradients_are_no_fault_however_large(net):
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("fused", [(True, False), (False, True)])
-def test_a_run_resumes_with_the_optimizer_of_its_own_device(net, kind, fused):
+def test_a_run_resumes_with_the_optimizer_of_its_current_device(net, kind, fused):
     trainers = []
     for uses_fused in fused:
         options = {"fused": True} if uses_fused else {"foreach": True}

@@ -35,7 +35,7 @@ def metrics(run) -> list[dict]:
 
 
 @pytest.mark.long
-def test_a_run_saves_resumes_and_goes_on_where_it_was(command, tmp_path):
+def test_a_run_saves_and_resumes_at_the_same_step(command, tmp_path):
     run = tmp_path / "run"
     train(command(**{"SOLVER.MAX_ITER": "2", "SOLVER.STEPS": "(1,)"}))
     first = torch.load(run / "model_final.pth", weights_only=True)
@@ -96,14 +96,14 @@ def test_an_epoch_of_a_detector_consists_of_the_images_with_objects(command, sha
     assert (longer.start_iter, longer.iter) == (7, 9)
 
 
-def test_another_precision_is_refused(command):
+def test_an_unknown_precision_is_rejected(command):
     amp = {"SOLVER.AMP.ENABLED": "True", "SOLVER.AMP.DTYPE": "float8"}
     with pytest.raises(UserError, match="float8.*expected float16 or bfloat16"):
         Trainer(setup(command(**amp)))
 
 
 @pytest.mark.long
-def test_the_predictions_scored_by_pycocotools_alone_give_the_printed_ap(command, shapes, tmp_path):
+def test_the_predictions_evaluated_by_pycocotools_give_the_printed_ap(command, shapes, tmp_path):
     trainer = train(command())
     printed = trainer.results["bbox"]
     written = tmp_path / "run" / "inference" / "own" / "coco_instances_results.json"
@@ -118,7 +118,7 @@ def test_the_predictions_scored_by_pycocotools_alone_give_the_printed_ap(command
 
 
 @pytest.mark.long
-def test_a_checkpoint_that_does_not_fit_is_refused_tensor_by_tensor(command, tmp_path):
+def test_an_incompatible_checkpoint_is_rejected_with_all_tensors(command, tmp_path):
     trainer = Trainer(setup(command()))
     state = trainer.model.state_dict()
     state["extra.weight"] = torch.zeros(1)
@@ -169,7 +169,7 @@ def test_predictions_on_images_are_drawn_and_written_in_cocos_format(trained, sh
 
 
 @pytest.mark.long
-def test_augmentation_at_test_time_predicts_and_evaluates(trained, shapes, command):
+def test_test_time_augmentation_predicts_and_evaluates(trained, shapes, command):
     sizes = ["TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(64, 96)", "TEST.AUG.MAX_SIZE"]
     cfg = load_trained(trained, "", [*sizes, "128"]).cfg
     model = Trainer.build_model(cfg)
@@ -201,9 +201,7 @@ def test_a_drawing_never_overwrites_an_image(trained, shapes):
 
 
 @pytest.mark.long
-def test_an_image_that_cannot_be_read_is_named_and_the_others_are_predicted(
-    trained, shapes, tmp_path
-):
+def test_an_unreadable_image_is_named_and_all_others_are_predicted(trained, shapes, tmp_path):
     broken, out = tmp_path / "broken.jpg", tmp_path / "out"
     broken.write_bytes(b"not a picture")
     images = [str(broken), *sorted(map(str, (shapes / "tiny").glob("*.jpg")))[:2]]
@@ -233,13 +231,13 @@ def test_predictions_have_the_data_sets_own_category_ids(command, shapes, tmp_pa
 
 
 @pytest.mark.long
-def test_mixed_precision_can_be_turned_on_at_a_resume(command):
+def test_mixed_precision_can_be_enabled_when_resuming(command):
     train(command(**{"SOLVER.MAX_ITER": "1", "SOLVER.STEPS": "()"}))
     amp = {"SOLVER.AMP.ENABLED": "True", "SOLVER.AMP.DTYPE": "float16"}
     train(command("--resume", **{**amp, "SOLVER.MAX_ITER": "2", "SOLVER.STEPS": "(1,)"}))
 
 
-def test_a_checkpoint_without_its_config_is_answered_with_what_to_do(tmp_path):
+def test_a_checkpoint_without_its_config_is_an_error_with_a_remedy(tmp_path):
     path = tmp_path / "model.pth"
     torch.save({"model": {}}, path)
     with pytest.raises(UserError, match="--config-file"):
@@ -249,7 +247,7 @@ def test_a_checkpoint_without_its_config_is_answered_with_what_to_do(tmp_path):
 
 
 @pytest.mark.long
-def test_a_command_that_was_started_again_resumes_and_one_started_anew_forgets(
+def test_a_restarted_command_resumes_but_a_new_one_starts_from_scratch(
     command, tmp_path, monkeypatch
 ):
     short = {"SOLVER.MAX_ITER": "1", "SOLVER.STEPS": "()"}

@@ -37,7 +37,7 @@ def city(tmp_path, monkeypatch):
     MetadataCatalog.remove("city")
 
 
-def test_a_semantic_segmentation_of_cityscapes_has_the_iou_of_a_count_by_hand(city, tmp_path):
+def test_the_iou_of_cityscapes_segmentations_equals_a_count_by_hand(city, tmp_path):
     ids, _, record = city
     train_ids = np.vectorize(lambda value: labels.id2label[value].trainId)(ids)
     predicted = train_ids.copy()

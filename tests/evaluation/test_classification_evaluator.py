@@ -23,7 +23,7 @@ def evaluated(logits, labels, expected=None, batch=7, **options):
 
 
 @pytest.mark.parametrize("classes", [3, 5, 12])
-def test_errors_are_those_of_a_plain_count(classes):
+def test_errors_equal_a_simple_count(classes):
     generator = torch.Generator().manual_seed(classes)
     logits = torch.randn(50, classes, generator=generator)
     labels = torch.randint(classes, (50,), generator=generator)
@@ -49,7 +49,7 @@ def test_predictions_are_kept_in_order_with_logits():
     assert evaluator.predictions[3]["top"] == logits[3].topk(5).indices.tolist()
 
 
-def test_predictions_come_in_the_order_of_the_data_and_are_written(tmp_path):
+def test_predictions_are_written_in_the_order_of_the_data(tmp_path):
     logits, labels = torch.randn(6, 3), torch.tensor([2, 1, 0, 0, 1, 2])
     evaluator = ClassificationEvaluator(3, 6, output_dir=str(tmp_path / "val"))
     for part in ([3, 4, 5], [0, 1, 2]):  # the order in which two workers deliver them
@@ -71,7 +71,7 @@ def test_predictions_come_in_the_order_of_the_data_and_are_written(tmp_path):
     assert written["probability"] == pytest.approx(expected.tolist(), abs=1e-5)
 
 
-def test_a_second_round_starts_anew():
+def test_a_second_evaluation_starts_from_scratch():
     evaluator, first = evaluated(torch.randn(9, 6), torch.zeros(9, dtype=torch.int64))
     evaluator.reset()
     evaluator.process({"label": torch.tensor([1]), "key": ["a"]}, torch.eye(6)[1:2])
@@ -80,12 +80,12 @@ def test_a_second_round_starts_anew():
 
 
 @pytest.mark.parametrize("expected", [8, 10])
-def test_other_than_the_images_of_the_data_set_is_an_error(expected):
+def test_images_outside_the_data_set_are_an_error(expected):
     with pytest.raises(UserError, match=f"9 images were evaluated; expected {expected}"):
         evaluated(torch.randn(9, 6), torch.zeros(9, dtype=torch.int64), expected)
 
 
-def test_logits_that_are_not_finite_and_other_classes_are_refused():
+def test_non_finite_logits_and_other_classes_are_rejected():
     logits = torch.randn(9, 6)
     logits[8, 2] = torch.nan
     with pytest.raises(UserError, match="not finite; the first image is 8"):

@@ -94,7 +94,7 @@ def evaluate(evaluator: COCOEvaluator, found: list[tuple[dict, dict]]) -> dict:
 
 @pytest.mark.parametrize("masks", [False, True], ids=["boxes", "masks"])
 @pytest.mark.long
-def test_every_number_is_pycocotools_own(truth, masks, monkeypatch):
+def test_every_metric_equals_pycocotools(truth, masks, monkeypatch):
     found = predictions(truth, masks)
     expected = evaluate(COCOEvaluator("metrics_test", use_fast_impl=False), found)
     slow = []
@@ -111,7 +111,7 @@ def test_every_number_is_pycocotools_own(truth, masks, monkeypatch):
 
 
 @pytest.mark.long
-def test_the_twelve_numbers_agree(truth, monkeypatch):
+def test_the_twelve_coco_metrics_equal_pycocotools(truth, monkeypatch):
     """Compare all twelve COCO metrics. Detectron2 reports only six of them, without recall."""
     stats = []
     derive = COCOEvaluator._derive_coco_results
@@ -129,7 +129,7 @@ def test_the_twelve_numbers_agree(truth, monkeypatch):
     np.testing.assert_allclose(stats[1], stats[0], rtol=0, atol=1e-9)
 
 
-def test_without_faster_coco_eval_pycocotools_takes_over(truth, monkeypatch):
+def test_without_faster_coco_eval_pycocotools_is_used(truth, monkeypatch):
     found = predictions(truth, masks=False)
     fast = evaluate(FastCOCOEvaluator("metrics_test"), found)
     monkeypatch.setattr(coco_metrics, "faster_coco_eval", None)

@@ -42,7 +42,7 @@ def image(objects, found, masks=False):
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
-def test_error_types_and_their_costs_are_tidecvs(case):
+def test_error_types_and_their_costs_equal_tidecvs(case):
     images = [image(one["objects"], one["detections"], case["masks"]) for one in case["images"]]
     names = [str(label) for label in range(case["classes"])]
     found = diagnose(*zip(*images, strict=True), names)
@@ -81,7 +81,7 @@ def by_hand():
     return diagnose(*zip(image(objects, found), missed, strict=True), ["cat", "dog"])
 
 
-def test_each_error_costs_what_a_count_by_hand_says(by_hand):
+def test_the_cost_of_each_error_equals_a_count_by_hand(by_hand):
     # Cat has 3 objects; its detections by score are false, true, false. The 34 of 101 recalls up to
     # 1/3 have a precision of 1/2. Dog has 1 object, and all its detections are false.
     base = 100 * 34 / 101 / 2 / 2
@@ -109,7 +109,7 @@ def test_each_error_costs_what_a_count_by_hand_says(by_hand):
     ]  # fmt: skip
 
 
-def test_confusions_and_thresholds_are_a_count_by_hand(by_hand):
+def test_confusions_and_thresholds_equal_a_count_by_hand(by_hand):
     assert by_hand["best"] == pytest.approx(
         {"threshold": 0.9, "precision": 1 / 3, "recall": 1 / 4, "F1": 2 / 7}
     )
@@ -122,7 +122,7 @@ def test_confusions_and_thresholds_are_a_count_by_hand(by_hand):
     assert by_hand["confusion"] == {"score": 0.9, "matrix": [[1, 1, 1], [0, 0, 1], [1, 0, 0]]}
 
 
-def test_groups_by_count_and_size_are_a_count_by_hand(by_hand):
+def test_groups_by_count_and_size_equal_a_count_by_hand(by_hand):
     one, more = by_hand["by_count"]
     assert (one["from"], one["to"], one["images"], one["objects"]) == (1, 1, 1, 1)
     assert (more["from"], more["to"], more["images"], more["objects"]) == (2, 4, 1, 3)
@@ -228,7 +228,7 @@ def same(value):
     return pytest.approx(value, abs=1e-9, nan_ok=True)
 
 
-def test_the_ap_of_all_classes_and_sizes_is_pycocotools(compared):
+def test_the_ap_of_all_classes_and_sizes_equals_pycocotools(compared):
     _, evaluation, found = compared
     stats = [percent(value) for value in evaluation.stats]
     assert [found["AP"], found["AP50"], found["AP75"]] == same(stats[:3])
@@ -242,7 +242,7 @@ def test_the_ap_of_all_classes_and_sizes_is_pycocotools(compared):
     assert 10 < found["AP"] < 90
 
 
-def test_precision_recall_curves_are_pycocotools(compared):
+def test_precision_recall_curves_equal_pycocotools(compared):
     _, evaluation, found = compared
     precision = evaluation.eval["precision"][:, :, :, 0, 2]
     for label, row in enumerate(found["classes"]):
@@ -255,7 +255,7 @@ def test_precision_recall_curves_are_pycocotools(compared):
         assert found["curves"][name] == pytest.approx(expected, abs=6e-5)
 
 
-def test_the_ap_by_count_is_pycocotools_on_these_images(compared):
+def test_the_ap_by_count_equals_pycocotools_on_these_images(compared):
     (truth, *rest), _, found = compared
     count = {one["id"]: 0 for one in truth["images"]}
     for row in truth["annotations"]:

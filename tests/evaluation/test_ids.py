@@ -200,7 +200,7 @@ def nontrivial(expected: tuple) -> int:
 
 
 @pytest.mark.long
-def test_200_sets_with_hostile_ids_equal_pycocotools_on_ids_from_1(evaluated):
+def test_200_data_sets_with_unusual_ids_equal_pycocotools_on_ids_from_1(evaluated):
     counts = [compared(Drawn(seed), evaluated) for seed in range(SETS)]
     # There are 12 metrics for boxes, 12 for masks and 10 for keypoints.
     assert sum(counts) > 10 * SETS
@@ -314,7 +314,7 @@ def test_reported_files_equal_pycocotools_on_ids_from_1(shared_data, evaluated):
 
 
 @pytest.mark.long
-def test_coco_images_with_hostile_ids_equal_pycocotools(shared_data, evaluated):
+def test_coco_images_with_unusual_ids_equal_pycocotools(shared_data, evaluated):
     file = shared_data / "coco128" / "annotations" / "instances_train2017.json"
     data = json.loads(file.read_text())
     outputs = displaced(data)

@@ -42,7 +42,7 @@ def expected_losses(cfg, model) -> dict[str, float]:
 
 @pytest.mark.long
 @pytest.mark.parametrize("config", ["faster_rcnn_se_r50", "retinanet_se_r50"])
-def test_losses_are_those_of_plain_detectron2_and_leave_the_model_as_it_was(few, config):
+def test_losses_equal_detectron2s_and_the_model_is_unchanged(few, config):
     # Group norm gives the same results in training and evaluation mode.
     overrides = {"MODEL.RESNETS.NORM": "GN", "MODEL.FPN.OUT_CHANNELS": "16"}
     cfg = few(config=f"configs/{config}.yaml", **overrides)
@@ -66,7 +66,7 @@ def test_losses_are_those_of_plain_detectron2_and_leave_the_model_as_it_was(few,
 
 
 @pytest.mark.long
-def test_an_evaluation_computes_the_losses_if_they_are_wanted(few):
+def test_an_evaluation_computes_the_losses_on_request(few):
     options = {"TEST.LOSS": "True", "TEST.BEST_METRIC": "validation/total_loss"}
     cfg = few(**options)
     model = Trainer.build_model(cfg)

@@ -63,7 +63,9 @@ def _again(package, name):
     [*ROUND_TRIPS, *(pytest.param(*case, marks=slow) for case in SLOW_ROUND_TRIPS)],
 )
 @pytest.mark.long
-def test_there_and_back_the_peer_loads_it_strictly(package, theirs, ours, to, suffix, tmp_path):
+def test_round_trip_conversion_loads_strictly_in_the_other_library(
+    package, theirs, ours, to, suffix, tmp_path
+):
     model = peer(package, theirs)
     path = save(model, tmp_path / "peer.pth")
     own, back = tmp_path / f"own{suffix}", tmp_path / f"back{suffix}"
@@ -81,7 +83,7 @@ def test_there_and_back_the_peer_loads_it_strictly(package, theirs, ours, to, su
 
 
 @pytest.mark.long
-def test_mmpretrains_names(tmp_path):
+def test_a_round_trip_to_mmpretrain_is_exact(tmp_path):
     model = randomise(published.MMClassifier(50, se=True))
     path = save(model, tmp_path / "mm.pth")
     convert_file(path, tmp_path / "own.pth")
@@ -92,7 +94,7 @@ def test_mmpretrains_names(tmp_path):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_name_that_a_format_gives_is_read_as_what_it_was(name):
+def test_every_converted_name_is_read_back_as_the_original(name):
     form = FORMATS[name]
     family = FAMILIES[form.family]
     for network in sorted(form.networks & {"resnet18", "se_resnet18", "se_resnet50", "senet154"}):
@@ -112,7 +114,7 @@ def _detectron2_backbone(stride_in_1x1):
 
 @pytest.mark.parametrize("to", ["pkl", "own and pkl"])
 @pytest.mark.long
-def test_detectron2_loads_a_pkl_with_nothing_missing(to, tmp_path):
+def test_detectron2_loads_a_pkl_without_missing_tensors(to, tmp_path):
     model = peer("torchvision", "resnet50")
     path = save(model, tmp_path / "r50.pth")
     if to == "own and pkl":
@@ -134,7 +136,7 @@ def test_detectron2_loads_a_pkl_with_nothing_missing(to, tmp_path):
 
 
 @pytest.mark.long
-def test_a_pkl_goes_into_a_detectors_backbone_by_detectron2s_own_loader(tmp_path):
+def test_detectron2s_loader_loads_a_pkl_into_a_detectors_backbone(tmp_path):
     path = save(peer("timm", "legacy_seresnet18"), tmp_path / "x.pth")
     convert_file(path, tmp_path / "x.pkl", family="timm_legacy")
     model = detector("se_resnet18", STEM_POOL="ceil")
@@ -147,7 +149,7 @@ def test_a_pkl_goes_into_a_detectors_backbone_by_detectron2s_own_loader(tmp_path
 
 
 @pytest.mark.long
-def test_a_whole_detector_is_converted_with_its_heads(tmp_path):
+def test_a_complete_detector_is_converted_with_its_heads(tmp_path):
     model = detector("se_resnet18")
     save_weights(model, tmp_path / "whole.pth")
     comparison = convert_file(tmp_path / "whole.pth", tmp_path / "whole.pkl", check=True)
@@ -162,7 +164,7 @@ def test_a_whole_detector_is_converted_with_its_heads(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".pkl"])
 @pytest.mark.long
-def test_the_metadata_travels_inside(suffix, tmp_path):
+def test_converted_files_contain_the_metadata(suffix, tmp_path):
     path = save(peer("timm", "legacy_seresnet18"), tmp_path / "x.pth")
     out = tmp_path / f"out{suffix}"
     convert_file(path, out, family="timm_legacy")
@@ -178,7 +180,7 @@ def test_the_metadata_travels_inside(suffix, tmp_path):
 
 
 @pytest.mark.long
-def test_the_origin_travels_in_other_projects_files_too(tmp_path):
+def test_converted_files_of_other_projects_contain_the_origin(tmp_path):
     path = save(peer("torchvision", "resnet18"), tmp_path / "x.pth")
     for suffix in (".pth", ".safetensors"):
         convert_file(path, tmp_path / f"tv{suffix}", to="torchvision")
@@ -208,7 +210,7 @@ def test_the_origin_travels_in_other_projects_files_too(tmp_path):
     ],
 )
 @pytest.mark.long
-def test_what_the_other_project_can_not_express_is_refused(ours, options, to, words, tmp_path):
+def test_features_that_the_other_project_lacks_are_rejected(ours, options, to, words, tmp_path):
     # All tensors fit in each of these cases, so only the checks can detect the difference.
     save_weights(create_classifier(ours, **options), tmp_path / "own.pth")
     with pytest.raises(UserError, match=words):
@@ -217,7 +219,7 @@ def test_what_the_other_project_can_not_express_is_refused(ours, options, to, wo
 
 
 @pytest.mark.long
-def test_pixels_that_the_other_project_does_not_take_are_refused(tmp_path):
+def test_preprocessing_that_the_other_project_lacks_is_rejected(tmp_path):
     model = randomise(published.PlainClassifier(18))
     path = published_bgr(model, tmp_path)
     with pytest.raises(UserError, match="format is BGR for the file's network and RGB"):
@@ -234,7 +236,7 @@ def published_bgr(model, tmp_path) -> Path:
 
 
 @pytest.mark.long
-def test_a_file_that_states_nothing_is_not_taken_for_the_others(tmp_path):
+def test_a_file_without_metadata_is_not_detected_as_another_projects(tmp_path):
     torch.save(create_classifier("resnet18").state_dict(), tmp_path / "bare.pth")
     with pytest.raises(
         UserError, match="stem_pool is not specified.*\n.*does not specify the preprocessing"
@@ -243,7 +245,7 @@ def test_a_file_that_states_nothing_is_not_taken_for_the_others(tmp_path):
 
 
 @pytest.mark.long
-def test_a_file_that_lacks_tensors_is_refused_before_anything_is_written(tmp_path):
+def test_a_file_with_missing_tensors_is_rejected_before_writing(tmp_path):
     state = peer("torchvision", "resnet18").state_dict()
     del state["layer4.1.bn2.running_var"]
     torch.save(state, tmp_path / "x.pth")
@@ -257,7 +259,7 @@ def test_a_file_that_lacks_tensors_is_refused_before_anything_is_written(tmp_pat
 
 
 @pytest.mark.long
-def test_detectron1s_folded_norms_go_into_frozen_ones_alone(tmp_path, caplog):
+def test_detectron1s_folded_norms_only_load_into_frozen_norms(tmp_path, caplog):
     caplog.set_level("INFO", "senet_transfer")
     model = randomise(published.PlainClassifier(50, stride_in_1x1=True))
     path = published.write_detectron1(model, tmp_path / "R-50.pkl")
@@ -269,7 +271,7 @@ def test_detectron1s_folded_norms_go_into_frozen_ones_alone(tmp_path, caplog):
 
 
 @pytest.mark.long
-def test_a_file_is_not_replaced_unless_forced_and_never_half_written(tmp_path, monkeypatch):
+def test_a_file_is_replaced_only_if_forced_and_atomically(tmp_path, monkeypatch):
     path = save(peer("torchvision", "resnet18"), tmp_path / "x.pth")
     out = tmp_path / "out.pth"
     out.write_bytes(b"mine")
@@ -321,16 +323,16 @@ def test_a_check_that_fails_is_an_error_and_keeps_the_existing_file(tmp_path, mo
         ("x.pth", "keras", "can't be converted to 'keras'"),
     ],
 )
-def test_a_suffix_or_target_that_is_none_is_refused(out, to, words, tmp_path):
+def test_an_invalid_suffix_or_target_is_rejected(out, to, words, tmp_path):
     with pytest.raises(UserError, match=words):
         convert_file("absent.pth", tmp_path / out, to=to)
 
 
-def test_every_format_is_read_as_a_family_that_is_known():
+def test_every_format_is_read_as_a_known_family():
     assert all(family_of(name) in FAMILIES for name in FORMATS)
 
 
-def test_the_command_line(tmp_path, run_python):
+def test_the_command_line_converts_and_reports_errors(tmp_path, run_python):
     path = save(peer("torchvision", "resnet18"), tmp_path / "x.pth")
     command = ("tools/convert_weights.py", path, tmp_path / "out.safetensors")
     done = run_python(*command, "--check")

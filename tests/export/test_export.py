@@ -85,7 +85,7 @@ VARIANTS = [
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.long
-def test_a_gate_that_starts_from_the_input_of_its_convolution_stays_the_same(variant):
+def test_a_gate_computed_from_its_convolutions_input_is_unchanged(variant):
     # Compare eager outputs, gradients of the images, compiled outputs, and outputs with autocast.
     narrow = {"width_per_group": 16, "res2_out_channels": 64}
     options = {"out_features": ["res3"], "in_channels": 5, **narrow, **variant}
@@ -117,7 +117,7 @@ def classifier() -> nn.Module:
 
 @pytest.mark.parametrize("form", ["onnx", "torch_export", "torchscript"])
 @pytest.mark.long
-def test_a_written_classifier_computes_the_same(classifier, tmp_path, form):
+def test_a_saved_classifier_computes_the_same(classifier, tmp_path, form):
     path = tmp_path / f"model{formats.FORMATS[form]}"
     options = {"form": form, "preprocessing": classifier.preprocessing, "size": (64, 48)}
     # export_network compares outputs itself, with a different batch size than for tracing.
@@ -126,9 +126,7 @@ def test_a_written_classifier_computes_the_same(classifier, tmp_path, form):
 
 
 @pytest.mark.long
-def test_exporting_leaves_the_model_on_its_device_and_in_its_mode(
-    classifier, tmp_path, monkeypatch
-):
+def test_exporting_preserves_the_models_device_and_mode(classifier, tmp_path, monkeypatch):
     moved, move = [], nn.Module._apply
 
     def noted(module, *args, **kwargs):
@@ -241,7 +239,7 @@ def test_hidden_layers_are_exported_in_every_format(form, tmp_path):
 
 
 @pytest.mark.long
-def test_a_file_that_computes_something_else_is_refused(classifier, tmp_path, monkeypatch):
+def test_a_file_with_different_outputs_is_rejected(classifier, tmp_path, monkeypatch):
     def wrong(model: nn.Module) -> nn.Module:
         model = deploy(model)
         model.backbone.res4[0].conv1.bias.data += 0.5
@@ -258,7 +256,7 @@ def test_a_file_that_computes_something_else_is_refused(classifier, tmp_path, mo
 
 
 @pytest.mark.long
-def test_onnx_runs_without_torch_as_the_evaluation_does(classifier, tmp_path):
+def test_onnx_without_torch_equals_the_evaluation(classifier, tmp_path):
     # Classify an image file. The top classes must equal those of eval_classifier.py.
     preprocessing = Preprocessing(
         format="BGR", mean=(90.0, 100.0, 110.0), std=(50.0, 60.0, 70.0), resize=72, crop=64
@@ -324,7 +322,7 @@ def test_a_traced_detector_finds_the_same_objects(tmp_path):
     ],
 )
 @pytest.mark.long
-def test_what_makes_no_sense_is_refused(arguments, words, monkeypatch, capsys):
+def test_invalid_arguments_are_rejected(arguments, words, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["tools/export.py", *arguments])
     with pytest.raises(SystemExit):

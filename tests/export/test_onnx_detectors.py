@@ -119,7 +119,7 @@ def test_a_small_mask_rcnn_detects_the_same_in_onnx_runtime_without_torch(small,
 
 
 @pytest.mark.long
-def test_a_file_that_detects_something_else_is_refused(small, tmp_path, monkeypatch):
+def test_a_file_with_different_detections_is_rejected(small, tmp_path, monkeypatch):
     loaded, _, images = small
 
     def wrong(network: torch.nn.Module) -> torch.nn.Module:
@@ -161,7 +161,7 @@ def test_openvino_detects_the_same(small):
         (["INPUT.FORMAT", "YUV-BT.601"], "INPUT.FORMAT is YUV-BT.601; expected RGB, BGR or L"),
     ],
 )
-def test_detectors_that_onnx_cannot_express_are_refused(options, words, tmp_path):
+def test_detectors_that_onnx_does_not_support_are_rejected(options, words, tmp_path):
     cfg = load_config(DEMO, ["MODEL.DEVICE", "cpu", *options])
     with pytest.raises(UserError, match=words):
         export_model(torch.nn.Identity(), cfg, str(tmp_path / "model.onnx"))

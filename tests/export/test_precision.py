@@ -86,14 +86,14 @@ def test_a_converted_classifier_has_small_weights_and_the_same_classes(
     assert 0 < np.linalg.norm(after - before) / np.linalg.norm(before) < most
 
 
-def test_images_without_classes_have_no_labels_and_a_missing_folder_is_refused(images, tmp_path):
+def test_unlabelled_images_are_used_and_a_missing_folder_is_rejected(images, tmp_path):
     assert images.labels().tolist() == np.repeat([0, 1, 2], 4).tolist()
     assert CalibrationImages(images.folder, images.transform, ["red", "blue"]).labels() is None
     with pytest.raises(UserError, match="There are no images in the folder"):
         CalibrationImages(str(tmp_path), images.transform).paths()
 
 
-def test_a_conversion_that_fails_leaves_the_earlier_file(tmp_path, monkeypatch):
+def test_a_failed_conversion_keeps_the_earlier_file(tmp_path, monkeypatch):
     cfg = load_config(str(Path(__file__).parents[2] / "configs/demo_places365_se_r18.yaml"))
     path, photos = tmp_path / "model.onnx", tmp_path / "photos"
     path.write_bytes(b"earlier")
@@ -120,7 +120,7 @@ def test_a_conversion_that_fails_leaves_the_earlier_file(tmp_path, monkeypatch):
         ("configs/demo_faster_rcnn_se_r18.yaml", "model.onnx", "photos"),
     ],
 )
-def test_what_cannot_be_converted_is_refused(config, output, folder, tmp_path):
+def test_files_that_cannot_be_converted_are_rejected(config, output, folder, tmp_path):
     cfg = load_config(str(Path(__file__).parents[2] / config))
     options = {"precision": "int8", "calibration": folder}
     with pytest.raises(UserError, match="requires a folder of images"):

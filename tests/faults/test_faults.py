@@ -27,7 +27,7 @@ def seeded(count: int) -> list[tuple[str, int]]:
 
 
 @pytest.mark.parametrize(("kind", "seed"), seeded(24))
-def test_a_run_killed_at_any_time_loses_nothing_that_was_saved(work, straight, kind, seed):
+def test_a_run_killed_at_any_time_loses_no_saved_state(work, straight, kind, seed):
     draw = random.Random(seed)
     unbroken, lasts = straight(kind)
     run = work(kind)
@@ -46,7 +46,7 @@ def test_a_run_killed_at_any_time_loses_nothing_that_was_saved(work, straight, k
 
 
 @pytest.mark.parametrize(("kind", "seed"), seeded(12))
-def test_a_run_killed_while_it_writes_leaves_no_part_of_a_file(work, straight, kind, seed):
+def test_a_run_killed_while_writing_leaves_no_partial_file(work, straight, kind, seed):
     draw = random.Random(seed)
     unbroken, _ = straight(kind)
     run = work(kind)
@@ -65,7 +65,7 @@ def test_a_run_killed_while_it_writes_leaves_no_part_of_a_file(work, straight, k
 
 
 @pytest.mark.parametrize(("kind", "seed"), seeded(8))
-def test_a_run_told_to_stop_finishes_the_step_saves_and_says_so(work, straight, kind, seed):
+def test_a_run_stopped_by_a_signal_finishes_the_step_saves_and_logs_it(work, straight, kind, seed):
     draw = random.Random(seed)
     unbroken, lasts = straight(kind)
     run = work(kind)
@@ -85,7 +85,7 @@ def test_a_run_told_to_stop_finishes_the_step_saves_and_says_so(work, straight, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_a_run_at_once(work, straight, number):
+def test_a_second_signal_stops_a_run_immediately(work, straight, number):
     run = work("folder")
     process = run.start(harm=harms.slow_steps)
     run.wait_for("Starting training", process)
@@ -169,7 +169,7 @@ def tag_elsewhere(folder, draw):
         (tag_elsewhere, 9),
     ],
 )
-def test_where_the_newest_checkpoint_is_damaged_the_one_before_it_is_used(
+def test_if_the_newest_checkpoint_is_damaged_the_previous_one_is_used(
     half, straight, damage, start
 ):
     seed = len(damage.__name__)
@@ -182,7 +182,7 @@ def test_where_the_newest_checkpoint_is_damaged_the_one_before_it_is_used(
     run.assert_ends_as(straight(kind)[0])
 
 
-def test_where_no_checkpoint_is_whole_the_run_says_which_and_changes_none(half):
+def test_if_all_checkpoints_are_damaged_they_are_named_and_unchanged(half):
     run = half("folder")
     for number in (2, 5, 8):
         os.truncate(run.folder / f"model_{number:07d}.pth", 5)
@@ -192,7 +192,7 @@ def test_where_no_checkpoint_is_whole_the_run_says_which_and_changes_none(half):
 
 
 @pytest.mark.parametrize(("kind", "seed"), seeded(8))
-def test_a_disk_that_is_full_ends_the_run_with_the_reason(half, work, straight, kind, seed):
+def test_a_full_disk_stops_the_run_with_the_reason(half, work, straight, kind, seed):
     unbroken, _ = straight(kind)
     size = (unbroken.folder / "model_0000002.pth").stat().st_size
     room = functools.partial(harms.full_at_byte, random.Random(seed).randrange(size // 10, size))
@@ -208,7 +208,7 @@ def test_a_disk_that_is_full_ends_the_run_with_the_reason(half, work, straight, 
     run.assert_ends_as(unbroken)
 
 
-def test_a_folder_that_becomes_read_only_ends_the_run_with_the_reason(work, straight):
+def test_a_folder_that_becomes_read_only_stops_the_run_with_the_reason(work, straight):
     run = work("folder")
     process = run.start(harm=harms.obey_permissions)
     run.wait_for("Starting training", process)
@@ -224,7 +224,7 @@ def test_a_folder_that_becomes_read_only_ends_the_run_with_the_reason(work, stra
 
 
 @pytest.mark.parametrize(("kind", "seed"), [("shards", 0), ("detection", 1), ("folder", 2)])
-def test_a_process_that_dies_takes_the_job_down_and_nothing_is_lost(work, straight, kind, seed):
+def test_a_process_that_dies_stops_the_job_and_nothing_is_lost(work, straight, kind, seed):
     draw = random.Random(seed)
     unbroken, lasts = straight(kind, ranks=2)
     run = work(kind)
@@ -238,7 +238,7 @@ def test_a_process_that_dies_takes_the_job_down_and_nothing_is_lost(work, straig
 
 
 @pytest.mark.parametrize(("kind", "seed"), [("shards", 0), ("detection", 1), ("folder", 2)])
-def test_of_two_processes_one_is_told_to_stop_and_both_save_and_stop(work, straight, kind, seed):
+def test_a_signal_to_one_of_two_processes_makes_both_save_and_stop(work, straight, kind, seed):
     draw = random.Random(seed)
     unbroken, lasts = straight(kind, ranks=2)
     run = work(kind)
@@ -253,7 +253,7 @@ def test_of_two_processes_one_is_told_to_stop_and_both_save_and_stop(work, strai
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("iteration", [0, 7])
-def test_a_loss_that_is_no_number_stops_all_processes_before_the_step(work, ranks, iteration):
+def test_a_non_finite_loss_stops_all_processes_before_the_step(work, ranks, iteration):
     run = work("shards")
     harm = functools.partial(harms.poison, (iteration,), ranks - 1)
     processes = run.start_ranks(ranks=ranks, harm=harm) if ranks > 1 else [run.start(harm=harm)]
@@ -267,7 +267,7 @@ def test_a_loss_that_is_no_number_stops_all_processes_before_the_step(work, rank
 
 
 @pytest.mark.parametrize("iteration", [0, 1, 5])
-def test_data_that_one_process_cannot_read_stops_all(work, iteration):
+def test_data_that_one_process_cannot_read_stops_all_processes(work, iteration):
     run = work("shards")
     harm = functools.partial(harms.no_batch, iteration, 1)
     ranks = run.start_ranks(harm=harm)
@@ -277,7 +277,7 @@ def test_data_that_one_process_cannot_read_stops_all(work, iteration):
 
 @pytest.mark.parametrize("harm", [harms.poison, harms.raise_in_the_model])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_so_many_steps_without_a_number_are_left_out_as_are_allowed(work, ranks, harm):
+def test_the_allowed_number_of_non_finite_steps_is_skipped(work, ranks, harm):
     run = work("shards", "SOLVER.MAX_NONFINITE_STEPS", "3")
     harm = functools.partial(harm, (0, 1, 5), ranks - 1)
     processes = run.start_ranks(ranks=ranks, harm=harm) if ranks > 1 else [run.start(harm=harm)]

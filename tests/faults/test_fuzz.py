@@ -83,7 +83,7 @@ VALUES = (
 @example(b"_BASE_: [1]")
 @example(b"_BASE_: /dev/null")
 @example(b"VERSION: 1\nMODEL: {WEIGHTS: x}")
-def test_any_config_file_is_read_or_refused(content):
+def test_any_config_file_is_read_or_rejected(content):
     path = SCRATCH / "c.yaml"
     path.write_bytes(content)
     with contextlib.suppress(UserError):
@@ -92,7 +92,7 @@ def test_any_config_file_is_read_or_refused(content):
 
 @fuzz(300)
 @given(st.lists(st.sampled_from(KEYS) | st.text(max_size=12) | VALUES.map(repr), max_size=4))
-def test_any_options_are_taken_or_refused(options):
+def test_any_options_are_accepted_or_rejected(options):
     with contextlib.suppress(UserError):
         load_config("", options)
 
@@ -105,7 +105,7 @@ def test_any_options_are_taken_or_refused(options):
 @example("folder", "SOLVER.LR_SCHEDULER_NAME", "x")
 @example("folder", "INPUT.CLASSIFICATION.SCALE", [2, 1])
 @example("folder", "MODEL.SE.RATIO", 0)
-def test_a_key_of_any_value_is_trained_with_or_refused(words, kind, key, value):
+def test_any_value_of_a_key_is_trained_with_or_rejected(words, kind, key, value):
     options = [*words[kind], "OUTPUT_DIR", str(SCRATCH / "run"), key, repr(value)]
     try:
         Trainer(setup(run_options(argument_parser().parse_args(options))))
@@ -184,7 +184,7 @@ FRAGMENTS = ["", "null", "true", "-1", "0", "1e999", "NaN", "[]", "{}", "[[1]]",
 @pytest.mark.parametrize("name", FORMAT_FILES)
 @fuzz(80)
 @given(st.data())
-def test_other_formats_with_any_change_are_read_or_refused(name, data):
+def test_other_formats_with_any_change_are_read_or_rejected(name, data):
     text, suffix = FORMAT_FILES[name], {"voc": "xml", "yolo": "yaml", "cvat": "xml"}
     if not (SCRATCH / "a.png").exists():
         make_images(
@@ -204,7 +204,7 @@ def test_other_formats_with_any_change_are_read_or_refused(name, data):
 
 @fuzz(400)
 @given(st.lists(st.tuples(st.sampled_from(PLACES), JSON), min_size=1, max_size=3))
-def test_annotations_with_any_values_are_read_or_refused(changes):
+def test_annotations_with_any_values_are_read_or_rejected(changes):
     data = json.loads(json.dumps(BOXES))
     for path, value in changes:
         holder = {"": data}
@@ -219,7 +219,7 @@ def test_annotations_with_any_values_are_read_or_refused(changes):
 
 @fuzz(200)
 @given(st.data())
-def test_damaged_annotation_files_are_read_or_refused(data):
+def test_damaged_annotation_files_are_read_or_rejected(data):
     read_boxes(damaged(data, json.dumps(BOXES).encode()))
 
 
@@ -281,7 +281,7 @@ def damaged(data: st.DataObject, content: bytes) -> bytes:
 
 @fuzz(600)
 @given(st.data())
-def test_damaged_images_are_read_or_refused(data):
+def test_damaged_images_are_read_or_rejected(data):
     content = damaged(data, data.draw(st.sampled_from(IMAGES)))
     for decode in (decode_exact, decode_fast):
         with contextlib.suppress(BrokenImageError):
@@ -293,7 +293,7 @@ def test_damaged_images_are_read_or_refused(data):
         mapper({"file_name": str(path), "image_id": 1, "width": 32, "height": 24})
 
 
-def test_an_image_that_asks_for_gigabytes_is_refused_before_it_gets_them(tmp_path):
+def test_an_image_that_would_take_gigabytes_is_rejected_before_allocation(tmp_path):
     bomb = bytearray(encoded("PNG"))
     bomb[16:24] = (60_000).to_bytes(4, "big") * 2
     path = tmp_path / "bomb.png"
@@ -324,7 +324,7 @@ def read(content: bytes) -> None:
 
 @fuzz(400)
 @given(st.data())
-def test_damaged_shards_are_read_or_refused(data):
+def test_damaged_shards_are_read_or_rejected(data):
     read(damaged(data, shard()))
 
 
@@ -347,7 +347,7 @@ TYPES = st.sampled_from([tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarf
 
 @fuzz(300)
 @given(st.lists(st.tuples(NAMES, TYPES, st.binary(max_size=20)), max_size=6))
-def test_shards_with_any_members_are_read_or_refused(members):
+def test_shards_with_any_members_are_read_or_rejected(members):
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as tar:
         for name, kind, content in members:
@@ -368,7 +368,7 @@ LIST = b"a/b/one.jpg 0\na/b/two.jpg 1\n/c/three.jpg 2\n"
 
 @fuzz(300)
 @given(st.data())
-def test_damaged_lists_are_read_or_refused(data):
+def test_damaged_lists_are_read_or_rejected(data):
     text = damaged(data, LIST).decode(errors="replace")
     with contextlib.suppress(UserError):
         names, labels = read_list(text, "list.txt", data.draw(st.none() | st.just(3)))
@@ -379,7 +379,7 @@ def test_damaged_lists_are_read_or_refused(data):
 
 @fuzz(150)
 @given(data=st.data())
-def test_a_damaged_file_beside_the_shards_is_read_or_refused(words, data):
+def test_a_damaged_file_next_to_the_shards_is_read_or_rejected(words, data):
     whole = Path(words["shards"][-1].strip("(',)"))
     folder = SCRATCH / "shards"
     shutil.rmtree(folder, ignore_errors=True)
@@ -396,7 +396,7 @@ def test_a_damaged_file_beside_the_shards_is_read_or_refused(words, data):
 
 @fuzz(150)
 @given(data=st.data())
-def test_damaged_arrays_of_small_images_are_what_they_were_or_refused(words, data):
+def test_damaged_arrays_of_small_images_are_unchanged_or_rejected(words, data):
     whole = split_file(Path(words["memory"][-1].strip("(',)")), "train")
     path = split_file(SCRATCH, "train")
     path.write_bytes(damaged(data, whole.read_bytes()))
@@ -406,7 +406,7 @@ def test_damaged_arrays_of_small_images_are_what_they_were_or_refused(words, dat
 
 @fuzz(150)
 @given(data=st.data(), with_sum=st.booleans())
-def test_a_damaged_checkpoint_is_what_it_was_or_refused(straight, data, with_sum):
+def test_a_damaged_checkpoint_is_unchanged_or_rejected(straight, data, with_sum):
     whole = straight("memory")[0].folder / "model_0000002.pth"
     path = SCRATCH / whole.name
     content = damaged(data, whole.read_bytes())

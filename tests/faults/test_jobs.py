@@ -71,7 +71,7 @@ def torchrun(run: runs.Work, *options: str, flags: tuple[str, ...] = ()) -> Comm
     return Command(*start, *flags, *run.words, "OUTPUT_DIR", str(run.folder))
 
 
-def test_under_torchrun_a_job_goes_on_after_kill_9_of_one_worker(work, straight):
+def test_under_torchrun_a_job_resumes_after_kill_9_of_one_worker(work, straight):
     unbroken, _ = straight("shards", ranks=2)
     run = work("shards")
     with torchrun(run, "--standalone", "--nproc-per-node", "2", "--max-restarts", "1") as job:
@@ -85,7 +85,7 @@ def test_under_torchrun_a_job_goes_on_after_kill_9_of_one_worker(work, straight)
     run.assert_ends_as(unbroken)
 
 
-def test_two_nodes_train_evaluate_and_resume_as_one_machine_does(work, straight, words):
+def test_two_nodes_train_evaluate_and_resume_like_one_machine(work, straight, words):
     unbroken, _ = straight("shards", ranks=2)
     keys = dict(zip(words["shards"][2::2], words["shards"][3::2], strict=True))
     evaluate = ("DATASETS.TEST", keys["DATASETS.TRAIN"], "INPUT.CLASSIFICATION.TEST_CROP", "32")
@@ -117,7 +117,7 @@ def test_two_nodes_train_evaluate_and_resume_as_one_machine_does(work, straight,
 
 
 @pytest.mark.parametrize("harm", ["stop", "kill"])
-def test_the_command_that_started_two_processes_ends_with_them(work, straight, harm):
+def test_the_command_that_started_two_processes_exits_with_them(work, straight, harm):
     unbroken, _ = straight("shards", ranks=2)
     run = work("shards")
     start = ["tools/train_net.py", "--num-gpus", "2", "--dist-url", "auto", *run.words]
@@ -137,7 +137,7 @@ def test_the_command_that_started_two_processes_ends_with_them(work, straight, h
     run.assert_ends_as(unbroken)
 
 
-def test_gradients_of_two_times_four_images_are_those_of_one_times_eight(work, words, disk):
+def test_gradients_of_two_times_four_images_equal_those_of_eight(work, words, disk):
     tree = Path(words["folder"][-1].strip("(',)"))
     eight = disk / "eight"
     for name, count in (("blue", 3), ("green", 3), ("red", 2)):
@@ -169,7 +169,7 @@ def test_gradients_of_two_times_four_images_are_those_of_one_times_eight(work, w
         torch.testing.assert_close(two[key], one[key], rtol=0, atol=1e-5)
 
 
-def test_another_number_of_processes_goes_on_and_is_told_to_be_approximate(half):
+def test_resuming_with_other_processes_is_logged_as_approximate(half):
     run = half("shards")
     processes = run.start_ranks("--resume", ranks=2)
     assert [runs.end_of(process) for process in processes] == [0, 0], run.output()[-3000:]
@@ -177,7 +177,7 @@ def test_another_number_of_processes_goes_on_and_is_told_to_be_approximate(half)
     assert "Resumed approximately: processes 1 before, 2 now." in run.output()
 
 
-def test_another_batch_size_goes_on_and_is_told_to_be_approximate(half):
+def test_resuming_with_another_batch_size_is_logged_as_approximate(half):
     run = half("folder")
     run.words = [*run.words, "SOLVER.IMS_PER_BATCH", "2"]
     assert run.run("--resume") == 0, run.output()[-3000:]

@@ -28,7 +28,7 @@ def test_cutouts_area_is_clipped_at_the_border(row, column, height, width):
 
 
 @pytest.mark.parametrize("size", [8, 16])
-def test_cutouts_area_over_all_centres_is_that_of_the_paper(size):
+def test_cutouts_mean_area_equals_the_papers(size):
     centres = torch.cartesian_prod(torch.arange(32), torch.arange(32))
     cut = cut_out(torch.ones(1024, 1, 32, 32), centres, size)
     lengths = [min(c + size // 2, 32) - max(c - size // 2, 0) for c in range(32)]

@@ -14,7 +14,7 @@ WEIGHT = torch.tensor([0.5, 2.0, 0.0, 1.0, 3.0], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
-def test_with_two_classes_it_is_torchvisions_sigmoid_focal_loss(gamma):
+def test_with_two_classes_it_equals_torchvisions_sigmoid_focal_loss(gamma):
     logits, labels = LOGITS[:, :2], LABELS % 2
     difference = logits[:, 1] - logits[:, 0]
     expected = sigmoid_focal_loss(difference, labels.double(), -1, gamma, reduction="mean")
@@ -24,13 +24,13 @@ def test_with_two_classes_it_is_torchvisions_sigmoid_focal_loss(gamma):
 @pytest.mark.parametrize("target", [LABELS, SOFT], ids=["labels", "probabilities"])
 @pytest.mark.parametrize("weight", [None, WEIGHT], ids=["equal", "weighted"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_with_gamma_0_it_is_the_cross_entropy(target, weight, smoothing):
+def test_with_gamma_0_it_equals_the_cross_entropy(target, weight, smoothing):
     expected = F.cross_entropy(LOGITS, target, weight, label_smoothing=smoothing)
     options = {"gamma": 0.0, "weight": weight, "label_smoothing": smoothing}
     torch.testing.assert_close(softmax_focal_loss(LOGITS, target, **options), expected)
 
 
-def test_it_is_the_weighted_mean_of_lin_et_als_formula():
+def test_it_equals_the_weighted_mean_of_lin_et_als_formula():
     p = LOGITS.softmax(1)[torch.arange(6), LABELS]
     each = -WEIGHT[LABELS] * (1 - p) ** 2 * p.log()
     found = softmax_focal_loss(LOGITS, LABELS, gamma=2.0, weight=WEIGHT)

@@ -86,7 +86,7 @@ def gradients(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str, t
     [{}, {"kernel": 3}, {"excitation": "tanh", "bias": False}],
     ids=["1x1", "3x3", "tanh"],
 )
-def test_values_gradients_and_statistics_are_those_of_the_statement(norm, layout, options):
+def test_values_gradients_and_statistics_equal_the_reference(norm, layout, options):
     ours, theirs = both(norm, **options)
     x, y = maps(layout)
     found, expected = gradients(ours, x, y), gradients(theirs, x, y)
@@ -106,7 +106,7 @@ def test_values_gradients_and_statistics_are_those_of_the_statement(norm, layout
     ],
 )
 @pytest.mark.long
-def test_gradients_are_those_of_finite_differences(norm, node, few, monkeypatch):
+def test_gradients_equal_finite_differences(norm, node, few, monkeypatch):
     monkeypatch.setattr(module, "_FEW_POSITIONS", few)
     ours = Sum(norm).double()
     x, y = maps(n=2, side=2)
@@ -153,7 +153,7 @@ def test_without_gradients_the_result_is_the_same(norm, layout, kernel, side):
 
 
 @every_norm
-def test_a_gate_or_a_convolution_that_does_not_learn_changes_nothing_else(norm):
+def test_a_frozen_gate_or_convolution_does_not_change_other_gradients(norm):
     for frozen in ("se", "conv"):
         ours, theirs = both(norm)
         x, y = maps()
@@ -171,7 +171,7 @@ def test_a_gate_or_a_convolution_that_does_not_learn_changes_nothing_else(norm):
 
 @every_norm
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_autocast_is_as_exact_as_the_statement_under_autocast(norm, layout):
+def test_autocast_is_as_exact_as_the_reference_under_autocast(norm, layout):
     exact = gradients(both(norm)[1], *maps(n=8, side=12))
     errors = {}
     for stated in (False, True):
@@ -195,7 +195,7 @@ def test_autocast_is_as_exact_as_the_statement_under_autocast(norm, layout):
 @every_norm
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.long
-def test_compiled_whole_it_computes_the_same(norm, backend):
+def test_compiled_as_one_graph_it_computes_the_same(norm, backend):
     ours, theirs = both(norm)
     x, y = maps()
     compiled = torch.compile(ours, backend=backend, fullgraph=True)
@@ -221,7 +221,7 @@ def test_backward_can_be_called_again_and_under_checkpointing(norm):
 
 
 @every_norm
-def test_hooks_are_called_where_there_are_any(norm):
+def test_registered_hooks_are_called(norm):
     for name in ("conv", "conv.norm", "se.fc1", "se.fc2"):
         ours, theirs = both(norm)
         x, y = maps()
@@ -232,7 +232,7 @@ def test_hooks_are_called_where_there_are_any(norm):
 
 
 @pytest.mark.parametrize("norm", NORMS[1:])
-def test_functional_transforms_see_plain_operators(norm):
+def test_functional_transforms_use_plain_operators(norm):
     ours, theirs = both(norm)
     x, y = maps()
     found = torch.func.grad(lambda x: ours(x, y).square().sum())(x)
@@ -240,7 +240,7 @@ def test_functional_transforms_see_plain_operators(norm):
     torch.testing.assert_close(found, expected)
 
 
-def test_a_second_derivative_is_refused_not_wrong():
+def test_a_second_derivative_is_an_error_and_not_wrong():
     x, y = maps()
     for norm in NORMS:
         out = Sum(norm).double()(x, y)
@@ -252,7 +252,7 @@ def test_a_second_derivative_is_refused_not_wrong():
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
 @pytest.mark.parametrize(("name", "plain"), [("se_resnet50", "resnet50")])
 @pytest.mark.long
-def test_training_keeps_at_most_2_percent_more_than_without_gates(name, plain, norm):
+def test_training_saves_at_most_2_percent_more_than_without_gates(name, plain, norm):
     """Compare the bytes that autograd saves. With the plain product, it saves 20 to 50% more."""
     kept = {}
     for model in (name, plain):

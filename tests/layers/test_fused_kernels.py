@@ -571,7 +571,7 @@ def test_any_shape(form, norms, shape, last, gate, data):
 @pytest.mark.parametrize(
     "norm", ["BN", *[pytest.param(norm, marks=pytest.mark.slow) for norm in NORMS[1:3]]]
 )
-def test_gradients_are_those_of_finite_differences(norm):
+def test_gradients_equal_finite_differences(norm):
     if DEVICE == "cuda":
         pytest.skip("the kernels do not support float64 on a GPU")
     maps = [draw((2, size, 2, 2), DOUBLE, False, size).requires_grad_() for size in (4, 8)]
@@ -732,7 +732,7 @@ def test_autocast(name):
 
 @runs_kernels
 @pytest.mark.parametrize("frozen", ["norm", "se", "x"])
-def test_parts_that_do_not_learn_get_no_gradient(frozen):
+def test_frozen_parts_get_no_gradient(frozen):
     model = End(6).to(DEVICE, DOUBLE)
     maps = [draw((2, 6, 3, 3), DOUBLE, False, seed).requires_grad_() for seed in (1, 2)]
     everything = run(model, maps, [torch.ones_like(maps[0])])
@@ -787,7 +787,7 @@ def maps_of_rank(rank: int) -> list[torch.Tensor]:
 
 @runs_kernels
 @pytest.mark.slow
-def test_gradients_of_two_processes_are_the_mean_of_those_of_each(tmp_path):
+def test_gradients_of_two_processes_are_averaged(tmp_path):
     if not INTERPRETED:
         pytest.skip("two processes need two GPUs")
     multiprocessing.spawn(save_gradients, (tmp_path,), nprocs=2)
@@ -801,7 +801,7 @@ def test_gradients_of_two_processes_are_the_mean_of_those_of_each(tmp_path):
 
 @runs_kernels
 @pytest.mark.parametrize("norm", NORMS[:3])
-def test_a_gate_saves_no_feature_map_more(norm):
+def test_a_gate_saves_no_additional_feature_map(norm):
     """Compare the bytes that autograd saves with those of a plain block without a gate."""
     inputs = draw((2, 4, 24, 24), DOUBLE, False, 1).requires_grad_()
     shortcut = draw((2, 8, 24, 24), DOUBLE, False, 2).requires_grad_()
@@ -1109,7 +1109,7 @@ def test_hooks_are_called():
 
 
 @runs_kernels
-def test_one_value_per_channel_is_pytorch_s_error():
+def test_one_value_per_channel_raises_pytorchs_error():
     conv = Conv2d(4, 8, 1, bias=False, norm=get_norm("BN", 8)).to(DEVICE, DOUBLE)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         conv_norm_relu(conv, draw((1, 4, 1, 1), DOUBLE, False, 1), True)
@@ -1152,9 +1152,7 @@ def test_auto_uses_the_kernels_only_on_a_gpu():
         ("BN", True, True, True, False),
     ],
 )
-def test_auto_fuses_what_is_faster_with_its_launches(
-    monkeypatch, norm, training, gate, compiling, fused
-):
+def test_auto_fuses_only_what_is_faster(monkeypatch, norm, training, gate, compiling, fused):
     monkeypatch.setattr(functions, "uses_kernels", lambda *_: True)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     norm, se = get_norm(norm, 4).train(training), SqueezeExcitation(4, ratio=2) if gate else None

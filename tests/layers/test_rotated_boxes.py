@@ -20,13 +20,13 @@ def random_boxes(count: int, seed: int, size: float = 60.0) -> torch.Tensor:
     return torch.cat([centre, sides, angle], 1)
 
 
-def test_every_operator_exists_once_the_models_are_imported():
+def test_every_operator_is_registered_when_the_models_are_imported():
     for name in ("box_iou_rotated", "nms_rotated", "roi_align_rotated_forward"):
         assert hasattr(torch.ops.detectron2, name)
     assert rotated_boxes.define_missing_operators() == []
 
 
-def test_the_iou_of_random_boxes_is_that_of_opencv():
+def test_the_iou_of_random_boxes_equals_opencvs():
     first, second = random_boxes(40, 1), random_boxes(50, 2)
     found = pairwise_iou_rotated(RotatedBoxes(first), RotatedBoxes(second))
     expected = np.zeros((40, 50))
@@ -98,7 +98,7 @@ def test_regions_without_rotation_are_aligned_as_by_torchvision(ratio):
     torch.testing.assert_close(other.grad, one.grad)
 
 
-def test_a_region_turned_by_90_degrees_is_the_region_of_the_turned_image():
+def test_a_region_rotated_by_90_degrees_equals_that_of_the_rotated_image():
     features = torch.rand(1, 2, 16, 16, generator=torch.Generator().manual_seed(7))
     box = torch.tensor([[0.0, 7, 5, 6, 4, 90]])
     found = roi_align_rotated(features, box, (4, 6), 1.0, 2)

@@ -34,13 +34,13 @@ def test_coefficients_are_uniform_and_differ_between_images_forward_and_backward
     assert abs(torch.corrcoef(torch.stack((alpha, beta)))[0, 1]) < 0.06
 
 
-def test_even_has_one_half_backward_alone():
+def test_even_uses_one_half_only_in_the_backward_pass():
     alpha, beta = coefficients(ShakeMix(even=True), 100)
     assert len(alpha.unique()) > 90
     assert (beta == 0.5).all()
 
 
-def test_a_test_has_one_half_both_ways():
+def test_evaluation_uses_one_half_forward_and_backward():
     alpha, beta = coefficients(ShakeMix().eval(), 10)
     assert (alpha == 0.5).all()
     assert (beta == 0.5).all()
@@ -65,7 +65,7 @@ def test_reduced_precision_stays_reduced(dtype):
 @pytest.mark.parametrize("kind", BLOCKS)
 @pytest.mark.parametrize("placement", [None, "standard", "identity"])
 @pytest.mark.long
-def test_the_expectation_over_draws_is_the_test_time_block(kind, placement):
+def test_the_expectation_over_draws_equals_the_test_time_block(kind, placement):
     """Compare with the mean over many draws, for sums that the final ReLU does not clip."""
     torch.manual_seed(0)
     se = SEOptions(placement=placement) if placement else None

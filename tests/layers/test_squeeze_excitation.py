@@ -52,7 +52,7 @@ def test_every_variant_computes_the_papers_equations(squeeze, excitation, bias):
     torch.testing.assert_close(se.gate_and_add(x, y).double(), gate * x + y, rtol=1e-5, atol=1e-5)
 
 
-def test_the_join_is_one_fused_multiply_add():
+def test_gate_and_add_is_one_fused_multiply_add():
     se, x = randomised().eval(), torch.randn(2, 32, 4, 4)
     with torch.profiler.profile() as profile, torch.no_grad():
         se.gate_and_add(x, x)
@@ -62,7 +62,7 @@ def test_the_join_is_one_fused_multiply_add():
 
 
 @pytest.mark.parametrize("squeeze", ["avg", "max", "none"])
-def test_gradients_are_those_of_finite_differences(squeeze):
+def test_gradients_equal_finite_differences(squeeze):
     se = randomised(6, ratio=2, squeeze=squeeze).double()
     x = torch.randn(2, 6, 3, 3, dtype=torch.double, requires_grad=True)
     y = torch.randn(2, 6, 3, 3, dtype=torch.double, requires_grad=True)
@@ -91,7 +91,7 @@ def test_the_hidden_layer_has_channels_over_ratio_units(channels, ratio, hidden)
 
 
 @pytest.mark.parametrize("excitation", ["sigmoid", "tanh", "relu"])
-def test_gates_start_open_whatever_the_input(excitation):
+def test_gates_start_open_for_any_input(excitation):
     se = SqueezeExcitation(64, excitation=excitation)
     gate = se.gate(100 * torch.randn(4, 64, 3, 3))
     assert gate.min() > 0.95
@@ -112,14 +112,14 @@ def test_gates_that_start_open_learn():
     assert gate[:, :8].max() < 0.5 < gate[:, 8:].min()
 
 
-def test_no_images_are_fine():
+def test_an_empty_batch_is_supported():
     se = SqueezeExcitation(16)
     empty = torch.zeros(0, 16, 7, 7)
     assert se.gate_and_add(empty, empty).shape == empty.shape
 
 
 @pytest.mark.long
-def test_compiled_whole_it_computes_the_same():
+def test_compiled_as_one_graph_it_computes_the_same():
     se, x = randomised(), torch.randn(2, 32, 4, 4)
     compiled = torch.compile(se.gate_and_add, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, x), se.gate_and_add(x, x))
@@ -129,7 +129,7 @@ def test_compiled_whole_it_computes_the_same():
 @pytest.mark.parametrize("images", [1, 8, 9])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.long
-def test_compiled_for_inference_on_few_images_or_many_it_computes_the_same(options, images, mode):
+def test_compiled_for_inference_on_any_batch_size_it_computes_the_same(options, images, mode):
     se = randomised(**options).double()
     x = torch.randn(images, 32, 5, 7, dtype=torch.double)
     compiled = torch.compile(se.gate_and_add, backend="aot_eager", fullgraph=True)
@@ -160,7 +160,7 @@ def test_compiled_for_inference_under_autocast_it_computes_the_same():
         torch.testing.assert_close(compiled(x, x), se.gate_and_add(x, x))
 
 
-def test_autocast_joins_what_is_of_two_types():
+def test_autocast_adds_tensors_of_two_dtypes():
     se, x = randomised(), torch.randn(2, 32, 4, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = se.gate_and_add(x.bfloat16(), x)
@@ -176,7 +176,7 @@ def test_autocast_joins_what_is_of_two_types():
         ({"excitation": "gelu"}, "'gelu'; expected one of: sigmoid, tanh, relu"),
     ],
 )
-def test_an_operator_that_makes_no_sense_is_refused(arguments, words):
+def test_an_invalid_operator_is_rejected(arguments, words):
     with pytest.raises(UserError, match=words):
         SqueezeExcitation(32, **arguments)
 
@@ -185,6 +185,6 @@ def test_an_operator_that_makes_no_sense_is_refused(arguments, words):
     "arguments",
     [{"placement": "before"}, {"stages": (1, 2)}, {"stages": ()}, {"ratio": 1.5}, {"ratio": True}],
 )
-def test_options_that_make_no_sense_are_refused(arguments):
+def test_invalid_options_are_rejected(arguments):
     with pytest.raises(UserError, match="expected"):
         SEOptions(**arguments)

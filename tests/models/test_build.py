@@ -47,7 +47,7 @@ def picture(objects: bool = True):
     return {"image": torch.randint(0, 256, (3, 64, 64)), "instances": instances}
 
 
-def test_our_keys_leave_detectron2s_defaults_alone():
+def test_this_projects_keys_do_not_change_detectron2s_defaults():
     ours, theirs = get_senet_config(), get_cfg()
     for key in ("RESNETS", "FPN", "RPN", "PIXEL_MEAN", "WEIGHTS"):
         found = ours.MODEL[key]
@@ -57,7 +57,7 @@ def test_our_keys_leave_detectron2s_defaults_alone():
         assert found == theirs.MODEL[key]
 
 
-def test_adding_our_keys_again_is_harmless():
+def test_adding_this_projects_keys_again_has_no_effect():
     cfg = get_senet_config()
     before = cfg.dump()
     add_senet_config(cfg)
@@ -65,7 +65,7 @@ def test_adding_our_keys_again_is_harmless():
 
 
 @pytest.mark.long
-def test_the_switch_turns_a_described_backbone_into_its_se_counterpart():
+def test_the_se_key_replaces_a_described_backbone_with_its_se_variant():
     plain = build(config(**{"MODEL.RESNETS.NORM": "BN"}))
     gated = build(config(**{"MODEL.RESNETS.NORM": "BN", "MODEL.SE.ENABLED": True}))
     added = set(gated.state_dict()) - set(plain.state_dict())
@@ -135,7 +135,7 @@ def test_every_se_key_reaches_the_blocks():
     ],
 )
 @pytest.mark.long
-def test_fused_is_auto_or_true_or_false_in_files_and_on_the_command_line(
+def test_fused_is_auto_true_or_false_in_files_and_on_the_command_line(
     written, given, expected, tmp_path
 ):
     path = tmp_path / "config.yaml"
@@ -152,7 +152,7 @@ def test_fused_is_auto_or_true_or_false_in_files_and_on_the_command_line(
 
 
 @pytest.mark.parametrize("value", ["never", "1", "'True'"])
-def test_another_value_of_fused_is_refused(value):
+def test_other_values_of_fused_are_rejected(value):
     with pytest.raises(UserError, match="MODEL.SE.FUSED is .*expected True, False or auto"):
         load_config("", ["MODEL.SE.FUSED", value])
 
@@ -170,7 +170,7 @@ def test_another_value_of_fused_is_refused(value):
     ],
 )
 @pytest.mark.long
-def test_a_config_that_contradicts_itself_is_refused(keys, words):
+def test_a_config_that_contradicts_itself_is_rejected(keys, words):
     with pytest.raises(UserError, match=words):
         build(config(**keys))
 
@@ -186,7 +186,7 @@ def test_a_narrow_resnet18_has_the_widths_of_the_config():
 
 
 @pytest.mark.long
-def test_freezing_is_detectron2s():
+def test_freezing_equals_detectron2s():
     """Compare trainable parameters and frozen norms with those of Detectron2's backbone."""
     keys = {"MODEL.RESNETS.NORM": "BN", "MODEL.BACKBONE.FREEZE_AT": 3}
     keys["MODEL.RESNETS.OUT_FEATURES"] = ["res5"]
@@ -201,7 +201,7 @@ def test_freezing_is_detectron2s():
 
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.long
-def test_the_c4_heads_res5_has_the_backbones_own_gates(enabled):
+def test_the_c4_heads_res5_has_the_backbones_gates(enabled):
     keys = {"MODEL.ROI_HEADS.NAME": "SENetRes5ROIHeads", "MODEL.SE.ENABLED": enabled}
     model = build_model(config(**keys))
     gates = [p for key, p in model.roi_heads.res5.named_parameters() if ".se." in key]
@@ -272,7 +272,7 @@ def test_detectors_train_a_step_and_predict_with_and_without_objects(keys):
     assert output["instances"].image_size == (64, 64)
 
 
-def test_the_fpn_stands_on_the_backbone_as_detectron2s_does():
+def test_the_fpn_uses_the_backbone_like_detectron2s():
     fpn = build(config(**RCNN_KEYS))
     assert isinstance(fpn, FPN)
     assert fpn.size_divisibility == 32
@@ -298,13 +298,13 @@ def test_a_named_and_a_described_backbone_have_their_models_name(keys, name, se)
 
 @pytest.mark.parametrize("se", [None, True])
 @pytest.mark.parametrize("name", ["se_resnet50", "senet154"])
-def test_a_name_with_se_stays_as_it_is(name, se):
+def test_a_name_with_se_is_unchanged(name, se):
     cfg = config(**{"MODEL.BACKBONE.ARCH": name, "MODEL.SE.ENABLED": se})
     assert backbone_name(cfg) == name
 
 
 @pytest.mark.long
-def test_frozen_norms_without_statistics_are_warned_of(caplog, zero_initial_weights, tmp_path):
+def test_frozen_norms_without_statistics_log_a_warning(caplog, zero_initial_weights, tmp_path):
     create_backbone("resnet18")
     assert not caplog.records
     create_backbone("resnet18", norm="FrozenBN")

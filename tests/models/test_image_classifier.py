@@ -43,7 +43,7 @@ def test_weights_are_interchangeable_with_those_of_create_classifier(name):
 
 
 @pytest.mark.slow
-def test_vggs_hidden_layers_are_those_of_create_classifier():
+def test_vggs_hidden_layers_equal_those_of_create_classifier():
     model = build(**{"MODEL.BACKBONE.ARCH": "vgg16_bn"})
     plain = create_classifier("vgg16_bn", 7)
     assert list(model.state_dict()) == list(plain.state_dict())
@@ -63,7 +63,7 @@ def test_a_classifier_has_the_published_inception_resnet():
 
 
 @pytest.mark.long
-def test_a_backbone_that_resnets_describe_gives_its_last_stage():
+def test_a_backbone_described_by_resnets_keys_returns_its_last_stage():
     model = build(
         **{
             "MODEL.BACKBONE.ARCH": "",
@@ -78,7 +78,7 @@ def test_a_backbone_that_resnets_describe_gives_its_last_stage():
 
 
 @pytest.mark.long
-def test_evaluation_gives_the_plain_classifiers_logits_on_normalised_images():
+def test_evaluation_logits_equal_the_classifiers_on_normalised_images():
     model = build(**{"MODEL.BACKBONE.ARCH": "se_resnet18"}).eval()
     plain = create_classifier("se_resnet18", 7).eval()
     plain.load_state_dict(model.state_dict())
@@ -92,7 +92,7 @@ def test_evaluation_gives_the_plain_classifiers_logits_on_normalised_images():
         assert torch.equal(wrap_classifier(plain).eval()(inputs), expected)
 
 
-def test_a_bgr_backbone_gets_its_channels_turned_round():
+def test_a_bgr_backbone_gets_its_channels_reversed():
     model = build(**{"INPUT.FORMAT": "BGR", "MODEL.PIXEL_MEAN": "[104., 117., 123.]"})
     images = batch()["image"]
     bgr = images[:, [2, 1, 0]].float()
@@ -124,7 +124,7 @@ def test_the_loss_is_cross_entropy_with_smoothed_labels(smoothing):
 
 
 @pytest.mark.parametrize("mixup", ["0.0", "0.4"])
-def test_class_weights_are_those_of_cross_entropy(mixup):
+def test_class_weights_equal_those_of_cross_entropy(mixup):
     weights = [0.5, 2.0, 0.0, 1.0, 1.0, 3.0, 0.25]
     model = build(
         **{
@@ -149,7 +149,7 @@ def test_class_weights_are_those_of_cross_entropy(mixup):
     torch.testing.assert_close(model(inputs)["loss_cls"], expected)
 
 
-def test_the_focal_loss_is_the_one_of_the_config():
+def test_the_focal_loss_uses_the_config():
     options = {"MODEL.CLASSIFIER.LOSS": "focal", "MODEL.CLASSIFIER.FOCAL_GAMMA": "1.5"}
     model, inputs = build(**options), batch()
     logits = logits_of(model, model.normalise(inputs["image"])).double()
@@ -182,7 +182,7 @@ def test_mixed_images_have_the_loss_of_mixed_labels(key, mix):
 
 
 @pytest.mark.long
-def test_with_both_mixes_a_batch_draws_one():
+def test_with_mixup_and_cutmix_a_batch_uses_one_of_them():
     model = build(**{"MODEL.CLASSIFIER.MIXUP": "0.2", "MODEL.CLASSIFIER.CUTMIX": "1.0"})
     seen = set()
     for mix in model.mixes:
@@ -193,7 +193,7 @@ def test_with_both_mixes_a_batch_draws_one():
     assert seen == {MixUp, CutMix}
 
 
-def test_dropout_acts_in_training_alone():
+def test_dropout_is_only_used_in_training():
     model = build(**{"MODEL.CLASSIFIER.DROPOUT": "0.5"})
     with torch.no_grad():
         assert model(batch())["loss_cls"] != model(batch())["loss_cls"]
@@ -201,7 +201,7 @@ def test_dropout_acts_in_training_alone():
         assert torch.equal(model(batch()), model(batch()))
 
 
-def test_channels_last_is_a_layout_and_no_other_result():
+def test_channels_last_does_not_change_the_result():
     model, other = build().eval(), build(**{"MODEL.CLASSIFIER.CHANNELS_LAST": "True"}).eval()
     other.load_state_dict(model.state_dict())
     assert other.normalise(batch()["image"]).is_contiguous(memory_format=torch.channels_last)
@@ -248,6 +248,6 @@ def test_a_compiled_classifier_trains_on_mixed_images():
 
 
 @pytest.mark.parametrize("key", ["LABEL_SMOOTHING", "DROPOUT", "MIXUP"])
-def test_values_that_make_no_sense_are_refused(key):
+def test_invalid_values_are_rejected(key):
     with pytest.raises(UserError, match=key.lower()):
         build(**{f"MODEL.CLASSIFIER.{key}": "-0.5"})

@@ -84,7 +84,7 @@ def _cases() -> list:
 
 @pytest.mark.parametrize(("name", "way"), _cases())
 @pytest.mark.long
-def test_every_model_computes_the_same_in_every_way(name, way):
+def test_every_model_computes_the_same_in_all_modes(name, way):
     model, x = model_and_images(name)
     if way != "bf16":
         # Compare in float64: operations may run in a different order, and the feature maps of deep

@@ -1,6 +1,8 @@
 """Tests that compare timm's networks as backbones and classifiers with timm itself."""
 
+import re
 import sys
+from argparse import Namespace
 from dataclasses import replace
 
 import pytest
@@ -17,6 +19,7 @@ from senet_transfer.config.load import load_config
 from senet_transfer.engine.model_from import find_model, model_config
 from senet_transfer.weights.hub import timm_networks
 from tests.engine.conftest import SMALL
+from tests.weights.layouts import prefixed
 from tests.weights.peers import STAGES, peer, randomise
 
 # Small networks: some from families with SE layers, and two without.
@@ -54,7 +57,7 @@ def state_dict(tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", NETWORKS)
-def test_features_and_logits_are_those_of_timm(name, state_dict, timm):
+def test_features_and_logits_equal_timms(name, state_dict, timm):
     network = peer("timm", name)
     path = state_dict(network)
     images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
@@ -139,7 +142,7 @@ def test_the_captured_gates_multiply_the_input_of_the_se_layer(name):
     # Radosavovic et al. 2020 (Table 4) and Tan and Le 2019 (Table 2).
     [("regnety_002", 3.2, 0.2), ("efficientnet_b0", 5.3, 0.39)],
 )
-def test_complexity_is_the_published_one_and_includes_the_se_layers(name, millions, giga):
+def test_complexity_equals_the_published_one_and_includes_the_se_layers(name, millions, giga):
     classifier = create_classifier(f"timm/{name}")
     cost = measure(classifier, torch.zeros(1, 3, 224, 224)).total
     assert round(cost.parameters / 1e6, 1) == millions
@@ -148,7 +151,7 @@ def test_complexity_is_the_published_one_and_includes_the_se_layers(name, millio
     assert cost.se_parameters == sum(se)
 
 
-def test_preprocessing_is_that_of_the_pretrained_weights():
+def test_preprocessing_equals_that_of_the_pretrained_weights():
     found = create_backbone("timm/test_resnet.r160_in1k").preprocessing
     assert (found.format, found.mean, found.std) == ("RGB", (127.5,) * 3, (127.5,) * 3)
     # timm's crop_pct of 0.95 gives 160 / 0.95 = 168.4
@@ -168,12 +171,12 @@ def test_preprocessing_is_that_of_the_pretrained_weights():
         ("timm/test_resnet", {"se_ratio": 8}, "timm builds this network's SE layers"),
     ],
 )
-def test_a_network_or_option_that_does_not_fit_is_an_error(name, options, message):
+def test_an_incompatible_network_or_option_is_an_error(name, options, message):
     with pytest.raises(UserError, match=message):
         create_backbone(name, **options)
 
 
-def test_the_evaluation_mode_is_that_of_timm(monkeypatch, timm):
+def test_the_evaluation_mode_equals_timms(monkeypatch, timm):
     def mode(name: str) -> str:
         return model_config(f"timm/{name}").INPUT.CLASSIFICATION.TEST_MODE
 
@@ -207,6 +210,49 @@ def test_timms_names_are_listed_on_request_only():
     assert not [name for name in list_models() if "/" in name]
 
 
+_PREFIXES = ("model.", "net.backbone.", "backbone.", "timm_model.", "module.encoder_q.")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "mobilenetv3_small_050"])
+def test_a_state_dict_behind_a_prefix_loads(name, tmp_path):
+    network, images = peer("timm", name), torch.randn(1, 3, 64, 64)
+    path, state = tmp_path / "a.pth", network.state_dict()
+
+    def logits(**choice):
+        return create_classifier(f"timm/{name}", weights=path, **choice).eval()(images)
+
+    for prefix in _PREFIXES:
+        torch.save({"state_dict": prefixed(prefix, state)}, path)
+        assert torch.equal(logits(), network(images))
+    torch.save(prefixed("model.", state) | {"criterion.weight": torch.ones(5)}, path)
+    with pytest.raises(UserError, match=r"classifier, set prefix='model\.'"):
+        logits()
+    assert torch.equal(logits(prefix="model."), network(images))
+    other = peer("timm", name, seed=1)
+    torch.save(prefixed("encoder_q.", state) | prefixed("encoder_k.", other.state_dict()), path)
+    with pytest.raises(UserError, match=r"2 networks.* encoder_q\., encoder_k\."):
+        logits()
+    assert torch.equal(logits(prefix="encoder_k."), other(images))
+    state = {re.sub(r"^(\w+\.)(?=\d+\.)", r"\1module.", key): t for key, t in state.items()}
+    assert any(".module." in key for key in state)  # DataParallel around a part of the network
+    torch.save(prefixed("model.", state), path)
+    assert torch.equal(logits(), network(images))
+
+
+@pytest.mark.long
+def test_another_head_of_a_timm_network_can_be_ignored(tmp_path):
+    network = peer("timm", "test_resnet")
+    state = {n: t for n, t in network.state_dict().items() if not n.startswith("fc.")}
+    head = {"fc.0.weight": torch.ones(4, 4), "fc.2.bias": torch.ones(4)}
+    torch.save(prefixed("encoder_q.", state | head), path := tmp_path / "a.pth")
+    with pytest.raises(UserError, match="head='ignore'"):
+        create_backbone("timm/test_resnet", path)
+    backbone = create_backbone("timm/test_resnet", path, head="ignore").eval()
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(backbone(images)["res5"], network.forward_features(images))
+
+
 @pytest.mark.long
 def test_a_file_of_another_network_is_an_error_that_lists_the_tensors(state_dict, timm):
     other = timm.create_model("test_efficientnet")
@@ -215,6 +261,10 @@ def test_a_file_of_another_network_is_an_error_that_lists_the_tensors(state_dict
     stated = state_dict(timm.create_model("test_resnet"), ".pth", arch="test_efficientnet")
     with pytest.raises(UserError, match="contains the network test_efficientnet"):
         create_backbone("timm/test_resnet", stated)
+    for options in ({"model": "test_efficientnet"}, Namespace(model="timm/test_efficientnet")):
+        stated = state_dict(timm.create_model("test_resnet"), ".pth", args=options)
+        with pytest.raises(UserError, match="contains the network test_efficientnet"):
+            create_backbone("timm/test_resnet", stated)
     with pytest.raises(UserError, match="weight family is 'torchvision_v1'"):
         create_backbone("timm/test_resnet", stated, family="torchvision_v1")
 
@@ -241,7 +291,7 @@ def test_a_name_outside_the_catalogue_is_downloaded_by_timm_once(tmp_path, monke
         create_backbone("timm/resnet10t", "timm/test_resnet.r160_in1k")
 
 
-def test_a_failed_download_says_where_to_put_the_file(tmp_path, monkeypatch, timm):
+def test_a_failed_download_reports_where_to_put_the_file(tmp_path, monkeypatch, timm):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
 
     def fail(*words, **options):

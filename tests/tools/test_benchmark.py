@@ -16,7 +16,7 @@ from tests.processes import ROOT
 
 @pytest.mark.parametrize("count", [6, 11, 12, 25, 100])
 @pytest.mark.long
-def test_the_interval_holds_the_median_as_often_as_it_says(count):
+def test_the_interval_has_the_nominal_coverage_of_the_median(count):
     draw = random.Random(count)
     found = [Ratio.of([draw.gauss(1.5, 0.1) for _ in range(count)]) for _ in range(2000)]
     assert sum(ratio.low <= 1.5 <= ratio.high for ratio in found) / 2000 > 0.94
@@ -38,7 +38,7 @@ def test_ratios_are_taken_within_a_round():
     assert (ratio.low, ratio.high) == (pytest.approx(1.1), pytest.approx(1.1))
 
 
-def test_ratios_of_other_pairs_are_told_beside_those_over_the_baseline():
+def test_ratios_of_other_pairs_are_reported_next_to_the_baselines():
     seconds = {"a": [1.0] * 11, "b": [2.0] * 11, "c": [8.0] * 11}
     found = Comparison("", "a", seconds, pairs=[("c", "b")])
     assert "c over b: 4.000 [4.000, 4.000]" in str(found)
@@ -46,7 +46,7 @@ def test_ratios_of_other_pairs_are_told_beside_those_over_the_baseline():
     assert (pair["of"], pair["over"], pair["ratio"]["value"]) == ("c", "b", 4.0)
 
 
-def test_a_comparison_is_resolved_by_its_control_alone():
+def test_a_comparison_is_resolved_only_by_its_control():
     steady, shaky = [1.0] * 11, [1.0, 1.1] * 5 + [1.0]
     assert Comparison("", "a", {"a": steady, "b": steady}, control="b").resolved
     assert not Comparison("", "a", {"a": steady, "b": shaky}, control="b").resolved
@@ -68,7 +68,7 @@ def test_candidates_take_turns():
     assert len(rounds) == len(found.seconds["a"]) == found.as_dict()["rounds"]
 
 
-def test_kept_bytes_are_those_of_the_storages_that_autograd_keeps():
+def test_saved_bytes_equal_the_storages_that_autograd_saves():
     layer = nn.Linear(4, 8)
     x = torch.randn(16, 4)
     held = []
@@ -77,7 +77,7 @@ def test_kept_bytes_are_those_of_the_storages_that_autograd_keeps():
     assert saved_bytes(forward, layer) == 4 * (16 * 4 + 16 * 8)
 
 
-def test_the_peak_is_what_was_occupied_at_once():
+def test_the_peak_is_the_largest_simultaneous_allocation():
     assert highest_sum([5, 3, -8, 6, -6]) == 8
 
     def work() -> None:
@@ -88,7 +88,7 @@ def test_the_peak_is_what_was_occupied_at_once():
     assert peak_bytes(work) == pytest.approx(4 << 20, rel=0.01)
 
 
-def test_a_part_starts_without_the_packages_for_export(run_python):
+def test_a_benchmark_starts_without_the_export_packages(run_python):
     line = "import runpy, sys; sys.modules['onnxruntime'] = sys.modules['onnx'] = None; "
     line += "sys.path[0] = 'tools'; import benchmark.networks, benchmark.inference; "
     line += "runpy.run_path('tools/benchmark.py', run_name='__main__')"
@@ -108,7 +108,7 @@ def test_the_command_starts_from_any_folder(tmp_path):
     "part",
     ["block", "trunk", "inference", "detector", "loader", "scaling", "startup", "engine"],
 )
-def test_every_part_runs_from_the_command_line(part, tmp_path):
+def test_every_benchmark_runs_from_the_command_line(part, tmp_path):
     """Run a part as briefly as possible and check that all its candidates are reported."""
     output = tmp_path / "benchmark.json"
     command = ["tools/benchmark.py", part, "--seconds", "0", "--quiet", "--output", str(output)]

@@ -107,7 +107,7 @@ def test_rows_of_an_incomplete_part_are_kept_and_the_next_part_runs(
     assert "ratio 1.500" in capsys.readouterr().out
 
 
-def test_an_option_that_does_not_exist_is_no_failure(parts, tmp_path):
+def test_an_unavailable_option_is_not_a_failure(parts, tmp_path):
     parts(graph=row_then(unavailable))
     report = run.Report(str(tmp_path / "gpu.json"), "", dry_run=False)
     run.run_part("graph", Settings(), report)
@@ -201,7 +201,7 @@ def test_every_dependency_of_the_project_is_packed_or_provided():
     assert {canonicalize_name(name) for name in gpu_archive.PACKED} <= gpu_archive.pins().keys()
 
 
-def test_the_documented_table_is_that_of_the_measurements():
+def test_the_documented_table_matches_the_measurements():
     found = json.loads((ROOT / "results/gpu/h200.json").read_text())
     table = as_markdown(found["targets"], "one H200")
     assert table in (ROOT / "docs/performance.md").read_text()

@@ -18,7 +18,7 @@ from senet_transfer.models import create_classifier
 
 
 @pytest.mark.long
-def test_the_plain_loop_and_the_engine_end_with_the_same_weights(tmp_path):
+def test_a_plain_loop_and_the_engine_give_the_same_weights(tmp_path):
     data, name = random_images(40), "cifar_resnet8"
     save_images(data, tmp_path / "noise.safetensors", "noise")
     share = {"batch_size": 16, "device": "cpu"}

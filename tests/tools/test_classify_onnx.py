@@ -66,7 +66,7 @@ def test_pixels_equal_those_of_the_evaluation(tmp_path, kind, value_range):
     assert np.array_equal(found, expected)
 
 
-def test_rotated_images_are_upright_and_unusable_ones_are_refused(tmp_path):
+def test_rotated_images_are_upright_and_unusable_ones_are_rejected(tmp_path):
     path = tmp_path / "image.jpg"
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -88,7 +88,7 @@ def test_rotated_images_are_upright_and_unusable_ones_are_refused(tmp_path):
         SHARED["read_image"](str(path))
 
 
-def test_a_file_for_another_task_is_refused(tmp_path):
+def test_a_file_for_another_task_is_rejected(tmp_path):
     node = helper.make_node("Identity", ["x"], ["y"])
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
     model = helper.make_model(
@@ -109,7 +109,7 @@ def test_a_file_for_another_task_is_refused(tmp_path):
         SHARED["open_model"](str(tmp_path / "missing.onnx"), "detection")
 
 
-def test_models_with_other_channels_are_refused(monkeypatch):
+def test_models_with_other_channels_are_rejected(monkeypatch):
     metadata = {"preprocessing": {"format": "C4"}, "classes": []}
     monkeypatch.setitem(SCRIPT["main"].__globals__, "open_model", lambda *_: (None, metadata))
     with pytest.raises(SystemExit, match="format C4; expected RGB, BGR or L. Use `senet predict`"):

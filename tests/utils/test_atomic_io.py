@@ -16,7 +16,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_file_has_its_name_once_it_is_complete(tmp_path):
+def test_a_file_gets_its_name_when_it_is_complete(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"before")
     with atomic_file(path) as stream:
@@ -29,7 +29,7 @@ def test_a_file_has_its_name_once_it_is_complete(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
-def test_a_failure_leaves_what_was_there_and_nothing_else(tmp_path, error):
+def test_a_failure_keeps_the_old_file_and_leaves_nothing_else(tmp_path, error):
     path = tmp_path / "file"
     path.write_bytes(b"before")
 
@@ -45,7 +45,7 @@ def test_a_failure_leaves_what_was_there_and_nothing_else(tmp_path, error):
     assert names(tmp_path) == ["file"]
 
 
-def test_the_first_error_is_told_where_cleaning_up_fails_too(tmp_path, monkeypatch):
+def test_the_first_error_is_raised_if_the_cleanup_fails_too(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("the disk is gone")
 
@@ -54,7 +54,7 @@ def test_the_first_error_is_told_where_cleaning_up_fails_too(tmp_path, monkeypat
         raise ValueError("first")
 
 
-def test_two_who_write_one_file_do_not_mix(tmp_path):
+def test_concurrent_writers_do_not_mix_their_content(tmp_path):
     path = tmp_path / "file"
     with atomic_file(path) as one, atomic_file(path) as other:
         one.write(b"one")
@@ -63,9 +63,7 @@ def test_two_who_write_one_file_do_not_mix(tmp_path):
     assert names(tmp_path) == ["file"]
 
 
-def test_the_content_is_on_the_disk_before_the_name_and_the_name_before_the_end(
-    tmp_path, monkeypatch
-):
+def test_content_and_name_are_synced_to_disk_in_this_order(tmp_path, monkeypatch):
     calls = []
 
     def recorded(name):
@@ -85,7 +83,7 @@ def test_the_content_is_on_the_disk_before_the_name_and_the_name_before_the_end(
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
-def test_those_may_read_what_is_written_whom_the_umask_lets(tmp_path, umask, mode):
+def test_file_permissions_follow_the_umask(tmp_path, umask, mode):
     before = os.umask(umask)
     try:
         write_json(tmp_path / "a.json", {"b": 1})
@@ -99,7 +97,7 @@ def test_those_may_read_what_is_written_whom_the_umask_lets(tmp_path, umask, mod
     assert load_file(tmp_path / "a.safetensors")["x"].tolist() == [1, 1]
 
 
-def test_json_has_lists_of_numbers_on_one_line_and_strings_as_they_are(tmp_path):
+def test_json_has_lists_of_numbers_on_one_line_and_unescaped_strings(tmp_path):
     strings = ["scan [ 12 ].jpg", "[ 1.0, 2 ]", "[\n 3\n]"]
     value = {"strings": strings, "box": [1.5, None, -2]}
     write_json(tmp_path / "a", value)
@@ -108,7 +106,7 @@ def test_json_has_lists_of_numbers_on_one_line_and_strings_as_they_are(tmp_path)
     assert '"box": [1.5, null, -2]\n' in text
 
 
-def test_json_has_the_same_bytes_whatever_the_order_of_the_keys(tmp_path):
+def test_json_has_the_same_bytes_for_any_order_of_keys(tmp_path):
     for name, value in {"a": {"x": 1, "y": 2}, "b": {"y": 2, "x": 1}}.items():
         write_json(tmp_path / name, value, indent=1, sort_keys=True)
         assert (tmp_path / name).read_text() == '{\n "x": 1,\n "y": 2\n}\n'

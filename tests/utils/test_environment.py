@@ -33,7 +33,7 @@ def commit_of(tmp_path, monkeypatch):
     return commit
 
 
-def test_the_commit_is_that_of_a_clone_and_not_of_the_users_repository(commit_of):
+def test_the_commit_is_of_the_clone_and_not_of_the_users_repository(commit_of):
     assert commit_of("") == commit_of.head
     assert commit_of(".venv/lib/site-packages") == "unknown"
 

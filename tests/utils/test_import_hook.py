@@ -8,7 +8,7 @@ import torch
 from senet_transfer.utils.import_hook import hide_library_warnings
 
 
-def test_warnings_about_torchs_own_interfaces_are_hidden_and_others_are_not(caplog):
+def test_only_warnings_about_torchs_own_interfaces_are_hidden(caplog):
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
         hide_library_warnings()

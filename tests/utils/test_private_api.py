@@ -35,7 +35,7 @@ def test_importing_the_module_imports_no_library():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_transforms_and_dispatch_modes_are_seen():
+def test_transforms_and_dispatch_modes_are_detected():
     seen = []
 
     def note(x):
@@ -94,7 +94,7 @@ def test_an_export_is_distinguished_from_a_compilation():
         lambda module: module.register_full_backward_pre_hook(print),
     ],
 )
-def test_hooks_of_a_module_are_seen(register):
+def test_hooks_of_a_module_are_detected(register):
     module = nn.Linear(1, 1)
     assert not private_api.has_hooks(module)
     handle = register(module)
@@ -115,7 +115,7 @@ def test_metadata_of_a_state_dict_are_saved_and_ignored_when_it_is_loaded(tmp_pa
     assert module.state_dict()._metadata[""]["version"] == 2
 
 
-def test_the_compiler_s_freezing_is_switched_on_and_off():
+def test_the_compilers_freezing_is_enabled_and_disabled():
     import torch._inductor.config as config
 
     assert not config.freezing
@@ -173,7 +173,7 @@ def test_a_load_is_allowed_after_one_that_failed(tmp_path):
     checkpointer.load(str(tmp_path / "good.pth"))
 
 
-def test_a_module_that_is_being_imported_is_told_from_a_finished_one(tmp_path, monkeypatch):
+def test_a_module_being_imported_is_distinguished_from_an_imported_one(tmp_path, monkeypatch):
     (tmp_path / "half_imported.py").write_text(
         "import sys\nfrom senet_transfer.utils.private_api import is_initializing\n"
         "during = is_initializing(sys.modules[__name__])\n"
@@ -190,7 +190,7 @@ def test_a_module_that_is_being_imported_is_told_from_a_finished_one(tmp_path, m
 # classes must still call or define them.
 
 
-def test_the_checkpointer_calls_the_methods_that_ours_defines(tmp_path):
+def test_the_checkpointer_calls_the_overridden_methods(tmp_path):
     called = []
 
     class Mine(DetectionCheckpointer):
@@ -206,7 +206,7 @@ def test_the_checkpointer_calls_the_methods_that_ours_defines(tmp_path):
     assert called == ["file", "model"]
 
 
-def test_the_mapper_has_the_method_that_ours_calls():
+def test_the_mapper_has_the_called_method():
     mapper = DatasetMapper(True, augmentations=[], image_format="BGR")
     record = {"annotations": [{"bbox": [1, 2, 3, 4], "bbox_mode": 1, "category_id": 0}]}
     image = np.zeros((8, 8, 3), np.uint8)
@@ -216,7 +216,7 @@ def test_the_mapper_has_the_method_that_ours_calls():
     assert record["instances"].gt_boxes.tensor.tolist() == [[1, 2, 4, 6]]
 
 
-def test_the_coco_evaluator_calls_the_method_that_ours_defines(monkeypatch):
+def test_the_coco_evaluator_calls_the_overridden_method(monkeypatch):
     called = []
 
     class Mine(COCOEvaluator):
@@ -252,7 +252,7 @@ def _no_instances():
     return instances
 
 
-def test_the_c4_head_calls_the_method_that_ours_defines():
+def test_the_c4_head_calls_the_overridden_method():
     class BuiltError(Exception):
         pass
 
@@ -267,7 +267,7 @@ def test_the_c4_head_calls_the_method_that_ours_defines():
         Mine(cfg, shape)
 
 
-def test_the_default_trainer_runs_the_steps_of_the_trainer_that_ours_sets():
+def test_the_default_trainer_runs_the_steps_of_the_replaced_trainer():
     class Noted(HookBase):
         steps = 0
 
@@ -292,7 +292,7 @@ def test_the_default_trainer_runs_the_steps_of_the_trainer_that_ours_sets():
     assert model.weight.item() == pytest.approx(before - 0.2)
 
 
-def test_functions_of_many_tensors_do_as_those_of_one():
+def test_multi_tensor_functions_equal_those_of_one_tensor():
     torch.manual_seed(0)
     targets = [torch.randn(3, 4), torch.randn(5), torch.randn(())]
     values, expected = [torch.randn_like(t) for t in targets], [t.clone() for t in targets]

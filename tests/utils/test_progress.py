@@ -36,7 +36,7 @@ class Screen(io.StringIO):
 
 @pytest.mark.parametrize("terminal", [True, False])
 @pytest.mark.parametrize("quiet", [True, False])
-def test_a_bar_is_shown_on_a_terminal_alone_and_not_when_quiet(monkeypatch, terminal, quiet):
+def test_a_bar_is_shown_only_on_a_terminal_and_not_when_quiet(monkeypatch, terminal, quiet):
     screen = Screen(terminal)
     monkeypatch.setattr("sys.stderr", screen)
     assert list(progress(range(3), quiet=quiet, unit="image")) == [0, 1, 2]
@@ -45,7 +45,7 @@ def test_a_bar_is_shown_on_a_terminal_alone_and_not_when_quiet(monkeypatch, term
 
 
 @pytest.mark.parametrize("quiet", [True, False])
-def test_a_quiet_command_has_no_bar_however_deep_what_shows_it_lies(monkeypatch, quiet):
+def test_a_quiet_command_has_no_bar_in_nested_calls(monkeypatch, quiet):
     screen = Screen(terminal=True)
     monkeypatch.setattr("sys.stderr", screen)
     with no_bars(), no_bars(quiet):
@@ -68,7 +68,7 @@ def test_every_command_that_takes_long_can_be_quiet(monkeypatch, capsys, path):
     assert "--quiet" in capsys.readouterr().out
 
 
-def test_there_is_one_kind_of_bar():
+def test_all_progress_bars_have_one_implementation():
     for path in [*(ROOT / "senet_transfer").rglob("*.py"), *COMMANDS]:
         if path.name != "progress.py":
             assert not re.search(r"^\s*(from|import) (tqdm|rich)", path.read_text(), re.M), path

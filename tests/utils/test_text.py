@@ -2,7 +2,7 @@
 
 import pytest
 
-from senet_transfer.utils.text import differences, first_of
+from senet_transfer.utils.text import counted, differences, first_of
 
 
 @pytest.mark.parametrize(
@@ -11,6 +11,12 @@ from senet_transfer.utils.text import differences, first_of
 )
 def test_as_many_names_are_listed_as_the_limit_allows(limit, text):
     assert first_of(iter("abc"), limit) == text
+
+
+def test_a_noun_is_in_the_singular_only_after_one():
+    assert counted(1, "image") == "1 image"
+    assert counted(0, "image") == "0 images"
+    assert counted(1200, "class", "classes") == "1,200 classes"
 
 
 def test_no_names_give_no_text():
@@ -27,5 +33,5 @@ def test_no_names_give_no_text():
         ("xb", "ab", "0: 'x' instead of 'a'; 'a' is missing; 'x' is unexpected"),
     ],
 )
-def test_lists_that_differ_only_in_length_have_differences_too(found, expected, text):
+def test_lists_that_differ_only_in_length_have_differences(found, expected, text):
     assert differences(found, expected) == text

@@ -7,8 +7,11 @@ import decimal
 import enum
 import functools
 import io
+import operator
+import os
 import pathlib
 import pickle
+import signal
 import struct
 import tarfile
 import types
@@ -29,6 +32,25 @@ class Mode(enum.Enum):
 
     TRAIN = "train"
     TEST = "test"
+
+
+class Trainer:
+    """Class with a nested class and methods, which training scripts may save."""
+
+    class Mode(enum.Enum):
+        """Enum as defined inside a class."""
+
+        TRAIN = "train"
+
+    @staticmethod
+    def schedule(step: int) -> int:
+        """Return the argument."""
+        return step
+
+    @classmethod
+    def create(cls) -> "Trainer":
+        """Create a trainer."""
+        return cls()
 
 
 class EasyDict(dict):
@@ -69,6 +91,36 @@ NEXT_TO_A_MODEL: dict[str, Callable[[], Any]] = {
     "RandomState": lambda: np.random.RandomState(0),
     "Generator": lambda: np.random.default_rng(0),
     "module": lambda: torch.nn.CrossEntropyLoss(),
+    # Protocols before 4 store nested classes and methods as calls of getattr.
+    "attributes": lambda: [
+        *(torch.optim.lr_scheduler.OneCycleLR._annealing_cos, Trainer.Mode, Trainer.Mode.TRAIN),
+        *(Trainer.schedule, Trainer.create, Trainer().create, {}.get, str.lower),
+    ],
+    "types": lambda: [
+        *(type(None), typing.Optional[int], int | None, list[int], ..., NotImplemented),  # noqa: UP045
+        *(int, ValueError("x"), os.stat_result(range(10))),
+    ],
+    "functions": lambda: [
+        *(max, operator.lt, operator.itemgetter(1), functools.partial(print), len),
+        *(iter([1]), reversed([1]), enumerate([1]), signal.SIGTERM),
+    ],
+    "arrays of other dtypes": lambda: [
+        *(np.array([{}, 1], dtype=object), np.array(None), np.datetime64("2026-01-01")),
+        *(np.array(["2026-01-01"], "M8[D]"), np.timedelta64(3, "s"), np.zeros(1, np.longdouble)),
+        *(np.zeros(2, [("a", "f4")]), np.zeros(2, [("a", "f4")])[0], np.dtype([("a", "f4")])),
+        *(np.rec.array([(1, 2.0)]), np.dtype(("f4", (3,))), np.ma.masked_array([1], [True])),
+    ],
+    "keys": lambda: [
+        {frozenset({1}): 1, ((1, 2), 3): 1, tuple(range(20)): 1, np.dtype("f4"): 1},
+        {frozenset({frozenset({1})}), (1, frozenset({2}))},
+    ],
+    "0-d array as an argument": lambda: slice(np.array(1.0), 2),
+}
+# Plain values in these objects, which are kept.
+VALUES_NEXT_TO_A_MODEL: dict[str, dict[str, Any]] = {
+    "Namespace": {"lr": 0.1},
+    "SimpleNamespace": {"a": 1},
+    "dict subclass": {"a": 1, "b": {"c": [1]}},
 }
 # The same, and objects with tensors, which only torch.save can write.
 NEXT_TO_A_TORCH_MODEL: dict[str, Callable[[], Any]] = {

@@ -125,6 +125,14 @@ def lightning(state: State) -> State:
     }
 
 
+def lightning_averaging(state: State, ema: State) -> State:
+    """Return what Lightning saves with its WeightAveraging callback."""
+    return lightning(ema) | {
+        "current_model_state": state,
+        "averaging_state": {"n_averaged": torch.tensor(5)},
+    }
+
+
 def mmengine(state: State, ema: State | None = None) -> State:
     """Return the content of a checkpoint from mmengine's CheckpointHook.
 

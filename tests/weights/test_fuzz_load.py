@@ -80,7 +80,7 @@ WRITERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", WRITERS)
-def test_mutated_names_shapes_and_metadata(family, tmp_path, monkeypatch):
+def test_mutated_names_shapes_and_metadata_are_loaded_or_rejected(family, tmp_path, monkeypatch):
     ours, write = WRITERS[family]
     file = read_tensors(write(tmp_path / "file.pth"))
     model = create_classifier(ours)

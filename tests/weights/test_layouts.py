@@ -1,5 +1,6 @@
 """Tests that other projects' checkpoints load correctly, or that the error says how to fix it."""
 
+import json
 import re
 
 import pytest
@@ -94,7 +95,91 @@ def test_several_networks_are_named_and_one_can_be_chosen(kind, tmp_path):
         _logits(path, prefix="online")
 
 
-def test_flat_parameters_of_fsdp_name_the_remedy(tmp_path):
+@pytest.mark.parametrize("outer", ["model", "net", "teacher"])
+@pytest.mark.long
+def test_a_prefix_can_be_the_same_word_as_the_key_of_its_state_dict(outer, tmp_path):
+    first, second = tiny(1), tiny(2)
+    inside = prefixed(f"{outer}.", first.state_dict()) | prefixed("aux.", second.state_dict())
+    torch.save({outer: inside, "epoch": 3}, path := tmp_path / "a.pth")
+    with pytest.raises(UserError, match=rf"2 networks.* {outer}\., aux\."):
+        _logits(path)
+    for prefix in (f"{outer}.", outer, f"{outer}.{outer}."):
+        _assert_is(first, path, prefix=prefix)
+    for prefix in ("aux.", f"{outer}.aux."):
+        _assert_is(second, path, prefix=prefix)
+
+
+_HEADS = [["fc.1.weight"], ["fc.0.weight", "fc.2.bias"], ["projector.0.weight"]]
+
+
+@pytest.mark.parametrize(
+    "prefix", ["backbone.", "model.backbone.", "student.backbone.", "encoder."]
+)
+@pytest.mark.long
+def test_a_head_in_the_backbone_s_module_can_be_ignored(prefix, tmp_path):
+    peer, path = tiny(), tmp_path / "a.pth"
+    body = {n: t for n, t in peer.state_dict().items() if not n.startswith("fc.")}
+    for head in _HEADS:
+        torch.save(prefixed(prefix, body | dict.fromkeys(head, torch.ones(4, 4))), path)
+        with pytest.raises(UserError, match="head='ignore'"):
+            create_backbone("resnet18", weights=path, **_SIZE)
+        _assert_backbone_is(peer, path, head="ignore")
+    torch.save(prefixed(prefix, body | {"layer5.0.weight": torch.ones(4)}), path)
+    with pytest.raises(UserError, match=r"1 unexpected: .*layer5\.0"):
+        create_backbone("resnet18", weights=path, head="ignore", **_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "prefix"),
+    [("model.module.", ""), ("module.module.", ""), ("ema.module.", "ema."), ("a.ema_model.", "a")],
+)
+@pytest.mark.parametrize("kind", FLAT_WRITERS)
+@pytest.mark.long
+def test_counters_behind_a_prefix_are_left_out(wrapper, prefix, kind, tmp_path):
+    outer, _, _ = wrapper.removesuffix(".").rpartition(".")
+    state = prefixed(wrapper, (peer := tiny()).state_dict())
+    counter = "n_averaged" if "module" in wrapper else "step"
+    state |= {f"{outer}.{counter}": torch.tensor(4)}
+    if prefix:
+        state |= {"other.weight": torch.ones(2)}
+    FLAT_WRITERS[kind](state, tmp_path / "a")
+    _assert_is(peer, tmp_path / "a", prefix=prefix)
+
+
+@pytest.mark.parametrize(
+    "rest", ["criterion.weight", "model_ema.conv1weight", "logit_scale", "normalize.mean"]
+)
+@pytest.mark.long
+def test_the_advice_for_tensors_outside_a_prefix_keeps_the_classifier(rest, tmp_path):
+    state = prefixed("net.model.", (peer := tiny()).state_dict()) | {rest: torch.ones(3)}
+    torch.save(layouts.lightning(state), path := tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match="with its classifier, set prefix='(.*?)'") as error:
+        _logits(path)
+    advice = re.search("prefix='(.*?)'", str(error.value))
+    _assert_is(peer, path, prefix=advice[1])
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model."])
+@pytest.mark.parametrize("parts", [r"(layer\d\.)", r"(layer1\.|layer4\.)", r"(layer\d\.\d\.)"])
+@pytest.mark.long
+def test_parts_of_a_network_wrapped_by_data_parallel(prefix, parts, tmp_path):
+    state = (peer := tiny()).state_dict()
+    state = {re.sub(rf"^{parts}", r"\1module.", name): tensor for name, tensor in state.items()}
+    torch.save({"arch": "resnet18", "state_dict": prefixed(prefix, state)}, tmp_path / "a.pth")
+    _assert_is(peer, tmp_path / "a.pth")
+
+
+@pytest.mark.long
+def test_vgg_with_parallel_features_as_saved_by_pytorch_s_imagenet_example(tmp_path):
+    state = (network := peer("torchvision", "vgg16_bn")).state_dict()
+    state = {n.replace("features.", "features.module."): t for n, t in state.items()}
+    torch.save({"arch": "vgg16_bn", "state_dict": state}, path := tmp_path / "a.pth")
+    with torch.no_grad():
+        found = create_classifier("vgg16_bn", weights=path).eval()(images := _IMAGES)
+        torch.testing.assert_close(found, network(images), rtol=1e-3, atol=1e-3)
+
+
+def test_flat_parameters_of_fsdp_are_an_error_with_a_remedy(tmp_path):
     torch.save({"_fsdp_wrapped_module._flat_param": torch.ones(9)}, tmp_path / "a.pth")
     with pytest.raises(UserError, match="FULL_STATE_DICT"):
         _logits(tmp_path / "a.pth")
@@ -122,7 +207,7 @@ def test_lightning_s_checkpoints(prefix, tmp_path):
     _assert_is(peer, path)
 
 
-def test_lightning_with_a_loss_that_has_weights_names_the_remedy(tmp_path):
+def test_lightning_with_a_loss_with_weights_is_an_error_with_a_remedy(tmp_path):
     state = prefixed("model.", (peer := tiny()).state_dict())
     path = tmp_path / "a.ckpt"
     torch.save(layouts.lightning(state | {"criterion.weight": torch.ones(5)}), path)
@@ -207,9 +292,10 @@ def test_a_backbone_of_a_detector_of_torchvision(tmp_path):
     state |= {"backbone.fpn.inner_blocks.0.0.weight": torch.ones(4, 64, 1, 1)}
     state |= {"rpn.head.conv.0.0.weight": torch.ones(4, 4, 3, 3)}
     torch.save({"model": state}, path := tmp_path / "model.pth")
-    with pytest.raises(UserError, match="head='ignore'"):
+    with pytest.raises(UserError, match=r"prefix='backbone\.body\.'.*head='ignore'"):
         create_backbone("resnet18", weights=path, **_SIZE)
     _assert_backbone_is(peer, path, head="ignore")
+    _assert_is(peer, path, prefix="backbone.body.")
 
 
 @pytest.mark.long
@@ -235,6 +321,11 @@ def test_deepspeed_s_checkpoints(tmp_path):
     path = tmp_path / "mp_rank_00_model_states.pt"
     torch.save(layouts.deepspeed((peer := tiny()).state_dict()), path)
     _assert_is(peer, path)
+    state = prefixed("module.model.", peer.state_dict())
+    callbacks = {"ModelCheckpoint{}": {"best_model_score": torch.tensor(0.5)}}
+    extra = {"callbacks": callbacks, "frozen_param_fragments": dict(list(state.items())[:9])}
+    torch.save(layouts.deepspeed(state) | extra, path)  # as Lightning's DeepSpeedStrategy
+    _assert_is(peer, path)
     torch.save(layouts.deepspeed(peer.state_dict(), zero3=True), path)
     with pytest.raises(UserError, match=r"ZeRO-3.*zero_to_fp32\.py"):
         _logits(path)
@@ -252,12 +343,18 @@ def test_a_part_of_the_backbone_is_never_ignored_as_a_head(head, tmp_path):
 
 
 @pytest.mark.long
-def test_ema_weights_are_chosen_as_the_project_does_and_on_request(tmp_path):
+def test_ema_weights_are_chosen_like_the_projects_default_or_on_request(tmp_path):
     plain, ema = tiny(1), tiny(2)
     content = {
         "timm": (layouts.timm_train(plain, ema), ema),
         "torchvision": (layouts.torchvision_references(plain, ema), plain),
         "mmengine": (layouts.mmengine(plain.state_dict(), ema.state_dict()), ema),
+        "lightning": (
+            layouts.lightning_averaging(
+                prefixed("model.", plain.state_dict()), prefixed("model.", ema.state_dict())
+            ),
+            ema,
+        ),
         "basicsr": ({"params": plain.state_dict(), "params_ema": ema.state_dict()}, plain),
         "next to": ({"model": plain.state_dict(), "ema": ema.state_dict()}, plain),
         "ema_state_dict": (
@@ -278,6 +375,101 @@ def test_ema_weights_are_chosen_as_the_project_does_and_on_request(tmp_path):
         _assert_is(ema, path, ema=True)
         note = " ".join(read_tensors(path).notes)
         assert "(MODEL.WEIGHTS_EMA)" in note, name
+
+
+_AVERAGED = [
+    *("model_avg", "model_averaged", "average_state_dict", "averaged_state_dict", "shadow"),
+    *("model_moving_average", "polyak", "Ema", "modelEMA"),
+]
+
+
+@pytest.mark.parametrize("key", _AVERAGED)
+@pytest.mark.long
+def test_averaged_weights_are_recognised_by_the_words_in_their_key(key, tmp_path):
+    plain, ema = tiny(1), tiny(2)
+    torch.save({"model": plain.state_dict(), key: ema.state_dict()}, path := tmp_path / "a.pth")
+    _assert_is(plain, path)
+    _assert_is(ema, path, ema=True)
+    assert f"({key})" in " ".join(read_tensors(path).notes)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"decay": 0.9, "shadow_params": [torch.ones(3), torch.ones(2)]}, "list of tensors"),
+        (torch.nn.Linear(2, 2), r"object of the class torch\.nn\.modules\.linear\.Linear"),
+    ],
+)
+def test_averaged_weights_that_cannot_be_loaded_are_reported(value, words, tmp_path):
+    torch.save({"model": (peer := tiny()).state_dict(), "ema": value}, path := tmp_path / "a.pth")
+    _assert_is(peer, path)
+    assert re.search(words, " ".join(read_tensors(path).notes))
+    with pytest.raises(UserError, match=f"can't be loaded: ema is .*{words}"):
+        _logits(path, ema=True)
+
+
+@pytest.mark.parametrize("kind", FLAT_WRITERS)
+@pytest.mark.long
+def test_averaged_weights_in_flat_files_name_the_choice(kind, tmp_path):
+    plain, ema, path = tiny(1), tiny(2), tmp_path / "a"
+    state = prefixed("ema_model.", ema.state_dict()) | prefixed("online_model.", plain.state_dict())
+    FLAT_WRITERS[kind](state | {"initted": torch.tensor(True), "step": torch.tensor(3)}, path)
+    with pytest.raises(UserError, match=r"prefix='ema_model\.'.*instead of ema=True"):
+        _logits(path, ema=True)
+    _assert_is(ema, path, prefix="ema_model.", ema=True)
+    _assert_is(plain, path, prefix="online_model.")
+    copies = {f"ema_{n.replace('.', '_')}": t for n, t in ema.state_dict().items()}
+    FLAT_WRITERS[kind](plain.state_dict() | copies, path)
+    _assert_is(plain, path)
+    with pytest.raises(UserError, match="mmcv's EMAHook.*CheckpointHook.*Remove ema=True"):
+        _logits(path, ema=True)
+
+
+# Several networks, and other entries next to one.
+
+
+@pytest.mark.parametrize(
+    ("key", "other"),
+    [
+        ("model", "teacher"),
+        ("state_dict", "best_state_dict"),
+        ("model", "net"),
+        ("encoder", "momentum_encoder"),
+        ("online", "momentum"),
+    ],
+)
+@pytest.mark.long
+def test_another_network_in_the_file_is_reported_with_its_prefix(key, other, tmp_path):
+    peers = {other: tiny(2), key: tiny(1)}
+    torch.save({k: m.state_dict() for k, m in peers.items()}, path := tmp_path / "a.pth")
+    _assert_is(peers[key], path)
+    assert any(f"prefix='{other}'" in note for note in read_tensors(path).notes)
+    _assert_is(peers[other], path, prefix=other)
+
+
+_RANDOM_STATE = torch.get_rng_state()
+_STATES = {name: torch.ones_like(tensor) for name, tensor in tiny().state_dict().items()}
+_NEXT_TO_A_NETWORK = {
+    "random state in a dictionary": ("network", {"rng": {"cpu": _RANDOM_STATE}}),
+    "random state": ("resnet", {"rng_state": _RANDOM_STATE}),
+    "metrics": ("weights", {"metrics": {"acc": torch.tensor([0.5, 0.6])}}),
+    "metric": ("classifier", {"best_acc": torch.tensor(0.5)}),
+    "class weights": ("encoder", {"class_weights": torch.ones(5)}),
+    "optimizer by name": ("network", {"opt": {"state": _STATES}}),
+    **{
+        f"key {key}": (key, {})
+        for key in ("example_model", "sample_net", "semantic_net", "momentum_encoder")
+    },
+}
+
+
+@pytest.mark.parametrize("name", _NEXT_TO_A_NETWORK)
+@pytest.mark.long
+def test_a_network_under_any_key_is_found_next_to_other_tensors(name, tmp_path):
+    key, others = _NEXT_TO_A_NETWORK[name]
+    torch.save({key: (peer := tiny()).state_dict(), **others}, path := tmp_path / "a.pth")
+    _assert_is(peer, path)
+    assert not read_tensors(path).notes
 
 
 @pytest.mark.parametrize("key", ["ema", "ema_state_dict", "params_ema", "model_ema", "swa_model"])
@@ -330,9 +522,18 @@ def test_float8_is_converted(dtype, kind, tmp_path):
         _logits(tmp_path / "a")
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.uint16, torch.uint64])
+@pytest.mark.parametrize("kind", FLAT_WRITERS)
+def test_a_variance_of_another_dtype_is_rejected(dtype, kind, tmp_path):
+    state = tiny().state_dict()
+    FLAT_WRITERS[kind](state | {"bn1.running_var": torch.ones(WIDTH).to(dtype)}, tmp_path / "a")
+    with pytest.raises(UserError, match=f"running_var .{str(dtype)[6:]} in the file"):
+        _logits(tmp_path / "a")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("kind", FLAT_WRITERS)
-def test_weights_of_a_training_that_diverged_are_rejected_in_every_format(kind, value, tmp_path):
+def test_weights_of_a_diverged_training_are_rejected_in_every_format(kind, value, tmp_path):
     state = tiny().state_dict()
     state["layer2.0.conv1.weight"][0, 0, 0, 0] = value
     FLAT_WRITERS[kind](state, tmp_path / "a")
@@ -358,6 +559,19 @@ def test_a_sharded_model_loads_from_its_index(tmp_path):
     shard.unlink()
     with pytest.raises(UserError, match=r"missing from its folder: model-00002-of-00002"):
         _logits(index)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_sharded_model_of_timm_has_the_preprocessing_in_its_config(name, tmp_path):
+    index = write_shards(tiny().state_dict(), tmp_path)
+    index = index.rename(tmp_path / f"{name}.index.json")
+    half, pretrained = [0.5] * 3, {"input_size": [3, 160, 160], "crop_pct": 0.95}
+    pretrained |= {"mean": half, "std": half, "interpolation": "bicubic"}
+    config = {"architecture": "resnet18", "pretrained_cfg": pretrained}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = create_backbone("resnet18", weights=index, **_SIZE).preprocessing
+    assert (found.mean, found.std) == ((127.5,) * 3, (127.5,) * 3)
+    assert (found.resize, found.crop, found.interpolation) == (168, 160, "bicubic")
 
 
 @pytest.mark.parametrize(
@@ -395,7 +609,7 @@ def test_a_malformed_index_is_rejected(content, words, tmp_path):
         ([], "Check the path"),
     ],
 )
-def test_a_folder_is_named_for_what_it_is(files, words, tmp_path):
+def test_a_folder_is_an_error_that_names_its_kind(files, words, tmp_path):
     for name in files:
         (tmp_path / name).touch()
     with pytest.raises(UserError, match=words):

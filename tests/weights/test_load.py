@@ -78,14 +78,14 @@ def test_one_error_lists_all_that_is_wrong(r18, tmp_path):
 
 
 @pytest.mark.long
-def test_integers_in_place_of_weights_are_refused(r18, tmp_path):
+def test_integers_in_place_of_weights_are_rejected(r18, tmp_path):
     path = _changed(r18, tmp_path, lambda s: s.update({"bn1.bias": torch.zeros(64).long()}))
     with pytest.raises(UserError, match="stem.conv1.norm.bias .int64 in the file"):
         load_and_expect_no_change(create_backbone("resnet18"), path)
 
 
 @pytest.mark.long
-def test_a_plain_file_starts_a_backbone_with_se_which_is_said(r18):
+def test_a_plain_file_initialises_an_se_backbone_and_is_logged(r18):
     model = create_backbone("se_resnet18", weights=r18)
     report = load_weights(model, r18)
     names = {name for name in model.state_dict() if ".se." in name}
@@ -95,20 +95,20 @@ def test_a_plain_file_starts_a_backbone_with_se_which_is_said(r18):
 
 
 @pytest.mark.long
-def test_a_file_with_se_does_not_go_into_a_plain_backbone(se_r18):
+def test_a_file_with_se_does_not_load_into_a_plain_backbone(se_r18):
     with pytest.raises(UserError, match="has SE layers, but the model has none"):
         load_and_expect_no_change(create_backbone("resnet18"), se_r18)
 
 
 @pytest.mark.long
-def test_a_file_with_se_in_other_stages_is_refused(se_r18):
+def test_a_file_with_se_in_other_stages_is_rejected(se_r18):
     model = create_backbone("se_resnet18", se_stages=(4, 5), se_divisor=8)
     with pytest.raises(UserError, match="SE in stages.*but the model has SE"):
         load_and_expect_no_change(model, se_r18)
 
 
 @pytest.mark.long
-def test_a_classifier_of_another_size_is_new_which_is_said(r18):
+def test_a_classifier_of_another_size_is_initialised_and_logged(r18):
     model = create_classifier("resnet18", 10)
     before = model.linear.weight.clone()
     report = load_weights(model, r18)
@@ -118,7 +118,7 @@ def test_a_classifier_of_another_size_is_new_which_is_said(r18):
 
 
 @pytest.mark.long
-def test_a_backbone_cut_short_leaves_the_rest_of_the_file(r18):
+def test_a_truncated_backbone_ignores_the_rest_of_the_file(r18):
     backbone = create_backbone("resnet18", out_features=["res3"])
     report = load_weights(backbone, r18)
     assert {"the backbone ends before res4", "the backbone ends before res5"} < set(
@@ -129,7 +129,7 @@ def test_a_backbone_cut_short_leaves_the_rest_of_the_file(r18):
 
 @pytest.mark.parametrize("kind", ["fpn", "c4"])
 @pytest.mark.long
-def test_a_detector_takes_a_backbone_and_says_what_is_new(kind, se_r18, tmp_path):
+def test_a_detector_loads_a_backbone_and_logs_initialised_layers(kind, se_r18, tmp_path):
     # The file's res5 is loaded into the head of a C4 detector.
     model = detector("resnet18", kind=kind, NORM="BN")
     plain = save(peer("torchvision", "resnet18"), tmp_path / "plain.pth")
@@ -149,7 +149,7 @@ def test_a_detector_takes_a_backbone_and_says_what_is_new(kind, se_r18, tmp_path
 
 
 def _load_rgb(model, path):
-    """Load a file for RGB images into a detector, after adapting the detector's preprocessing."""
+    """Load weights for RGB images into a detector, after adapting the detector's preprocessing."""
     model.input_format = "RGB"
     model.pixel_mean.copy_(torch.tensor(Preprocessing().mean)[:, None, None])
     model.pixel_std.copy_(torch.tensor(Preprocessing().std)[:, None, None])
@@ -157,7 +157,7 @@ def _load_rgb(model, path):
 
 
 @pytest.mark.long
-def test_a_detector_refuses_pixels_of_another_kind(r18):
+def test_a_detector_rejects_other_preprocessing(r18):
     # Channel order, mean and std do not affect the shape of any tensor.
     with pytest.raises(UserError, match="INPUT.FORMAT") as error:
         load_and_expect_no_change(detector("resnet18"), r18)
@@ -182,7 +182,7 @@ def test_a_detector_refuses_pixels_of_another_kind(r18):
     ],
 )
 @pytest.mark.long
-def test_a_coco_detector_starts_on_three_classes(kind, predictors, tmp_path):
+def test_a_coco_detector_initialises_one_with_three_classes(kind, predictors, tmp_path):
     coco = randomise(detector("se_resnet18", 80, kind, seed=1))
     torch.save({"model": coco.state_dict(), "iteration": 5}, tmp_path / "coco.pth")
     model = detector("se_resnet18", 3, kind, seed=2)
@@ -198,7 +198,7 @@ def test_a_coco_detector_starts_on_three_classes(kind, predictors, tmp_path):
 
 
 @pytest.mark.long
-def test_a_detector_s_file_must_fit_the_detector_besides_its_predictors(tmp_path):
+def test_a_detectors_file_must_match_except_for_the_predictors(tmp_path):
     torch.save({"model": detector("resnet18", kind="fpn").state_dict()}, tmp_path / "fpn.pth")
     with pytest.raises(UserError, match="(?s)missing from the file.*unexpected"):
         load_and_expect_no_change(detector("resnet18", kind="retinanet"), tmp_path / "fpn.pth")
@@ -211,7 +211,7 @@ def test_a_detector_s_file_must_fit_the_detector_besides_its_predictors(tmp_path
 
 @pytest.mark.parametrize("kind", ["fpn", "c4"])
 @pytest.mark.long
-def test_a_detector_s_backbone_can_be_taken_out(kind, tmp_path):
+def test_a_detectors_backbone_can_be_extracted(kind, tmp_path):
     model = randomise(detector("se_resnet18", kind=kind))
     torch.save({"model": model.state_dict()}, tmp_path / "detector.pth")
     backbone = create_backbone("se_resnet18", norm="FrozenBN")
@@ -241,7 +241,7 @@ def test_a_detector_of_the_model_zoo_has_msra_s_geometry(tmp_path):
 @pytest.mark.parametrize("whole", [True, False], ids=["classifier", "backbone"])
 @pytest.mark.usefixtures("zero_initial_weights")
 @pytest.mark.long
-def test_own_files_say_what_they_are(suffix, whole, tmp_path):
+def test_own_files_contain_geometry_and_preprocessing(suffix, whole, tmp_path):
     # The file contains geometry and preprocessing, which are restored together with the weights.
     path = tmp_path / f"own{suffix}"
     first = randomise(create_classifier("se_resnet50", 10, se_ratio=8, **AUTHORS))
@@ -262,14 +262,14 @@ def test_own_files_say_what_they_are(suffix, whole, tmp_path):
 
 
 @pytest.mark.long
-def test_own_files_remember_where_their_weights_came_from(r18, tmp_path):
+def test_own_files_store_the_origin_of_their_weights(r18, tmp_path):
     save_weights(create_backbone("resnet18", weights=r18), tmp_path / "own.pth")
     source = torch.load(tmp_path / "own.pth", weights_only=True)["senet_transfer"]["source"]
     assert source == {"family": "torchvision_v1", "file": "r18.pth"}
 
 
 @pytest.mark.long
-def test_own_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_own_files_are_written_atomically(tmp_path, monkeypatch):
     (tmp_path / "own.pth").write_bytes(b"before")
 
     def fail(*args, **kwargs):
@@ -301,7 +301,7 @@ for path in sys.argv[1:]:
 """
 
 
-def test_a_disk_that_is_full_is_told_and_leaves_no_part_of_a_file(tmp_path, run_python):
+def test_a_full_disk_is_reported_and_leaves_no_partial_file(tmp_path, run_python):
     paths = [tmp_path / f"own{suffix}" for suffix in (".pth", ".safetensors")]
     done = run_python("-c", FULL, *paths)
     assert done.returncode == 0, done.stderr
@@ -327,7 +327,7 @@ class OtherBackbone(Backbone):
 
 
 @pytest.mark.parametrize("marked", [True, False])
-def test_networks_of_another_kind_are_saved_and_loaded_strictly_too(marked, tmp_path):
+def test_other_architectures_are_saved_and_loaded_strictly_too(marked, tmp_path):
     first, path = randomise(Classifier(OtherBackbone(), num_classes=4)), tmp_path / "own.pth"
     if marked:
         save_weights(first, path)
@@ -355,13 +355,16 @@ def _forced(path):
 
 
 @pytest.mark.long
-def test_the_report_reads_well(r18, caplog):
+def test_the_report_lists_loaded_and_initialised_tensors(r18, caplog):
     caplog.set_level("INFO", "senet_transfer")
     model = create_classifier("se_resnet18", 10)
     text = str(load_weights(model, r18))
     assert text in caplog.text
     assert "120 tensors loaded, family torchvision_v1" in text
     assert "could also be of the family torchvision_v2, timm" in text
+    (warning,) = (record for record in caplog.records if record.levelname == "WARNING")
+    assert "torchvision_v1 is assumed" in warning.message
+    assert "torchvision_v2 (with resize 232) or timm (with interp" in warning.message
     assert "initialised, 32 (SE layers: the file has none): backbone.res2.0.se" in text
     assert "and 20 more" in text
     assert "expects RGB, mean (123.675, 116.28, 103.53)" in text

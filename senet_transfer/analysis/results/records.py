@@ -21,6 +21,8 @@ from senet_transfer.analysis.report.run_folder import Run as RunFolder
 from senet_transfer.analysis.report.run_folder import data_label, load_run
 from senet_transfer.config import is_classification
 from senet_transfer.config.load import load_config
+from senet_transfer.data.build import find_dataset
+from senet_transfer.data.classification.open import open_dataset
 from senet_transfer.engine.publish.contents import changed_items
 from senet_transfer.engine.results import metrics, write_results
 from senet_transfer.engine.train import evaluated_file
@@ -252,7 +254,10 @@ def _quoted(word: str) -> str:
 def _data(tested: str, images: float | None) -> str:
     """Return the display name of a data set in the config or on the command line."""
     if tested.endswith("places365/val"):
-        return "Places365" if images == 36_500 else f"Places365, {images:,.0f} images"
+        if images == 36_500:
+            return "Places365"
+        labels = open_dataset(find_dataset(tested)).labels()
+        return f"{len(set(labels))} of 365 classes of Places365, {len(labels):,} images"
     return _DATA.get(tested, data_label(tested))
 
 

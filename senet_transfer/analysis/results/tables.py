@@ -30,6 +30,7 @@ _BEGIN, _END = r"<!-- results:?((?: \w+)*) -->\n", "<!-- end of results -->"
 METRICS = {"classification/top1_error": "top-1 error (%)", "bbox/AP": "box AP"}
 TRANSFER = "transfer_"
 _MINUS = "\N{MINUS SIGN}"
+_NOT_PUBLISHED = "- / -"
 
 
 def read_records(folder: str | Path) -> dict[str, Records]:
@@ -102,13 +103,16 @@ def baselines(records: dict[str, Records]) -> list[str]:
 def comparison(records: dict[str, Records], names: Sequence[str], *, details: bool = False) -> str:
     """Return a table that compares networks without and with SE.
 
+    The column for the paper's values is omitted if it would be empty.
+
     Args:
         records: The records by config.
         names: The configs of the networks without SE.
         details: If True, add columns for the length of training, the machine and the time.
     """
-    header = ["data and metric", "network", "runs", "without SE", "with SE", "difference", "paper"]
-    rows = []
+    header = ["data and metric", "network", "runs (without / with SE)", "without SE", "with SE",
+              "difference"]  # fmt: skip
+    rows, published = [], []
     for name in names:
         found = [records.get(name, []), records.get(with_se(name, records), [])]
         first = next((some[0] for some in found if some), None)
@@ -121,11 +125,16 @@ def comparison(records: dict[str, Records], names: Sequence[str], *, details: bo
                 network_of(first),
                 " / ".join(str(len(some)) for some in found),
                 *_columns(*map(_values, found)),
-                " / ".join(map(_paper, found)),
                 *([_details(first), _machine(found)] if details else []),
             ]
         )
-    return _table(header + (["training", "machine, minutes per run"] if details else []), rows)
+        published.append(" / ".join(map(_paper, found)))
+    if details:
+        header += ["training", "machine, minutes per run"]
+    if set(published) - {_NOT_PUBLISHED}:
+        header.append("paper")
+        rows = [[*row, cell] for row, cell in zip(rows, published, strict=True)]
+    return _table(header, rows)
 
 
 def transfer(records: dict[str, Records], names: Sequence[str]) -> str:
@@ -148,7 +157,8 @@ def transfer(records: dict[str, Records], names: Sequence[str]) -> str:
                 *_columns(*map(_values, found)),
             ]
         )
-    header = ["data and metric", "network", "runs", "random weights", "pretrained", "difference"]
+    header = ["data and metric", "network", "runs (random / pretrained)", "random weights",
+              "pretrained", "difference"]  # fmt: skip
     return _table(header, rows)
 
 
@@ -219,7 +229,11 @@ def _details(record: dict[str, Any]) -> str:
     if is_probe(record):
         return f"{training['images']:,} images, features of {record['config'].partition('_')[2]}"
     link = f"[{record['config']}](../configs/{record['config']}.yaml)"
-    return f"{training['steps']:,} steps of {training['images_per_step']} images, {link}"
+    pairs = zip(record["options"][::2], record["options"][1::2], strict=True)
+    options = ", ".join(f"`{key} {value}`" for key, value in pairs)
+    return f"{training['steps']:,} steps of {training['images_per_step']} images, {link}" + (
+        f" with {options}" if options else ""
+    )
 
 
 def _machine(found: Sequence[Records]) -> str:

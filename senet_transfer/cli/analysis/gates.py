@@ -32,6 +32,7 @@ of stage 5, and the network without these gates is written to OUTPUT/pruned.
 import argparse
 
 from senet_transfer.cli.arguments import Parser, add_running_arguments, run_command
+from senet_transfer.utils.text import counted
 
 
 def parser() -> argparse.ArgumentParser:
@@ -113,7 +114,8 @@ def main(args: argparse.Namespace) -> None:
     kind = "groups" if args.group_by else "classes"
     print(f"{excitations.images} images of {excitations.classes} {kind} from {dataset.origin}")
     if left_out := getattr(dataset, "left_out", 0):
-        print(f"Left out {left_out} images: no {args.group_by} has more than half of the objects")
+        few = counted(left_out, "image")
+        print(f"Left out {few}: no {args.group_by} has more than half of the objects")
     print(block_table(excitations))
     print(f"{len(found.files)} figures and tables in {args.output}")
     if found.pruned:

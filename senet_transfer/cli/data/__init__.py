@@ -5,40 +5,72 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from senet_transfer.cli.arguments import run_command
+from senet_transfer.cli.arguments import described, run_command
 from senet_transfer.cli.data import own_data, preparation
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """Argument parser and main function for preparing, checking or showing a data set."""
+    """Command for preparing, checking or showing a data set.
 
+    Attributes:
+        text: Description, for the help text.
+        parser: Function that returns the argument parser.
+        main: Main function, which takes the parsed arguments.
+    """
+
+    text: str
     parser: Callable[[], argparse.ArgumentParser]
     main: Callable[[argparse.Namespace], None]
 
 
 PREPARATIONS = {
-    "check": Preparation(own_data.check_parser, own_data.run_check),
-    "cifar": Preparation(preparation.cifar_parser, preparation.run_cifar),
-    "folder": Preparation(preparation.folder_parser, preparation.run_folder),
-    "imagenet": Preparation(preparation.imagenet_parser, preparation.run_imagenet),
-    "import": Preparation(own_data.import_parser, own_data.run_import),
-    "manifest": Preparation(preparation.manifest_parser, preparation.run_manifest),
-    "places365": Preparation(preparation.places365_parser, preparation.run_places365),
-    "shapes": Preparation(preparation.shapes_parser, preparation.run_shapes),
-    "show": Preparation(own_data.show_parser, own_data.run_show),
-    "split": Preparation(own_data.split_parser, own_data.run_split),
+    "check": Preparation("check detection data", own_data.check_parser, own_data.run_check),
+    "cifar": Preparation(
+        "prepare CIFAR-10 or CIFAR-100", preparation.cifar_parser, preparation.run_cifar
+    ),
+    "folder": Preparation(
+        "convert labelled images to shards", preparation.folder_parser, preparation.run_folder
+    ),
+    "imagenet": Preparation(
+        "convert ImageNet to shards", preparation.imagenet_parser, preparation.run_imagenet
+    ),
+    "import": Preparation(
+        "convert annotations to COCO format", own_data.import_parser, own_data.run_import
+    ),
+    "manifest": Preparation(
+        "write a manifest for existing shards",
+        preparation.manifest_parser,
+        preparation.run_manifest,
+    ),
+    "places365": Preparation(
+        "convert Places365 to shards", preparation.places365_parser, preparation.run_places365
+    ),
+    "shapes": Preparation(
+        "render the shapes data set", preparation.shapes_parser, preparation.run_shapes
+    ),
+    "show": Preparation(
+        "write an HTML page about a data set", own_data.show_parser, own_data.run_show
+    ),
+    "split": Preparation(
+        "split data into train, val and test, or into folds",
+        own_data.split_parser,
+        own_data.run_split,
+    ),
 }
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the argument parser; each data set has a separate parser for its options."""
+    """Return the argument parser; each name has a separate parser for its options."""
+    listed = described({name: each.text for name, each in PREPARATIONS.items()})
     parser = argparse.ArgumentParser(
-        description="Prepare, check or show a data set. To list the options for NAME, use NAME "
-        "--help."
+        description="Prepare, check or show a data set. For the options of a command, use NAME "
+        "--help.",
+        epilog=f"names:\n{listed}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", metavar="NAME", choices=PREPARATIONS, help=", ".join(PREPARATIONS))
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="options for the data set")
+    parser.add_argument("name", metavar="NAME", choices=PREPARATIONS, help="one of the names below")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="options for NAME")
     return parser
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from senet_transfer.cli.arguments import DETECTION_FORMATS, Parser, add_dataset_argument
 from senet_transfer.errors import UserError
+from senet_transfer.utils.text import counted
 
 
 def check_parser() -> argparse.ArgumentParser:
@@ -72,8 +73,8 @@ def run_check(args: argparse.Namespace) -> None:
     if args.masks:
         check_outlines([name])
     mode = "header" if args.headers_only else "decode"
-    count = check_dataset_images(dataset, mode=mode, reading=reading, quiet=args.quiet)
-    print(f"{args.json_file}: no errors in the annotations and {count} images")
+    images = check_dataset_images(dataset, mode=mode, reading=reading, quiet=args.quiet)
+    print(f"{args.json_file}: no errors in the annotations and {counted(images, 'image')}")
 
 
 def split_parser() -> argparse.ArgumentParser:
@@ -170,8 +171,9 @@ def run_import(args: argparse.Namespace) -> None:
         logging.warning(warning)
     for split, summary in summaries.items():
         print(
-            f"{args.output / split}.json: {summary.num_images} images, "
-            f"{summary.num_annotations} objects, {len(summary.classes)} classes"
+            f"{args.output / split}.json: {counted(summary.num_images, 'image')}, "
+            f"{counted(summary.num_annotations, 'object')}, "
+            f"{counted(len(summary.classes), 'class', 'classes')}"
         )
     options = [
         f"--dataset my_{split} {args.output / split}.json {images}"
@@ -207,7 +209,7 @@ def _split_import(
 def show_parser() -> argparse.ArgumentParser:
     parser = Parser(
         description="Write an HTML page about the data of a detector or classifier: training "
-        "inputs with augmentation, statistics, duplicates, and unusual annotations."
+        "inputs with\naugmentation, statistics, duplicates, and unusual annotations."
     )
     add = parser.add_argument
     add(

@@ -12,6 +12,7 @@ from senet_transfer.cli.arguments import (
     PLACES365_SPLITS,
 )
 from senet_transfer.errors import UserError
+from senet_transfer.utils.text import counted
 
 if TYPE_CHECKING:
     from senet_transfer.data.images.listing import Images
@@ -21,8 +22,8 @@ def places365_parser() -> argparse.ArgumentParser:
     parser = _shards_parser(
         "Convert Places365 to WebDataset shards.", source="folder with the lists and images"
     )
-    parser.add_argument("--split", choices=PLACES365_SPLITS, required=True)
-    parser.add_argument("--size", choices=PLACES365_SIZES, default="256", help="image size")
+    parser.add_argument("--split", choices=PLACES365_SPLITS, required=True, help="split to convert")
+    parser.add_argument("--size", choices=PLACES365_SIZES, default="256", help="image size (256)")
     return parser
 
 
@@ -38,7 +39,7 @@ def imagenet_parser() -> argparse.ArgumentParser:
         "Convert ImageNet (ILSVRC 2012) to WebDataset shards.",
         source="folder with the archives and development kit, or with the folders train and val",
     )
-    parser.add_argument("--split", choices=IMAGENET_SPLITS, required=True)
+    parser.add_argument("--split", choices=IMAGENET_SPLITS, required=True, help="split to convert")
     parser.add_argument(
         "--exclude",
         metavar="FILE",
@@ -63,7 +64,7 @@ def folder_parser() -> argparse.ArgumentParser:
         "Convert labelled images to WebDataset shards.",
         source="folder with one folder per class, or CSV file with the columns path and label",
     )
-    parser.add_argument("--name", default="images", help="prefix for the shard names")
+    parser.add_argument("--name", default="images", help="prefix for the shard names (images)")
     order = parser.add_mutually_exclusive_group()
     order.add_argument(
         "--classes-from", type=Path, help="existing shards from which to copy classes and labels"
@@ -107,7 +108,8 @@ def run_manifest(args: argparse.Namespace) -> None:
 
     classes = read_class_list(args.classes) if args.classes else None
     manifest = write_manifest(args.folder, classes)
-    print(f"{args.folder}: {manifest.samples} images in {len(manifest.shards)} shards")
+    shards = counted(len(manifest.shards), "shard")
+    print(f"{args.folder}: {counted(manifest.samples, 'image')} in {shards}")
 
 
 def cifar_parser() -> argparse.ArgumentParser:
@@ -151,15 +153,12 @@ def run_cifar(args: argparse.Namespace) -> None:
 
 def shapes_parser() -> argparse.ArgumentParser:
     root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
-    parser = argparse.ArgumentParser(
-        description="Render the shapes data set in COCO format.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(description="Render the shapes data set in COCO format.")
     add = parser.add_argument
-    add("--output", type=Path, default=root / "shapes", help="output folder")
-    add("--seed", type=int, default=0, help="seed for the random images")
-    add("--train", type=int, default=400, help="number of training images")
-    add("--val", type=int, default=100, help="number of validation images")
+    add("--output", type=Path, default=root / "shapes", help="output folder (%(default)s)")
+    add("--seed", type=int, default=0, help="seed for the random images (0)")
+    add("--train", type=int, default=400, help="number of training images (400)")
+    add("--val", type=int, default=100, help="number of validation images (100)")
     add("--quiet", action="store_true", help="no progress bar")
     return parser
 
@@ -176,20 +175,18 @@ def run_shapes(args: argparse.Namespace) -> None:
 
 def _shards_parser(description: str, *, source: str) -> argparse.ArgumentParser:
     """Return a parser with the arguments shared by all commands that write shards."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
     add("--source", type=Path, required=True, help=source)
     add("--output", type=Path, required=True, help="output folder for the shards of this split")
-    add("--seed", type=int, default=0, help="seed for the global shuffle")
-    add("--workers", type=int, default=2, help="number of processes")
-    add("--shard-mb", type=float, default=200, help="approximate shard size in MB")
+    add("--seed", type=int, default=0, help="seed for the global shuffle (0)")
+    add("--workers", type=int, default=2, help="number of processes (2)")
+    add("--shard-mb", type=float, default=200, help="approximate shard size in MB (200)")
     add(
         "--skip-broken",
         type=int,
         default=0,
-        help="maximum number of unreadable images to skip and record",
+        help="maximum number of unreadable images to skip and record (0)",
     )
     add("--verify", action="store_true", help="read all written shards and verify them")
     add("--quiet", action="store_true", help="no progress bars")
@@ -217,8 +214,11 @@ def _write_shards(images: "Images", split: str, args: argparse.Namespace) -> Non
         skip_broken=args.skip_broken,
         quiet=args.quiet,
     )
-    print(f"{args.output}: {manifest.samples} images in {len(manifest.shards)} shards")
+    shards = counted(len(manifest.shards), "shard")
+    print(f"{args.output}: {counted(manifest.samples, 'image')} in {shards}")
     if manifest.skipped:
-        print(f"skipped {len(manifest.skipped)} unreadable images, listed in manifest.json")
+        print(
+            f"skipped {counted(len(manifest.skipped), 'unreadable image')}, listed in manifest.json"
+        )
     if args.verify:
         verify(args.output, workers=args.workers, quiet=args.quiet)

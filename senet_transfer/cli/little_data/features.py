@@ -16,6 +16,7 @@ from senet_transfer.cli.arguments import (
     add_running_arguments,
     run_command,
 )
+from senet_transfer.utils.text import counted
 
 
 def add_backbone_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +61,8 @@ def main(args: argparse.Namespace) -> None:
     )
     computed.write(args.output)
     images, width = computed.features.shape
-    print(f"{images} images of {len(computed.classes)} classes, {width} features: {args.output}")
+    classes = counted(len(computed.classes), "class", "classes")
+    print(f"{counted(images, 'image')} of {classes}, {width} features: {args.output}")
 
 
 def command(words: list[str] | None = None) -> None:

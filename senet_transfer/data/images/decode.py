@@ -206,7 +206,7 @@ def deep_colours(image: Image.Image, data: bytes) -> np.ndarray:
     if form == "TIFF":
         pixels = _tiff_colours(data)
     if pixels is None and not planes:
-        # OpenCV is told to ignore the EXIF orientation.
+        # With this flag, OpenCV ignores the EXIF orientation.
         found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
         pixels = None if found is None or found.ndim != 3 else found[:, :, 2::-1]
     if pixels is None or pixels.dtype != np.uint16 or mode not in ("RGB", "RGBA"):

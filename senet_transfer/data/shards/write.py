@@ -234,10 +234,10 @@ def _convert(
 
 
 def _finished(output: Path, plans: list[ShardPlan]) -> dict[str, dict[str, Any]]:
-    """Return the JSON content of each complete shard by shard name.
+    """Return the JSON content of every complete shard, as a dictionary with the shards' names.
 
     Raises:
-        UserError: If the folder contains shards with other contents than planned.
+        UserError: If the folder contains shards whose contents differ from the plan.
     """
     for path in output.glob(".*.tmp"):
         path.unlink()  # left by a killed run; the lock prevents concurrent runs

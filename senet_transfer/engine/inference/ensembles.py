@@ -63,11 +63,11 @@ def has_caffe_order(found: ModelSource) -> bool:
 
 
 def build_detectors(source: ModelSource, device: str = "") -> LoadedModel:
-    """Build a model or, if ``TEST.ENSEMBLE.WEIGHTS`` is set, several detectors as one model.
+    """Build a model or, if ``TEST.ENSEMBLE.WEIGHTS`` is set, an ensemble of several detectors.
 
     Args:
-        source: The model, or the first detector.
-        device: The device. If empty, ``MODEL.DEVICE`` is used.
+        source: The config and weights of the model, or of the ensemble's first detector.
+        device: The device to run on. If empty, ``MODEL.DEVICE`` is used.
 
     Raises:
         UserError: If the detectors' classes or image formats differ, or if a detector predicts

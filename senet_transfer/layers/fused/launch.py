@@ -260,11 +260,11 @@ class _Launcher:
         return x.contiguous(memory_format=layout)
 
     def new(self, *shape: int) -> Tensor:
-        """Return an uninitialised tensor for sums or values per image."""
+        """Return an uninitialised tensor, in the dtype in which the kernels accumulate."""
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def rows(self) -> Tensor:
-        """Return an uninitialised tensor for sums per chunk and channel."""
+        """Return an uninitialised tensor ``(chunks, C)`` for the sums over each chunk of pixels."""
         return self.new(self.plan.rows, self.c)
 
     def run(self, kernel: Any, *arguments: Any, key: _Key | _Kind = (), **flags: Any) -> None:

@@ -142,7 +142,7 @@ def _detectron2_name(name: str) -> str:
     return names.detectron(name) or names.unchanged(name)
 
 
-# If several families match a file, the first one is used, and the others are logged.
+# If several families match a file, the first one is assumed, and the others are logged.
 _RECORDS = (
     Family(
         "senet_transfer",

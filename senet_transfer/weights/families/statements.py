@@ -27,8 +27,11 @@ _LOOKALIKES = {
 }
 
 _NAME_KEYS = ("arch", "architecture", "model_name", "arch_name")
-# Keys for a run's options. In the options, the network's key may also be "model" or "backbone".
+# Keys for a run's options. In the options, the network's key may also be one of _PART_KEYS. Its
+# value is a name, or the options of the network, which may have the key "name".
 _OPTION_KEYS = ("hyper_parameters", "args", "config", "hparams", "cfg", "opt")
+_PART_KEYS = ("model", "backbone")
+_MAX_DEPTH = 4
 
 _RESNET = re.compile(
     r"(se_?)?(resnet|resnext)_?(18|34|50|101|152)(?:_?(\d+)x(\d+)d)?", re.IGNORECASE
@@ -43,7 +46,10 @@ _OTHERS = re.compile(
     r"|(?:deeplabv3|deeplabv3_plus|fcn|pspnet)_resnet\d+",
     re.IGNORECASE,
 )
-_PUBLISHERS = re.compile(r"^(timm/|hf[-_]hub:|torchvision[./]|models[./]|tv_|gluon_|legacy_)+")
+_PUBLISHERS = re.compile(
+    r"^(timm[./:_]|tu[-_]|hf[-_]hub:|torchvision[./]|models[./])+", re.IGNORECASE
+)
+_VARIANTS = re.compile(r"^(tv_|gluon_|legacy_)+")
 _TEXT = 2**16
 
 
@@ -82,7 +88,7 @@ def statements_of(
     if architecture is None:
         return Statements()
     found = Statements(timm=timm)
-    for key, name in _names(metadata, timm):
+    for key, name in stated_names(metadata, timm):
         judged = _judge(name, architecture)
         if judged is False:
             return Statements(
@@ -111,22 +117,46 @@ def lookalikes(architecture: Architecture | None) -> tuple[str, ...]:
     return _LOOKALIKES.get(architecture.name, ()) if architecture else ()
 
 
-def _names(metadata: Mapping[str, Any], timm: TimmConfig | None) -> Iterator[tuple[str, str]]:
+def stated_names(
+    metadata: Mapping[str, Any], timm: TimmConfig | None = None
+) -> Iterator[tuple[str, str]]:
+    """Yield the names of the network in and next to a file, with the key of each name.
+
+    Args:
+        metadata: Plain values in the file.
+        timm: Content of timm's ``config.json`` next to the file.
+    """
     if timm:
         yield "architecture in config.json", timm.architecture
     for key in _NAME_KEYS:
         if isinstance(metadata.get(key), str):
             yield key, metadata[key]
-    for outer in _OPTION_KEYS:
-        options = metadata.get(outer)
-        for key in (*_NAME_KEYS, "model", "backbone"):
-            if isinstance(options, Mapping) and isinstance(options.get(key), str):
-                yield f"{outer}.{key}", options[key]
+    for key in _OPTION_KEYS:
+        if isinstance(metadata.get(key), Mapping):
+            yield from _option_names(metadata[key], key, _MAX_DEPTH)
+
+
+def _option_names(options: Mapping[str, Any], path: str, depth: int) -> Iterator[tuple[str, str]]:
+    for key in (*_NAME_KEYS, *_PART_KEYS):
+        if isinstance(options.get(key), str):
+            yield f"{path}.{key}", options[key]
+    for key in _PART_KEYS if depth else ():
+        part = options.get(key)
+        if isinstance(part, Mapping):
+            if isinstance(part.get("name"), str):
+                yield f"{path}.{key}.name", part["name"]
+            yield from _option_names(part, f"{path}.{key}", depth - 1)
+
+
+def without_publisher(name: str) -> str:
+    """Return a network's name without the package or website, such as ``timm/``, before it."""
+    return _PUBLISHERS.sub("", name.strip())
 
 
 def _plain(name: str) -> str:
     """Return a network's name without publisher and tag (such as timm's ``.a1_in1k``)."""
-    return _PUBLISHERS.sub("", name.strip()).partition(".")[0].replace("-", "_")
+    name = _VARIANTS.sub("", without_publisher(name))
+    return name.partition(".")[0].replace("-", "_")
 
 
 def _judge(name: str, architecture: Architecture) -> bool | None:
@@ -167,7 +197,10 @@ def _depth(architecture: Architecture) -> str | None:
 
 def _from_mm_config(text: str, architecture: Architecture) -> Statements:
     """Read the backbone and the normalisation from an mmpretrain or mmdetection config."""
-    backbone = text[text.index("backbone") :]
+    # Other parts of the config, such as a teacher, can also have a backbone.
+    model = re.search(r"^model\s*=", text, re.MULTILINE)
+    start = model.start() if model and "backbone" in text[model.start() :] else 0
+    backbone = text[text.index("backbone", start) :]
     backbone = re.split(r"\b(?:neck|head|rpn_head|decode_head)\s*=", backbone)[0]
     said = {
         key: match[1]

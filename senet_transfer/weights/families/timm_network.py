@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from senet_transfer.errors import UserError
+from senet_transfer.utils.text import shown
 from senet_transfer.weights.families.geometry import Geometry
 from senet_transfer.weights.families.registry import Family
+from senet_transfer.weights.families.statements import stated_names, without_publisher
+from senet_transfer.weights.formats.timm_config import TimmConfig
 from senet_transfer.weights.hub.timm_networks import PREFIX, classifier_name, import_timm
 
 # Name of the family. It is determined by the model instead of being detected.
@@ -17,9 +20,12 @@ def timm_family(network: str) -> Family:
     """Return the family for state dicts of a network such as "timm/regnety_002"."""
     classifier = classifier_name(network)
 
-    def rename(tensor: str) -> str:
-        layer, _, leaf = tensor.rpartition(".")
-        return f"linear.{leaf}" if classifier and layer == classifier else f"net.{tensor}"
+    def rename(tensor: str) -> str | None:
+        if not classifier or not tensor.startswith(f"{classifier}."):
+            return f"net.{tensor}"
+        leaf = tensor.removeprefix(f"{classifier}.")
+        # Another head, such as an MLP, has names like "fc.0.weight".
+        return None if "." in leaf else f"linear.{leaf}"
 
     return Family(
         TIMM_NETWORK,
@@ -31,7 +37,14 @@ def timm_family(network: str) -> Family:
     )
 
 
-def stated_network(path: Path, metadata: Mapping[str, Any], network: str) -> str:
+def stated_network(
+    path: Path,
+    metadata: Mapping[str, Any],
+    network: str,
+    timm: TimmConfig | None = None,
+    *,
+    several: bool = False,
+) -> str:
     """Return the name of a file's network, including the tag of the weights if it is specified.
 
     Args:
@@ -39,17 +52,24 @@ def stated_network(path: Path, metadata: Mapping[str, Any], network: str) -> str
         metadata: Values in the file, such as the architecture in checkpoints from timm's training
             script.
         network: Name of the model, such as "timm/regnety_002".
+        timm: Content of timm's ``config.json`` next to the file.
+        several: Whether the file contains several networks. A name then may be that of another one.
 
     Raises:
         UserError: If the file specifies a different timm network.
     """
-    stated = metadata.get("architecture") or metadata.get("arch")
-    if not isinstance(stated, str) or not import_timm().is_model(stated):
-        return network
-    arch, _, tag = stated.partition(".")
-    if arch != network.removeprefix(PREFIX).partition(".")[0]:
-        raise UserError(
-            f"{path} contains the network {stated}, but the model is {network}. Use weights for "
-            f"this model, or the model {PREFIX}{arch} (MODEL.BACKBONE.ARCH)."
-        )
-    return PREFIX + stated if tag else network
+    own, tagged = network.removeprefix(PREFIX).partition(".")[0], network
+    for key, name in stated_names(metadata, timm):
+        stated = without_publisher(name)
+        arch, _, tag = stated.partition(".")
+        if not import_timm().is_model(arch):
+            continue
+        if arch == own:
+            tagged = PREFIX + stated if tag and tagged == network else tagged
+        elif not several:
+            raise UserError(
+                f"{path} contains the network {stated} (its entry {key!r} is {shown(name)!r}), but "
+                f"the model is {network}. Use weights for this model, or the model {PREFIX}{arch} "
+                "(MODEL.BACKBONE.ARCH)."
+            )
+    return tagged

@@ -83,10 +83,11 @@ class TensorRef:
 
 
 def is_numeric(value: Any) -> bool:
-    """Return whether a value is a lazy tensor or a numeric array."""
-    return isinstance(value, TensorRef) or (
-        isinstance(value, np.ndarray) and value.dtype.kind in "biufc"
-    )
+    """Return whether a value is a lazy tensor, or an array with one of PyTorch's dtypes."""
+    if not isinstance(value, np.ndarray):
+        return isinstance(value, TensorRef)
+    # The length excludes numpy.longdouble.
+    return value.dtype.kind in "biufc" and value.real.itemsize <= 8
 
 
 def to_tensor(source: TensorRef | np.ndarray) -> torch.Tensor:

@@ -25,7 +25,7 @@ from senet_transfer.weights.formats.caffe.caffemodel import caffe_tensors, read_
 from senet_transfer.weights.formats.caffe.layers import CaffeLayer
 from senet_transfer.weights.formats.shards import check_not_a_shard, shard_files
 from senet_transfer.weights.formats.sniff import CAFFE, INDEX, PICKLE, SAFETENSORS, TAR, ZIP, sniff
-from senet_transfer.weights.formats.state_dict import Checkpoint, collect
+from senet_transfer.weights.formats.state_dict import Checkpoint, check_named_ema, collect
 from senet_transfer.weights.formats.tensor_names import ONLY_NETWORK, Wanted, select
 from senet_transfer.weights.formats.timm_config import TimmConfig, read_timm_config
 from senet_transfer.weights.formats.torch_file import LEGACY_MAGIC, read_legacy, read_tar, read_zip
@@ -137,13 +137,19 @@ def check_values(tensors: dict[str, torch.Tensor], path: str | Path = "weights")
             tensor = tensor.float()  # torch can't compare all float8 dtypes
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             bad.append(f"{shown(name)} (non-finite)")
-        elif re.search(r"(running_var|variance|_riv)$", name) and bool((tensor < 0).any()):
+        elif re.search(r"(running_var|variance|_riv)$", name) and _has_negative(tensor):
             bad.append(f"{shown(name)} (negative variance)")
     if bad:
         raise UserError(
             f"{path} contains invalid values: {first_of(bad, _LISTED)}. The file is damaged, or "
             "the training diverged. Download the file again, or use different weights."
         )
+
+
+def _has_negative(tensor: torch.Tensor) -> bool:
+    # PyTorch can't compare complex and most unsigned dtypes, which fit no model.
+    comparable = tensor.dtype.is_signed and not tensor.is_complex()
+    return comparable and bool((tensor < 0).any())
 
 
 def _verify_own_hash(path: Path, checkpoint: Checkpoint, verified: list[str]) -> None:
@@ -204,15 +210,11 @@ def _from_safetensors(
             metadata |= opened.metadata() or {}
         if not place:
             raise UserError(f"{path} contains no tensors. Check the file.")
-        if wanted.ema:
-            raise UserError(
-                f"{path} is a safetensors file, which has no separate EMA weights. Remove ema=True "
-                "(MODEL.WEIGHTS_EMA), or select the network with prefix= (MODEL.WEIGHTS_PREFIX)."
-            )
         if OWN_METADATA in metadata:
             metadata[OWN_METADATA] = json.loads(metadata[OWN_METADATA])
         sizes = {n: math.prod(file.get_slice(n).get_shape()) for n, file in place.items()}
         selected = select(sizes, wanted.prefix, path)
+        check_named_ema(path, wanted, selected)
         # Clone the tensors, because safetensors memory-maps the file, which may be replaced.
         tensors = {n: place[own].get_tensor(own).clone() for n, own in selected.kept.items()}
     return Checkpoint(tensors, metadata, selected.kept, selected.dropped)

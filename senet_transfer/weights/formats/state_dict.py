@@ -4,6 +4,8 @@ Checkpoints wrap a model's tensors in many ways, and often also contain the opti
 and the run's arguments. Only the model's tensors are read into memory.
 """
 
+import contextlib
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,10 +16,18 @@ import numpy as np
 import torch
 
 from senet_transfer.errors import UserError
-from senet_transfer.utils.safe_pickle import Placeholder, reject_class
-from senet_transfer.utils.text import shown
+from senet_transfer.utils.safe_pickle import UNREAD_ARRAY, Placeholder, reject_class
+from senet_transfer.utils.text import first_of, shown
 from senet_transfer.weights.formats.lazy_tensor import TensorRef, is_numeric, to_tensor
-from senet_transfer.weights.formats.tensor_names import PREFIXES, Wanted, select
+from senet_transfer.weights.formats.tensor_names import (
+    MMCV_COPY,
+    PREFIXES,
+    Selected,
+    Wanted,
+    has_prefix,
+    outside_prefix,
+    select,
+)
 
 # Keys for a model's state dict, in order of precedence.
 WRAPPERS = (
@@ -28,22 +38,28 @@ WRAPPERS = (
     "net",
     "blobs",
 )
-# Keys that are also used for parts of a network. They refer to a state dict only if no other
-# dictionary at the same level contains tensors.
-_WEAK_WRAPPERS = ("module", "network", "params", "weights", "model_weights")
-# Keys for averaged weights: state_dict_ema (timm), model_ema (torchvision's references),
-# ema_state_dict (mmengine), params_ema (BasicSR), ema, swa_model, ...
-_AVERAGED = re.compile(
-    r"(.*[_.-])?(ema|swa)([_.-].*|\d*|[A-Z].*)|.*EMA|.*(averaged|average|avg)_model(_.*)?"
-)
+# Words in keys for averaged weights, such as state_dict_ema (timm), model_ema (torchvision's
+# references), ema_state_dict (mmengine), params_ema (BasicSR), swa_model, averaged_state_dict.
+_AVERAGED = frozenset({"ema", "swa", "avg", "average", "averaged", "polyak", "shadow"})
 # Keys that take precedence over unknown keys.
 _USUAL_AVERAGED = ("state_dict_ema", "model_ema")
 
-_TRAINER_STATE = ("optim", "sched", "scaler", "amp", "ema", "momentum")
+# DeepSpeed's copies of the parameters that are not trained.
+_FROZEN_COPIES = "frozen_param_fragments"
+# Words in keys for the state of a trainer, which has tensors but is not a network.
+_TRAINER_WORD = re.compile(r"opt|optims?|\w*optimi[sz]er\w*|\w*sched\w*|(grad)?scalers?|amp")
+# Parts of keys that are not used for a network if there is another one.
+_BESIDE = ("optim", "sched", "scaler", "amp", "ema", "momentum")
+# Last parts of the names of a network's tensors. Metrics and random states have other names.
+_PARAMETERS = ("weight", "bias", "running_mean", "running_var")
 _MAX_DEPTH = 5
 _MAX_ENTRIES = 200_000
+# Limit for all dictionaries together. Within the limits of safe_pickle, a file has fewer entries
+# unless it refers to the same dictionary repeatedly.
+_MAX_TOTAL = 700_000
 _MAX_PLAIN = 20_000
 _MAX_TEXT = 2**17
+_LISTED = 4
 
 _Source = TensorRef | np.ndarray
 
@@ -85,8 +101,10 @@ def collect(tree: Any, path: Path, size: int, wanted: Wanted) -> Checkpoint:
         UserError: If the object contains no named tensors, the model is or contains an object of an
             unknown class, or the wanted network is not in the file.
     """
+    root = tree
     metadata: dict[str, Any] = {}
     notes: list[str] = []
+    outside: list[str] = []
     prefix, averaged = wanted.prefix, False
     for _ in range(_MAX_DEPTH):
         choice = _choose(tree, prefix, wanted.ema, path) if isinstance(tree, dict) else None
@@ -94,14 +112,12 @@ def collect(tree: Any, path: Path, size: int, wanted: Wanted) -> Checkpoint:
             break
         _take_plain(metadata, {k: v for k, v in tree.items() if v is not tree[choice.key]})
         _check_partitions(tree, choice.key, path)
-        notes += [choice.note] if choice.note else []
+        if choice.prefix != prefix:
+            others = {key: tree[key] for key in _candidates(tree) if key != choice.key}
+            outside += [name for name, _ in _leaves(others)]
+        notes += choice.notes
         averaged = averaged or choice.averaged
         tree, prefix = tree[choice.key], choice.prefix
-    if wanted.ema and not averaged:
-        raise UserError(
-            f"{path} contains no EMA weights in addition to the plain weights. Remove ema=True "
-            "(MODEL.WEIGHTS_EMA), or select the network with prefix= (MODEL.WEIGHTS_PREFIX)."
-        )
     if isinstance(tree, Placeholder):
         reject_class(path, tree.name)
     if not isinstance(tree, dict):
@@ -110,22 +126,28 @@ def collect(tree: Any, path: Path, size: int, wanted: Wanted) -> Checkpoint:
             f"{path} contains a {kind}, so it is not a weight file. Expected a dictionary of named "
             "tensors, such as model.state_dict()."
         )
-    sources = _named_tensors(_networks(tree) or tree, path)
+    notes += _others({k: v for k, v in tree.items() if isinstance(k, str) and _is_beside(k)})
+    entries = _model_entries(tree) if tree is root else tree
+    sources = _named_tensors(_networks(tree) or entries, path)
     _take_plain(
         metadata,
         {k: v for k, v in tree.items() if not (isinstance(v, dict) or k in sources)},
     )
     if not sources:
-        _reject_model_objects(tree, path)
-        found = shown(", ".join(repr(key) for key in list(tree)[:8])) or "nothing"
+        _reject_objects(tree, path)
+        keys = [key for key in tree if isinstance(key, str)]
+        found = shown(", ".join(map(repr, keys[:8]))) or "nothing"
         raise UserError(f"{path} contains no model tensors (found: {found}). Check the file.")
     # In a malicious file, many tensors may be views of the same few bytes. Legitimate tied weights
     # use at most a small multiple of the file's size.
     if sum(source.nbytes for source in sources.values()) > 4 * size + 2**20:
         raise ValueError("its tensors would require far more memory than the file's size")
     selected = select({name: source.size for name, source in sources.items()}, prefix, path)
+    if not averaged:
+        check_named_ema(path, wanted, selected)
     tensors = {name: to_tensor(sources[own]) for name, own in selected.kept.items()}
-    return Checkpoint(tensors, metadata, selected.kept, selected.dropped, tuple(notes))
+    dropped = dict.fromkeys(outside, outside_prefix(wanted.prefix)) | selected.dropped
+    return Checkpoint(tensors, metadata, selected.kept, dropped, tuple(notes))
 
 
 def _named_tensors(tree: dict, path: Path) -> dict[str, _Source]:
@@ -140,84 +162,199 @@ def _named_tensors(tree: dict, path: Path) -> dict[str, _Source]:
 
 
 class _Choice(NamedTuple):
-    """Selected key of a checkpoint, the rest of the wanted prefix, and a note for the user."""
+    """Selected key of a checkpoint, the rest of the wanted prefix, and notes for the user."""
 
     key: str
     prefix: str
     averaged: bool = False
-    note: str = ""
+    notes: tuple[str, ...] = ()
+
+
+class _Pair(NamedTuple):
+    """Keys of plain and averaged weights that a project swaps when it saves a checkpoint."""
+
+    plain: str
+    averaged: str
+    project: str
 
 
 def _choose(tree: dict, prefix: str, ema: bool | None, path: Path) -> _Choice | None:
     """Select the entry that contains the model, or return None if ``tree`` is a state dict."""
-    start = prefix.removesuffix(".") + "."
-    for key in tree if prefix else ():
-        if isinstance(key, str) and start.startswith(f"{key}.") and _has_tensors(tree[key]):
-            return _Choice(key, start.removeprefix(f"{key}.").removesuffix("."), bool(ema))
-    plain = _wrapper(tree)
-    averaged = [key for key in tree if isinstance(key, str) and _is_averaged(key, tree[key])]
-    if not averaged:
-        return _Choice(plain, prefix) if plain is not None else None
-    usual = [key for key in _USUAL_AVERAGED if key in averaged]
-    first = (usual or averaged)[0]
-    alone = not (_has_direct_tensors(tree) or len(_candidates(tree)) > 1)
-    if plain is None and ema is None and not alone and not usual:
-        return None
-    # A dictionary with a different key can also be a loss with buffers or a second network.
-    guessed = plain is not None and plain not in WRAPPERS
-    small = guessed and _count(tree[first]) > 2 * _count(tree[plain])
-    if plain in averaged or small or (guessed and usual and ema is not False):
-        plain = None
+    if prefix and (choice := _by_prefix(tree, prefix, ema)):
+        return choice
+    plain, averaged = _plain_and_averaged(tree, ema)
+    if averaged is None:
+        return None if plain is None else _only_plain(tree, plain, prefix, ema, path)
     if plain is None:
         if ema is False:
             raise UserError(
-                f"{path} contains only EMA weights ({shown(first)}), but ema is False "
+                f"{path} contains only EMA weights ({shown(averaged)}), but ema is False "
                 "(MODEL.WEIGHTS_EMA). Remove this setting."
             )
-        return _Choice(first, prefix, True, f"the weights are EMA weights ({shown(first)})")
-    if _is_mmengine(tree) and first == "ema_state_dict" and plain == "state_dict":
-        # mmengine's EMAHook swaps the values of these two entries when it saves a checkpoint.
-        names = ("ema_state_dict", "state_dict")
-        swapped = ", which mmengine swaps when saving a checkpoint"
-        take = ema is not False
+        note = f"the weights are EMA weights ({shown(averaged)})"
+        return _Choice(averaged, prefix, True, (note, *_others(tree, averaged)))
+    pair = _swapped(tree)
+    if pair:
+        take, swapped = ema is not False, f", which {pair.project} swaps when saving a checkpoint"
     else:
-        names, swapped = (plain, first), ""
-        take = ema if ema is not None else _is_timm(tree, plain, first)
-    used, other = (names[1], names[0]) if take else names
+        take, swapped = ema if ema is not None else _is_timm(tree, plain, averaged), ""
+    used, other = (averaged, plain) if take else (plain, averaged)
     kinds = ("EMA", "plain") if take else ("plain", "EMA")
-    return _Choice(
-        used,
-        prefix,
-        take,
+    note = (
         f"the {kinds[0]} weights ({shown(used)}) were taken; the file also contains {kinds[1]} "
-        f"weights ({shown(other)}){swapped}: set ema={not take} (MODEL.WEIGHTS_EMA) to use them",
+        f"weights ({shown(other)}){swapped}: set ema={not take} (MODEL.WEIGHTS_EMA) to use them"
     )
+    return _Choice(used, prefix, take, (note, *_others(tree, used, other)))
 
 
-def _is_averaged(key: str, value: Any) -> bool:
-    return bool(_AVERAGED.fullmatch(key)) and not _is_optimizer(key) and _is_network(value)
+def _by_prefix(tree: dict, prefix: str, ema: bool | None) -> _Choice | None:
+    """Select the entry whose key is the first part of the wanted prefix, or return None."""
+    start = prefix.removesuffix(".") + "."
+    for key, value in tree.items():
+        if isinstance(key, str) and start.startswith(f"{key}.") and _has_tensors(value):
+            if not has_prefix((name for name, _ in _leaves(value)), prefix):
+                return _Choice(key, start.removeprefix(f"{key}.").removesuffix("."), bool(ema))
+            # The names in this dictionary begin with the same word as its key.
+            return None if ema else _Choice(key, prefix)
+    return None
 
 
-def _is_optimizer(key: str) -> bool:
-    return any(word in key.lower() for word in ("optim", "sched", "scaler"))
+def _plain_and_averaged(tree: dict, ema: bool | None) -> tuple[str | None, str | None]:
+    """Return the keys of the plain and the averaged weights, with None for missing weights."""
+    if pair := _swapped(tree):
+        return pair.plain, pair.averaged
+    plain = _wrapper(tree)
+    budget = [_MAX_TOTAL]
+    averaged = [key for key in tree if _is_averaged(key, tree[key], budget)]
+    if not averaged:
+        return plain, None
+    usual = [key for key in _USUAL_AVERAGED if key in averaged]
+    several = plain is None and (_is_flat(tree) or len(_candidates(tree)) > 1)
+    if several and not (ema or (usual and ema is None)):
+        return None, None
+    # A dictionary with an unknown key can also be a loss with buffers or a second network.
+    guessed = plain is not None and plain not in WRAPPERS
+    if guessed and (not _is_network(tree[plain]) or (usual and ema is not False)):
+        plain = None
+    return plain, (usual or averaged)[0]
 
 
-def _is_network(value: Any) -> bool:
-    """Return whether a value is a dictionary with tensors other than counters."""
-    return isinstance(value, dict) and any(
-        is_numeric(leaf) and leaf.size > 1
-        for _, leaf in _leaves(value)
-        if not isinstance(leaf, Placeholder)
-    )
+def _only_plain(tree: dict, plain: str, prefix: str, ema: bool | None, path: Path) -> _Choice:
+    unread = tuple(_unreadable_averages(tree))
+    if ema and unread:
+        raise UserError(
+            f"The EMA weights in {path} can't be loaded: {'; '.join(unread)}. Load the file where "
+            "it was saved, copy the EMA weights to the model, and save model.state_dict()."
+        )
+    return _Choice(plain, prefix, notes=(*unread, *_others(tree, plain)))
 
 
-def _count(value: dict) -> int:
-    return sum(1 for _ in _leaves(value))
-
-
-def _is_mmengine(tree: dict) -> bool:
+def _swapped(tree: dict) -> _Pair | None:
     meta = tree.get("meta")
-    return "message_hub" in tree or (isinstance(meta, dict) and "mmengine_version" in meta)
+    if "message_hub" in tree or (isinstance(meta, dict) and "mmengine_version" in meta):
+        pair = _Pair("ema_state_dict", "state_dict", "mmengine's EMAHook")
+    elif "averaging_state" in tree:
+        pair = _Pair("current_model_state", "state_dict", "Lightning's WeightAveraging")
+    else:
+        return None
+    return pair if _has_tensors(tree.get(pair.plain)) and _has_tensors(tree["state_dict"]) else None
+
+
+def _others(tree: dict, *used: str) -> tuple[str, ...]:
+    """Return a note if a checkpoint contains networks other than those under the used keys."""
+    others: list[str] = []
+    budget = [_MAX_ENTRIES]
+    with contextlib.suppress(_TooManyEntries):
+        for key, value in tree.items():
+            if isinstance(key, str) and key not in used and not _is_trainer_state(key):
+                others += [key] * _is_network(value, budget)
+    if not others:
+        return ()
+    return (
+        f"the file also contains a network under {first_of(map(shown, others), _LISTED)}; to load "
+        f"it, set prefix={shown(others[0])!r} (MODEL.WEIGHTS_PREFIX)",
+    )
+
+
+def _unreadable_averages(tree: dict) -> Iterator[str]:
+    """Yield a sentence about each entry with averaged weights that do not have names."""
+    for key, value in tree.items():
+        if not isinstance(key, str) or not _words(key) & _AVERAGED:
+            continue
+        if isinstance(value, Placeholder):
+            yield f"{shown(key)} is an object of the class {value.name}, which is not read"
+        elif any(map(_is_tensor_list, value.values() if isinstance(value, dict) else [value])):
+            yield f"{shown(key)} is a list of tensors without names, which is not read"
+
+
+def _is_tensor_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 1 and all(map(is_numeric, value[:2]))
+
+
+def check_named_ema(path: Path, wanted: Wanted, selected: Selected) -> None:
+    """Raise UserError if EMA weights are wanted, but the state dict is not one of EMA weights.
+
+    Args:
+        path: Path of the file, which has no separate state dict of EMA weights.
+        wanted: Network to take from the file.
+        selected: Selected tensor names.
+    """
+    if not wanted.ema or _words(wanted.prefix) & _AVERAGED:
+        return
+    starts = dict.fromkeys(name.partition(".")[0] for name in selected.kept if "." in name)
+    averaged = [start for start in starts if _words(start) & _AVERAGED]
+    if averaged:
+        raise UserError(
+            f"The EMA weights in {path} have the prefix {shown(averaged[0])}. Set "
+            f"prefix='{shown(averaged[0])}.' (MODEL.WEIGHTS_PREFIX) instead of ema=True "
+            "(MODEL.WEIGHTS_EMA)."
+        )
+    if MMCV_COPY in selected.dropped.values():
+        raise UserError(
+            f"{path} contains copies of the weights from mmcv's EMAHook, which can't be selected "
+            "with ema=True (MODEL.WEIGHTS_EMA). If the hook had a higher priority than "
+            "CheckpointHook (50), as in MMDetection's configs, the weights under the usual names "
+            "are the EMA weights. Remove ema=True to load them."
+        )
+    raise UserError(
+        f"{path} contains no EMA weights in addition to the plain weights. Remove ema=True "
+        "(MODEL.WEIGHTS_EMA), or select the network with prefix= (MODEL.WEIGHTS_PREFIX)."
+    )
+
+
+def _words(key: str) -> set[str]:
+    """Return the lower-case words of a key such as "state_dict_ema" or "modelEMA"."""
+    return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", key)}
+
+
+def _is_averaged(key: Any, value: Any, budget: list[int]) -> bool:
+    return (
+        isinstance(key, str)
+        and bool(_words(key) & _AVERAGED)
+        and not _is_trainer_state(key)
+        and _has_parameters(value, budget)
+    )
+
+
+def _parameters(value: Any, budget: list[int] | None = None) -> Iterator[str]:
+    """Yield the names of the parameters and norm statistics in nested dictionaries."""
+    for name, leaf in _leaves(value, budget=budget) if isinstance(value, dict) else ():
+        if _names_parameter(name) and not isinstance(leaf, Placeholder) and leaf.size > 1:
+            yield name
+
+
+def _names_parameter(name: str) -> bool:
+    return name.rpartition(".")[2] in _PARAMETERS
+
+
+def _has_parameters(value: Any, budget: list[int] | None = None) -> bool:
+    return next(_parameters(value, budget), None) is not None
+
+
+def _is_network(value: Any, budget: list[int] | None = None) -> bool:
+    """Return whether a value is a dictionary with the weights of several layers."""
+    weights = (name for name in _parameters(value, budget) if name.endswith(".weight"))
+    return len(list(itertools.islice(weights, 2))) == 2
 
 
 def _is_timm(tree: dict, plain: str, averaged: str) -> bool:
@@ -251,15 +388,39 @@ def _check_partitions(tree: dict, key: str, path: Path) -> None:
         )
 
 
-def _reject_model_objects(tree: dict, path: Path) -> None:
-    for key, value in tree.items():
-        if isinstance(value, Placeholder) and _AVERAGED.fullmatch(str(key)):
+def _model_entries(tree: dict) -> dict:
+    """Return a flat checkpoint without objects and values that are next to the model's tensors."""
+    return {
+        key: value
+        for key, value in tree.items()
+        if not isinstance(key, str) or "." in key or not _is_object(value)
+    }
+
+
+def _is_object(value: Any) -> bool:
+    """Return whether a value is neither a tensor, in any format, nor a dictionary with tensors."""
+    if isinstance(value, dict):
+        return not _has_tensors(value)
+    value = _as_leaf(value)
+    return isinstance(value, Placeholder) and not value.name.startswith("torch._")
+
+
+def _as_leaf(value: Any) -> Any:
+    """Return a value, or a placeholder for an array of objects, dates or 128-bit numbers."""
+    if isinstance(value, np.ndarray) and value.dtype.kind not in "SU" and not is_numeric(value):
+        return Placeholder(UNREAD_ARRAY)
+    return value
+
+
+def _reject_objects(tree: dict, path: Path) -> None:
+    for _, value in _leaves(tree):
+        if isinstance(value, Placeholder):
             reject_class(path, value.name)
 
 
 def _networks(tree: dict) -> dict | None:
     """Return the entries with networks if there are several of them in ``tree``, otherwise None."""
-    if _has_direct_tensors(tree):
+    if any(map(is_numeric, tree.values())):
         return None
     found = {key: tree[key] for key in _candidates(tree)}
     return found if len(found) > 1 and any(map(_is_nested, found.values())) else None
@@ -270,34 +431,60 @@ def _is_nested(value: dict) -> bool:
 
 
 def _candidates(tree: dict) -> list[str]:
-    return [
-        key
-        for key, value in tree.items()
-        if isinstance(key, str) and not _is_trainer_state(key) and _has_tensors(value)
-    ]
+    """Return the keys of dictionaries that may be the model or one of its parts."""
+    budget = [_MAX_TOTAL]
+    keys = [k for k, v in tree.items() if isinstance(k, str) and not _is_averaged(k, v, budget)]
+    found = [k for k in keys if not _is_trainer_state(k) and _has_parameters(tree[k], budget)]
+    if found:
+        # A momentum encoder, for example, is an average of the network next to it.
+        return [key for key in found if not _is_beside(key)] or found
+    return [key for key in keys if not _is_beside(key) and _has_tensors(tree[key])]
 
 
 def _wrapper(tree: dict) -> str | None:
     """Return the key of the model's state dict in ``tree``, or None if ``tree`` itself is one."""
-    for key in WRAPPERS:
-        if isinstance(tree.get(key), Placeholder) or _has_tensors(tree.get(key)):
+    keys = (*WRAPPERS, "module") if _is_deepspeed(tree) else WRAPPERS
+    for key in keys:
+        if _has_tensors(tree.get(key)):
+            return key
+    for key in keys:
+        if isinstance(tree.get(key), Placeholder):
             return key
     inner = _candidates(tree)
-    if len(inner) == 1 and (inner[0] in _WEAK_WRAPPERS or not _has_direct_tensors(tree)):
-        return inner[0]
-    return None
+    return inner[0] if len(inner) == 1 and not _is_flat(tree) else None
 
 
-def _has_direct_tensors(tree: dict) -> bool:
-    return any(is_numeric(value) for value in tree.values())
+def _is_deepspeed(tree: dict) -> bool:
+    return "ds_config" in tree or "ds_version" in tree
+
+
+def _is_flat(tree: dict) -> bool:
+    """Return whether the direct tensors of ``tree`` are a network's, not metrics or random states.
+
+    If names don't indicate a network, its tensors may have any name.
+    """
+    direct = [key for key, value in tree.items() if isinstance(key, str) and is_numeric(value)]
+    if any(map(_names_parameter, direct)):
+        return True
+    budget = [_MAX_TOTAL]
+    return bool(direct) and not any(_has_parameters(value, budget) for value in tree.values())
 
 
 def _is_trainer_state(key: str) -> bool:
-    return any(word in key.lower() for word in _TRAINER_STATE)
+    return key == _FROZEN_COPIES or any(map(_TRAINER_WORD.fullmatch, _words(key)))
+
+
+def _is_beside(key: str) -> bool:
+    """Return whether a key may be for averages or trainer state, next to a network's tensors."""
+    return any(part in key.lower() for part in _BESIDE)
 
 
 def _has_tensors(value: Any) -> bool:
     return isinstance(value, dict) and any(is_numeric(leaf) for _, leaf in _leaves(value))
+
+
+class _TooManyEntries(ValueError):  # noqa: N818 - only used in this file
+    """Exception for dictionaries with too many entries, some of which may occur several times."""
 
 
 def _leaves(
@@ -310,24 +497,27 @@ def _leaves(
     for key, value in tree.items():
         budget[0] -= 1
         if budget[0] < 0:
-            raise ValueError(f"it contains more than {_MAX_ENTRIES:,} entries")
+            raise _TooManyEntries("it contains too many entries")
         if isinstance(key, Placeholder):
             yield prefix, key
         elif not isinstance(key, str):
             continue
-        elif is_numeric(value) or isinstance(value, Placeholder):
+        elif is_numeric(value) or isinstance(value := _as_leaf(value), Placeholder):
             yield prefix + key, value
-        elif isinstance(value, dict) and depth > 1 and (prefix or not _is_trainer_state(key)):
+        elif isinstance(value, dict) and depth > 1 and (prefix or not _is_beside(key)):
             yield from _leaves(value, depth - 1, f"{prefix}{key}.", budget)
 
 
 def _take_plain(metadata: dict[str, Any], values: dict) -> None:
+    left = _MAX_TOTAL
     for key, value in values.items():
-        if isinstance(key, str) and key not in metadata and not _is_trainer_state(key):
-            try:
-                metadata[key] = _plain(value, [_MAX_PLAIN])
-            except _NotPlain:
-                continue
+        if isinstance(key, str) and key not in metadata and not _is_beside(key):
+            budget = [_MAX_PLAIN]
+            with contextlib.suppress(_NotPlain):
+                metadata[key] = _plain(value, budget)
+            left -= _MAX_PLAIN - budget[0]
+            if left < 0:
+                raise _TooManyEntries("it contains too many entries")
 
 
 class _NotPlain(Exception):  # noqa: N818 - only used in this file
@@ -335,18 +525,24 @@ class _NotPlain(Exception):  # noqa: N818 - only used in this file
 
 
 def _plain(value: Any, budget: list[int], depth: int = 0) -> Any:
-    """Return a small plain value, with one-element tensors as numbers, or raise _NotPlain."""
+    """Return a small plain value, with one-element tensors as numbers, or raise _NotPlain.
+
+    Items of dictionaries that are not plain are left out.
+    """
     budget[0] -= 1
     if budget[0] < 0 or depth > 2 * _MAX_DEPTH:
         raise _NotPlain
+    if isinstance(value, Placeholder) and value.values:
+        value = value.values
     if isinstance(value, list | tuple):
         return [_plain(item, budget, depth + 1) for item in value]
     if isinstance(value, dict):
-        return {
-            key: _plain(item, budget, depth + 1)
-            for key, item in value.items()
-            if isinstance(key, str | int) and not isinstance(item, Placeholder)
-        }
+        items = {}
+        for key, item in value.items():
+            with contextlib.suppress(_NotPlain):
+                if isinstance(key, str | int):
+                    items[key] = _plain(item, budget, depth + 1)
+        return items
     if is_numeric(value) and value.size == 1:
         return to_tensor(value).item()
     if (

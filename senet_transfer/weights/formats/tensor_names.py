@@ -24,7 +24,9 @@ _INSERTED = re.compile(
 _COUNTERS = frozenset(
     {"n_averaged", "steps", "step", "initted", "num_updates", "updates", "decay", "global_step"}
 )
+_MAX_DEPTH = 6
 _AVERAGED_WRAPPERS = frozenset({"module", "ema_model", "online_model", "model", "averaged_model"})
+MMCV_COPY = "copy of mmcv's EMAHook"
 _FLAT_PARAMETER = re.compile(r"(.*\.)?_?flat_param(_\d+)?")
 
 
@@ -99,18 +101,43 @@ def _drop_copies(selected: Selected) -> None:
     """Drop plain copies that mmcv's EMAHook registers under names such as ``ema_conv1_weight``."""
     copies = {f"ema_{name.replace('.', '_')}" for name in selected.kept if "." in name}
     for name in copies & selected.kept.keys():
-        selected.dropped[selected.kept.pop(name)] = "copy of mmcv's EMAHook"
+        selected.dropped[selected.kept.pop(name)] = MMCV_COPY
 
 
 def _drop_counters(selected: Selected, sizes: Mapping[str, int]) -> None:
-    """Drop an averaged model's counters if all other names begin with a wrapper's prefix."""
-    found = {name for name, own in selected.kept.items() if name in _COUNTERS and sizes[own] == 1}
-    starts = {name.partition(".")[0] for name in selected.kept.keys() - found}
-    if not starts <= _AVERAGED_WRAPPERS:
-        found &= {"n_averaged"}
-    if len(found) < len(selected.kept):
-        for name in found:
-            selected.dropped[selected.kept.pop(name)] = "counter that is not part of the network"
+    """Drop an averaged model's counters if all names next to them begin with a wrapper's name."""
+    found: dict[str, list[str]] = {}
+    for name, own in selected.kept.items():
+        parent, _, leaf = name.rpartition(".")
+        if leaf in _COUNTERS and sizes[own] == 1 and parent.count(".") < _MAX_DEPTH:
+            found.setdefault(parent, []).append(name)
+    siblings: dict[str, set[str]] = {parent: set() for parent in found}
+    counters = {name for names in found.values() for name in names}
+    for name in selected.kept.keys() - counters:
+        parts = name.split(".", _MAX_DEPTH + 1)
+        for depth, part in enumerate(parts):
+            parent = ".".join(parts[:depth])
+            if parent in siblings:
+                siblings[parent].add(part)
+    for parent, names in found.items():
+        wrapped = siblings[parent] <= _AVERAGED_WRAPPERS
+        for name in names if siblings[parent] else ():
+            if wrapped or name.endswith("n_averaged"):
+                selected.dropped[selected.kept.pop(name)] = (
+                    "counter that is not part of the network"
+                )
+
+
+def has_prefix(names: Iterable[str], prefix: str) -> bool:
+    """Return whether tensor names have a prefix, possibly after those that wrappers have added."""
+    kept = _without_inserted(names)
+    start = prefix.removesuffix(".") + "."
+    return any(n.startswith(start) for state in (kept, _stripped(kept)) for n in state)
+
+
+def outside_prefix(prefix: str) -> str:
+    """Return the reason for omitting a tensor whose name does not have the specified prefix."""
+    return f"outside the prefix {prefix.removesuffix('.')}."
 
 
 def _keep_prefix(selected: Selected, prefix: str, path: Path) -> None:
@@ -126,7 +153,7 @@ def _keep_prefix(selected: Selected, prefix: str, path: Path) -> None:
         )
     for name, own in selected.kept.items():
         if not name.startswith(start):
-            selected.dropped[own] = f"outside the prefix {start}"
+            selected.dropped[own] = outside_prefix(prefix)
     selected.kept = kept
 
 

@@ -13,9 +13,13 @@ from senet_transfer.utils.text import shown
 
 # Names of weight files in a Hugging Face Hub repository, in order of preference.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+_DESCRIBED = (*WEIGHT_FILES, *(f"{name}.index.json" for name in WEIGHT_FILES))
 
 # Arguments of timm's models whose values can be inferred from the tensors.
 _DETERMINED = {"num_classes", "in_chans", "pretrained", "drop_rate", "drop_path_rate"}
+
+# Options of timm's train.py, all of which are in its checkpoints, possibly with the value None.
+_TRAIN_OPTIONS = {"mean", "std", "interpolation", "crop_pct"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ def read_timm_config(weights: Path) -> TimmConfig | None:
             supported.
     """
     path = weights.with_name("config.json")
-    if weights.name not in WEIGHT_FILES or not path.is_file():
+    if weights.name not in _DESCRIBED or not path.is_file():
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -74,6 +78,46 @@ def read_timm_config(weights: Path) -> TimmConfig | None:
             "format, the crop_mode center, and no model_args that change the network. Remove this "
             "file to load the weights without the information in it."
         ) from error
+
+
+def train_options(metadata: Mapping[str, Any], default: Preprocessing) -> dict[str, Any] | None:
+    """Return the preprocessing fields that a checkpoint of timm's ``train.py`` specifies.
+
+    The result is None for other checkpoints.
+
+    Args:
+        metadata: Plain values in the checkpoint, such as the script's options ``args``.
+        default: Preprocessing of the network, used for options without a value.
+    """
+    args = metadata.get("args")
+    if not isinstance(args, Mapping) or not args.keys() >= _TRAIN_OPTIONS:
+        return None
+    found: dict[str, Any] = {}
+    for key, low in (("mean", -math.inf), ("std", 0.0)):
+        if values := _channel_values(args[key], low):
+            found[key] = values
+    if args["interpolation"] in ("bilinear", "bicubic"):
+        found["interpolation"] = args["interpolation"]
+    size = args.get("input_size") or [args.get("img_size")]
+    crop = size[-1] if isinstance(size, list | tuple) and _is_number(size[-1], 0) else default.crop
+    crop_pct = default.crop / default.resize
+    stated = args["crop_pct"] if _is_number(args["crop_pct"], 0) else crop_pct
+    if (crop, stated) != (default.crop, crop_pct) and stated <= 1:
+        found |= {"resize": math.floor(crop / stated), "crop": int(crop)}
+    return found
+
+
+def _channel_values(values: Any, low: float) -> tuple[float, ...]:
+    """Return one value per channel in 0-255 units, or an empty tuple if the values are invalid."""
+    if not isinstance(values, list | tuple) or len(values) not in (1, 3):
+        return ()
+    if not all(_is_number(value, low) for value in values):
+        return ()
+    return tuple(round(255 * value, 4) for value in values) * (3 // len(values))
+
+
+def _is_number(value: Any, low: float) -> bool:
+    return isinstance(value, float | int) and low < value < math.inf
 
 
 def _preprocessing(stated: Mapping[str, Any]) -> Preprocessing:

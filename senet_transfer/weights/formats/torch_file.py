@@ -16,7 +16,7 @@ import struct
 import tarfile
 import zipfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from senet_transfer.utils.safe_pickle import (
     MAX_DIMENSIONS,
     PLAIN,
     Named,
+    Placeholder,
     check_sizes,
     length_of,
     load_plain,
@@ -37,6 +38,8 @@ from senet_transfer.weights.formats.tensor_names import Wanted
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _CHUNK = 2**22
+# Files in a program of torch.export, in its present and its first format.
+_EXPORTED = ("archive_format", "serialized_exported_program.json")
 
 _DTYPES = {
     "Double": torch.float64,
@@ -64,6 +67,16 @@ _UNTYPED = (
 )
 
 
+# Functions that move tensors from the CPU to another device, such as a TPU.
+_ON_A_DEVICE = (
+    "device_tensor_from_cpu_tensor",
+    "device_tensor_from_numpy",
+    "xla_tensor",
+    "mlc_tensor",
+)
+_CLASSES = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
+
+
 def _untyped_tensor(
     storage: Any,
     offset: Any,
@@ -86,6 +99,20 @@ def _untyped_tensor(
     return TensorRef(values, offset, shape, strides)
 
 
+def _device(*parts: Any) -> str:
+    """Return a device such as "cuda:0" as text, because this machine may not know its type."""
+    if not all(type(part) in (str, int) for part in parts):
+        raise ValueError("a device is neither text nor an index")
+    return ":".join(map(str, parts))
+
+
+def _subclass(function: Any, kind: Any, arguments: Any, _state: Any) -> Any:
+    """Return a tensor with attributes, without the attributes; a placeholder for other classes."""
+    if isinstance(function, Named) and isinstance(kind, Placeholder) and kind.name in _CLASSES:
+        return function(*arguments)
+    return Placeholder("torch._tensor._rebuild_from_type_v2")
+
+
 def _empty_tensor() -> TensorRef:
     # Stand-in for torch.FloatTensor(). Old pickles create it empty and fill it with BUILD.
     return TensorRef(Storage(torch.float32, 0, bytearray), 0, (0,), (1,))
@@ -101,10 +128,12 @@ ALLOWED: Mapping[str, Any] = {
     "torch._utils._rebuild_tensor": TensorRef,
     "torch._utils._rebuild_tensor_v2": TensorRef,
     "torch._utils._rebuild_tensor_v3": _untyped_tensor,
+    **{f"torch._utils._rebuild_{kind}": lambda data, *_: data for kind in _ON_A_DEVICE},
+    "torch._tensor._rebuild_from_type_v2": _subclass,
     "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
     "torch.Size": lambda shape=(): check_sizes(shape),
-    "torch.device": lambda *where: str(torch.device(*where)),
+    "torch.device": _device,
 }
 
 
@@ -169,6 +198,17 @@ def _check_records(archive: zipfile.ZipFile, path: Path) -> str:
     """Check that torch.save wrote an archive, and return the folder that contains all records."""
     records, names = archive.infolist(), archive.namelist()
     root = next((n.removesuffix("/data.pkl") for n in names if n.endswith("/data.pkl")), None)
+    if any(PurePosixPath(name).name in _EXPORTED for name in names):
+        raise UserError(
+            f"{path} is a program of torch.export, not a weight file. Save its tensors: "
+            f'torch.save(torch.export.load("{path.name}").state_dict, "weights.pth").'
+        )
+    if root is None and names and all(name.endswith(".npy") for name in names):
+        raise UserError(
+            f"{path} is a numpy archive (.npz), not written by torch.save. Save its arrays: "
+            f'torch.save({{name: torch.from_numpy(array) for name, array in numpy.load("'
+            f'{path.name}").items()}}, "weights.pth").'
+        )
     if root is None:
         raise UserError(
             f"{path} is a zip archive that was not written by torch.save (it contains "

@@ -103,6 +103,18 @@ def classifier_name(name: str) -> str:
     return found if isinstance(found, str) else ""
 
 
+def first_convolution(name: str) -> str:
+    """Return the name of a timm network's first convolution, or "" if it is unknown."""
+    found = pretrained_config(name).get("first_conv") or ""
+    return found if isinstance(found, str) else str(found[0])
+
+
+def tensor_names(name: str) -> tuple[str, ...]:
+    """Return the names in the state dict of a timm network."""
+    with torch.device("meta"):
+        return tuple(import_timm().create_model(_short(name)).state_dict())
+
+
 def fetch_timm(name: str) -> Path:
     """Return the path of timm's pretrained weights, after downloading them on first use.
 

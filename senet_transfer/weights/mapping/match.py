@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from senet_transfer.errors import UserError
-from senet_transfer.utils.text import first_of
+from senet_transfer.utils.text import first_of, shown
 from senet_transfer.weights.families.renaming import BACKBONE, CLASSIFIER
 from senet_transfer.weights.mapping.source import Source
 from senet_transfer.weights.mapping.target import Target
@@ -166,9 +166,15 @@ def check_match(result: Match, source: Source, target: Target) -> None:
     if classes := _classes(result, source, target):
         raise UserError(f"{classes}\n{start}does not fit the model, which is unchanged:\n{lines}")
     if source.head and set(result.left_over) <= set(source.head) and not result.missing:
+        classifier = ""
+        if source.num_classes and set(result.left_over) <= set(source.outside):
+            classifier = (
+                f"To load the network with its classifier, set prefix='{shown(source.prefix)}' "
+                f"(MODEL.WEIGHTS_PREFIX {shown(source.prefix)}). "
+            )
         raise UserError(
             f"{start}contains the model's backbone and other tensors, such as a head for "
-            f"pretraining. To load only the backbone, set head='ignore' "
+            f"pretraining. {classifier}To load only the backbone, set head='ignore' "
             f"(MODEL.WEIGHTS_HEAD ignore). The model is unchanged:\n{lines}"
         )
     raise UserError(

@@ -1,9 +1,11 @@
 """Search for networks under a prefix, in files from training scripts that store several parts."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from senet_transfer.errors import UserError
@@ -11,6 +13,7 @@ from senet_transfer.utils.text import first_of, shown
 from senet_transfer.weights.families import detect
 from senet_transfer.weights.families.registry import FAMILIES, Family
 from senet_transfer.weights.formats.reader import OWN_METADATA, WeightFile
+from senet_transfer.weights.hub.timm_networks import first_convolution, tensor_names
 
 # Families whose detection functions accept tensor names with any prefix.
 _BEHIND_PREFIXES = ("senet_transfer", "detectron2", "detectron2_torchvision")
@@ -24,37 +27,98 @@ _own = detect.any_of(
 )
 # The tensor names of mmpretrain and many other projects begin with this prefix.
 _BACKBONE = "backbone."
+_PARALLEL = re.compile(r"(?<=\.)module\.")
 _MAX_DEPTH = 6
 _MAX_TENSORS = 20_000
 _SHOWN = 6
 
 
-def only_network(file: WeightFile) -> tuple[WeightFile, tuple[str, ...]]:
+class Network(NamedTuple):
+    """Content of a weight file that belongs to one network.
+
+    Attributes:
+        file: File content with only the network's tensors, without their prefix.
+        prefix: Prefix that was removed from the names.
+        outside: Names of the tensors outside the prefix.
+    """
+
+    file: WeightFile
+    prefix: str = ""
+    outside: tuple[str, ...] = ()
+
+
+def only_network(file: WeightFile, timm: str = "") -> Network:
     """Find the only network in a file, and remove the prefix from its tensor names.
 
-    Returns:
-        The file content with only the network's tensors, and the names of the tensors outside its
-        prefix. If no network is found, the content is returned unchanged.
+    If no network is found, the content is returned unchanged.
+
+    Args:
+        file: File content.
+        timm: Name such as "timm/regnety_002" if timm builds the network; otherwise empty.
 
     Raises:
         UserError: If there are several networks. The message lists their prefixes.
     """
     if OWN_METADATA in file.metadata or len(file.tensors) > _MAX_TENSORS:
-        return file, ()
-    found = list(_networks(file.tensors, file.metadata))
+        return Network(file)
+    tensors = file.tensors
+    found = _prefixes(tensors, file.metadata, timm)
+    if not found:
+        tensors = _without_parallel(tensors, timm)
+        found = _prefixes(tensors, file.metadata, timm)
+    if not found:
+        return Network(file)
     if len(found) > 1:
         raise UserError(
             f"{file.path} contains {len(found)} networks, whose tensor names have the prefixes "
             f"{first_of(map(shown, found), _SHOWN)}. Select one with prefix= "
             f"(MODEL.WEIGHTS_PREFIX), such as {shown(found[0])}"
         )
-    prefix = found[0] if found else ""
-    if not prefix:
-        return file, ()
-    note = f"the network's tensor names have the prefix {shown(prefix)}, which was removed"
-    inside = {n.removeprefix(prefix): t for n, t in file.tensors.items() if n.startswith(prefix)}
-    outside = tuple(name for name in file.tensors if not name.startswith(prefix))
-    return replace(file, tensors=inside, notes=(*file.notes, note)), outside
+    prefix = found[0]
+    inside = _without_parallel(_below(tensors, prefix), timm)
+    notes = file.notes
+    if prefix:
+        note = f"the network's tensor names have the prefix {shown(prefix)}, which was removed"
+        notes = (*notes, note)
+    outside = tuple(name for name in tensors if not name.startswith(prefix))
+    return Network(replace(file, tensors=inside, notes=notes), prefix, outside)
+
+
+def contains_network(names: Iterable[str], timm: str = "") -> bool:
+    """Return whether tensor names include those of a network of a known family.
+
+    Args:
+        names: Tensor names.
+        timm: Name of a network that timm builds; it is searched for, too.
+    """
+    tensors = dict.fromkeys(names, torch.empty(0))
+    return bool(_prefixes(tensors, {}, timm)) or next(_networks(tensors, {}), None) is not None
+
+
+def _without_parallel(tensors: dict[str, Tensor], timm: str) -> dict[str, Tensor]:
+    """Remove the name that DataParallel adds if a script wraps only a part of a network.
+
+    The names are kept if they would no longer be unique, or if the network has such names.
+    """
+    renamed = {_PARALLEL.sub("", name): tensor for name, tensor in tensors.items()}
+    if len(renamed) < len(tensors) or renamed.keys() == tensors.keys():
+        return tensors
+    return tensors if timm and any(map(_PARALLEL.search, tensor_names(timm))) else renamed
+
+
+def _prefixes(tensors: dict[str, Tensor], metadata: Mapping[str, Any], timm: str) -> list[str]:
+    """Return the prefixes of all networks in a file."""
+    if not timm:
+        return list(_networks(tensors, metadata))
+    first = f"{first_convolution(timm)}.weight"
+    found = [n.removesuffix(first) for n in tensors if f".{n}".endswith(f".{first}")]
+    # Names of layers inside a network can end like that of its first convolution.
+    outer: list[str] = []
+    for prefix in sorted(found):
+        if not outer or not prefix.startswith(outer[-1]):
+            outer.append(prefix)
+    order = {prefix: index for index, prefix in enumerate(found)}
+    return sorted(outer, key=order.__getitem__)
 
 
 def _networks(
@@ -68,7 +132,8 @@ def _networks(
     if family := _family(tensors, metadata):
         inner = _below(tensors, _BACKBONE)
         other = _family(inner, metadata) if _unknown(family, tensors) else None
-        if other is None or _unknown(other, inner):
+        # Unknown names in the backbone can also belong to a head.
+        if other is None or 0 < _unknown(other, inner) >= _unknown_below(family, tensors):
             yield prefix
             return
         yield prefix + _BACKBONE
@@ -90,6 +155,10 @@ def _family(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Famil
 
 def _unknown(family: Family, tensors: Mapping[str, Tensor]) -> int:
     return sum(1 for ours in family.renamed(tensors.keys()).values() if ours is None)
+
+
+def _unknown_below(family: Family, tensors: Mapping[str, Tensor]) -> int:
+    return _unknown(family, {n: t for n, t in tensors.items() if n.startswith(_BACKBONE)})
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -26,12 +26,13 @@ from senet_transfer.weights.families.statements import (
     named_model,
     statements_of,
 )
-from senet_transfer.weights.families.timm_network import stated_network, timm_family
+from senet_transfer.weights.families.timm_network import TIMM_NETWORK, stated_network, timm_family
 from senet_transfer.weights.formats.reader import OWN_METADATA, WeightFile, read_tensors
-from senet_transfer.weights.formats.tensor_names import Wanted
+from senet_transfer.weights.formats.tensor_names import Wanted, outside_prefix
+from senet_transfer.weights.formats.timm_config import train_options
 from senet_transfer.weights.hub.catalogue import Entry, published_entries
 from senet_transfer.weights.hub.timm_networks import is_timm, timm_preprocessing
-from senet_transfer.weights.mapping.networks import only_network
+from senet_transfer.weights.mapping.networks import Network, contains_network, only_network
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,8 @@ class Source:
             classifier or a detector.
         original: Name of each tensor in the file, by its name in this project.
         unknown: Tensor names in the file that are not part of the family.
+        prefix: Prefix that was removed from the file's tensor names.
+        outside: Names in ``unknown`` that do not have the prefix.
         notes: Sentences on changes made to the tensors.
         architecture: Backbone architecture; None if it is unknown.
         geometry: Backbone geometry. Unknown fields are None.
@@ -80,6 +83,8 @@ class Source:
     geometry: Geometry
     preprocessing: Preprocessing | None
     detector: bool
+    prefix: str = ""
+    outside: tuple[str, ...] = ()
     ignored: dict[str, str] = field(default_factory=dict)
     head: tuple[str, ...] = ()
     lookalikes: tuple[str, ...] = ()
@@ -141,7 +146,8 @@ def examine(
     Args:
         path: Path of the file.
         family: Name of the file's family. If None, the family is detected. If several families
-            match, the first one in ``FAMILIES`` is used, and the others are logged.
+            match, the first one in ``FAMILIES`` is assumed, and the others are logged: as a warning
+            if their preprocessing differs.
         prefix: Prefix of the network's tensor names. See :func:`senet_transfer.load_weights` for
             details of ``prefix``, ``ema`` and ``head``.
         ema: Whether to take the averaged weights.
@@ -159,29 +165,35 @@ def examine(
     wanted = Wanted(prefix or "", checked_ema(ema))
     content = read_tensors(path, wanted=wanted)
     if network and OWN_METADATA not in content.metadata:
-        return with_stated(_timm_source(content, network, family, head), stated)
-    file, outside = only_network(content)
+        found = only_network(content, network)
+        return with_stated(_timm_source(found, network, family, wanted, head), stated)
+    found = only_network(content)
     published = published_entries(path)
     if family is None and len({entry.family for entry in published}) == 1:
         family = published[0].family
     sources = []
-    for candidate in _detect(file, family):
-        source = _understand(file, candidate, outside, ignore_head=head == "ignore")
-        sources.append(with_stated(_as_published(source, published), stated))
+    for candidate in _detect(found.file, family):
+        source = _understand(found, candidate, wanted, ignore_head=head == "ignore")
+        source = _as_published(_with_train_options(source, found.file), published)
+        sources.append(with_stated(source, stated))
     first = sources[0]
     if family:
         return first
     alternatives = {other.family.name: _difference(first, other) for other in sources[1:]}
-    for name, difference in alternatives.items():
-        logger.info(
-            "%s was detected as %s. Files of the family %s have the same tensor names and "
-            "shapes%s. If the file belongs to that family, set family= or MODEL.WEIGHTS_FAMILY.",
-            path, first.family.name, name, f", but differ in {difference}" if difference else "",
+    if alternatives:
+        pixels = {source.preprocessing for source in sources}
+        logger.log(
+            logging.WARNING if first.preprocessing and len(pixels) > 1 else logging.INFO,
+            "The tensors of %s match several weight families. The family %s is assumed. The file "
+            "could also be from %s. If so, set family= or MODEL.WEIGHTS_FAMILY.",
+            path, first.family.name, _described(alternatives),
         )  # fmt: skip
     return replace(first, alternatives=alternatives)
 
 
-def _timm_source(file: WeightFile, network: str, family: str | None, head: str) -> Source:
+def _timm_source(
+    found: Network, network: str, family: str | None, wanted: Wanted, head: str
+) -> Source:
     """Return the source for a file with the state dict of a timm network.
 
     Raises:
@@ -192,11 +204,38 @@ def _timm_source(file: WeightFile, network: str, family: str | None, head: str) 
             f"The weight family is {family!r}, but the model is {network}, which requires weights "
             "from timm. Omit the family."
         )
-    said = {"architecture": file.timm.architecture} if file.timm else file.metadata
-    stated = stated_network(file.path, said, network)
+    file = found.file
+    several = _has_others(file, wanted, network)
+    stated = stated_network(file.path, file.metadata, network, file.timm, several=several)
     pixels = file.timm.preprocessing if file.timm else timm_preprocessing(stated)
-    source = _understand(file, timm_family(network), (), ignore_head=head == "ignore")
-    return replace(source, preprocessing=pixels, network=network)
+    source = _understand(found, timm_family(network), wanted, ignore_head=head == "ignore")
+    source = replace(source, preprocessing=pixels, network=network)
+    return _with_train_options(source, file)
+
+
+def _has_others(file: WeightFile, wanted: Wanted, timm: str = "") -> bool:
+    """Return whether a file contains networks other than the one with the specified prefix."""
+    reason = outside_prefix(wanted.prefix)
+    return contains_network((name for name, why in file.dropped.items() if why == reason), timm)
+
+
+def _with_train_options(source: Source, file: WeightFile) -> Source:
+    """Replace the preprocessing by that of timm's ``train.py`` if this script wrote the file."""
+    if source.preprocessing is None or file.timm or OWN_METADATA in file.metadata:
+        return source
+    default = source.preprocessing
+    if source.family.plain and source.architecture:
+        default = FAMILIES["timm"].preprocessing(source.architecture) or default
+    options = train_options(file.metadata, default)
+    if options is None:
+        return source
+    stated = f"specify {', '.join(options)}" if options else "keep its defaults"
+    return replace(
+        source,
+        preprocessing=replace(default, **options),
+        recorded=source.recorded | options.keys(),
+        notes=(*source.notes, f"the options of timm's train.py in the file {stated}"),
+    )
 
 
 def _as_published(source: Source, published: Iterable[Entry]) -> Source:
@@ -268,9 +307,8 @@ def _detect(file: WeightFile, family: str | None) -> list[Family]:
     return found
 
 
-def _understand(
-    file: WeightFile, family: Family, outside: tuple[str, ...], *, ignore_head: bool
-) -> Source:
+def _understand(found: Network, family: Family, wanted: Wanted, *, ignore_head: bool) -> Source:
+    file, outside = found.file, found.outside
     checked = OWN_METADATA not in file.metadata and family.name in FAMILIES
     if checked and (differs := what_differs(file.tensors)):
         raise UserError(
@@ -281,7 +319,8 @@ def _understand(
     known = {name: ours for name, ours in renamed.items() if ours is not None}
     prefix = names.backbone_prefix(known.values())
     unknown = [*(name for name, ours in renamed.items() if ours is None), *outside]
-    head = _head(unknown, outside, known)
+    # timm's networks have no unknown names except those of another head.
+    head = tuple(unknown) if family.name == TIMM_NETWORK else _head(unknown, outside, known)
     ignored = dict(file.dropped)
     if ignore_head:
         known, removed = _without_head(known, prefix)
@@ -313,6 +352,9 @@ def _understand(
     said = Statements()
     if OWN_METADATA not in file.metadata:
         said = statements_of(file.metadata, architecture, file.timm)
+        if said.contradiction and _has_others(file, wanted):
+            notes.append(f"{said.contradiction}; it may describe another network in the file")
+            said = Statements()
         geometry, preprocessing = _with_statements(file, family, said, geometry, preprocessing)
     if file.layers:
         notes += adjust_variances(file.layers, renamed, tensors, _EPS)
@@ -323,6 +365,8 @@ def _understand(
         tensors=tensors,
         original=original,
         unknown=tuple(unknown),
+        prefix=_joined(wanted.prefix, found.prefix),
+        outside=outside,
         notes=tuple(notes),
         architecture=architecture,
         geometry=geometry,
@@ -376,13 +420,21 @@ def _head(
     A name looks like one in the backbone if its first component and that of a known tensor differ
     at most in a number, such as ``layer5`` and ``layer4``, or ``conv2`` and ``conv1``.
     """
-    own = {_start(name) for name, ours in known.items() if not ours.startswith(names.CLASSIFIER)}
+    backbone = [name for name, ours in known.items() if not ours.startswith(names.CLASSIFIER)]
+    # In mmpretrain's files, all names in the backbone have a prefix.
+    prefix = "backbone." if all(name.startswith("backbone.") for name in backbone) else ""
+    own = {_start(name, prefix) for name in backbone}
     surrounding = set(outside)
-    return tuple(name for name in unknown if name in surrounding or _start(name) not in own)
+    return tuple(name for name in unknown if name in surrounding or _start(name, prefix) not in own)
 
 
-def _start(name: str) -> str:
-    return name.partition(".")[0].rstrip("0123456789")
+def _start(name: str, prefix: str) -> str:
+    return name.removeprefix(prefix).partition(".")[0].rstrip("0123456789")
+
+
+def _joined(*prefixes: str) -> str:
+    """Join prefixes, each of which may lack the dot at its end."""
+    return "".join(f"{prefix.removesuffix('.')}." for prefix in prefixes if prefix)
 
 
 def _without_head(known: Mapping[str, str], prefix: str) -> tuple[dict[str, str], list[str]]:
@@ -561,6 +613,14 @@ def _preprocessing(file: WeightFile, values: Mapping[str, Any]) -> Preprocessing
         ) from error
 
 
+def _described(alternatives: dict[str, str]) -> str:
+    """Return the names of other families and their differences as text for a message."""
+    return " or ".join(
+        f"{name} (with {difference})" if difference else name
+        for name, difference in alternatives.items()
+    )
+
+
 def _is_range(values: tuple[float, ...]) -> bool:
     """Return whether values are finite limits (low, high), or empty."""
     return not values or (
@@ -573,12 +633,12 @@ def _difference(first: Source, other: Source) -> str:
     parts = []
     for name, value in vars(other.geometry).items():
         if value != getattr(first.geometry, name):
-            parts.append(f"{name} ({value})")
+            parts.append(f"{name} {value}")
     theirs, ours = other.preprocessing, first.preprocessing
     if theirs and ours:
         for name, value in vars(theirs).items():
             if value != getattr(ours, name):
-                parts.append(f"{name} ({value})")
+                parts.append(f"{name} {value}")
     elif theirs != ours:
-        parts.append("preprocessing")
+        parts.append("other preprocessing")
     return ", ".join(parts)

@@ -78,7 +78,7 @@ def test_copies_are_found_and_different_images_are_not(tmp_path):
     assert found.index.tolist() == list(range(10))
 
 
-def test_the_size_is_that_of_the_image_that_is_used(tmp_path):
+def test_the_size_is_of_the_image_that_is_used(tmp_path):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 8
     path = str(tmp_path / "turned.jpg")
@@ -88,7 +88,7 @@ def test_the_size_is_that_of_the_image_that_is_used(tmp_path):
 
 
 @pytest.mark.long
-def test_processes_find_the_same_and_a_limit_takes_a_sample(tree):
+def test_processes_find_the_same_copies_and_a_limit_takes_a_sample(tree):
     files = sorted(map(str, tree.rglob("*.png")))
     images = ImageFiles(files, "files")
     one, two = (fingerprint_images(images, limit=99, workers=workers) for workers in (1, 2))

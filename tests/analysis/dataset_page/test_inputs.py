@@ -33,7 +33,7 @@ def shapes_config(tmp_path_factory):
 
 
 @pytest.mark.long
-def test_the_images_boxes_and_masks_shown_are_those_of_the_mapper(shapes_config):
+def test_the_images_boxes_and_masks_shown_equal_the_mappers(shapes_config):
     cfg = shapes_config
     records = {record["file_name"]: record for record in DatasetCatalog.get(cfg.DATASETS.TRAIN[0])}
     views = training_views(cfg, 4)
@@ -92,7 +92,7 @@ def test_a_card_contains_these_pixels_and_boxes(shapes_config):
     )
 
 
-def test_a_classifier_s_images_are_those_of_the_loader(tree):
+def test_a_classifiers_images_equal_the_loaders(tree):
     options = ["SOLVER.IMS_PER_BATCH", "4", "INPUT.CLASSIFICATION.CROP", "32"]
     options += ["INPUT.CLASSIFICATION.TEST_CROP", "32", "INPUT.CLASSIFICATION.TEST_RESIZE", "36"]
     cfg = data_config(str(tree), options=options)

@@ -66,7 +66,7 @@ def test_each_kind_of_mistake_is_found():
     )
 
 
-def test_kinds_take_turns_and_no_annotation_is_shown_twice():
+def test_error_kinds_alternate_and_no_annotation_is_shown_twice():
     tiny = [([x, 1, x + 1, 2 + x / 50], 0) for x in range(5, 75, 10)]
     outside = [([90, y, 120, y + 10], 1) for y in (5, 40)]
     both = [([-9, 60, 1, 60.5], 0)]
@@ -87,7 +87,7 @@ def test_unusual_images_are_blank_large_or_elongated():
     }  # fmt: skip
 
 
-def test_mistakes_in_the_published_blood_cells_come_to_light(shared_data):
+def test_annotation_errors_in_the_published_blood_cells_are_found(shared_data):
     root = shared_data / "bccd"
     names = (root / "ImageSets" / "Main" / "trainval.txt").read_text().split()
     classes = ["RBC", "WBC", "Platelets"]

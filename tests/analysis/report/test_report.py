@@ -62,7 +62,7 @@ def page(folders, tmp_path, **options) -> Text:
 # ---- reading run folders
 
 
-def test_a_resumed_runs_later_lines_count_and_its_time_is_that_of_all_parts(tmp_path):
+def test_a_resumed_run_uses_its_later_lines_and_the_total_time(tmp_path):
     first, again = training_rows(100, 0.9), training_rows(140, 0.5)[2:]
     for row in again:
         row["elapsed_seconds"] -= 30.0  # the resumed run counts its time from iteration 60
@@ -75,7 +75,7 @@ def test_a_resumed_runs_later_lines_count_and_its_time_is_that_of_all_parts(tmp_
     assert loaded.is_finished
 
 
-def test_a_line_that_is_being_written_is_left_out(tmp_path):
+def test_an_incomplete_last_line_is_skipped(tmp_path):
     run = write_run(tmp_path / "run", [], training_rows(100, 0.9)[:3])
     with open(run / "metrics.json", "a") as file:
         file.write('{"iteration": 79, "total_lo')
@@ -95,13 +95,13 @@ def test_a_run_that_ended_early_is_finished(tmp_path):
         assert load_run(folder).is_finished == finished
 
 
-def test_an_evaluation_after_the_last_step_is_no_step(tmp_path):
+def test_an_evaluation_after_the_last_step_is_not_counted_as_a_step(tmp_path):
     rows = [*training_rows(100, 0.9), {"iteration": 100, "bbox/AP": 20.0}]
     loaded = load_run(write_run(tmp_path / "run", [], rows))
     assert loaded.iterations == 100
 
 
-def test_an_evaluation_after_training_counts(tmp_path):
+def test_an_evaluation_after_training_is_included(tmp_path):
     rows = [{"iteration": 9, "bbox/AP": 20.0}]
     run = write_run(tmp_path / "run", ["DATASETS.TEST", ("own",)], rows)
     (run / "results.json").write_text(json.dumps({"bbox": {"AP": 30.0}, "bbox_TTA": {"AP": 31.0}}))
@@ -111,7 +111,7 @@ def test_an_evaluation_after_training_counts(tmp_path):
     assert loaded.value("own", "bbox_TTA", "AP") == 31.0
 
 
-def test_runs_are_told_apart_by_as_much_of_their_path_as_it_takes(tmp_path):
+def test_runs_are_labelled_by_their_shortest_unique_path(tmp_path):
     folders = [write_run(tmp_path / name / "run", [], []) for name in ("a", "b")]
     assert [run.name for run in load_runs(folders)] == ["a/run", "b/run"]
     assert find_runs([tmp_path / "a", tmp_path / "b" / "run", tmp_path / "a"]) == folders
@@ -125,7 +125,7 @@ def test_runs_are_told_apart_by_as_much_of_their_path_as_it_takes(tmp_path):
 # ---- results
 
 
-def test_the_papers_row_stands_beside_ours_with_the_difference(tmp_path):
+def test_the_papers_row_is_next_to_this_projects_with_the_difference(tmp_path):
     keys = ["MODEL.BACKBONE.NAME", "build_senet_fpn_backbone", "MODEL.SE.ENABLED", True]
     keys += ["DATASETS.TEST", ("coco_2017_val",)]
     rows = [{"iteration": 9, "bbox/AP": 39.9, "bbox/AP50": 61.25}]
@@ -137,14 +137,14 @@ def test_the_papers_row_stands_beside_ours_with_the_difference(tmp_path):
     assert "The paper reports no results" in page([other], tmp_path).text
 
 
-def test_cifars_rows_are_found_by_the_name_of_the_data(tmp_path):
+def test_cifar_rows_are_found_by_dataset_name(tmp_path):
     keys = ["MODEL.META_ARCHITECTURE", "ImageClassifier", "MODEL.SE.ENABLED", True]
     keys += ["MODEL.BACKBONE.ARCH", "cifar_resnet110", "DATASETS.TEST", ("cifar10_test",)]
     rows = [{"iteration": 9, "classification/top1_error": 6.0}]
     assert "6.00 5.21 +0.79" in page([write_run(tmp_path / "run", keys, rows)], tmp_path).text
 
 
-def test_a_part_of_places365_is_said_to_be_a_part(tmp_path):
+def test_a_subset_of_places365_is_reported_as_a_subset(tmp_path):
     keys = ["MODEL.META_ARCHITECTURE", "ImageClassifier", "MODEL.BACKBONE.ARCH", "resnet152"]
     keys += ["DATASETS.CLASSES", [str(k) for k in range(365)], "DATASETS.TEST", ("val",)]
     rows = [{"iteration": 9, "classification/top1_error": 42.0, "classification/images": 800}]
@@ -153,7 +153,7 @@ def test_a_part_of_places365_is_said_to_be_a_part(tmp_path):
     assert "paper: 36,500 images, this run: 800" in text
 
 
-def test_imagenets_rows_are_found_by_its_classes(tmp_path):
+def test_imagenet_rows_are_found_by_class_names(tmp_path):
     keys = ["MODEL.META_ARCHITECTURE", "ImageClassifier", "MODEL.SE.ENABLED", True]
     keys += ["MODEL.BACKBONE.ARCH", "mobilenet", "DATASETS.TEST", ("val",)]
     keys += ["DATASETS.CLASSES", [f"n{number:08d}" for number in range(1000)]]
@@ -173,7 +173,7 @@ def test_long_curves_are_thinned_and_keep_their_last_point(tmp_path):
     assert curve[-1] == [4320, 4320]
 
 
-def test_config_differences_are_those_of_the_runs(tmp_path):
+def test_config_differences_match_the_runs(tmp_path):
     folders = [write_run(tmp_path / str(rate), ["SOLVER.BASE_LR", rate], []) for rate in (0.1, 0.2)]
     text = page(folders, tmp_path).text
     assert "SOLVER.BASE_LR 0.1 0.2" in text
@@ -181,7 +181,7 @@ def test_config_differences_are_those_of_the_runs(tmp_path):
     assert "SOLVER.BASE_LR 0.001 0.1" in page(folders[:1], tmp_path).text
 
 
-def test_class_errors_and_calibration_are_those_of_a_plain_count():
+def test_class_errors_and_calibration_equal_a_simple_count():
     random = np.random.RandomState(3)
     labels, best = random.randint(0, 4, (2, 500))
     labels[labels == 3] = 0
@@ -236,7 +236,7 @@ def crowded_images(images):
     return truth, found
 
 
-def test_hits_are_those_of_coco_evaluation():
+def test_matched_detections_equal_those_of_coco_evaluation():
     images = range(1, 61)
     truth, found = crowded_images(images)
     coco = COCO()
@@ -276,7 +276,7 @@ def test_hits_are_those_of_coco_evaluation():
 
 
 @pytest.mark.long
-def test_diagnostics_are_those_of_the_evaluation_and_start_with_a_sentence(detection_run, tmp_path):
+def test_diagnostics_equal_the_evaluations_and_start_with_a_sentence(detection_run, tmp_path):
     folder = detection_run(tmp_path / "run", noise=0.3)
     path = folder / "inference" / "own" / "diagnostics.json"
     written = json.loads(path.read_text())["bbox"]
@@ -293,7 +293,7 @@ def test_diagnostics_are_those_of_the_evaluation_and_start_with_a_sentence(detec
 
 
 @pytest.mark.long
-def test_of_many_classes_the_most_confused_ones_are_in_the_matrix(detection_run, tmp_path):
+def test_the_confusion_matrix_has_the_most_confused_of_many_classes(detection_run, tmp_path):
     folder = detection_run(tmp_path / "run")
     path = folder / "inference" / "own" / "diagnostics.json"
     content = json.loads(path.read_text())
@@ -308,7 +308,7 @@ def test_of_many_classes_the_most_confused_ones_are_in_the_matrix(detection_run,
     assert confusion["matrix"] == matrix[np.ix_(kept, kept)].tolist()
 
 
-def test_metrics_that_never_change_are_listed_and_not_drawn(tmp_path):
+def test_constant_metrics_are_listed_but_not_plotted(tmp_path):
     rows = [{"iteration": k, "lr": 0.01, "total_loss": 1 / (k + 1)} for k in range(9)]
     rows[-1] |= {"bbox/AP": 20.0}
     found = page([write_run(tmp_path / "run", [], rows)], tmp_path)
@@ -319,7 +319,7 @@ def test_metrics_that_never_change_are_listed_and_not_drawn(tmp_path):
     assert set(page(folders, tmp_path).data["curves"]) == {"total_loss", "lr"}
 
 
-def test_diagnostics_in_the_results_file_are_no_metrics(tmp_path):
+def test_diagnostics_in_the_results_file_are_not_metrics(tmp_path):
     run = write_run(tmp_path / "run", ["DATASETS.TEST", ("own",)], [])
     results = {"bbox": {"AP": 30.0}, "diagnostics": {"bbox": {"AP": 30.0}}}
     (run / "results.json").write_text(json.dumps(results))
@@ -331,7 +331,7 @@ def test_diagnostics_in_the_results_file_are_no_metrics(tmp_path):
 
 
 @pytest.mark.long
-def test_the_gallery_holds_the_worst_and_the_best_of_all_runs(detection_run, tmp_path):
+def test_the_gallery_has_the_worst_and_best_images_of_all_runs(detection_run, tmp_path):
     folders = [detection_run(tmp_path / str(noise), noise=noise) for noise in (0.05, 0.4)]
     whole = page(folders, tmp_path).data["detection"][0]
     assert whole["total"] == len(whole["images"]) == 30
@@ -355,7 +355,7 @@ def test_the_gallery_holds_the_worst_and_the_best_of_all_runs(detection_run, tmp
     assert max(first["width"], first["height"]) <= 320
 
 
-def test_confusions_show_the_surest_mistakes(classification_run, tmp_path):
+def test_confusions_show_the_most_confident_errors(classification_run, tmp_path):
     data = page([classification_run(tmp_path / "run")], tmp_path).data["classification"][0]
     assert {pair["count"] for pair in data["pairs"]} == {4}
     for pair in data["pairs"]:
@@ -367,7 +367,7 @@ def test_confusions_show_the_surest_mistakes(classification_run, tmp_path):
     assert data["errors"]["0"] == pytest.approx([100 / 3] * 3)
 
 
-def test_figures_of_gates_are_shown_where_they_were_drawn(tmp_path):
+def test_gate_figures_are_shown_if_they_exist(tmp_path):
     with_gates = ["MODEL.SE.ENABLED", True]
     drawn = write_run(tmp_path / "drawn", with_gates, [])
     (drawn / "excitations").mkdir()
@@ -382,7 +382,7 @@ def test_figures_of_gates_are_shown_where_they_were_drawn(tmp_path):
 
 
 @pytest.mark.long
-def test_a_name_with_html_in_it_is_shown(detection_run, classification_run, tmp_path):
+def test_names_are_html_escaped(detection_run, classification_run, tmp_path):
     bold = os.fsdecode(b"<b>bold \xe9")  # a name that is not valid UTF-8
     folders = [
         detection_run(tmp_path / "bold", data=HOSTILE).rename(tmp_path / bold),
@@ -403,7 +403,7 @@ def test_a_name_with_html_in_it_is_shown(detection_run, classification_run, tmp_
 
 
 @pytest.mark.long
-def test_a_page_without_the_data_says_so_and_has_the_rest(
+def test_a_page_without_the_data_reports_it_and_has_all_other_sections(
     detection_run, classification_run, tmp_path
 ):
     options = ["DATASETS.REGISTER", [["own", str(tmp_path / "gone.json"), str(tmp_path)]]]
@@ -421,7 +421,7 @@ def test_a_page_without_the_data_says_so_and_has_the_rest(
 # ---- the command
 
 
-def test_the_command_prints_the_path_of_the_page_alone(tmp_path, monkeypatch, capsys):
+def test_the_command_prints_only_the_path_of_the_page(tmp_path, monkeypatch, capsys):
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["report.py", *map(str, words)])
         runpy.run_path(str(ROOT / "tools" / "report.py"), run_name="__main__")

@@ -90,7 +90,7 @@ def test_the_gallery_of_detections_is_sorted_and_filtered(show, compared):
 
 
 @pytest.mark.long
-def test_an_image_is_enlarged_and_its_labels_are_switched_off(show, compared):
+def test_an_image_is_enlarged_and_its_labels_can_be_hidden(show, compared):
     page = show(compared)
     gallery = page.locator("#detection")
     first = gallery.locator(".panels svg:has(rect.wrong)").first
@@ -179,7 +179,7 @@ def test_precision_curves_change_with_the_class_and_none_is_constant(show, compa
 
 
 @pytest.mark.long
-def test_confused_classes_are_filtered_and_a_name_with_html_is_text(show, compared):
+def test_confused_classes_are_filtered_and_names_are_html_escaped(show, compared):
     page = show(compared)
     gallery = page.locator("#confusions")
     assert gallery.locator(".card").count() == 3
@@ -194,7 +194,7 @@ def test_confused_classes_are_filtered_and_a_name_with_html_is_text(show, compar
 
 
 @pytest.mark.long
-def test_curves_of_all_runs_lie_over_one_another_and_can_be_hidden(show, compared):
+def test_curves_of_all_runs_share_a_plot_and_can_be_hidden(show, compared):
     page = show(compared)
     loss = page.locator(".chart", has=page.get_by_role("heading", name="total_loss"))
     assert loss.locator("path").count() == 3
@@ -247,7 +247,7 @@ def large(shapes, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_twenty_runs_on_five_thousand_images_make_a_page_that_opens_in_three_seconds(show, large):
+def test_a_page_of_20_runs_on_5000_images_opens_in_3_seconds(show, large):
     assert large.stat().st_size < 20e6
     start = time.perf_counter()
     page = show(large)

@@ -29,7 +29,7 @@ from tests.data.cifar.cifar_files import (
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("packed", [True, False])
-def test_every_official_form_gives_its_images(form, packed, tmp_path):
+def test_every_official_format_gives_its_images(form, packed, tmp_path):
     files = official_files(form)
     source = tmp_path / f"{form}.tar.gz"
     if packed:
@@ -49,7 +49,7 @@ def test_every_official_form_gives_its_images(form, packed, tmp_path):
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2, 4])
-def test_pickles_of_every_age_are_read(protocol, tmp_path):
+def test_pickles_of_every_protocol_are_read(protocol, tmp_path):
     files = official_files("cifar-10-python")
     batch = pickle.loads(files["test_batch"])
     files["test_batch"] = pickle.dumps({k.decode(): v for k, v in batch.items()}, protocol)
@@ -78,7 +78,7 @@ def test_an_unpacked_folder_needs_the_official_number_of_images(tmp_path):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kept", [0.0, 0.3, 0.9, 0.999])
-def test_a_truncated_archive_is_refused(form, kept, tmp_path):
+def test_a_truncated_archive_is_rejected(form, kept, tmp_path):
     path = write_tar(tmp_path / "a.tar.gz", official_files(form))
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
     with pytest.raises(UserError, match="truncated"):
@@ -98,7 +98,7 @@ def broken(form: str, name: str, data: bytes, tmp_path: Path) -> Path:
         ("cifar-100-python", "meta", "Cannot unpickle .*meta"),
     ],
 )
-def test_a_truncated_member_is_refused(form, name, words, tmp_path):
+def test_a_truncated_member_is_rejected(form, name, words, tmp_path):
     data = official_files(form)[name]
     with pytest.raises(UserError, match=words):
         read_source(broken(form, name, data[:-7], tmp_path), verify=False)
@@ -110,7 +110,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("name", ["batches.meta", "data_batch_2"])
-def test_a_hostile_pickle_is_refused_and_not_run(name, tmp_path, monkeypatch):
+def test_a_malicious_pickle_is_rejected_and_not_executed(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     evil = pickle.dumps({"labels": [1], "data": Evil(), "label_names": CLASSES})
     with pytest.raises(UserError, match=f"{name} was rejected.*No code was executed"):
@@ -131,13 +131,13 @@ def test_a_hostile_pickle_is_refused_and_not_run(name, tmp_path, monkeypatch):
         {},
     ],
 )
-def test_a_pickle_of_the_wrong_sizes_is_refused(batch, tmp_path):
+def test_a_pickle_with_wrong_sizes_is_rejected(batch, tmp_path):
     path = broken("cifar-10-python", "test_batch", pickle.dumps(batch, 2), tmp_path)
     with pytest.raises(UserError, match="test_batch contains images of shape"):
         read_source(path, verify=False)
 
 
-def test_a_label_without_a_class_is_refused(tmp_path):
+def test_a_label_without_a_class_is_rejected(tmp_path):
     path = broken("cifar-10-binary", "batches.meta.txt", b"cat\ndog\n", tmp_path)
     with pytest.raises(UserError, match="labels from 0 to 2, but 2 classes"):
         read_source(path, verify=False)
@@ -169,7 +169,7 @@ IMAGES = {
 
 
 @pytest.mark.parametrize("form", ["tree", ".tar", ".tar.xz", ".tar.gz"])
-def test_a_folder_a_class_is_read_in_the_order_of_names(form, tmp_path):
+def test_one_folder_per_class_is_read_in_the_order_of_names(form, tmp_path):
     for split in ("train", "test"):
         if form == "tree":
             tree(tmp_path / split, IMAGES)
@@ -193,7 +193,7 @@ def test_a_folder_a_class_is_read_in_the_order_of_names(form, tmp_path):
     ],
 )
 @pytest.mark.parametrize("packed", [True, False])
-def test_images_that_do_not_fit_are_refused(images, words, packed, tmp_path):
+def test_images_with_invalid_sizes_are_rejected(images, words, packed, tmp_path):
     tree(tmp_path / "test", {"cat/a.png": encode()})
     if packed:
         write_tar(tmp_path / "train.tar.xz", images)
@@ -203,7 +203,7 @@ def test_images_that_do_not_fit_are_refused(images, words, packed, tmp_path):
         read_source(tmp_path)
 
 
-def test_a_truncated_archive_of_images_is_refused(tmp_path):
+def test_a_truncated_archive_of_images_is_rejected(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
     images = {}
     for number, pixels in enumerate(noise):
@@ -217,7 +217,7 @@ def test_a_truncated_archive_of_images_is_refused(tmp_path):
         read_source(tmp_path)
 
 
-def test_what_is_no_source_is_refused(tmp_path):
+def test_invalid_sources_are_rejected(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         read_source(tmp_path / "absent")
     with pytest.raises(UserError, match="expected an official CIFAR-10 or CIFAR-100 archive"):
@@ -242,7 +242,7 @@ def small(images: int = 7) -> ImageArrays:
     )
 
 
-def test_a_prepared_file_gives_back_what_was_saved(tmp_path):
+def test_a_prepared_file_returns_the_saved_data(tmp_path):
     data = small()
     path = split_file(tmp_path / "new", "train")
     save_images(data, path, "source")
@@ -256,7 +256,7 @@ def test_a_prepared_file_gives_back_what_was_saved(tmp_path):
 
 @pytest.mark.parametrize("place", [0.001, 0.004, 0.006, 0.008, 0.1, 0.5, 0.999])
 @pytest.mark.parametrize("damage", ["cut", "flip"])
-def test_a_damaged_prepared_file_is_refused(place, damage, tmp_path):
+def test_a_damaged_prepared_file_is_rejected(place, damage, tmp_path):
     path = split_file(tmp_path, "train")
     save_images(small(), path, "source")
     content = bytearray(path.read_bytes())
@@ -270,7 +270,7 @@ def test_a_damaged_prepared_file_is_refused(place, damage, tmp_path):
         load_images(path)
 
 
-def test_other_files_are_no_prepared_data(tmp_path):
+def test_other_files_are_not_prepared_data(tmp_path):
     with pytest.raises(UserError, match="No prepared data set"):
         load_images(tmp_path / "train.safetensors")
     save_file({"weight": torch.zeros(3)}, tmp_path / "w.safetensors")
@@ -278,14 +278,14 @@ def test_other_files_are_no_prepared_data(tmp_path):
         load_images(tmp_path / "w.safetensors")
 
 
-def test_arrays_that_do_not_fit_together_are_refused():
+def test_inconsistent_arrays_are_rejected():
     with pytest.raises(UserError, match="expected uint8 images"):
         replace(small(), labels=torch.zeros(6, dtype=torch.int64))
     with pytest.raises(UserError, match="labels from 0 to 2, but 1 classes"):
         replace(small(), classes=["cat"])
 
 
-def test_preparing_again_keeps_what_is_there_and_never_overwrites(tmp_path):
+def test_preparing_again_keeps_existing_files_and_never_overwrites(tmp_path):
     for split in ("train", "test"):
         tree(tmp_path / "source" / split, IMAGES)
     output = prepare_cifar(tmp_path / "source", tmp_path / "out")
@@ -301,7 +301,7 @@ def test_preparing_again_keeps_what_is_there_and_never_overwrites(tmp_path):
     assert len(load_images(split_file(output, "train"))) == 3
 
 
-def test_a_folder_that_can_not_be_written_is_an_error_of_the_user(tmp_path):
+def test_an_unwritable_folder_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="Cannot write"):
         save_images(small(), tmp_path / "file" / "train.safetensors", "source")

@@ -63,7 +63,7 @@ def test_the_official_archive_is_downloaded_once_and_prepared(served, tmp_path, 
     assert requests == []
 
 
-def test_torchvisions_arrays_are_those_of_the_reader(served, tmp_path):
+def test_torchvisions_arrays_equal_the_readers(served, tmp_path):
     name, path, _ = served
     archives.download_cifar(name, tmp_path / "root")
     for source in (path, tmp_path / "root"):
@@ -110,7 +110,7 @@ def test_unpacked_files_with_another_checksum_are_reported(served, tmp_path, cap
     ("words", "message"),
     [([], "--source requires --output"), (["--download", "cifar10"], "not allowed with")],
 )
-def test_a_source_needs_an_output_folder_and_no_download(words, message, tmp_path, capsys):
+def test_a_source_requires_an_output_folder_and_no_download(words, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         prepare("cifar", ["--source", str(tmp_path), *words])
     assert stopped.value.code == 2

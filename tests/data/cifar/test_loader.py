@@ -25,7 +25,7 @@ def labels(loader: CifarTrainLoader, batches: int) -> list[int]:
     return [label for batch in islice(loader, batches) for label in batch["label"].tolist()]
 
 
-def test_batches_are_what_the_classifier_takes():
+def test_batches_have_the_format_of_the_classifiers_input():
     loader = CifarTrainLoader(numbered(), batch_size=8, seed=0, augment=CifarAugment())
     batch = next(iter(loader))
     assert batch.keys() == {"image", "label"}
@@ -35,7 +35,7 @@ def test_batches_are_what_the_classifier_takes():
     assert centre.tolist() == batch["label"].tolist()
 
 
-def test_every_epoch_has_every_image_once_in_an_order_of_its_own():
+def test_every_epoch_has_every_image_once_in_a_different_order():
     seen = labels(CifarTrainLoader(numbered(), batch_size=8, seed=0), 25)
     epochs = [seen[start : start + 50] for start in range(0, 200, 50)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
@@ -44,7 +44,7 @@ def test_every_epoch_has_every_image_once_in_an_order_of_its_own():
 
 
 @pytest.mark.parametrize("start", [0, 1, 6, 7, 13, 40])
-def test_a_resumed_run_goes_on_with_the_very_same_batches(start):
+def test_a_resumed_run_continues_with_identical_batches(start):
     options = {"batch_size": 8, "seed": 5, "augment": CifarAugment(cutout=8, padding="reflect")}
     straight = list(islice(CifarTrainLoader(numbered(), **options), start + 5))[start:]
     resumed = list(islice(CifarTrainLoader(numbered(), **options, start_iter=start), 5))
@@ -53,7 +53,7 @@ def test_a_resumed_run_goes_on_with_the_very_same_batches(start):
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_processes_share_what_one_would_have():
+def test_processes_split_the_batches_of_one_process():
     options = {"seed": 2, "augment": CifarAugment(cutout=8)}
     alone = CifarTrainLoader(numbered(), batch_size=12, **options)
     shared = [
@@ -65,12 +65,12 @@ def test_processes_share_what_one_would_have():
             assert torch.equal(value, torch.cat([part[key] for part in parts]))
 
 
-def test_a_batch_larger_than_the_data_goes_through_it_several_times():
+def test_a_batch_larger_than_the_dataset_repeats_it():
     seen = labels(CifarTrainLoader(numbered(10), batch_size=25, seed=0), 2)
     assert sorted(seen) == sorted(list(range(10)) * 5)
 
 
-def test_a_batch_has_the_crops_and_the_cutout_centres_that_were_drawn():
+def test_a_batch_has_the_sampled_crops_and_cutout_centres():
     data, augment = numbered(), CifarAugment(cutout=16)
     loader = CifarTrainLoader(data, batch_size=8, seed=3, augment=augment)
     batch = loader.batch(4)
@@ -99,12 +99,12 @@ def test_evaluation_sees_every_image_once_over_all_processes(world_size):
     "options",
     [{"batch_size": 0}, {"rank": 2, "world_size": 2}, {"seed": -1}, {"start_iter": -1}],
 )
-def test_values_that_make_no_sense_are_refused(options):
+def test_invalid_values_are_rejected(options):
     with pytest.raises(UserError, match="expected"):
         CifarTrainLoader(numbered(), **{"batch_size": 8, "seed": 0, **options})
 
 
-def test_training_batches_have_no_end():
+def test_training_batches_are_infinite():
     with pytest.raises(TypeError, match="infinite"):
         len(CifarTrainLoader(numbered(), batch_size=8, seed=0))
 

@@ -80,7 +80,7 @@ def test_a_tree_its_splits_shards_and_the_prepared_file_give_the_same_images(spl
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("packed", [True, False])
-def test_official_data_is_read_as_it_comes(form, packed, tmp_path, monkeypatch):
+def test_official_data_is_read_unchanged(form, packed, tmp_path, monkeypatch):
     path = write_tar(tmp_path / f"{form}.tar.gz", official_files(form))
     make_official(form, path, monkeypatch)
     monkeypatch.setattr(archives, "IMAGE_COUNTS", {"train": 20, "test": 5})
@@ -96,7 +96,7 @@ def test_official_data_is_read_as_it_comes(form, packed, tmp_path, monkeypatch):
     assert len(open_cifar(path, split="test", classes=CLASSES)) == 5
 
 
-def test_larger_images_are_seen_as_evaluation_sees_them(tmp_path):
+def test_larger_images_are_transformed_as_in_evaluation(tmp_path):
     (tmp_path / "only").mkdir()
     Image.new("RGB", (90, 64), (10, 20, 30)).save(tmp_path / "only" / "a.png")
     found = open_cifar(tmp_path, split="test")
@@ -104,7 +104,7 @@ def test_larger_images_are_seen_as_evaluation_sees_them(tmp_path):
     assert found.images.float().mean((0, 2, 3)).tolist() == [10, 20, 30]
 
 
-def test_other_classes_are_refused(tree):
+def test_other_classes_are_rejected(tree):
     with pytest.raises(UserError, match="1 folders .* not among the 3 expected classes: ship"):
         open_cifar(tree, split="test", classes=["dog", "cat", "plane"])
 
@@ -174,5 +174,5 @@ def test_a_broken_image_is_named(tmp_path):
         ("flowers/test", None),
     ],
 )
-def test_cifar_is_known_by_name_and_path(dataset, expected):
+def test_cifar_is_found_by_name_and_path(dataset, expected):
     assert cifar_name(dataset) == expected

@@ -27,7 +27,7 @@ def draws(flip: bool = False, top: int = 4, left: int = 4, images: int = 1) -> D
     )
 
 
-def test_half_of_the_images_are_flipped_each_for_itself():
+def test_half_of_the_images_are_flipped_independently():
     flip = CifarAugment().draw(MANY, seed=0, iteration=0).flip
     assert flip.double().mean() == pytest.approx(0.5, abs=5 * 0.5 / MANY**0.5)
     pairs = flip[:-1] == flip[1:]
@@ -36,7 +36,7 @@ def test_half_of_the_images_are_flipped_each_for_itself():
     assert not CifarAugment(flip=0.0).draw(9, seed=0, iteration=0).flip.any()
 
 
-def test_crops_are_uniform_over_nine_by_nine_places():
+def test_crops_are_uniform_over_nine_by_nine_positions():
     offset = CifarAugment().draw(MANY, seed=1, iteration=5).offset
     counts = torch.bincount(offset[:, 0] * 9 + offset[:, 1], minlength=81)
     assert len(counts) == 81
@@ -69,7 +69,7 @@ def stated_crop(image: torch.Tensor, pad: int, padding: str, top: int, left: int
 @pytest.mark.parametrize("padding", ["zero", "reflect"])
 @pytest.mark.parametrize("pad", [0, 4, 7])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-def test_every_image_of_a_batch_moves_as_it_was_drawn(padding, pad, dtype):
+def test_every_image_of_a_batch_is_shifted_by_its_sampled_offset(padding, pad, dtype):
     augment = CifarAugment(pad=pad, padding=padding)
     images = torch.randint(0, 256, (60, 3, 32, 32)).to(dtype)
     drawn = augment.draw(60, seed=0, iteration=0)
@@ -81,14 +81,14 @@ def test_every_image_of_a_batch_moves_as_it_was_drawn(padding, pad, dtype):
         assert torch.equal(moved[index], expected)
 
 
-def test_the_centre_crop_is_the_image_and_a_flip_its_mirror():
+def test_the_centre_crop_is_the_image_and_a_flip_mirrors_it():
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     augment = CifarAugment()
     assert torch.equal(augment.move(images, draws(images=2)), images)
     assert torch.equal(augment.move(images, draws(flip=True, images=2)), images.flip(3))
 
 
-def test_values_that_are_on_a_gpu_already_are_not_pinned():
+def test_tensors_already_on_a_gpu_are_not_pinned():
     class OnGpu:
         device = torch.device("cuda")
 
@@ -98,7 +98,7 @@ def test_values_that_are_on_a_gpu_already_are_not_pinned():
     assert to_device(OnGpu(), torch.device("cuda")) == "moved"
 
 
-def test_draws_follow_from_seed_and_iteration_alone():
+def test_draws_depend_only_on_seed_and_iteration():
     augment = CifarAugment(cutout=16)
     first, again = (augment.draw(64, seed=3, iteration=7) for _ in range(2))
     for name in ("flip", "offset", "centre"):
@@ -111,12 +111,12 @@ def test_draws_follow_from_seed_and_iteration_alone():
     "options", [{"flip": 1.5}, {"pad": -1}, {"pad": 32}, {"cutout": 3}, {"cutout": -2},
                 {"padding": "edge"}]
 )  # fmt: skip
-def test_values_that_make_no_sense_are_refused(options):
+def test_invalid_values_are_rejected(options):
     with pytest.raises(UserError, match="expected"):
         CifarAugment(**options)
 
 
-def test_it_is_not_slow():
+def test_augmentation_is_fast():
     """Require only a tenth of the target of 20,000 images/s, because the CPU may be busy."""
     augment = CifarAugment(cutout=16)
     images = torch.randint(0, 256, (128, 3, 32, 32), dtype=torch.uint8)

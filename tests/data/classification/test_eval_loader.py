@@ -44,14 +44,14 @@ def evaluated(dataset, ranks=1, workers=0, transform=SMALL, batch_size=5):
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("ranks", [1, 2, 5])
 @pytest.mark.long
-def test_every_image_is_delivered_exactly_once(make_shards, ranks, workers, shards):
+def test_every_image_is_loaded_exactly_once(make_shards, ranks, workers, shards):
     dataset = open_dataset(make_shards(26, shards))
     found = evaluated(dataset, ranks, workers)
     assert len(found) == 26
     assert sorted(int(key.rpartition("_")[2]) for key in found) == list(range(26))
 
 
-def test_more_consumers_than_images_is_no_problem(val, make_shards):
+def test_more_consumers_than_images_are_supported(val, make_shards):
     for dataset in (open_dataset(make_shards(3, 2)), open_dataset(val)):
         assert len(evaluated(dataset, ranks=5, workers=0)) == len(dataset)
 
@@ -76,7 +76,7 @@ def test_folder_archive_and_shards_give_the_same_keys_labels_and_pixels(val, tmp
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("mode", ["short_side", "squash", "ten_crop"])
 @pytest.mark.long
-def test_real_images_equal_a_plain_pillow_and_torchvision_loop_bit_for_bit(
+def test_real_images_equal_a_pillow_and_torchvision_loop_bit_for_bit(
     shared_data, mode, interpolation
 ):
     root = shared_data / "mini_places365"
@@ -101,7 +101,7 @@ def test_resizing_and_cropping_equal_torchvision_at_odd_sizes(size):
     assert torch.equal(EvalTransform()(data), expected)
 
 
-def test_ten_crops_are_a_batch_of_ten_views_an_image(val):
+def test_ten_crops_give_a_batch_of_ten_views_per_image(val):
     transform = EvalTransform(mode="ten_crop", resize=24, crop=16)
     loader = build_classification_eval_loader(open_dataset(val), batch_size=7, transform=transform)
     batch = next(iter(loader))
@@ -119,7 +119,7 @@ def test_a_broken_image_is_an_error_that_names_it(val, workers):
         evaluated(open_dataset(val), workers=workers)
 
 
-def test_a_transform_that_makes_no_sense_is_refused():
+def test_an_invalid_transform_is_rejected():
     with pytest.raises(UserError, match="five_crop"):
         EvalTransform(mode="five_crop")
     with pytest.raises(UserError, match="crop=300"):

@@ -63,14 +63,14 @@ def test_a_tree_that_lacks_a_class_keeps_the_labels_of_the_classes_given(tree):
         open_dataset(tree, classes=["Zebra"])
 
 
-def test_nested_folders_of_one_last_name_are_different_classes(tmp_path):
+def test_nested_folders_with_the_same_last_name_are_different_classes(tmp_path):
     for number, name in enumerate(CLASSES):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "1.jpg").write_bytes(jpeg(number))
     assert open_dataset(tmp_path).classes == CLASSES
 
 
-def test_a_folder_beside_the_lists_archive_has_the_labels_of_the_lists(train):
+def test_a_folder_next_to_the_list_archive_has_the_labels_of_the_lists(train):
     shutil.rmtree(train / "data_256_standard" / CLASSES[0])
     path = train / "places365_train_standard.txt"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[2:]))
@@ -95,13 +95,13 @@ def test_a_folder_beside_the_lists_archive_has_the_labels_of_the_lists(train):
         (lambda tree: [shutil.rmtree(path) for path in tree.iterdir()], "No images found"),
     ],
 )
-def test_a_tree_whose_labels_are_unclear_is_refused(tree, spoil, complaint):
+def test_a_tree_with_ambiguous_labels_is_rejected(tree, spoil, complaint):
     spoil(tree)
     with pytest.raises(UserError, match=complaint):
         open_dataset(tree)
 
 
-def test_hidden_files_and_folders_are_left_alone(tree):
+def test_hidden_files_and_folders_are_ignored(tree):
     (tree / ".cache").mkdir()
     (tree / ".cache" / "1.jpg").write_bytes(b"x")
     (tree / "cat" / "._0.jpg").write_bytes(b"x")
@@ -109,7 +109,7 @@ def test_hidden_files_and_folders_are_left_alone(tree):
 
 
 @pytest.mark.parametrize("form", ["root", "folder", "plain_folder", "archive"])
-def test_the_train_split_is_found_in_every_form_with_labels_from_the_list(train, form):
+def test_the_train_split_is_found_in_every_format_with_list_labels(train, form):
     expected = content(open_dataset(train, split="train_standard"))
     assert [label for label, _ in expected] == [0, 0, 1, 1, 2, 2, 3, 3]
     path = train / "data_256_standard"
@@ -128,13 +128,13 @@ def test_the_train_split_is_found_in_every_form_with_labels_from_the_list(train,
     assert dataset.classes == CLASSES
 
 
-def test_a_folder_that_either_train_split_can_be_asks_which(train):
+def test_an_ambiguous_train_split_is_an_error_that_names_both(train):
     path = (train / "data_256_standard").rename(train / "data_256")
     with pytest.raises(UserError, match="train_standard or train_challenge"):
         open_dataset(path)
 
 
-def test_large_images_are_found_and_asked_for(val):
+def test_large_images_are_found_and_can_be_requested(val):
     shutil.copytree(val / "val_256", val / "val_large")
     assert open_dataset(val).origin.endswith("val_256")
     assert open_dataset(val, size="large").origin.endswith("val_large")
@@ -142,7 +142,7 @@ def test_large_images_are_found_and_asked_for(val):
     assert open_dataset(val).origin.endswith("val_large")
 
 
-def test_a_folder_of_validation_images_without_its_list_is_refused(val, tmp_path):
+def test_a_folder_of_validation_images_without_its_list_is_rejected(val, tmp_path):
     shutil.copytree(val / "val_256", tmp_path / "alone" / "val_256")
     with pytest.raises(UserError, match=r"List categories_places365.txt not found in"):
         open_dataset(tmp_path / "alone" / "val_256")
@@ -160,14 +160,14 @@ def test_a_missing_and_an_unlisted_image_are_named(val):
         open_dataset(val)
 
 
-def test_categories_that_skip_a_label_are_refused(val):
+def test_categories_that_skip_a_label_are_rejected(val):
     path = val / "categories_places365.txt"
     path.write_text(path.read_text().replace(" 3", " 4"))
     with pytest.raises(UserError, match="4 classes; expected each label from 0 to 3"):
         open_dataset(val)
 
 
-def test_kinds_are_told_apart(val, make_shards):
+def test_dataset_kinds_are_distinguished(val, make_shards):
     shards = make_shards(6, 2)
     for path in (shards, shards / "manifest.json", shards / "val-000000.tar", f"file://{shards}"):
         assert isinstance(open_dataset(path), ShardDataset)
@@ -175,13 +175,13 @@ def test_kinds_are_told_apart(val, make_shards):
         assert isinstance(open_dataset(path), ImageDataset)
 
 
-def test_classes_that_do_not_agree_are_refused(make_shards):
+def test_mismatched_classes_are_rejected(make_shards):
     with pytest.raises(UserError, match="0: 'a/airfield' instead of 'x'"):
         open_dataset(make_shards(6, 1), classes=["x", *CLASSES[1:]])
 
 
 @pytest.mark.parametrize("name", ["nothing", "foreign.tar"])
-def test_what_is_nothing_of_these_is_refused(tmp_path, name):
+def test_unsupported_sources_are_rejected(tmp_path, name):
     if name.endswith(".tar"):
         tarfile.open(tmp_path / name, "w").close()
     with pytest.raises(UserError, match=name):

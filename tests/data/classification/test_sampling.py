@@ -27,9 +27,7 @@ def row(sizes, consumers, epochs, seed=3):
 
 @pytest.mark.parametrize("consumers", [1, 2, 3, 6, 16])
 @pytest.mark.parametrize("sizes", [[5], [4, 4, 4], [3, 9, 1, 7, 7, 2, 5]])
-def test_every_epoch_of_positions_holds_each_unit_once_for_any_number_of_consumers(
-    sizes, consumers
-):
+def test_every_epoch_has_each_unit_once_for_any_number_of_consumers(sizes, consumers):
     positions = row(sizes, consumers, epochs=4)
     for epoch in range(4):
         part = positions[epoch * len(sizes) : (epoch + 1) * len(sizes)]
@@ -37,7 +35,7 @@ def test_every_epoch_of_positions_holds_each_unit_once_for_any_number_of_consume
         assert {number for number, _ in part} == {epoch}
 
 
-def test_epochs_have_different_orders_and_seeds_too():
+def test_epochs_and_seeds_have_different_orders():
     sizes = [1] * 50
     positions = row(sizes, 1, epochs=2)
     assert positions[:50] != [(0, unit) for _, unit in positions[50:]]
@@ -46,7 +44,7 @@ def test_epochs_have_different_orders_and_seeds_too():
 
 @pytest.mark.parametrize("sizes", [[4, 4, 4], [3, 9, 1, 7, 7, 2, 5], [1] * 11])
 @pytest.mark.parametrize("consumers", [1, 2, 5])
-def test_starting_later_continues_the_same_row(sizes, consumers):
+def test_starting_later_continues_the_same_sequence(sizes, consumers):
     sizes = np.array(sizes)
 
     def samples(start):
@@ -62,7 +60,7 @@ def test_starting_later_continues_the_same_row(sizes, consumers):
 
 
 @pytest.mark.parametrize("block", [1, 4, 100])
-def test_samples_of_a_shard_are_each_delivered_once_whatever_the_block(make_shards, block):
+def test_samples_of_a_shard_are_each_yielded_once_for_any_block_size(make_shards, block):
     dataset = open_dataset(make_shards(30, 10))
     stream = train_stream(dataset, seed=0, consumer=0, consumers=1, block=block)
     first, second = list(islice(stream, 30)), list(islice(stream, 30))
@@ -72,9 +70,7 @@ def test_samples_of_a_shard_are_each_delivered_once_whatever_the_block(make_shar
 
 
 @pytest.mark.parametrize("kind", ["shards", "folder"])
-def test_class_aware_draws_every_class_equally_and_every_image_before_any_again(
-    make_shards, val, kind
-):
+def test_class_aware_sampling_is_balanced_and_without_replacement(make_shards, val, kind):
     dataset = open_dataset(make_shards(24, 3) if kind == "shards" else val)
     draws = list(class_aware_stream(dataset, seed=0, draws=range(4 * 12)))
     for turn in range(12):
@@ -86,7 +82,7 @@ def test_class_aware_draws_every_class_equally_and_every_image_before_any_again(
         assert [epoch for epoch, sample in draws if sample.label == label] == [0] * 6 + [1] * 6
 
 
-def test_class_aware_favours_no_class_however_few_images_it_has(val):
+def test_class_aware_sampling_is_unbiased_for_classes_of_any_size(val):
     dataset = open_dataset(val)
     images = dataset.images
     keep = np.flatnonzero((images.labels != 2) | (np.arange(24) == 2))  # keep one image of class 2
@@ -100,7 +96,7 @@ def test_class_aware_favours_no_class_however_few_images_it_has(val):
 
 @pytest.mark.parametrize("total", [0, 1, 7, 100])
 @pytest.mark.parametrize("consumers", [1, 3, 8])
-def test_evaluation_shares_are_equal_to_a_sample_and_leave_none_out(total, consumers):
+def test_evaluation_shares_differ_by_one_sample_at_most_and_are_complete(total, consumers):
     shares = [share(total, consumer, consumers) for consumer in range(consumers)]
     assert [sample for first, end in shares for sample in range(first, end)] == list(range(total))
     sizes = [end - first for first, end in shares]

@@ -41,7 +41,7 @@ def consumer_streams(dataset, ranks, workers, batches):
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.long
-def test_consumers_together_deliver_each_sample_once_in_every_epoch_of_shard_positions(
+def test_all_consumers_together_yield_each_sample_once_per_epoch(
     make_shards, ranks, workers, shards
 ):
     folder = make_shards(26, shards)
@@ -72,7 +72,7 @@ def test_consumers_together_deliver_each_sample_once_in_every_epoch_of_shard_pos
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("kind", ["shards", "folder"])
 @pytest.mark.long
-def test_resuming_continues_with_the_very_batches_of_the_unbroken_run(
+def test_resuming_continues_with_the_batches_of_the_uninterrupted_run(
     make_shards, val, kind, workers, class_aware
 ):
     dataset = open_dataset(make_shards(24, 4) if kind == "shards" else val)
@@ -88,7 +88,7 @@ def test_resuming_continues_with_the_very_batches_of_the_unbroken_run(
 
 
 @pytest.mark.long
-def test_class_aware_batches_have_all_classes_equally_whatever_the_ranks_and_workers(val):
+def test_class_aware_batches_are_balanced_for_any_ranks_and_workers(val):
     dataset = open_dataset(val)  # six images of each of four classes
 
     def steps(ranks, workers):
@@ -107,7 +107,7 @@ def test_class_aware_batches_have_all_classes_equally_whatever_the_ranks_and_wor
             assert [key for batch in step for key in batch["key"]] == keys
 
 
-def test_batches_are_whole_uint8_and_labelled_as_the_list_says(val):
+def test_batches_are_full_uint8_and_labelled_by_the_list(val):
     dataset = open_dataset(val)
     lines = (val / "places365_val.txt").read_text().splitlines()
     label_of = {line.split()[0].removesuffix(".jpg"): int(line.split()[1]) for line in lines}
@@ -120,7 +120,7 @@ def test_batches_are_whole_uint8_and_labelled_as_the_list_says(val):
         assert batch["label"].dtype == torch.int64
 
 
-def test_each_image_of_a_batch_has_a_crop_and_flip_of_its_own_and_a_new_one_each_epoch(tmp_path):
+def test_each_image_has_its_own_crop_and_flip_in_each_epoch(tmp_path):
     root = write_val(tmp_path / "same", 8)
     for path in (root / "val_256").iterdir():
         path.write_bytes(jpeg(0))
@@ -129,7 +129,7 @@ def test_each_image_of_a_batch_has_a_crop_and_flip_of_its_own_and_a_new_one_each
     assert len(views) == 16
 
 
-def test_augmentation_depends_on_seed_epoch_and_key_only(val):
+def test_augmentation_depends_only_on_seed_epoch_and_key(val):
     dataset = open_dataset(val)
 
     def images(**options):
@@ -158,9 +158,7 @@ def damage(folder, count):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.long
-def test_broken_images_are_skipped_counted_and_logged_and_batches_stay_whole(
-    make_shards, workers, caplog
-):
+def test_broken_images_are_skipped_and_logged_and_batches_stay_full(make_shards, workers, caplog):
     folder = make_shards(24, 3)
     whole = take(loader(open_dataset(folder), num_workers=workers), 6)
     damage(folder, 2)
@@ -217,7 +215,7 @@ def test_a_message_from_a_worker_arrives_without_a_traceback(make_shards):
         {"shuffle_block": 0},
     ],
 )
-def test_numbers_that_make_no_sense_are_refused(val, wrong):
+def test_invalid_numbers_are_rejected(val, wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         loader(open_dataset(val), **wrong)
 
@@ -243,7 +241,7 @@ print(sum(len(batch["key"]) for batch in islice(batches, 40)))
 
 
 @pytest.mark.long
-def test_a_schedulers_sigterm_leaves_workers_working_and_the_end_of_the_main_process_ends_them(val):
+def test_workers_ignore_sigterm_and_exit_with_the_main_process(val):
     # The script exits while its workers are running, and must not wait for them forever.
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(val)],
@@ -255,7 +253,7 @@ def test_a_schedulers_sigterm_leaves_workers_working_and_the_end_of_the_main_pro
     assert (done.returncode, done.stdout.strip()) == (0, "80"), done.stderr
 
 
-def test_reading_leaves_the_data_as_it_is(make_shards):
+def test_reading_does_not_change_the_data(make_shards):
     folder = make_shards(24, 3)
     before = shard_bytes(folder)
     take(loader(open_dataset(folder), class_aware=True), 8)

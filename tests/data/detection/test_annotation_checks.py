@@ -52,14 +52,14 @@ def test_a_file_that_is_not_a_json_object_is_named_and_described(content, messag
     assert "mine" not in DatasetCatalog
 
 
-def test_a_file_cut_at_any_place_is_refused(data, files):
+def test_a_file_truncated_anywhere_is_rejected(data, files):
     whole = json.dumps(data)
     for end in range(0, len(whole) - 1, 7):
         with pytest.raises(UserError, match="truncated|empty file"):
             register_coco_dataset("mine", *files(whole[:end]))
 
 
-def test_text_that_is_not_utf8_is_refused(data, files):
+def test_text_that_is_not_utf8_is_rejected(data, files):
     path, images = files(data)
     path.write_bytes(json.dumps(data, ensure_ascii=False).replace("cat", "k\xe4t").encode("cp1252"))
     with pytest.raises(UserError, match="encoded as UTF-8"):
@@ -80,7 +80,7 @@ def test_missing_paths_are_named(data, files, tmp_path):
 
 @pytest.mark.parametrize("key", ["images", "categories", "annotations"])
 @pytest.mark.parametrize("value", [REMOVED, [], {}, None, "x"])
-def test_each_section_must_be_a_list_that_holds_something(key, value, data, files):
+def test_each_section_must_be_a_non_empty_list(key, value, data, files):
     spoil(data, key, value)
     path, images = files(data)
     with pytest.raises(UserError, match=f"`{key}`") as caught:
@@ -154,7 +154,7 @@ BAD_ENTRIES = [
 
 
 @pytest.mark.parametrize(("path", "value", "message"), BAD_ENTRIES)
-def test_a_bad_entry_is_refused_and_named(path, value, message, data, files):
+def test_a_bad_entry_is_rejected_and_named(path, value, message, data, files):
     spoil(data, path, value)
     json_file, images = files(data)
     with pytest.raises(UserError, match=message) as caught:
@@ -164,7 +164,7 @@ def test_a_bad_entry_is_refused_and_named(path, value, message, data, files):
     assert "mine" not in DatasetCatalog
 
 
-def test_boxes_as_fractions_of_the_image_are_refused(data, files):
+def test_boxes_as_fractions_of_the_image_are_rejected(data, files):
     for item in data["annotations"]:
         item["bbox"] = [0.1, 0.2, 0.3, 0.4]
     with pytest.raises(UserError, match="not fractions"):
@@ -177,14 +177,14 @@ def test_a_byte_order_mark_is_skipped(data, files):
     assert sum(len(image["annotations"]) for image in DatasetCatalog.get("mine")) == 3
 
 
-def test_boxes_that_are_all_zero_are_refused_as_such(data, files):
+def test_boxes_that_are_all_zero_are_rejected(data, files):
     for item in data["annotations"]:
         item["bbox"] = [0, 0, 0, 0]
     with pytest.raises(UserError, match=r"all 3 boxes are \[0, 0, 0, 0\]"):
         register_coco_dataset("mine", *files(data))
 
 
-def test_a_file_without_an_object_to_train_on_is_refused_for_training(data, files):
+def test_a_file_without_training_objects_is_rejected_for_training(data, files):
     boxes = [3, 3, 0, 5], [4, 4, 5, 0], [1, 1, 9, 9]
     for item, box in zip(data["annotations"], boxes, strict=True):
         item["bbox"] = box
@@ -197,7 +197,7 @@ def test_a_file_without_an_object_to_train_on_is_refused_for_training(data, file
 
 
 @pytest.mark.parametrize("area", [0, 1, 1.0, 0.02, 1e6])
-def test_areas_that_do_not_fit_the_boxes_are_a_warning(area, data, files, caplog):
+def test_areas_that_contradict_the_boxes_are_a_warning(area, data, files, caplog):
     for item in data["annotations"]:
         item["area"] = area
     with caplog.at_level(logging.WARNING):
@@ -214,7 +214,7 @@ def test_crowds_in_the_majority_are_a_warning(data, files, caplog):
     assert "2 of 3 annotations have iscrowd=1; training ignores them" in said
 
 
-def test_a_file_of_nothing_but_crowds_is_refused(data, files):
+def test_a_file_with_only_crowds_is_rejected(data, files):
     for item in data["annotations"]:
         item["iscrowd"] = 1
     with pytest.raises(UserError, match="all 3 annotations have iscrowd=1"):
@@ -245,7 +245,7 @@ def test_a_test_set_without_ground_truth_registers_on_request(value, data, files
         ("categories.1.name", "dog ", "'dog' and 'dog ' differ only in spaces or upper and lower"),
     ],
 )
-def test_what_is_odd_but_loads_is_counted_in_a_warning(path, value, message, data, files, caplog):
+def test_unusual_entries_are_counted_in_a_warning(path, value, message, data, files, caplog):
     spoil(data, path, value)
     json_file, images = files(data)
     with caplog.at_level(logging.WARNING):
@@ -280,7 +280,7 @@ def test_what_is_odd_but_loads_is_counted_in_a_warning(path, value, message, dat
         ("info", None),
     ],
 )
-def test_what_is_unusual_but_valid_registers_without_a_word(path, value, data, files):
+def test_valid_unusual_entries_register_without_a_warning(path, value, data, files):
     spoil(data, path, value)
     register_coco_dataset("mine", *files(data))
     assert DatasetCatalog["mine"].summary.warnings == []
@@ -308,7 +308,7 @@ def test_missing_images_are_counted(data, files):
 
 
 @pytest.mark.parametrize("prefix", ["images/", "images\\"])
-def test_a_folder_that_the_file_names_repeat_is_pointed_out(prefix, data, files):
+def test_a_folder_repeated_in_the_file_names_is_reported(prefix, data, files):
     for image in data["images"][:1]:
         image["file_name"] = prefix + image["file_name"]
     with pytest.raises(UserError, match=r"contains a\.png, so .* is wrong"):

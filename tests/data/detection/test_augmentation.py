@@ -103,7 +103,7 @@ TURNED = {
 
 
 @pytest.mark.parametrize("name", TURNED)
-def test_images_boxes_masks_and_keypoints_are_moved_as_by_torchvision(name, person):
+def test_images_boxes_masks_and_keypoints_are_transformed_as_by_torchvision(name, person):
     ours, theirs = TURNED[name]
     before, after = mapped(person, T.NoOpTransform()), mapped(person, ours)
     assert torch.equal(after["image"], theirs(before["image"]))
@@ -123,7 +123,7 @@ def test_images_boxes_masks_and_keypoints_are_moved_as_by_torchvision(name, pers
     assert visible == [one.gt_keypoints.tensor[0, place, 2] for place in order]
 
 
-def test_a_quarter_turn_by_hand(person):
+def test_a_rotation_by_90_degrees_equals_a_manual_result(person):
     found = mapped(person, RightAngleRotation(1, HEIGHT, WIDTH))["instances"]
     assert found.image_size == (8, 6)
     assert found.gt_boxes.tensor.tolist() == [[1, 4, 5, 7]]
@@ -162,7 +162,7 @@ def test_rotated_boxes_keep_their_corners(name):
 # ------------------------------------------------------------------- Detectron2's augmentations
 
 
-def test_colours_come_before_resizing_and_saturation_knows_the_channel_order():
+def test_colours_change_before_resizing_and_follow_the_channel_order():
     pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     results = []
     for image_format, image in (("RGB", pixels), ("BGR", pixels[..., ::-1])):
@@ -191,7 +191,7 @@ def records(folder):
 
 
 @pytest.mark.long
-def test_large_scale_jitter_is_detectron2s(records):
+def test_large_scale_jitter_equals_detectron2s(records):
     cfg = config(**JITTER)
     theirs = [T.ResizeScale(0.1, 2.0, 64, 80), T.FixedSizeCrop((64, 80), pad=False), T.RandomFlip()]
     options = {"is_train": True, "augmentations": theirs, "image_format": cfg.INPUT.FORMAT,
@@ -253,7 +253,7 @@ def test_pasted_objects_cover_others_and_hidden_ones_are_removed():
 
 
 @pytest.mark.usefixtures("every_object")
-def test_a_box_is_fitted_to_what_remains_visible():
+def test_a_box_is_fitted_to_the_visible_part():
     target, source = picture(1, (10, 10), (0, 0, 6, 4)), picture(9, (10, 10), (4, 0, 9, 9))
     found = paste(target, source)["instances"]
     assert found.gt_boxes.tensor.tolist() == [[0, 0, 4, 4], [4, 0, 9, 9]]
@@ -304,7 +304,7 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("options", [{}, JITTER])
 @pytest.mark.long
-def test_batches_follow_from_seed_and_iteration_alone(batches, options):
+def test_batches_depend_only_on_seed_and_iteration(batches, options):
     cfg = config(**EVERYTHING, **options)
     straight = batches(cfg, 6)
     assert_same(batches(cfg, 6, workers=1), straight)
@@ -316,7 +316,7 @@ def test_batches_follow_from_seed_and_iteration_alone(batches, options):
 
 
 @pytest.mark.long
-def test_repeat_factors_are_detectron2s_and_continue_exactly(batches, records, folder):
+def test_repeat_factors_equal_detectron2s_and_continue_exactly(batches, records, folder):
     cfg = config(**{"DATALOADER.SAMPLER_TRAIN": "RepeatFactorTrainingSampler",
                     "DATALOADER.REPEAT_THRESHOLD": "0.9", "MODEL.MASK_ON": "False",
                     "DATALOADER.ASPECT_RATIO_GROUPING": "False"})  # fmt: skip

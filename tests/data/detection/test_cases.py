@@ -143,7 +143,7 @@ REJECTED = {
 
 @pytest.mark.parametrize("case", READ)
 @pytest.mark.long
-def test_a_file_is_read_whole_with_a_warning_where_it_is_odd(case, shared_cases, caplog):
+def test_a_file_is_read_completely_with_a_warning_if_unusual(case, shared_cases, caplog):
     objects, warning = READ[case]
     with caplog.at_level(logging.WARNING, logger="senet_transfer"):
         assert load(*paths(shared_cases, case)) == objects
@@ -189,7 +189,7 @@ def test_a_file_without_iscrowd_is_not_evaluated_on(shared_cases):
 
 
 @pytest.mark.parametrize("case", ["m_poly", "m_rle", "ev3_poly", "ev3_rle", "ev3_rle_un"])
-def test_outlines_are_read_as_masks(case, shared_cases):
+def test_segmentations_are_read_as_masks(case, shared_cases):
     assert load(*paths(shared_cases, case), masks=True) == 57
 
 
@@ -206,7 +206,7 @@ def test_outlines_are_read_as_masks(case, shared_cases):
         ("seg_two_points", r"annotations\[0\] \(id 1\) .*2 points"),
     ],
 )
-def test_outlines_that_are_no_masks_are_rejected_by_name(case, message, shared_cases):
+def test_invalid_segmentations_are_rejected_by_name(case, message, shared_cases):
     json_file, images = paths(shared_cases, case)
     with pytest.raises(UserError, match=message) as caught:
         load(json_file, images, masks=True)
@@ -215,7 +215,9 @@ def test_outlines_that_are_no_masks_are_rejected_by_name(case, message, shared_c
 
 @pytest.mark.parametrize("case", ["m_poly", "m_rle"])
 @pytest.mark.long
-def test_mask_rcnn_trains_and_is_evaluated_on_outlines_of_both_kinds(case, shared_cases, tmp_path):
+def test_mask_rcnn_trains_and_is_evaluated_on_both_kinds_of_segmentations(
+    case, shared_cases, tmp_path
+):
     json_file, images = paths(shared_cases, case)
     keys = {
         **SMALL,
@@ -358,7 +360,7 @@ EVALUATED = [
 
 @pytest.mark.parametrize("case", EVALUATED)
 @pytest.mark.long
-def test_metrics_are_pycocotools_for_numbered_ids(case, shared_cases, tmp_path):
+def test_metrics_equal_pycocotools_for_numbered_ids(case, shared_cases, tmp_path):
     json_file, images = paths(shared_cases, case)
     content = json.loads(json_file.read_text())
     numbered = renumbered(content)
@@ -380,7 +382,7 @@ def test_metrics_are_pycocotools_for_numbered_ids(case, shared_cases, tmp_path):
 
 
 @pytest.mark.long
-def test_more_objects_than_a_hundred_are_counted_with_the_key(shared_cases, tmp_path):
+def test_more_than_100_objects_are_counted_with_the_key(shared_cases, tmp_path):
     json_file, images = paths(shared_cases, "dense")
     content = json.loads(json_file.read_text())
     found = {1: [{**item, "score": 0.9} for item in content["annotations"]]}

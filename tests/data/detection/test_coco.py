@@ -18,7 +18,7 @@ from senet_transfer.errors import UserError
 pytestmark = pytest.mark.usefixtures("catalogs")
 
 
-def test_a_registered_data_set_loads_as_detectron2_itself_loads_it(shared_data):
+def test_a_registered_data_set_loads_as_in_detectron2(shared_data):
     json_file = shared_data / "coco128/annotations/instances_train2017.json"
     images = shared_data / "coco128/train2017"
     register_coco_dataset("mine", json_file, images)
@@ -49,7 +49,7 @@ def test_metadata_follow_the_category_ids_and_are_known_before_loading(data, fil
     assert loaded[5]["annotations"] == []
 
 
-def test_registering_the_same_twice_is_harmless_and_reads_nothing(data, files, monkeypatch):
+def test_registering_twice_has_no_effect_and_reads_nothing(data, files, monkeypatch):
     register_coco_dataset("mine", *files(data))
     first = DatasetCatalog["mine"]
     monkeypatch.setattr("senet_transfer.data.detection.coco.read_coco_summary", None)
@@ -69,7 +69,7 @@ def test_the_same_name_with_another_path_replaces_the_registration(data, files):
     assert len(DatasetCatalog.get("mine")) == 3
 
 
-def test_a_file_that_fails_leaves_the_earlier_registration_in_place(data, files):
+def test_an_invalid_file_keeps_the_earlier_registration(data, files):
     register_coco_dataset("mine", *files(data))
     broken, images = files({}, "broken.json")
     with pytest.raises(UserError, match="broken.json"):
@@ -81,7 +81,7 @@ def test_a_file_that_fails_leaves_the_earlier_registration_in_place(data, files)
 @pytest.mark.parametrize(
     "name", ["coco_2017_val", "voc_2007_train", "shapes_val", "theirs", "meta"]
 )
-def test_a_name_of_somebody_elses_is_refused(name, data, files):
+def test_a_name_that_others_registered_is_rejected(name, data, files):
     register_shapes()
     path, images = files(data)
     register_coco_instances("theirs", {}, str(path), str(images))
@@ -92,7 +92,7 @@ def test_a_name_of_somebody_elses_is_refused(name, data, files):
     assert dict(DatasetCatalog) == before
 
 
-def test_a_name_whose_metadata_were_only_asked_for_is_free(data, files):
+def test_a_name_with_only_empty_metadata_is_available(data, files):
     held = MetadataCatalog.get("mine")
     register_coco_dataset("mine", *files(data))
     assert held.thing_classes == ["cat", "dog"]
@@ -164,7 +164,7 @@ def test_entries_register_with_home_and_variables_expanded(data, files, monkeypa
         ([["mine", "$UNSET_HERE/a.json", "images"]], r"variable \$UNSET_HERE is not set"),
     ],
 )
-def test_entries_of_another_form_are_refused_with_the_form(entries, message, monkeypatch):
+def test_invalid_entries_are_rejected_with_the_expected_format(entries, message, monkeypatch):
     monkeypatch.delenv("UNSET_HERE", raising=False)
     with pytest.raises(UserError, match=message):
         register_datasets(entries)
@@ -176,7 +176,7 @@ def shapes_root(tmp_path, monkeypatch):
     return tmp_path / "shapes"
 
 
-def test_shapes_are_known_before_they_are_made(shapes_root):
+def test_shapes_have_metadata_before_they_are_created(shapes_root):
     register_shapes()
     register_shapes()
     for split in ("train", "val", "tiny"):
@@ -190,7 +190,7 @@ def test_shapes_are_known_before_they_are_made(shapes_root):
 
 
 @pytest.mark.long
-def test_shapes_load_once_they_are_made(shapes_root):
+def test_shapes_load_after_they_are_created(shapes_root):
     register_shapes()
     before = MetadataCatalog.get("shapes_tiny").as_dict()
     make_shapes(shapes_root, train=2, val=1)
@@ -202,7 +202,7 @@ def test_shapes_load_once_they_are_made(shapes_root):
     assert MetadataCatalog.get("shapes_tiny").as_dict() == before
 
 
-def test_shapes_of_somebody_elses_are_left_alone(data, files, monkeypatch):
+def test_an_existing_registration_of_shapes_is_kept(data, files, monkeypatch):
     path, images = files(data)
     for catalog in (DatasetCatalog, MetadataCatalog):
         catalog.pop("shapes_train", None)

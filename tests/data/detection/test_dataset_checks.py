@@ -38,7 +38,7 @@ def test_classes_are_known_for_data_sets_of_every_kind(data, files, tmp_path, mo
         ),
     ],
 )
-def test_data_sets_that_disagree_on_classes_are_refused(change, message, data, files, annotation):
+def test_data_sets_with_different_classes_are_rejected(change, message, data, files, annotation):
     register_coco_dataset("one", *files(data))
     change(data["categories"])
     data["annotations"] = [annotation(1, 7, 2, [1, 1, 9, 9])]
@@ -47,7 +47,7 @@ def test_data_sets_that_disagree_on_classes_are_refused(change, message, data, f
         dataset_classes(["one", "two"])
 
 
-def test_classes_in_another_order_are_mapped_or_refused(data, files, annotation):
+def test_classes_in_another_order_are_mapped_or_rejected(data, files, annotation):
     register_coco_dataset("one", *files(data))
     data["categories"][0]["id"] = 1
     data["annotations"] = [annotation(1, 7, 1, [1, 1, 9, 9])]
@@ -68,20 +68,20 @@ def test_classes_in_another_order_are_mapped_or_refused(data, files, annotation)
     assert dataset_classes("two") == ["dog", "cat"]
 
 
-def test_a_data_set_without_classes_is_refused():
+def test_a_data_set_without_classes_is_rejected():
     DatasetCatalog.register("plain", lambda: [{}])
     with pytest.raises(UserError, match="'plain' has no class names.*'plain'.*thing_classes"):
         dataset_classes("plain")
 
 
-def test_classes_that_only_missing_files_would_tell_are_reported_as_missing_files(tmp_path):
+def test_classes_in_missing_files_are_reported_as_missing_files(tmp_path):
     register_coco_instances("theirs", {}, str(tmp_path / "train.json"), str(tmp_path))
     with pytest.raises(UserError, match=r"train\.json \(missing\)"):
         dataset_classes("theirs")
 
 
 @pytest.mark.parametrize("ask", [dataset_classes, check_datasets_on_disk])
-def test_an_unknown_name_gets_the_nearest_ones_and_the_way_to_register(ask):
+def test_an_unknown_name_error_suggests_similar_names_and_registration(ask):
     with pytest.raises(UserError, match="'coco_2017_trian'. Did you mean 'coco_2017_train'") as e:
         ask(["coco_2017_trian"])
     assert "--dataset NAME JSON FOLDER" in str(e.value)
@@ -101,7 +101,7 @@ def coco_root(tmp_path, monkeypatch):
     return tmp_path / "data"
 
 
-def test_missing_coco_files_are_listed_with_where_they_go_and_come_from(coco_root):
+def test_missing_coco_files_are_listed_with_their_path_and_source(coco_root):
     with pytest.raises(UserError) as caught:
         check_datasets_on_disk(["coco_2017_train", "coco_2017_val"])
     message = str(caught.value)
@@ -116,7 +116,7 @@ def test_missing_coco_files_are_listed_with_where_they_go_and_come_from(coco_roo
     assert "--dataset my_val val.json images/" in message
 
 
-def test_only_what_is_missing_is_listed(coco_root, data):
+def test_only_missing_files_are_listed(coco_root, data):
     (coco_root / "coco/annotations").mkdir(parents=True)
     (coco_root / "coco/val2017").mkdir()
     json_file = coco_root / "coco/annotations/instances_val2017.json"
@@ -137,7 +137,7 @@ def test_missing_files_of_other_builtin_data_sets_are_listed(monkeypatch, tmp_pa
         check_datasets_on_disk(["voc_2007_val"])
 
 
-def test_data_of_ones_own_pass_and_are_looked_at_again(data, files):
+def test_registered_data_passes_and_is_checked_again(data, files):
     path, images = files(data)
     register_coco_dataset("mine", path, images)
     check_datasets_on_disk(["mine"], evaluated=["mine"])
@@ -147,7 +147,7 @@ def test_data_of_ones_own_pass_and_are_looked_at_again(data, files):
 
 
 @pytest.mark.parametrize("key", ["area", "iscrowd"])
-def test_a_file_that_cocos_metric_cannot_read_trains_but_is_not_evaluated_on(key, data, files):
+def test_a_file_that_coco_metrics_cannot_read_is_only_for_training(key, data, files):
     del data["annotations"][0][key]
     register_coco_dataset("mine", *files(data))
     check_datasets_on_disk(["mine"])

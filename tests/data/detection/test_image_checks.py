@@ -73,7 +73,7 @@ def test_all_threads_read_with_the_same_settings_which_are_restored(data, files,
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
-def test_sizes_are_those_of_the_upright_image(orientation, kind, data, files):
+def test_sizes_are_of_the_upright_image(orientation, kind, data, files):
     path, images = files(data)
     exif = Image.Exif()
     exif[274] = orientation
@@ -137,7 +137,7 @@ def _raise(message):
         (["--ignore-exif"], "3 of the 3 images"),
     ],
 )
-def test_the_command_reports_what_a_run_would(flags, error, damaged, capsys):
+def test_the_command_reports_the_same_as_a_run(flags, error, damaged, capsys):
     with pytest.raises(SystemExit) as ended:
         command(["check", *map(str, damaged), "--quiet", *flags])
     assert ended.value.code == 2
@@ -208,7 +208,7 @@ def test_evaluation_never_skips_an_image(loader):
         list(build_test_loader(cfg, "mine", CheckedDatasetMapper(cfg, is_train=False)))
 
 
-def test_the_error_survives_the_way_from_a_worker():
+def test_the_error_of_a_worker_is_preserved():
     error = UnreadableImageError("a.png cannot be read")
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again)) == (UnreadableImageError, "a.png cannot be read")

@@ -56,7 +56,7 @@ def assert_same(found, expected):
 
 
 @pytest.mark.long
-def test_a_batch_follows_from_seed_and_iteration_alone(loader):
+def test_a_batch_depends_only_on_seed_and_iteration(loader):
     straight = loader(6)
     assert_same(loader(6, workers=2), straight)
     assert_same(loader(2, workers=1, start_iter=4), straight[4:])
@@ -64,7 +64,7 @@ def test_a_batch_follows_from_seed_and_iteration_alone(loader):
     assert others != [image["image_id"] for batch in straight[:4] for image in batch]
 
 
-def test_batches_are_of_one_shape_as_detectron2_groups_them():
+def test_batches_are_grouped_by_aspect_ratio_as_in_detectron2():
     records = [{"width": w, "height": h} for w, h in ((4, 3), (3, 4), (5, 2), (2, 2), (3, 9))]
     sampler = TrainingSampler(len(records), seed=3)
     wide = lambda index: records[index]["width"] > records[index]["height"]  # noqa: E731
@@ -74,7 +74,7 @@ def test_batches_are_of_one_shape_as_detectron2_groups_them():
         assert [records[index] for _, index in batch] == expected
 
 
-def test_what_is_drawn_elsewhere_is_not_disturbed():
+def test_global_random_state_is_not_changed():
     np.random.seed(1)
     torch.manual_seed(1)
     expected = np.random.rand(), torch.rand(1)
@@ -92,7 +92,7 @@ def test_what_is_drawn_elsewhere_is_not_disturbed():
     [(2000, "500 passes", False), (2001, "500 passes", True), (180000, "45000 passes", True)],
 )
 @pytest.mark.long
-def test_a_schedule_for_far_more_images_than_there_are_is_told(
+def test_a_schedule_with_many_passes_over_the_data_is_reported(
     loader, caplog, steps, passes, warned
 ):
     loader.cfg.SOLVER.MAX_ITER = steps
@@ -106,7 +106,7 @@ def test_a_schedule_for_far_more_images_than_there_are_is_told(
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("build", ["train", "test"])
-def test_a_user_error_of_a_worker_arrives_as_it_was_raised(folder, build, workers):
+def test_a_user_error_of_a_worker_is_raised_unchanged(folder, build, workers):
     register_coco_dataset("own", folder / "annotations" / "instances_train.json", folder / "train")
     cfg = get_cfg()
     cfg.DATASETS.TRAIN, cfg.SOLVER.IMS_PER_BATCH = ("own",), 2

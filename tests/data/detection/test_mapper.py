@@ -104,7 +104,7 @@ def test_maps_real_images_exactly_as_detectron2_does(is_train, masks, crop, imag
         assert_same(*mapped)
 
 
-def test_the_record_that_is_mapped_stays_as_it_was(coco128):
+def test_the_mapped_record_is_not_modified(coco128):
     sample = DatasetCatalog.get("mine")[0]
     before = pickle.dumps(sample)
     CheckedDatasetMapper(coco128, is_train=True)(sample)
@@ -134,13 +134,13 @@ def test_proposals_and_semantic_labels_are_mapped_as_detectron2_does(tmp_path, p
     assert_same(ours, theirs)
 
 
-def test_the_size_is_filled_in_where_a_data_set_has_none(tmp_path, photo, mapper):
+def test_the_size_is_added_if_a_data_set_has_none(tmp_path, photo, mapper):
     photo.save(tmp_path / "a.png")
     mapped = mapper({"file_name": str(tmp_path / "a.png")})
     assert (mapped["width"], mapped["height"]) == (48, 32)
 
 
-def test_boxes_of_no_size_are_dropped_in_training(tmp_path, photo):
+def test_empty_boxes_are_dropped_in_training(tmp_path, photo):
     photo.save(tmp_path / "a.png")
     box = {"bbox_mode": 1, "category_id": 0, "iscrowd": 0}
     annotations = [{**box, "bbox": [3, 3, 0, 8]}, {**box, "bbox": [3, 3, 5, 8]}]
@@ -176,7 +176,7 @@ def test_16_bit_images_are_scaled_to_8_bits(kind, channels, tmp_path, mapper):
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
-def test_32_bit_images_without_a_range_are_refused(dtype, tmp_path, mapper):
+def test_32_bit_images_without_a_range_are_rejected(dtype, tmp_path, mapper):
     Image.fromarray(np.zeros((32, 48), dtype)).save(tmp_path / "a.tif")
     with pytest.raises(UserError, match="INPUT.VALUE_RANGE.*convert the image to 8 bits"):
         mapper(record(tmp_path / "a.tif"))
@@ -290,7 +290,7 @@ def test_an_image_of_another_size_is_named_with_both_sizes(tmp_path, photo, mapp
         (b"\0" * 4096, "it begins with"),
     ],
 )
-def test_what_is_not_an_image_is_named_and_described(content, message, tmp_path, mapper):
+def test_files_other_than_images_are_named_and_described(content, message, tmp_path, mapper):
     path = tmp_path / "a.jpg"
     if content is not None:
         path.write_bytes(content)
@@ -300,7 +300,7 @@ def test_what_is_not_an_image_is_named_and_described(content, message, tmp_path,
     assert "Expected an image of 48x32 pixels" in str(caught.value)
 
 
-def test_a_folder_in_place_of_an_image_is_refused(tmp_path, mapper):
+def test_a_folder_in_place_of_an_image_is_rejected(tmp_path, mapper):
     with pytest.raises(UserError, match="it is a folder"):
         mapper(record(tmp_path))
 
@@ -318,7 +318,7 @@ def test_a_folder_in_place_of_an_image_is_refused(tmp_path, mapper):
         ("GIF", {}),
     ],
 )
-def test_a_file_cut_anywhere_is_an_error_or_has_all_its_pixels(
+def test_a_truncated_file_is_an_error_or_has_all_pixels(
     kind, options, tolerant, tmp_path, photo, mapper, monkeypatch
 ):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", tolerant)
@@ -342,7 +342,7 @@ def test_half_a_photograph_is_an_error(shared_data, tmp_path, mapper):
         mapper(record(tmp_path / "a.jpg", 640, 480))
 
 
-def test_damaged_bytes_raise_nothing_but_the_errors_of_this_project(tmp_path, photo, mapper):
+def test_damaged_bytes_raise_only_this_projects_errors(tmp_path, photo, mapper):
     rng = np.random.default_rng(0)
     messages = []
     for kind in ("JPEG", "PNG", "TIFF", "GIF", "PPM"):
@@ -359,14 +359,16 @@ def test_damaged_bytes_raise_nothing_but_the_errors_of_this_project(tmp_path, ph
     assert all(message.startswith(f"Image {tmp_path}/a (id 17) ") for message in messages)
 
 
-def test_a_decompression_bomb_is_refused(tmp_path, photo, mapper, monkeypatch):
+def test_a_decompression_bomb_is_rejected(tmp_path, photo, mapper, monkeypatch):
     photo.save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 48 * 32 // 2 - 1)
     with pytest.raises(UserError, match="increase PIL.Image.MAX_IMAGE_PIXELS"):
         mapper(record(tmp_path / "a.png"))
 
 
-def test_running_out_of_memory_is_not_blamed_on_the_file(tmp_path, photo, mapper, monkeypatch):
+def test_running_out_of_memory_is_not_reported_as_a_file_error(
+    tmp_path, photo, mapper, monkeypatch
+):
     def fail(*_):
         raise MemoryError
 

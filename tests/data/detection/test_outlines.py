@@ -42,7 +42,7 @@ def test_all_run_length_encodings_of_pycocotools_are_valid():
                 assert outline_problem(uncompressed(mask), width, height) is None
 
 
-def test_a_changed_run_length_encoding_is_found_unless_it_decodes_to_a_whole_mask():
+def test_a_changed_run_length_encoding_is_found_unless_it_decodes_fully():
     rng = np.random.default_rng(0)
     found = 0
     for _ in range(300):
@@ -64,7 +64,7 @@ def test_a_changed_run_length_encoding_is_found_unless_it_decodes_to_a_whole_mas
     "outline",
     [None, [], {}, [SQUARE], [SQUARE, SQUARE], [SQUARE, [1, 1, 2, 2]], [[-5, -5, 20, -5, 3, 30]]],
 )
-def test_outlines_that_detectron2_can_train_on_have_no_problem(outline):
+def test_segmentations_that_detectron2_supports_are_accepted(outline):
     assert outline_problem(outline, WIDTH, HEIGHT) is None
 
 
@@ -110,7 +110,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("outline", "message"), BAD)
-def test_a_bad_outline_is_an_error_with_masks_and_no_matter_without(outline, message, tmp_path):
+def test_a_bad_segmentation_is_an_error_only_with_masks(outline, message, tmp_path):
     (tmp_path / "a.png").touch()
     image = {"id": 1, "file_name": "a.png", "width": WIDTH, "height": HEIGHT}
     item = {"image_id": 1, "category_id": 1, "bbox": [1, 1, 4, 4], "area": 16, "iscrowd": 0}
@@ -134,7 +134,7 @@ def test_a_bad_outline_is_an_error_with_masks_and_no_matter_without(outline, mes
 
 
 @pytest.mark.parametrize("outline", [None, [], {}])
-def test_a_missing_outline_is_named_with_masks(outline, data, files):
+def test_a_missing_segmentation_is_named_with_masks(outline, data, files):
     for item in data["annotations"]:
         item["segmentation"] = [SQUARE]
     data["annotations"][1]["segmentation"] = outline
@@ -144,7 +144,7 @@ def test_a_missing_outline_is_named_with_masks(outline, data, files):
 
 
 @pytest.mark.parametrize(("crowd", "found"), [(0, True), (1, False)])
-def test_run_length_encodings_of_objects_decide_the_mask_format(crowd, found, data, files):
+def test_run_length_encodings_determine_the_mask_format(crowd, found, data, files):
     for item in data["annotations"]:
         item["segmentation"] = [SQUARE]
     rle = {"size": [48, 64], "counts": [100, 72, 2900]}

@@ -54,7 +54,7 @@ def test_nothing_is_added_by_default():
     assert build_augmentation(config()) is None
 
 
-def test_flips_and_right_angles_are_those_of_numpy():
+def test_flips_and_right_angles_equal_numpys():
     (flipped,) = augment(VERTICAL_FLIP="1.0").values()
     np.testing.assert_array_equal(flipped, PICTURE.numpy()[:, ::-1])
     turned = augment(draws=40, RIGHT_ANGLES="True")
@@ -72,7 +72,7 @@ def test_flips_and_right_angles_are_those_of_numpy():
         ({"COLOR_JITTER": "(0.4, 0.3, 0.2, 0.1)"}, v2.ColorJitter(0.4, 0.3, 0.2, 0.1)),
     ],
 )  # fmt: skip
-def test_policies_and_colours_are_torchvisions(options, theirs):
+def test_policies_and_colours_equal_torchvisions(options, theirs):
     image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
     ours = build_augmentation(config(**options))
     for seed in range(10):
@@ -82,7 +82,7 @@ def test_policies_and_colours_are_torchvisions(options, theirs):
         assert torch.equal(found, theirs(image))
 
 
-def test_blur_is_that_of_opencv_up_to_rounding():
+def test_blur_equals_opencvs_up_to_rounding():
     image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
     (found,) = augment(image, BLUR="1.0", BLUR_SIGMA="(1.5, 1.5)").values()
     pixels = image.permute(1, 2, 0).double().numpy()
@@ -122,7 +122,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.long
-def test_batches_follow_from_seed_and_iteration_and_draw_from_no_other_stream(folder):
+def test_batches_depend_only_on_seed_and_iteration_and_own_random_state(folder):
     cfg = config(**EVERYTHING)
     transform = TrainTransform(
         size=24, reading=Reading((0, 4095)), augment=build_augmentation(cfg)
@@ -151,7 +151,7 @@ def test_batches_follow_from_seed_and_iteration_and_draw_from_no_other_stream(fo
     assert len(images(straight)) == 16
 
 
-def test_augmentation_off_leaves_the_crops_as_they_were(folder):
+def test_disabled_augmentation_does_not_change_the_crops(folder):
     data = (folder / "a" / "0.png").read_bytes()
     pixels = np.asarray(Image.open(io.BytesIO(data)))
     plain = TrainTransform(size=24)

@@ -111,7 +111,7 @@ def test_the_value_range_is_mapped_to_8_bits():
         (b"nothing", "UnidentifiedImageError"),
     ],
 )  # fmt: skip
-def test_other_data_is_a_broken_image(data, message):
+def test_unsupported_data_is_a_broken_image(data, message):
     with pytest.raises(BrokenImageError, match=message):
         decoded(data, 5)
 

@@ -45,14 +45,14 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_both_decoders_give_the_pixels_of_plain_pillow(kind):
+def test_both_decoders_give_pillows_pixels(kind):
     expected = np.asarray(Image.open(io.BytesIO(KINDS[kind])).convert("RGB"))
     np.testing.assert_array_equal(np.asarray(decode_exact(KINDS[kind])), expected)
     np.testing.assert_array_equal(decode_fast(KINDS[kind]), expected)
 
 
 @pytest.mark.long
-def test_real_images_decode_alike_fast_and_exactly(shared_data):
+def test_real_images_decode_equally_with_both_decoders(shared_data):
     paths = sorted((shared_data / "mini_places365").rglob("*.jpg"))
     for path in paths[::10]:
         data = path.read_bytes()
@@ -72,7 +72,7 @@ def test_truncated_images_are_broken(decode, kind, share):
 @pytest.mark.parametrize(
     "data", [b"", b"\xff\xd8", b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\0" * 99]
 )
-def test_what_is_no_image_is_broken(decode, data):
+def test_files_other_than_images_are_broken(decode, data):
     with pytest.raises(BrokenImageError):
         decode(data)
 
@@ -80,14 +80,14 @@ def test_what_is_no_image_is_broken(decode, data):
 @pytest.mark.parametrize("decode", [decode_exact, decode_fast])
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 @pytest.mark.long
-def test_an_image_that_asks_for_gigabytes_is_broken(decode, kind):
+def test_an_image_that_would_take_gigabytes_is_broken(decode, kind):
     buffer = io.BytesIO()
     Image.new("1" if kind == "PNG" else "L", (12_000, 12_000)).save(buffer, kind)
     with pytest.raises(BrokenImageError, match="12000x12000"):
         decode(buffer.getvalue())
 
 
-def test_draft_decoding_keeps_both_sides_at_least_as_long_as_asked():
+def test_draft_decoding_keeps_both_sides_at_least_as_long_as_requested():
     large = jpeg(1, (1000, 600))
     assert decode_fast(large).shape == (600, 1000, 3)
     assert decode_fast(large, 140).shape == (150, 250, 3)
@@ -96,7 +96,7 @@ def test_draft_decoding_keeps_both_sides_at_least_as_long_as_asked():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_size_is_told_of_each_jpeg_that_can_be_decoded_at_a_fraction(kind):
+def test_the_size_is_known_for_jpegs_with_draft_decoding(kind):
     jpegs = {"4:4:4", "4:2:2", "4:2:0", "progressive", "grey"}
     assert jpeg_size(KINDS[kind]) == (PIXELS.shape[:2] if kind in jpegs else None)
 
@@ -114,7 +114,7 @@ def decodings(monkeypatch):
 
 
 @pytest.mark.long
-def test_draft_takes_the_same_region_at_the_smallest_fraction_that_has_the_pixels(monkeypatch):
+def test_draft_decoding_uses_the_smallest_sufficient_scale(monkeypatch):
     data = jpeg(1, (1000, 600))
     exact, draft = TrainTransform(size=64), TrainTransform(size=64, draft=True)
     expected = [exact(data, random.Random(seed)).float() for seed in range(40)]
@@ -154,7 +154,7 @@ def test_a_turned_photograph_is_transformed_as_the_upright_image(orientation, tm
 
 
 @pytest.mark.parametrize("kind", ["png", "cmyk", "4:2:0"])
-def test_draft_changes_nothing_where_no_fraction_has_the_pixels(kind):
+def test_draft_decoding_has_no_effect_without_a_sufficient_scale(kind):
     exact, draft = TrainTransform(size=32), TrainTransform(size=32, draft=True)
     for seed in range(5):
         images = [t(KINDS[kind], random.Random(seed)) for t in (exact, draft)]
@@ -162,7 +162,7 @@ def test_draft_changes_nothing_where_no_fraction_has_the_pixels(kind):
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_the_crop_is_torchvisions_of_the_decoded_image_to_the_bit(interpolation):
+def test_the_crop_is_bitwise_equal_to_torchvisions(interpolation):
     data = jpeg(3, (120, 90))
     transform = TrainTransform(size=48, interpolation=interpolation)
     image = torch.from_numpy(decode_fast(data)).permute(2, 0, 1).contiguous()
@@ -176,7 +176,7 @@ def test_the_crop_is_torchvisions_of_the_decoded_image_to_the_bit(interpolation)
         assert torch.equal(transform(data, random.Random(seed)), expected)
 
 
-def test_what_a_transform_gave_stays_what_it_is_while_it_goes_on():
+def test_the_output_of_a_transform_is_not_overwritten_by_the_next():
     whole = TrainTransform(size=45, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
     square = [jpeg(seed, (45, 45)) for seed in (1, 2)]
     first = whole(square[0], random.Random(0))
@@ -187,7 +187,7 @@ def test_what_a_transform_gave_stays_what_it_is_while_it_goes_on():
 
 
 @pytest.mark.parametrize("shape", [(3, 7, 5), (7, 5, 3), (3, 1, 1)])
-def test_an_image_is_put_into_a_batch_as_it_is_whatever_its_layout(shape):
+def test_an_image_of_any_layout_is_collated_unchanged(shape):
     image = torch.randint(0, 255, shape, dtype=torch.uint8)
     image = image.permute(2, 0, 1) if shape[-1] == 3 else image
     batch = torch.zeros(4, *image.shape, dtype=torch.uint8)
@@ -196,14 +196,14 @@ def test_an_image_is_put_into_a_batch_as_it_is_whatever_its_layout(shape):
     assert not batch[[0, 1, 3]].any()
 
 
-def test_ten_crops_are_put_into_a_batch_as_they_are():
+def test_ten_crops_are_collated_unchanged():
     images = torch.randint(0, 255, (10, 6, 5, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     batch = torch.zeros(2, 10, 3, 6, 5, dtype=torch.uint8)
     put(images, batch[1])
     assert torch.equal(batch[1], images)
 
 
-def test_an_image_that_does_not_fit_into_a_batch_is_not_left_out_silently():
+def test_an_image_that_does_not_fit_into_a_batch_is_an_error():
     batch = torch.zeros(2, 3, 6, 5, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="size"):
         put(torch.ones(5, 6, 3, dtype=torch.uint8).permute(2, 0, 1), batch[0])
@@ -211,7 +211,7 @@ def test_an_image_that_does_not_fit_into_a_batch_is_not_left_out_silently():
     assert batch[0].all()
 
 
-def test_regions_are_inside_and_as_large_and_long_as_asked():
+def test_regions_are_inside_with_the_requested_area_and_ratio():
     transform = TrainTransform(scale=(0.2, 0.9), ratio=(0.5, 2.0))
     rng = random.Random(0)
     areas, aspects = [], []
@@ -233,7 +233,7 @@ def test_images_of_any_shape_give_a_square(size):
     assert image.shape == (3, 32, 32)
 
 
-def test_the_crop_differs_from_pillows_by_a_grey_level_at_most():
+def test_the_crop_differs_from_pillows_by_at_most_one_level():
     data = jpeg(3, (120, 90))
     transform = TrainTransform(size=48, flip=0.0)
     for seed in range(20):
@@ -256,7 +256,7 @@ def test_half_of_the_images_are_flipped():
     assert 70 < flips < 130
 
 
-def test_random_numbers_of_a_sample_follow_from_seed_epoch_and_key():
+def test_random_numbers_of_a_sample_depend_on_seed_epoch_and_key():
     def first(*arguments):
         return sample_rng(*arguments).random()
 
@@ -267,6 +267,6 @@ def test_random_numbers_of_a_sample_follow_from_seed_epoch_and_key():
 @pytest.mark.parametrize(
     "wrong", [{"size": 0}, {"scale": (0.0, 1.0)}, {"scale": (0.5, 1.1)}, {"ratio": (2.0, 1.0)}]
 )
-def test_a_crop_that_makes_no_sense_is_refused(wrong):
+def test_an_invalid_crop_is_rejected(wrong):
     with pytest.raises(UserError, match="Invalid crop"):
         TrainTransform(**wrong)

@@ -70,7 +70,7 @@ def by_pillow(root: Path) -> list[bytes]:
     return sorted(Image.open(path).convert("RGB").tobytes() for path in paths)
 
 
-def test_extensions_are_those_of_pillow():
+def test_extensions_equal_pillows():
     Image.init()
     for suffix in IMAGE_SUFFIXES:
         assert Image.EXTENSION[suffix] in FORMATS
@@ -190,7 +190,7 @@ def test_webdatasets_own_shards_are_read_without_a_manifest(tmp_path, label, for
 
 
 @pytest.mark.parametrize("counted", [False, True])
-def test_braces_name_shards_as_in_webdataset(tmp_path, counted):
+def test_braces_expand_to_shards_as_in_webdataset(tmp_path, counted):
     root = tmp_path / "shards"
     written = write_webdataset(root)
     if counted:
@@ -207,7 +207,7 @@ def test_braces_name_shards_as_in_webdataset(tmp_path, counted):
         open_dataset(f"{tmp_path}/{{shards,copy}}/own-000000.tar")
 
 
-def test_commands_find_patterns_of_shards(tmp_path, monkeypatch):
+def test_commands_accept_patterns_of_shards(tmp_path, monkeypatch):
     write_webdataset(tmp_path / "shards")
     (tmp_path / "datasets" / "own [2]" / "a").mkdir(parents=True)
     (tmp_path / "datasets" / "own {2").mkdir()
@@ -225,7 +225,7 @@ def test_commands_find_patterns_of_shards(tmp_path, monkeypatch):
         find_dataset("shards/own-{0.tar")
 
 
-def test_shards_that_could_not_be_read_by_their_names_are_rejected(tmp_path, capsys):
+def test_shards_with_unreadable_names_are_rejected(tmp_path, capsys):
     write_webdataset(tmp_path / "shards")
     (tmp_path / "shards" / "own-000001.tar").rename(tmp_path / "shards" / "own+new-000001.tar")
     with pytest.raises(UserError, match=r"the shards own\+new-000001\.tar in .* Rename"):
@@ -243,7 +243,7 @@ def test_a_truncated_shard_without_a_manifest_is_rejected(tmp_path, cut):
         open_dataset(tmp_path / "shards")
 
 
-def test_a_parent_of_splits_and_a_single_class_are_noticed(shared_data, tmp_path):
+def test_a_parent_of_splits_and_a_single_class_are_detected(shared_data, tmp_path):
     folders = shared_data.parent / "cases" / "classification" / "folders"
     with pytest.raises(UserError, match=r"train, val, which are splits.*Pass one.*splits_parent/"):
         open_dataset(folders / "splits_parent")

@@ -47,7 +47,7 @@ def content(dataset):
     )
 
 
-def test_a_csv_file_is_the_same_data_set_as_image_folder_and_as_its_shards(tree, labels, tmp_path):
+def test_a_csv_file_gives_the_data_of_image_folder_and_of_its_shards(tree, labels, tmp_path):
     reference = ImageFolder(tree)
     expected = sorted(
         (reference.classes[label], Path(name).read_bytes()) for name, label in reference.samples
@@ -64,7 +64,7 @@ def test_a_csv_file_is_the_same_data_set_as_image_folder_and_as_its_shards(tree,
     assert content(open_dataset(shards)) == expected
 
 
-def test_given_classes_determine_the_labels_also_of_a_part(labels, tmp_path):
+def test_given_classes_determine_the_labels_of_a_subset_too(labels, tmp_path):
     order = ["b", "unused", "a é,x", "10"]
     assert open_dataset(labels, classes=order).labels().tolist() == [0, 0, 2, 3, 3]
     with pytest.raises(UserError, match=r"line 4: the label of .* is a é,x; expected one of 2"):
@@ -75,7 +75,7 @@ def test_given_classes_determine_the_labels_also_of_a_part(labels, tmp_path):
         choose_classes("numeric", labels)
 
 
-def test_backslashes_blanks_and_repeated_lines_are_accepted(tree, caplog):
+def test_backslashes_whitespace_and_repeated_lines_are_accepted(tree, caplog):
     path = tree / "labels.CSV"
     path.write_text("path,label\nb\\1.jpg, rose \n\n./b/2.jpg,rose\nb/2.jpg,rose\n")
     dataset = open_dataset(path)

@@ -104,7 +104,7 @@ def test_numeric_order_rejects_empty_class_folders_as_the_default_does(tmp_path)
         ("training_shoes/red boots/brown", ""),
     ],
 )
-def test_splits_are_not_taken_for_classes(tmp_path, folders, splits):
+def test_splits_are_not_detected_as_classes(tmp_path, folders, splits):
     root = tree(tmp_path / "data", *folders.split())
     if splits:
         with pytest.raises(UserError, match=f"contains the folders {splits}.*, which are splits"):

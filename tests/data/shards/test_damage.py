@@ -74,7 +74,7 @@ def insert(folder, member, data):
 
 
 @pytest.mark.parametrize("use", [evaluate, train])
-def test_a_shard_cut_at_a_member_boundary_is_caught_by_the_manifests_count(shards, use):
+def test_a_shard_truncated_between_members_is_detected_by_the_count(shards, use):
     path = first_shard(shards)
     cut = members(path)[10][0]  # before a label, after complete samples
     path.write_bytes(path.read_bytes()[:cut])
@@ -85,7 +85,7 @@ def test_a_shard_cut_at_a_member_boundary_is_caught_by_the_manifests_count(shard
 
 
 @pytest.mark.parametrize("use", [evaluate, train])
-def test_a_shard_cut_between_label_and_image_is_caught(shards, use):
+def test_a_shard_truncated_between_label_and_image_is_detected(shards, use):
     path = first_shard(shards)
     path.write_bytes(path.read_bytes()[: members(path)[11][0]])
     with pytest.raises(UserError, match=r"val-000000\.tar has 0 images"):
@@ -93,7 +93,7 @@ def test_a_shard_cut_between_label_and_image_is_caught(shards, use):
 
 
 @pytest.mark.parametrize("use", [evaluate, train])
-def test_a_shard_cut_inside_an_image_is_caught(shards, use):
+def test_a_shard_truncated_inside_an_image_is_detected(shards, use):
     path = first_shard(shards)
     path.write_bytes(path.read_bytes()[: members(path)[11][1] + 100])
     with pytest.raises(UserError, match=r"val-000000\.tar is damaged"):
@@ -102,7 +102,7 @@ def test_a_shard_cut_inside_an_image_is_caught(shards, use):
 
 @pytest.mark.parametrize("use", [evaluate, train])
 @pytest.mark.parametrize("member", [0, 10, 11])
-def test_a_flipped_header_byte_is_caught(shards, use, member):
+def test_a_flipped_header_byte_is_detected(shards, use, member):
     path = first_shard(shards)
     data = bytearray(path.read_bytes())
     data[members(path)[member][0] + 3] ^= 0x10
@@ -112,9 +112,7 @@ def test_a_flipped_header_byte_is_caught(shards, use, member):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_truncated_jpeg_is_an_error_in_evaluation_and_a_counted_skip_in_training(
-    shards, workers, caplog
-):
+def test_a_truncated_jpeg_is_skipped_in_training_but_fails_evaluation(shards, workers, caplog):
     path = first_shard(shards)
     _, offset, size = members(path)[11]
     data = bytearray(path.read_bytes())
@@ -128,7 +126,7 @@ def test_a_truncated_jpeg_is_an_error_in_evaluation_and_a_counted_skip_in_traini
 
 @pytest.mark.parametrize("use", [evaluate, train])
 @pytest.mark.parametrize("name", ["../../x", "../../x.jpg", "/etc/x.jpg", "a/../../x.jpg"])
-def test_a_member_that_leads_elsewhere_is_refused_and_nothing_is_written(
+def test_a_member_outside_the_folder_is_rejected_and_nothing_is_written(
     shards, use, name, tmp_path, monkeypatch
 ):
     deep = tmp_path / "a" / "b"
@@ -152,7 +150,7 @@ class Bomb:
 
 @pytest.mark.parametrize("use", [evaluate, train])
 @pytest.mark.parametrize("extension", ["pyd", "pkl", "pickle", "pth", "npy", "jpg.pyd"])
-def test_a_pickled_member_is_refused_and_never_unpickled(shards, use, extension, tmp_path):
+def test_a_pickled_member_is_rejected_and_never_unpickled(shards, use, extension, tmp_path):
     insert(shards, tarfile.TarInfo(f"x.{extension}"), pickle.dumps(Bomb(tmp_path / "exploded")))
     with pytest.raises(UserError, match="Pickles .* are rejected"):
         use(shards)
@@ -160,7 +158,7 @@ def test_a_pickled_member_is_refused_and_never_unpickled(shards, use, extension,
 
 
 @pytest.mark.parametrize("use", [evaluate, train])
-def test_a_symlink_in_the_place_of_an_image_is_caught(shards, use):
+def test_a_symlink_in_place_of_an_image_is_detected(shards, use):
     member = tarfile.TarInfo("evil.jpg")
     member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
     insert(shards, member, b"")
@@ -171,7 +169,7 @@ def test_a_symlink_in_the_place_of_an_image_is_caught(shards, use):
 
 @pytest.mark.parametrize("use", [evaluate, train])
 @pytest.mark.parametrize("label", [b"4", b"-1", b"x", b"", b"99999999999"])
-def test_a_label_that_is_none_is_caught(shards, use, label):
+def test_an_invalid_label_is_detected(shards, use, label):
     insert(shards, tarfile.TarInfo("extra.jpg"), jpeg(1))
     insert(shards, tarfile.TarInfo("extra.cls"), label)
     with pytest.raises(UserError, match="Sample extra in shard"):
@@ -179,7 +177,7 @@ def test_a_label_that_is_none_is_caught(shards, use, label):
 
 
 @pytest.mark.parametrize("use", [evaluate, train])
-def test_more_samples_than_the_manifest_has_are_caught(shards, use):
+def test_more_samples_than_in_the_manifest_are_detected(shards, use):
     insert(shards, tarfile.TarInfo("extra.jpg"), jpeg(1))
     insert(shards, tarfile.TarInfo("extra.cls"), b"1")
     with pytest.raises(UserError, match="more than the 12 samples"):
@@ -223,7 +221,7 @@ def test_verify_finds_a_single_flipped_bit_anywhere(shards, where):
         (lambda content: content.update(classes=["one"]), "invalid labels"),
     ],
 )
-def test_a_manifest_that_does_not_add_up_is_refused(shards, change, found):
+def test_an_inconsistent_manifest_is_rejected(shards, change, found):
     path = shards / "manifest.json"
     content = json.loads(path.read_text())
     change(content)
@@ -232,7 +230,7 @@ def test_a_manifest_that_does_not_add_up_is_refused(shards, change, found):
         open_dataset(shards)
 
 
-def test_an_index_of_other_shards_is_refused_in_class_aware_sampling(shards):
+def test_an_index_of_other_shards_is_rejected_in_class_aware_sampling(shards):
     a, b = (shards / f"val-00000{number}.index.npy" for number in range(2))
     b.write_bytes(a.read_bytes())
     dataset = open_dataset(shards)
@@ -242,7 +240,7 @@ def test_an_index_of_other_shards_is_refused_in_class_aware_sampling(shards):
 
 
 @pytest.mark.parametrize("url", ["pipe:touch x", "PIPE:touch x", "ftp://x/y", "hf://x", "gopen:x"])
-def test_addresses_that_run_commands_or_are_unknown_are_refused(url, tmp_path, monkeypatch):
+def test_urls_that_run_commands_or_are_unknown_are_rejected(url, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="Cannot read .* expected a local path or one of"):
         open_dataset(url)

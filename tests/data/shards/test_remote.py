@@ -146,7 +146,7 @@ def trained(dataset, batches=9, **options):
 @pytest.mark.parametrize("ranges", [True, False])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.long
-def test_http_gives_the_numbers_of_the_disk(make_shards, serve, workers, ranges):
+def test_http_gives_the_same_tensors_as_the_disk(make_shards, serve, workers, ranges):
     folder = make_shards(24, 3)
     server = serve(folder)
     server.ranges = ranges
@@ -165,7 +165,7 @@ def test_class_aware_sampling_reads_single_images_over_http(make_shards, serve):
 
 
 @pytest.mark.parametrize("form", ["{}/", "{}/manifest.json"])
-def test_the_address_can_end_in_a_slash_or_name_the_manifest(make_shards, serve, form):
+def test_the_url_can_end_in_a_slash_or_name_the_manifest(make_shards, serve, form):
     folder = make_shards(6, 2)
     assert len(open_dataset(form.format(serve(folder).address))) == 6
 
@@ -183,7 +183,7 @@ def test_single_shards_can_be_named(make_shards, serve):
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("break_after", [0, 700, 9000])
 @pytest.mark.long
-def test_a_broken_connection_is_taken_up_and_nothing_is_counted_twice(
+def test_a_broken_connection_is_resumed_without_duplicate_samples(
     make_shards, serve, tmp_path, caplog, break_after, cached, ranges
 ):
     folder = make_shards(24, 3)
@@ -199,7 +199,7 @@ def test_a_broken_connection_is_taken_up_and_nothing_is_counted_twice(
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.long
-def test_a_server_that_dies_in_mid_epoch_is_retried_then_a_clear_error(
+def test_a_server_that_fails_mid_epoch_is_retried_then_a_clear_error(
     make_shards, serve, caplog, workers
 ):
     folder = make_shards(24, 12)
@@ -226,7 +226,7 @@ def test_a_server_that_dies_in_mid_epoch_is_retried_then_a_clear_error(
     assert len(set(delivered)) == len(delivered) < 24
 
 
-def test_a_server_that_comes_back_costs_nothing(make_shards, serve):
+def test_a_server_that_recovers_does_not_change_the_batches(make_shards, serve):
     folder = make_shards(24, 3)
     expected = trained(open_dataset(folder), batches=4)
     server = serve(folder)
@@ -235,7 +235,7 @@ def test_a_server_that_comes_back_costs_nothing(make_shards, serve):
     assert trained(dataset, batches=4) == expected
 
 
-def test_what_is_not_there_is_said_at_once(serve, tmp_path):
+def test_a_missing_url_is_reported_immediately(serve, tmp_path):
     server = serve(tmp_path)
     started = time.monotonic()
     with pytest.raises(UserError, match=r"http.*manifest\.json does not exist.*data manifest"):
@@ -244,9 +244,7 @@ def test_what_is_not_there_is_said_at_once(serve, tmp_path):
 
 
 @pytest.mark.parametrize("heads", [True, False])
-def test_missing_shards_are_named_at_the_start_unless_they_are_in_the_cache(
-    make_shards, serve, tmp_path, heads
-):
+def test_missing_shards_are_named_at_start_unless_cached(make_shards, serve, tmp_path, heads):
     folder = make_shards(24, 3)
     server = serve(folder)
     server.heads = heads
@@ -261,7 +259,7 @@ def test_missing_shards_are_named_at_the_start_unless_they_are_in_the_cache(
     assert evaluated(cached) == expected
 
 
-def test_a_server_with_errors_is_not_taken_for_one_without_shards(make_shards, serve, caplog):
+def test_server_errors_are_not_reported_as_missing_shards(make_shards, serve, caplog):
     server = serve(make_shards(24, 3))
     server.failing = True
     with caplog.at_level(logging.INFO):
@@ -280,14 +278,14 @@ def test_the_second_pass_reads_from_the_cache(make_shards, serve, tmp_path):
     assert [path for path in server.requests if path.endswith(".tar")] == []
 
 
-def test_two_data_sets_with_shards_of_the_same_names_do_not_collide(make_shards, serve, tmp_path):
+def test_two_data_sets_with_equal_shard_names_do_not_collide(make_shards, serve, tmp_path):
     folders = [make_shards(12, 2, seed=seed) for seed in (0, 1)]
     for folder in (*folders, *folders):
         remote = open_dataset(serve(folder).address, cache_dir=tmp_path / "cache")
         assert evaluated(remote) == evaluated(open_dataset(folder))
 
 
-def test_one_address_with_new_content_is_copied_again(make_shards, serve, tmp_path):
+def test_a_url_with_new_content_is_copied_again(make_shards, serve, tmp_path):
     old, new = (make_shards(12, 2, seed=seed) for seed in (0, 1))
     server = serve(old)
     assert len(evaluated(open_dataset(server.address, cache_dir=tmp_path / "cache"))) == 12
@@ -305,9 +303,7 @@ def test_workers_copy_each_shard_once(make_shards, serve, tmp_path):
     assert server.requests.count("/val-000000.tar") == 1
 
 
-def test_a_copy_that_is_not_what_the_manifest_says_is_refused_and_not_kept(
-    make_shards, serve, tmp_path
-):
+def test_a_copy_that_contradicts_the_manifest_is_rejected_and_removed(make_shards, serve, tmp_path):
     folder = make_shards(24, 1)
     tar = folder / "val-000000.tar"
     data = bytearray(tar.read_bytes())
@@ -319,7 +315,7 @@ def test_a_copy_that_is_not_what_the_manifest_says_is_refused_and_not_kept(
     assert [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"] == []
 
 
-def test_half_a_copy_is_never_read(make_shards, serve, tmp_path):
+def test_a_partial_copy_is_never_read(make_shards, serve, tmp_path):
     folder = make_shards(24, 1)
     server = serve(folder)
     dataset = open_dataset(server.address, cache_dir=tmp_path / "cache")
@@ -329,14 +325,14 @@ def test_half_a_copy_is_never_read(make_shards, serve, tmp_path):
     assert evaluated(dataset) == expected
 
 
-def test_a_cache_that_cannot_be_written_is_said(make_shards, serve, tmp_path):
+def test_an_unwritable_cache_is_reported(make_shards, serve, tmp_path):
     (tmp_path / "file").write_text("in the way")
     dataset = open_dataset(serve(make_shards(6, 1)).address, cache_dir=tmp_path / "file" / "cache")
     with pytest.raises(UserError, match="Cannot cache"):
         evaluated(dataset)
 
 
-def test_the_place_in_the_cache_differs_by_address_and_content(make_shards, tmp_path):
+def test_the_cache_path_depends_on_url_and_content(make_shards, tmp_path):
     shard = open_dataset(make_shards(6, 1)).manifest.shards[0]
     other = type(shard)(shard.name, shard.samples, shard.bytes, "0" * 64, shard.class_counts)
     cache = ShardCache(tmp_path)
@@ -388,7 +384,7 @@ def bucket(monkeypatch):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.long
-def test_s3_gives_the_numbers_of_the_disk(make_shards, bucket, tmp_path, workers):
+def test_s3_gives_the_same_tensors_as_the_disk(make_shards, bucket, tmp_path, workers):
     upload, storage, _ = bucket
     folder = make_shards(24, 3)
     address = upload(folder)
@@ -402,7 +398,7 @@ def test_s3_gives_the_numbers_of_the_disk(make_shards, bucket, tmp_path, workers
 
 
 @pytest.mark.long
-def test_an_s3_server_that_dies_is_a_clear_error(make_shards, bucket):
+def test_an_s3_server_that_fails_is_a_clear_error(make_shards, bucket):
     upload, storage, kill = bucket
     dataset = open_dataset(upload(make_shards(24, 12)), storage=storage)
     delivered = []
@@ -421,7 +417,7 @@ def test_an_s3_server_that_dies_is_a_clear_error(make_shards, bucket):
 
 
 @pytest.mark.long
-def test_no_credentials_are_said_at_once(bucket, make_shards, monkeypatch):
+def test_missing_credentials_are_reported_immediately(bucket, make_shards, monkeypatch):
     upload, storage, _ = bucket
     address = upload(make_shards(4, 1))
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):

@@ -38,7 +38,7 @@ def prepare():
 # Output.
 
 
-def test_shards_hold_each_image_untouched_with_its_label(val, tmp_path, prepare):
+def test_shards_contain_each_image_unchanged_with_its_label(val, tmp_path, prepare):
     assert prepare(val, tmp_path / "out", "--shard-mb", "0.02") == 0
     labels = dict(line.split() for line in (val / "places365_val.txt").read_text().splitlines())
     found = {}
@@ -83,7 +83,7 @@ def test_images_are_shuffled_over_all_shards_by_the_seed(val, tmp_path, prepare)
 
 @pytest.mark.parametrize("source", ["folder", "archive"])
 @pytest.mark.long
-def test_workers_and_source_kind_do_not_change_a_byte(val, tmp_path, prepare, source):
+def test_workers_and_source_kind_do_not_change_the_bytes(val, tmp_path, prepare, source):
     prepare(val, tmp_path / "one", "--shard-mb", "0.01", "--workers", "1")
     if source == "archive":
         with tarfile.open(val / "val_256.tar", "w") as tar:
@@ -93,7 +93,7 @@ def test_workers_and_source_kind_do_not_change_a_byte(val, tmp_path, prepare, so
     assert shard_bytes(tmp_path / "one") == shard_bytes(tmp_path / "many")
 
 
-def test_keys_of_names_with_dots_slashes_and_the_like_stay_apart(tmp_path):
+def test_keys_of_names_with_special_characters_stay_distinct(tmp_path):
     names = ["a/b_c.jpg", "a_b/c.jpg", "a.b/c.jpg", "a_b/c.x.jpg", "a_b/c.y.jpg", "ü/é.jpg"]
     names += ["a_b/" + "long" * 50 + "1.jpg", "a_b/" + "long" * 50 + "2.jpg", "-/_.jpg"]
     for number, name in enumerate(names):
@@ -158,17 +158,17 @@ def killed_three_times(tmp_path, count, workers, shard_mb):
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.long
-def test_600_images_killed_three_times_give_the_bytes_of_an_unbroken_run(tmp_path, workers):
+def test_600_images_killed_three_times_give_identical_shards(tmp_path, workers):
     killed_three_times(tmp_path, 600, workers, shard_mb=0.015)
 
 
 @pytest.mark.slow
-def test_20000_images_killed_three_times_give_the_bytes_of_an_unbroken_run(tmp_path):
+def test_20000_images_killed_three_times_give_identical_shards(tmp_path):
     killed_three_times(tmp_path, 20_000, 2, shard_mb=0.5)
 
 
 @pytest.mark.long
-def test_a_finished_run_again_writes_nothing(val, tmp_path, prepare):
+def test_repeating_a_finished_run_writes_nothing(val, tmp_path, prepare):
     prepare(val, tmp_path / "out", "--shard-mb", "0.02")
     times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.tar")}
     assert prepare(val, tmp_path / "out", "--shard-mb", "0.02") == 0
@@ -177,7 +177,7 @@ def test_a_finished_run_again_writes_nothing(val, tmp_path, prepare):
 
 @pytest.mark.parametrize("lost", ["val-000001.tar", "val-000001.json", "val-000001.index.npy"])
 @pytest.mark.long
-def test_a_lost_or_cut_file_is_written_again(val, tmp_path, prepare, lost):
+def test_a_missing_or_truncated_file_is_written_again(val, tmp_path, prepare, lost):
     prepare(val, tmp_path / "out", "--shard-mb", "0.02")
     before = shard_bytes(tmp_path / "out")
     if lost.endswith(".tar"):
@@ -219,7 +219,7 @@ def test_a_missing_list_is_named(val, tmp_path, prepare, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_lists_are_found_in_the_archive_they_come_in(val, tmp_path, prepare):
+def test_lists_are_found_in_their_archive(val, tmp_path, prepare):
     prepare(val, tmp_path / "plain")
     with tarfile.open(val / "filelist_places365-standard.tar", "w") as tar:
         for name in ("places365_val.txt", "categories_places365.txt"):
@@ -253,13 +253,13 @@ def test_all_bad_lines_are_listed_at_once(val, tmp_path, prepare, capsys):
     offenders(capsys.readouterr().err, "2 invalid lines", "line 25", "line 26")
 
 
-def test_an_image_the_validation_list_does_not_name_is_refused(val, tmp_path, prepare, capsys):
+def test_an_image_missing_from_the_validation_list_is_rejected(val, tmp_path, prepare, capsys):
     (val / "val_256" / "Places365_val_00000077.jpg").write_bytes(jpeg(0))
     assert prepare(val, tmp_path / "out") == 2
     offenders(capsys.readouterr().err, "1 images that are not in the list", "00000077.jpg")
 
 
-def test_a_cut_archive_is_refused(val, tmp_path, prepare, capsys):
+def test_a_truncated_archive_is_rejected(val, tmp_path, prepare, capsys):
     with tarfile.open(val / "val_256.tar", "w") as tar:
         tar.add(val / "val_256", "val_256")
     shutil.rmtree(val / "val_256")
@@ -333,7 +333,7 @@ def test_restoring_a_broken_image_rewrites_its_shard_and_no_other(val, tmp_path,
     assert content == shard_bytes(tmp_path / "good")
 
 
-def test_a_full_disk_stops_with_the_reason_and_the_next_run_goes_on(val, tmp_path, prepare, capsys):
+def test_a_full_disk_is_reported_and_the_next_run_continues(val, tmp_path, prepare, capsys):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
@@ -349,7 +349,7 @@ def test_a_full_disk_stops_with_the_reason_and_the_next_run_goes_on(val, tmp_pat
     assert verify(tmp_path / "out") == 24
 
 
-def test_too_little_room_is_said_before_anything_is_written(
+def test_too_little_disk_space_is_reported_before_writing(
     val, tmp_path, prepare, capsys, monkeypatch
 ):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
@@ -360,7 +360,7 @@ def test_too_little_room_is_said_before_anything_is_written(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can write to read-only folders")
-def test_a_folder_that_cannot_be_written_is_said(val, tmp_path, prepare, capsys):
+def test_an_unwritable_folder_is_reported(val, tmp_path, prepare, capsys):
     (tmp_path / "out").mkdir(mode=0o500)
     assert prepare(val, tmp_path / "out") == 2
     assert "Cannot write shards to" in capsys.readouterr().err
@@ -370,7 +370,7 @@ def test_a_folder_that_cannot_be_written_is_said(val, tmp_path, prepare, capsys)
     "wrong",
     [("--seed", "-1"), ("--workers", "0"), ("--shard-mb", "0"), ("--skip-broken", "-1")],
 )
-def test_numbers_that_make_no_sense_are_refused(val, tmp_path, prepare, capsys, wrong):
+def test_invalid_numbers_are_rejected(val, tmp_path, prepare, capsys, wrong):
     assert prepare(val, tmp_path / "out", *wrong) == 2
     assert wrong[0].strip("-") in capsys.readouterr().err
 
@@ -378,7 +378,7 @@ def test_numbers_that_make_no_sense_are_refused(val, tmp_path, prepare, capsys, 
 # Shards made from a folder with one subfolder per class.
 
 
-def test_prepare_folder_takes_the_classes_of_other_shards(tmp_path, capsys):
+def test_prepare_folder_uses_the_classes_of_other_shards(tmp_path, capsys):
     main = command("prepare_folder")
     for split, classes in (("train", "abc"), ("val", "ac")):
         for number, name in enumerate(classes):

@@ -69,7 +69,7 @@ def test_frequent_sizes_are_captured_up_to_a_limit_and_others_are_eager(caplog):
     assert caplog.text.count("INPUT.SIZE_DIVISIBILITY") == 1
 
 
-def test_evaluation_is_eager_and_a_change_of_modes_or_precision_is_another_capture():
+def test_evaluation_is_eager_and_a_new_mode_or_precision_is_captured_again():
     net, captures = backbone(), Captures()
     CapturedBackbone(net, captures)
     for _ in range(3):
@@ -92,7 +92,7 @@ def test_evaluation_is_eager_and_a_change_of_modes_or_precision_is_another_captu
     assert len(captures.sizes) == 3
 
 
-def test_a_backbone_that_cannot_be_captured_is_refused():
+def test_a_backbone_that_cannot_be_captured_is_rejected():
     def capture(module, samples):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
@@ -145,7 +145,7 @@ def test_a_detector_with_a_captured_backbone_learns_the_same(command, tmp_path):
         ("instant/cifar10_se_resnet20", ["INPUT.SIZE_DIVISIBILITY", "64"], "only supported for"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(config, options, message, tmp_path):
+def test_incompatible_options_are_rejected(config, options, message, tmp_path):
     options = [*options, "MODEL.WEIGHTS", "", "MODEL.RESNETS.NORM", "GN"]
     options += ["SOLVER.MICRO_BATCHES", "2", "MODEL.BACKBONE.FREEZE_AT", "0"]
     cfg = load_config(f"configs/{config}.yaml", [*options, "MODEL.DEVICE", "cuda"])

@@ -63,7 +63,7 @@ def test_a_step_is_captured_again_when_its_state_has_changed():
     assert (graphs.captures, graphs.replays) == (2, 4)
 
 
-def test_a_step_that_reads_from_the_device_is_refused():
+def test_a_step_that_reads_from_the_device_is_rejected():
     step = CapturedStep(lambda inputs: (inputs["x"] * inputs["x"].sum().item(),), RecordedGraphs())
     inputs = {"x": torch.ones(2)}
     for _ in range(3):
@@ -72,7 +72,7 @@ def test_a_step_that_reads_from_the_device_is_refused():
         step(inputs)
 
 
-def test_a_step_with_random_numbers_of_the_host_is_refused():
+def test_a_step_with_random_numbers_of_the_host_is_rejected():
     step = CapturedStep(lambda inputs: (inputs["x"] * random.random(),), RecordedGraphs())
     with pytest.raises(UserError, match="draws random numbers on the host"):
         step({"x": torch.ones(2)})
@@ -183,7 +183,7 @@ CASES = [
 
 @pytest.mark.long
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_captured_steps_are_the_eager_ones_to_the_last_bit(name, options):
+def test_captured_steps_are_bitwise_equal_to_eager_ones(name, options):
     graphs = RecordedGraphs()
     expected = train(name, Eager(graphs), **options)
     found = train(name, graphs, **options)
@@ -193,7 +193,7 @@ def test_captured_steps_are_the_eager_ones_to_the_last_bit(name, options):
 
 
 @pytest.mark.long
-def test_captured_steps_are_those_without_graphs():
+def test_captured_steps_equal_those_without_graphs():
     # Learning rates are powers of 2 and therefore exact; only the weight of the average is rounded.
     expected, losses = train("cifar_resnet8", None)
     state, found = train("cifar_resnet8", RecordedGraphs())
@@ -205,7 +205,7 @@ def test_captured_steps_are_those_without_graphs():
         torch.testing.assert_close(state["ema"]["average"][name], value, msg=name)
 
 
-def test_an_optimizer_that_cannot_skip_on_the_device_is_refused():
+def test_an_optimizer_that_cannot_skip_on_the_device_is_rejected():
     net = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     with pytest.raises(UserError, match="fused SGD or AdamW"):
@@ -231,9 +231,7 @@ def recorded(graphs):
 
 
 @pytest.mark.long
-def test_a_run_of_captured_steps_resumes_exactly_and_its_checkpoints_do_not_know(
-    tmp_path, monkeypatch
-):
+def test_captured_runs_resume_exactly_with_unaffected_checkpoints(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer_module, "_ASYNCHRONOUS", ("cpu",))
     options = {
         "SOLVER.MAX_ITER": "10",
@@ -275,7 +273,7 @@ def test_a_run_of_captured_steps_resumes_exactly_and_its_checkpoints_do_not_know
         ({"MODEL.CLASSIFIER.MIXUP": "0.2"}, "MIXUP is 0.2 and CUTMIX is 0"),
     ],
 )
-def test_a_run_that_cannot_be_captured_is_refused_at_its_start(tmp_path, options, message):
+def test_a_run_that_cannot_be_captured_is_rejected_at_start(tmp_path, options, message):
     cfg = load_config("configs/instant/cifar10_se_resnet20.yaml", ["MODEL.DEVICE", "cuda"])
     cfg.merge_from_list(["SOLVER.COMPILE", "graph", *(w for item in options.items() for w in item)])
     cfg.OUTPUT_DIR = str(tmp_path)
@@ -287,7 +285,7 @@ def test_a_run_that_cannot_be_captured_is_refused_at_its_start(tmp_path, options
 @pytest.mark.parametrize(
     ("name", "options"), [*CASES, ("se_shake_even29_2x4x64d", {"dtype": "bfloat16"})]
 )
-def test_on_a_gpu_captured_steps_are_the_eager_ones_to_the_last_bit(name, options):
+def test_on_a_gpu_captured_steps_are_bitwise_equal_to_eager_ones(name, options):
     graphs = CudaGraphs(torch.device("cuda", torch.cuda.current_device()))
     with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
         expected = train(name, Eager(graphs), device="cuda", **options)

@@ -25,7 +25,7 @@ def names(folder):
     return sorted(path.name for path in folder.glob("model_*.pth"))
 
 
-def test_the_newest_few_stay_and_their_sums_go_with_them(saver, tmp_path):
+def test_only_the_newest_checkpoints_and_checksums_are_kept(saver, tmp_path):
     (tmp_path / "model_best.pth").write_bytes(b"best")
     for number in (1, 3, 5, 7):
         saver(number)
@@ -35,7 +35,7 @@ def test_the_newest_few_stay_and_their_sums_go_with_them(saver, tmp_path):
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000007.pth"
 
 
-def test_every_sum_is_the_one_that_sha256sum_would_write(saver, tmp_path):
+def test_every_checksum_file_has_the_format_of_sha256sum(saver, tmp_path):
     saver(1)
     path = tmp_path / "model_0000001.pth"
     assert (tmp_path / "model_0000001.pth.sha256").read_text() == (
@@ -44,7 +44,7 @@ def test_every_sum_is_the_one_that_sha256sum_would_write(saver, tmp_path):
     assert torch.load(path, weights_only=True)["iteration"] == 1
 
 
-def test_a_tag_that_was_set_back_is_obeyed(saver, tmp_path):
+def test_a_tag_that_was_reset_is_followed(saver, tmp_path):
     saver(1)
     saver(3)
     (tmp_path / "last_checkpoint").write_text("model_0000001.pth\n")
@@ -61,7 +61,7 @@ def test_a_file_that_is_written_again_is_the_newest(saver, tmp_path):
     assert history.checkpoints(tmp_path) == ["model_0000001.pth", "model_0000003.pth"]
 
 
-def test_names_that_lead_out_of_the_folder_are_neither_read_nor_deleted(saver, tmp_path):
+def test_paths_outside_the_folder_are_neither_read_nor_deleted(saver, tmp_path):
     outside = tmp_path.parent / "model_outside.pth"
     outside.write_bytes(b"precious")
     (tmp_path / "recent_checkpoints").write_text(f"../{outside.name}\n{outside}\nconfig.yaml\n")
@@ -73,14 +73,14 @@ def test_names_that_lead_out_of_the_folder_are_neither_read_nor_deleted(saver, t
     assert len(names(tmp_path)) == 2
 
 
-def test_a_run_that_begins_anew_has_nothing_to_resume_and_keeps_the_files(saver, tmp_path):
+def test_a_new_run_has_nothing_to_resume_and_keeps_the_files(saver, tmp_path):
     saver(1)
     history.forget(tmp_path)
     assert history.checkpoints(tmp_path) == []
     assert names(tmp_path) == ["model_0000001.pth"]
 
 
-def test_what_a_killed_process_left_is_swept_and_nothing_else(saver, tmp_path):
+def test_only_leftover_files_of_killed_processes_are_removed(saver, tmp_path):
     saver(1)
     left = [
         ".model_0000003.pth.abc.tmp",
@@ -96,7 +96,7 @@ def test_what_a_killed_process_left_is_swept_and_nothing_else(saver, tmp_path):
     assert names(tmp_path) == ["model_0000001.pth"]
 
 
-def test_the_one_before_a_damaged_one_is_taken_and_said(saver, tmp_path, caplog):
+def test_the_checkpoint_before_a_damaged_one_is_used_with_a_warning(saver, tmp_path, caplog):
     saver(1)
     saver(3)
     path = tmp_path / "model_0000003.pth"
@@ -121,7 +121,7 @@ def test_a_damaged_checkpoint_is_not_one_of_those_to_keep(saver, tmp_path):
     assert names(tmp_path) == [f"model_000000{number}.pth" for number in (1, 2, 3)]
 
 
-def test_a_checkpoint_of_before_there_were_sums_is_checked_by_its_own(saver, tmp_path):
+def test_a_checkpoint_without_a_checksum_file_is_verified_by_its_own(saver, tmp_path):
     saver(1)
     path = tmp_path / "model_0000001.pth"
     (tmp_path / "model_0000001.pth.sha256").unlink()
@@ -132,7 +132,7 @@ def test_a_checkpoint_of_before_there_were_sums_is_checked_by_its_own(saver, tmp
     assert "is damaged" in history.verify_checkpoint(path)
 
 
-def test_a_model_that_is_no_point_to_resume_from_is_whole_too(tmp_path, monkeypatch):
+def test_a_model_that_cannot_be_resumed_is_verified_too(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "senet_transfer.engine.checkpoints.checkpointer.model_metadata", lambda _, **__: {}
     )
@@ -142,7 +142,7 @@ def test_a_model_that_is_no_point_to_resume_from_is_whole_too(tmp_path, monkeypa
     assert (tmp_path / "model_best.pth.sha256").is_file()
 
 
-def test_a_line_that_a_process_was_killed_in_is_cut_off(tmp_path):
+def test_a_partial_last_line_is_removed(tmp_path):
     path = tmp_path / "metrics.json"
     history.drop_torn_line(path)
     for content, left in (("{}\n{}\n", "{}\n{}\n"), ('{}\n{"a', "{}\n"), ('{"a', ""), ("", "")):

@@ -22,7 +22,7 @@ def _run(folder, classes=3, seed=0):
 
 
 @pytest.mark.long
-def test_a_run_is_taken_up_with_all_its_state(tmp_path):
+def test_a_run_resumes_with_all_its_state(tmp_path):
     model, optimizer, checkpointer = _run(tmp_path)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -60,7 +60,7 @@ def test_a_resumed_run_keeps_the_origin_of_its_initial_weights(tmp_path, initial
 
 
 @pytest.mark.long
-def test_checkpoints_say_what_their_network_is(tmp_path):
+def test_checkpoints_contain_their_architecture(tmp_path):
     _, _, checkpointer = _run(tmp_path)
     checkpointer.save("model_final")
     source = examine(tmp_path / "model_final.pth")
@@ -71,7 +71,7 @@ def test_checkpoints_say_what_their_network_is(tmp_path):
 
 
 @pytest.mark.long
-def test_a_run_is_not_taken_up_with_other_classes_though_it_may_start_from_it(tmp_path):
+def test_a_run_starts_from_but_does_not_resume_with_other_classes(tmp_path):
     _run(tmp_path)[2].save("model_final")
     _, _, other = _run(tmp_path, classes=5)
     with pytest.raises(UserError, match="cls_score"):
@@ -81,14 +81,14 @@ def test_a_run_is_not_taken_up_with_other_classes_though_it_may_start_from_it(tm
 
 
 @pytest.mark.long
-def test_predicting_needs_a_file_of_the_whole_model(tmp_path):
+def test_prediction_requires_a_file_of_the_complete_model(tmp_path):
     path = save(peer("timm", "seresnet18"), tmp_path / "backbone.pth")
     with pytest.raises(UserError, match="missing from the file"):
         Checkpointer(detector("se_resnet18")).load(str(path))
 
 
 @pytest.mark.long
-def test_initial_weights_of_any_family_go_through_the_same_code(tmp_path):
+def test_initial_weights_of_any_family_use_the_same_code(tmp_path):
     path = save(peer("torchvision", "resnet18"), tmp_path / "r18.pth")
     model = create_classifier("resnet18", 10)
     checkpointer = Checkpointer(model, family="torchvision_v2")
@@ -98,7 +98,7 @@ def test_initial_weights_of_any_family_go_through_the_same_code(tmp_path):
 
 
 @pytest.mark.long
-def test_a_file_with_nothing_in_common_is_refused_and_the_next_load_works(tmp_path):
+def test_a_file_without_matching_tensors_is_rejected_and_the_next_loads(tmp_path):
     """Check that an error is raised where Detectron2's checkpointer would keep random weights."""
     torch.save({"state_dict": {"a": torch.zeros(2)}}, tmp_path / "other.pth")
     right = save(randomise(peer("torchvision", "resnet18")), tmp_path / "right.pth")
@@ -112,7 +112,7 @@ def test_a_file_with_nothing_in_common_is_refused_and_the_next_load_works(tmp_pa
 
 
 @pytest.mark.long
-def test_weights_alone_are_no_checkpoint_to_resume(tmp_path):
+def test_weights_without_training_state_cannot_be_resumed(tmp_path):
     model, _, checkpointer = _run(tmp_path)
     torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
     with pytest.raises(UserError, match="it has no optimizer, scheduler"):

@@ -95,7 +95,7 @@ def test_the_weights_to_start_from_are_not_deleted(tmp_path):
     assert files(tmp_path) == {*WRITTEN, "start.pth"}
 
 
-def test_a_command_that_the_launcher_starts_again_keeps_its_files(tmp_path):
+def test_a_command_that_the_launcher_restarts_keeps_its_files(tmp_path):
     write(tmp_path, ["metrics.json"])
     claim(tmp_path, restarted=True)
     assert files(tmp_path) == {"metrics.json"}
@@ -115,6 +115,6 @@ def test_the_log_keeps_only_the_lines_of_the_new_run(tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["resume", "eval_only"])
-def test_overwriting_and_continuing_contradict_each_other(flag):
+def test_overwriting_and_resuming_are_mutually_exclusive(flag):
     with pytest.raises(UserError, match="--overwrite.*can't be combined"):
         setup(RunOptions(overwrite=True, **{flag: True}))

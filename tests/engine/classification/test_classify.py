@@ -15,7 +15,7 @@ from senet_transfer.engine.predictor.load import load
 
 
 @pytest.mark.long
-def test_the_best_classes_are_the_models_with_names_and_probabilities(train, tree, tmp_path):
+def test_the_top_classes_equal_the_models_with_names_and_probabilities(train, tree, tmp_path):
     model = train().model.eval()
     predictor = load(tmp_path / "run" / "model_final.pth")
     photos = find_photos([str(tree / "red"), str(tree / "nested" / "blue" / "0.jpg")])
@@ -36,7 +36,7 @@ def test_the_best_classes_are_the_models_with_names_and_probabilities(train, tre
 
 
 @pytest.mark.long
-def test_the_command_prints_a_line_an_image(train, tree, tmp_path, run_python):
+def test_the_command_prints_one_line_per_image(train, tree, tmp_path, run_python):
     train()
     line = ["tools/predict.py", "--weights", tmp_path / "run" / "model_final.pth"]
     line += ["--input", tree / "red", "--limit", "2", "--output", tmp_path / "out"]
@@ -49,7 +49,7 @@ def test_the_command_prints_a_line_an_image(train, tree, tmp_path, run_python):
 
 
 @pytest.mark.long
-def test_images_that_cannot_be_read_are_named_once_the_others_are_predicted(train, tree, tmp_path):
+def test_unreadable_images_are_named_after_all_others_are_predicted(train, tree, tmp_path):
     train()
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     predictor = load(tmp_path / "run" / "model_final.pth")

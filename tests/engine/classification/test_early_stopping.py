@@ -56,7 +56,7 @@ def test_training_ends_after_two_evaluations_without_improvement(metric, values,
 
 
 @pytest.mark.long
-def test_a_run_that_ends_early_is_complete(command, tmp_path, monkeypatch):
+def test_a_run_that_stops_early_is_complete(command, tmp_path, monkeypatch):
     evaluated = []
     test = Trainer.test.__func__
 
@@ -94,7 +94,7 @@ def test_a_run_that_ends_early_is_complete(command, tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-def test_an_interrupted_run_ends_where_it_would_have(command, tmp_path):
+def test_an_interrupted_run_ends_at_the_same_step(command, tmp_path):
     run = tmp_path / "run"
     main(command(**CONSTANT))
     Path(run, "last_checkpoint").write_text("model_0000001.pth")
@@ -126,7 +126,7 @@ def test_two_processes_end_together(words, tmp_path):
         ({"TEST.BEST_METRIC": "validation/total_loss"}, "which the evaluation doesn't return"),
     ],
 )
-def test_a_metric_that_cannot_exist_is_refused_at_the_start(command, overrides, message):
+def test_a_metric_that_cannot_exist_is_rejected_at_start(command, overrides, message):
     with pytest.raises(UserError, match=message):
         setup(command(**overrides))
 

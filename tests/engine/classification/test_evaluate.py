@@ -134,9 +134,7 @@ def read_logits(path) -> tuple[list[dict], torch.Tensor]:
 
 
 @pytest.mark.long
-def test_shards_folder_and_archive_agree_with_each_other_and_with_a_plain_loop(
-    network, weights, places, tmp_path, capsys
-):
+def test_shards_folder_and_archive_equal_a_plain_loop(network, weights, places, tmp_path, capsys):
     expected = plain_loop(network, places["lists and folder"])
     names, labels = zip(*listed(places["lists and folder"]), strict=True)
     top1, top5 = errors(expected, labels)
@@ -173,7 +171,7 @@ def test_shards_folder_and_archive_agree_with_each_other_and_with_a_plain_loop(
 
 @pytest.mark.parametrize("mode", ["squash", "ten_crop"])
 @pytest.mark.long
-def test_the_other_views_are_those_of_the_plain_loop(network, weights, places, tmp_path, mode):
+def test_the_other_views_equal_a_plain_loop(network, weights, places, tmp_path, mode):
     some = copy_of(places["lists and folder"], tmp_path / "copy", images=50)
     expected = plain_loop(network, some, mode)
     files = ["--predictions", tmp_path / "p.csv", "--logits", "--crop-mode", mode]
@@ -194,7 +192,7 @@ def test_the_other_views_are_those_of_the_plain_loop(network, weights, places, t
         ("se_resnet50", EvalTransform(resize=366, crop=320), None),
     ],
 )
-def test_the_paper_is_quoted_for_the_same_views_only(model, views, published):
+def test_the_papers_results_are_shown_only_for_the_same_views(model, views, published):
     cfg = load_config("imagenet_se_r50", ["MODEL.BACKBONE.ARCH", model])
     loaded = SimpleNamespace(cfg=cfg, family="caffe", preprocessing=EvalTransform())
     evaluation = SimpleNamespace(classes=[str(label) for label in range(1000)])
@@ -203,7 +201,7 @@ def test_the_paper_is_quoted_for_the_same_views_only(model, views, published):
 
 
 @pytest.mark.slow
-def test_at_full_size_as_well(network, weights, places, tmp_path):
+def test_evaluation_at_full_size_equals_a_plain_loop(network, weights, places, tmp_path):
     expected = plain_loop(network, places["lists and folder"], resize=256, crop=224)
     files = ["--predictions", tmp_path / "p.csv", "--logits", "--workers", "1"]
     data = ["--data", places["shards"]]
@@ -214,7 +212,7 @@ def test_at_full_size_as_well(network, weights, places, tmp_path):
 
 
 @pytest.mark.long
-def test_the_worst_and_the_most_confused_are_those_of_a_plain_count(
+def test_the_worst_and_most_confused_classes_equal_a_simple_count(
     network, weights, places, tmp_path
 ):
     data = places["lists and folder"]
@@ -253,7 +251,7 @@ def test_the_preset_is_called_as_documented(weights, places, tmp_path, run_pytho
 
 
 @pytest.mark.long
-def test_a_missing_image_and_a_list_of_others_are_refused(weights, places, tmp_path):
+def test_a_missing_image_and_a_list_of_others_are_rejected(weights, places, tmp_path):
     data = copy_of(places["lists and folder"], tmp_path / "copy")
     words = ["--model", "resnet18", "--weights", weights, "--data", data, *SMALL]
     (data / "val_256" / "Places365_val_00000007.jpg").unlink()
@@ -284,7 +282,7 @@ class Slow(EvalTransform):
         return super().__call__(data)
 
 
-def test_the_time_that_a_model_waits_for_images_is_told(tree):
+def test_the_time_spent_waiting_for_images_is_reported(tree):
     dataset = open_dataset(tree)
     model = wrap_classifier(create_classifier("cifar_resnet8", len(dataset.classes))).eval()
     shares = {}
@@ -298,13 +296,13 @@ def test_the_time_that_a_model_waits_for_images_is_told(tree):
 
 
 @pytest.mark.long
-def test_a_model_of_other_classes_is_refused(weights, tree):
+def test_a_model_of_other_classes_is_rejected(weights, tree):
     with pytest.raises(UserError, match=r"(?s)linear.*365.*4"):
         evaluate("--model", "resnet18", "--weights", weights, "--data", tree, *SMALL)
 
 
 @pytest.mark.long
-def test_what_training_left_is_evaluated_with_its_own_config(train, tree, tmp_path):
+def test_a_trained_model_is_evaluated_with_its_own_config(train, tree, tmp_path):
     trainer = train()
     run = tmp_path / "run"
     expected = trainer.results["classification"]
@@ -336,7 +334,7 @@ def test_what_training_left_is_evaluated_with_its_own_config(train, tree, tmp_pa
     ],
 )
 @pytest.mark.long
-def test_a_command_line_that_does_not_add_up_is_refused(words, message, tmp_path):
+def test_an_inconsistent_command_line_is_rejected(words, message, tmp_path):
     save_weights(create_classifier("resnet18", 4), tmp_path / "w.pth")
     words = [word.format(weights=tmp_path / "w.pth") for word in words]
     with pytest.raises(UserError, match=message):
@@ -344,7 +342,7 @@ def test_a_command_line_that_does_not_add_up_is_refused(words, message, tmp_path
 
 
 @pytest.mark.long
-def test_a_view_and_a_device_that_are_none_are_refused(tree, tmp_path):
+def test_an_invalid_view_or_device_is_rejected(tree, tmp_path):
     save_weights(create_classifier("resnet18", 4), tmp_path / "own.safetensors")
     words = ["--model", "resnet18", "--weights", tmp_path / "own.safetensors", "--data", tree]
     with pytest.raises(UserError, match="crop=0"):

@@ -118,7 +118,7 @@ def test_creating_a_model_reads_its_file_once(own_weights, reads):
 
 
 @pytest.mark.long
-def test_a_model_by_name_is_the_one_that_create_classifier_builds(tmp_path):
+def test_a_model_by_name_equals_that_of_create_classifier(tmp_path):
     path = str(save(peer("torchvision", "resnet50", seed=1), tmp_path / "r50.pth"))
     options = {"weights": path, "family": "torchvision_v2"}
     expected = create_classifier("resnet50", **options).eval()
@@ -136,7 +136,7 @@ def test_a_model_by_name_is_the_one_that_create_classifier_builds(tmp_path):
 
 
 @pytest.mark.long
-def test_a_file_alone_says_what_its_network_is(tmp_path):
+def test_a_file_contains_its_architecture(tmp_path):
     model = create_classifier("se_resnet18", 5, se_ratio=8, se_stages=(3, 4), stem_pool="ceil")
     model.backbone.preprocessing = Preprocessing(format="BGR", resize=36, crop=32)
     save_weights(model, tmp_path / "own.safetensors")
@@ -148,7 +148,7 @@ def test_a_file_alone_says_what_its_network_is(tmp_path):
 
 
 @pytest.mark.long
-def test_a_checkpoint_alone_says_how_its_model_reads_images(train, tmp_path):
+def test_a_checkpoint_contains_the_preprocessing_of_its_model(train, tmp_path):
     keys = {"EXIF": "apply", "VALUE_RANGE": "[0, 4095]", "CLASSIFICATION.TEST_MODE": "squash"}
     trainer = train(**{f"INPUT.{key}": value for key, value in keys.items()})
     weights = tmp_path / "alone.pth"
@@ -195,7 +195,7 @@ def test_the_family_of_initial_weights_is_not_that_of_the_checkpoint(train, tmp_
     assert model_config(config_file=config, weights=str(path)).MODEL.WEIGHTS_FAMILY
 
 
-def test_what_a_config_names_is_read_when_the_model_is_built(command):
+def test_a_configs_weights_are_read_when_the_model_is_built(command):
     cfg = setup(command()).clone()
     cfg.defrost()
     cfg.MODEL.WEIGHTS = "absent.pth"
@@ -203,7 +203,7 @@ def test_what_a_config_names_is_read_when_the_model_is_built(command):
         ModelSource(cfg).build("cpu")
 
 
-def test_a_changed_file_is_read_again_and_nothing_is_kept_afterwards(tmp_path):
+def test_a_changed_file_is_read_again_and_nothing_stays_cached(tmp_path):
     path, calls = tmp_path / "file", []
     path.write_text("a")
 

@@ -74,9 +74,7 @@ def command(script: str, *words: object) -> None:
 
 
 @pytest.mark.slow
-def test_from_the_data_sets_files_to_a_classifier_that_torchvision_agrees_with(
-    shared_data, tmp_path
-):
+def test_a_classifier_trained_on_the_official_files_agrees_with_torchvision(shared_data, tmp_path):
     source = shared_data / "mini_places365"
     for split in ("val", "train_standard"):
         words = ["--source", source, "--split", split, "--output", tmp_path / split]

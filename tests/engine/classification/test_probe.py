@@ -58,7 +58,7 @@ def plain_loop(network, tree: Path) -> tuple[list[Path], torch.Tensor]:
 
 
 @pytest.mark.long
-def test_features_are_those_of_a_plain_loop_to_the_last_bit(network, weights, tree, tmp_path):
+def test_features_are_bitwise_equal_to_a_plain_loop(network, weights, tree, tmp_path):
     paths, expected = plain_loop(network, tree)
     backbone = create_backbone("se_resnet18")
     backbone.load_state_dict(network.backbone.state_dict())
@@ -80,7 +80,9 @@ def test_features_are_those_of_a_plain_loop_to_the_last_bit(network, weights, tr
 
 
 @pytest.mark.long
-def test_features_of_shards_with_workers_are_those_of_the_folder(network, weights, tree, tmp_path):
+def test_features_of_shards_with_workers_equal_those_of_the_folder(
+    network, weights, tree, tmp_path
+):
     convert(open_folder(tree), tmp_path / "shards", split="images", shard_mb=0.02)
     words = ["--weights", weights, "--output", tmp_path / "f.npz", "--data", tmp_path / "shards"]
     run(features, *words, *VIEW, "--workers", "2")
@@ -91,7 +93,7 @@ def test_features_of_shards_with_workers_are_those_of_the_folder(network, weight
 
 
 @pytest.mark.long
-def test_logistic_regression_finds_the_minimum_that_scipy_finds():
+def test_logistic_regression_finds_scipys_minimum():
     from scipy.optimize import minimize
     from scipy.special import log_softmax, softmax
 
@@ -114,7 +116,7 @@ def test_logistic_regression_finds_the_minimum_that_scipy_finds():
     np.testing.assert_allclose(bias, best[18:], atol=1e-5)
 
 
-def test_the_probe_learns_separable_features_on_any_scale_and_its_strength_is_the_best_tried():
+def test_the_probe_learns_at_any_scale_with_the_best_regularisation():
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(90) % 3
     values = torch.randn(90, 5, generator=generator)
@@ -146,7 +148,7 @@ def test_nearest_neighbours_vote_with_dinos_weights():
 
 
 @pytest.mark.long
-def test_the_saved_probe_is_a_classifier_with_the_probes_errors(weights, tree, tmp_path, capsys):
+def test_the_saved_probe_is_a_classifier_with_the_same_errors(weights, tree, tmp_path, capsys):
     output = tmp_path / "probe"
     # Create a validation folder with rotated images of three of the four classes.
     val = tmp_path / "val"

@@ -53,7 +53,7 @@ def tensors(path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.long
-def test_a_run_broken_off_ends_as_the_unbroken_one_to_the_last_bit(small, train, root):
+def test_an_interrupted_run_ends_bitwise_equal_to_an_uninterrupted_one(small, train, root):
     keys = {**small, "SOLVER.MAX_ITER": "8", "SOLVER.CHECKPOINT_PERIOD": "4"}
     train(**keys)
     broken = root / "broken"
@@ -70,7 +70,7 @@ def test_a_run_broken_off_ends_as_the_unbroken_one_to_the_last_bit(small, train,
     assert not all(torch.equal(whole[key], state[key]) for key in whole)
 
 
-def test_a_step_sees_the_batch_normalised_with_squares_cut_out(small, command):
+def test_a_step_gets_a_normalised_batch_with_cutout(small, command):
     cfg = setup(command(**small))
     batch = next(iter(train_loader(cfg, cfg.SEED, start_iter=5)))
     assert torch.equal(batch["image"], next(islice(train_loader(cfg, cfg.SEED), 5, 6))["image"])
@@ -91,7 +91,7 @@ def test_a_step_sees_the_batch_normalised_with_squares_cut_out(small, command):
 
 
 @pytest.mark.long
-def test_what_was_trained_is_evaluated_and_predicts(small, train, root, capsys):
+def test_a_trained_model_is_evaluated_and_predicts(small, train, root, capsys):
     trainer = train(**small)
     weights = root / "straight" / "model_final.pth"
     words = ["--weights", str(weights), "--output", str(root / "results.json"), "--quiet"]
@@ -109,7 +109,7 @@ def test_what_was_trained_is_evaluated_and_predicts(small, train, root, capsys):
 
 
 @pytest.mark.long
-def test_the_papers_row_stands_beside_its_network(small, train, root, capsys):
+def test_the_papers_row_is_next_to_its_network(small, train, root, capsys):
     train(**{**small, "MODEL.BACKBONE.ARCH": "cifar_resnet110", "SOLVER.MAX_ITER": "1",
              "SOLVER.STEPS": "()", f"{SIDE}.CUTOUT": "0"})  # fmt: skip
     weights = root / "straight" / "model_final.pth"
@@ -136,7 +136,7 @@ def test_the_papers_row_stands_beside_its_network(small, train, root, capsys):
         ),
     ],
 )
-def test_options_that_make_no_sense_are_refused(small, options, message):
+def test_invalid_options_are_rejected(small, options, message):
     keys = {**small, **options}
     config = keys.pop("config")
     cfg = load_config(config, [word for item in keys.items() for word in item])
@@ -144,7 +144,7 @@ def test_options_that_make_no_sense_are_refused(small, options, message):
         use_classification_datasets(cfg)
 
 
-def test_drawing_by_class_is_refused(small, command):
+def test_class_aware_sampling_is_rejected(small, command):
     cfg = setup(command(**small))
     cfg.defrost()
     cfg.DATALOADER.SAMPLER_TRAIN = "ClassAwareSampler"

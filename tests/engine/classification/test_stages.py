@@ -64,7 +64,7 @@ def test_the_stages_of_detectors_are_found_below_the_fpn_and_in_the_c4_head(zero
         ({}, "no stages called stem"),
     ],
 )
-def test_a_decay_that_can_not_be_applied_is_rejected(overrides, message):
+def test_a_decay_that_cannot_be_applied_is_rejected(overrides, message):
     with pytest.raises(UserError, match=message):
         rates(torch.nn.Linear(1, 1), **overrides)
 
@@ -145,7 +145,7 @@ def test_the_times_can_be_given_in_epochs(train):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_with_gradual_unfreezing(train, words, tmp_path):
+def test_two_processes_train_like_one_with_gradual_unfreezing(train, words, tmp_path):
     train(**UNFREEZE, OUTPUT_DIR=str(tmp_path / "one"))
     line = words("--num-gpus", "2", "--dist-url", "auto", **UNFREEZE)
     result = call(sys.executable, "tools/train_net.py", *line)

@@ -40,7 +40,7 @@ def saved(run: Path, name: str = "model_final.pth") -> dict:
 
 @pytest.mark.parametrize(("source", "workers"), [("tree", 0), ("shards", 0), ("shards", 1)])
 @pytest.mark.long
-def test_a_run_broken_off_in_mid_epoch_ends_as_the_unbroken_one_to_the_last_bit(
+def test_a_run_interrupted_mid_epoch_resumes_bitwise_equal(
     train, request, tmp_path, source, workers
 ):
     data = f"('{request.getfixturevalue(source)}',)"
@@ -65,7 +65,7 @@ def test_a_run_broken_off_in_mid_epoch_ends_as_the_unbroken_one_to_the_last_bit(
 
 
 @pytest.mark.long
-def test_the_average_is_the_plain_recursion_and_is_what_is_evaluated(command, monkeypatch):
+def test_the_ema_equals_a_simple_recursion_and_is_evaluated(command, monkeypatch):
     keys = {"SOLVER.EMA.ENABLED": "True", "SOLVER.EMA.DECAY": "0.5", "SOLVER.MAX_ITER": "3"}
     trainer = Trainer(setup(command(**keys, **{"TEST.EVAL_PERIOD": "1"})))
     states, evaluated = [], []
@@ -91,7 +91,7 @@ def test_the_average_is_the_plain_recursion_and_is_what_is_evaluated(command, mo
 
 
 @pytest.mark.long
-def test_statistics_of_batch_norms_stay_in_the_last_iterations(command, monkeypatch):
+def test_batch_norm_statistics_are_frozen_in_the_last_iterations(command, monkeypatch):
     keys = {**BATCH_NORM, "SOLVER.FROZEN_BN_ITERS": "2", "SOLVER.MAX_ITER": "4"}
     trainer = Trainer(setup(command(**keys, **{"TEST.EVAL_PERIOD": "1"})))
     seen = []
@@ -107,7 +107,7 @@ def test_statistics_of_batch_norms_stay_in_the_last_iterations(command, monkeypa
 
 
 @pytest.mark.long
-def test_the_best_model_survives_a_resume_and_never_takes_the_tag(train, command, tmp_path):
+def test_the_best_model_survives_resuming_and_is_never_tagged_as_last(train, command, tmp_path):
     run = tmp_path / "run"
     keys = {"SOLVER.MAX_ITER": "4", "TEST.EVAL_PERIOD": "2"}
     train(**keys)
@@ -129,7 +129,7 @@ def test_the_best_model_survives_a_resume_and_never_takes_the_tag(train, command
 
 
 @pytest.mark.long
-def test_the_best_model_is_the_one_of_the_least_error(command, tmp_path, monkeypatch):
+def test_the_best_model_has_the_lowest_error(command, tmp_path, monkeypatch):
     trainer = Trainer(setup(command(**{"SOLVER.MAX_ITER": "5", "TEST.EVAL_PERIOD": "1"})))
     errors = iter([50.0, 30.0, 40.0, math.nan, 35.0])
     monkeypatch.setattr(
@@ -144,9 +144,7 @@ def test_the_best_model_is_the_one_of_the_least_error(command, tmp_path, monkeyp
 
 
 @pytest.mark.long
-def test_a_run_says_what_it_was_trained_on_and_evaluates_from_that(
-    train, tree, tmp_path, run_python
-):
+def test_a_run_stores_its_training_data_and_evaluates_with_it(train, tree, tmp_path, run_python):
     train()
     config = str(tmp_path / "run" / "config.yaml")
     text = Path(config).read_text()
@@ -173,7 +171,7 @@ def test_a_run_says_what_it_was_trained_on_and_evaluates_from_that(
 
 
 @pytest.mark.long
-def test_a_classifier_of_other_classes_is_replaced_and_said(train, tree, tmp_path, caplog):
+def test_a_classifier_of_other_classes_is_replaced_and_logged(train, tree, tmp_path, caplog):
     train()
     smaller = tmp_path / "smaller"
     for name in ("blue", "red"):
@@ -211,13 +209,13 @@ def test_a_classifier_of_other_classes_is_replaced_and_said(train, tree, tmp_pat
         (("--eval-only",), {}, "random weights"),
     ],
 )
-def test_a_classifiers_run_that_cannot_work_is_refused(command, flags, overrides, message):
+def test_an_invalid_classification_run_is_rejected(command, flags, overrides, message):
     with pytest.raises(UserError, match=f"(?s){message}"):
         Trainer(setup(command(*flags, **overrides)))
 
 
 @pytest.mark.long
-def test_a_resumed_run_says_what_it_does_otherwise_and_what_has_no_effect(train, command, tmp_path):
+def test_a_resumed_run_logs_changed_keys_and_keys_without_effect(train, command, tmp_path):
     train()
     log, words = tmp_path / "run" / "log.txt", "The config has changed"
     same = setup(command("--resume"))
@@ -241,7 +239,7 @@ def test_a_resumed_run_says_what_it_does_otherwise_and_what_has_no_effect(train,
 
 
 @pytest.mark.long
-def test_a_run_from_a_file_of_another_view_keeps_its_own(train, tmp_path):
+def test_a_run_from_weights_of_another_view_keeps_its_own_view(train, tmp_path):
     first = train()
     assert first.model.preprocessing.crop == 32
     keys = {"INPUT.CLASSIFICATION.TEST_CROP": "24", "INPUT.CLASSIFICATION.TEST_RESIZE": "27"}

@@ -94,7 +94,7 @@ VIEWS = {
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", VIEWS)
-def test_logits_at_several_scales_are_those_of_a_plain_loop(networks, photos, tmp_path, kind):
+def test_logits_at_several_scales_equal_a_plain_loop(networks, photos, tmp_path, kind):
     words, view, crops = VIEWS[kind]
     network, weights = networks[0]
     results, logits = logits_of(photos, tmp_path, "--weights", weights, "--scales", *SCALES, *words)
@@ -111,7 +111,7 @@ def test_logits_at_several_scales_are_those_of_a_plain_loop(networks, photos, tm
 
 
 @pytest.mark.long
-def test_the_mean_of_probabilities_is_the_same_in_one_pass_and_from_saved_logits(
+def test_mean_probabilities_are_the_same_in_one_pass_and_from_saved_logits(
     networks, photos, tmp_path
 ):
     single, files = [], []
@@ -262,7 +262,7 @@ def test_saved_logits_that_do_not_match_are_rejected(old, new, message, tmp_path
         evaluate("--saved-logits", tmp_path / "a.csv", tmp_path / "b.csv")
 
 
-def test_flags_take_several_values_before_flags_and_config_options(tmp_path, monkeypatch):
+def test_flags_accept_several_values_before_flags_and_config_options(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "MODEL.PTH").touch()
     words = (

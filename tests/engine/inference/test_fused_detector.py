@@ -217,7 +217,7 @@ def test_checkpoints_are_evaluated_together_with_and_without_augmentation(comman
         evaluate()
 
 
-def test_results_are_written_next_to_a_checkpoint_but_not_to_a_folder_named_after_weights(
+def test_results_are_written_next_to_a_checkpoint_and_not_to_a_weights_folder(
     tmp_path, monkeypatch
 ):
     runs = []

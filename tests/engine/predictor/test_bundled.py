@@ -50,7 +50,7 @@ def folder(classifier, detector, tmp_path, use_folder) -> Path:
     return place
 
 
-def test_every_network_in_the_package_is_complete_and_they_are_small():
+def test_every_bundled_network_is_complete_and_small():
     files = bundled_files()
     stored = list(bundled.FOLDER.glob("*.safetensors"))
     assert {path for path, _ in files.values()} == set(stored)
@@ -63,7 +63,7 @@ def test_every_network_in_the_package_is_complete_and_they_are_small():
 
 
 @pytest.mark.long
-def test_a_network_in_the_package_is_used_by_name(folder, classifier, detector, photos, tmp_path):
+def test_a_bundled_network_is_loaded_by_name(folder, classifier, detector, photos, tmp_path):
     assert list_catalogue("senet_transfer/*") == ["senet_transfer/objects", "senet_transfer/scenes"]
     name = "senet_transfer/scenes"
     assert catalogue_entry(name).licence == "mit"
@@ -94,7 +94,7 @@ def test_a_network_in_the_package_is_used_by_name(folder, classifier, detector, 
 
 
 @pytest.mark.long
-def test_a_file_depends_on_the_model_only_and_replaces_that_of_its_name(classifier, tmp_path):
+def test_a_file_depends_only_on_the_model_and_replaces_the_old_one(classifier, tmp_path):
     shutil.copytree(classifier, tmp_path / "copy")
     place = tmp_path / "pretrained"
     first = bundle(classifier, "senet_transfer/scenes", place)

@@ -99,7 +99,7 @@ def test_images_whose_names_are_not_utf_8_are_drawn(images, tmp_path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("size 0"), MemoryError(), ZeroDivisionError("x")])
-def test_an_image_that_the_model_fails_on_costs_no_other_image(images, tmp_path, error):
+def test_an_image_that_the_model_fails_on_does_not_affect_others(images, tmp_path, error):
     def answer(height, width):
         if height == 3000:
             raise error
@@ -125,7 +125,7 @@ def test_an_image_that_cannot_be_drawn_keeps_its_predictions(images, tmp_path, m
 
 
 @pytest.mark.parametrize("form", ["json", "coco", "csv"])
-def test_ctrl_c_keeps_the_results_until_then(images, tmp_path, form):
+def test_ctrl_c_keeps_the_results_so_far(images, tmp_path, form):
     def answer(height, width):
         if height == 50:
             raise KeyboardInterrupt
@@ -161,7 +161,7 @@ def test_workers_read_an_endless_iterable_only_as_far_as_needed(images):
     assert len(asked) < 30
 
 
-def test_the_area_of_an_object_with_a_mask_is_the_masks(images, tmp_path):
+def test_the_area_of_an_object_with_a_mask_equals_the_masks(images, tmp_path):
     def answer(height, width):
         mask = torch.zeros(1, height, width, dtype=torch.bool)
         mask[0, 10:20, 5:9] = True
@@ -194,7 +194,7 @@ def test_keypoints_are_written_with_their_names(images, tmp_path):
     assert annotation["num_keypoints"] == 2
 
 
-def test_proposals_are_objects_of_one_class_scored_by_their_sigmoid(images, tmp_path):
+def test_proposals_are_objects_of_one_class_scored_by_the_sigmoid(images, tmp_path):
     def answer(height, width):
         found = Instances((height, width))
         found.proposal_boxes = Boxes(torch.tensor([[1.0, 2, 11, 22], [0, 0, 5, 5]]))
@@ -231,7 +231,7 @@ def test_rotated_boxes_are_written_with_five_numbers_and_drawn(images, tmp_path)
     assert (np.ptp(corner, 1) > 100).any()
 
 
-def test_images_of_the_same_name_do_not_share_a_file_of_labels(images, tmp_path):
+def test_images_of_the_same_name_do_not_share_a_label_file(images, tmp_path):
     names = [images[0], str(tmp_path / "a.jpg")]
     names += [str(tmp_path / folder / "a.png") for folder in ("one", "two")]
     for name in names[1:]:

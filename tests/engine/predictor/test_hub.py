@@ -241,7 +241,7 @@ def test_files_of_timm_load_as_timm_states(architecture, timm_folder, hub, photo
     np.testing.assert_allclose(np.divide(pixels.mean, 255), model.default_cfg["mean"], atol=1e-6)
 
 
-def test_a_file_of_a_network_that_only_timm_has_loads_as_this_network(timm_folder, photos):
+def test_a_file_of_a_timm_only_network_loads_as_that_network(timm_folder, photos):
     folder, model = timm_folder("regnety_002")
     predictor = senet_transfer.load(folder, top=3)
     assert set(predictor(photos / "a.jpg").names) == {"ant", "bee", "cow"}
@@ -267,9 +267,7 @@ def test_a_file_of_a_network_that_only_timm_has_loads_as_this_network(timm_folde
         ({"label_names": [1, 2, 3]}, "label_names"),
     ],
 )
-def test_statements_of_timm_that_no_model_can_follow_are_errors(
-    values, expected, timm_folder, tmp_path
-):
+def test_timm_settings_that_no_model_supports_are_errors(values, expected, timm_folder, tmp_path):
     folder, _ = timm_folder("resnet18")
     content = json.loads((folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**content, **values}))

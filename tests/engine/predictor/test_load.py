@@ -48,7 +48,7 @@ def evaluated_objects(folder: Path, path: Path):
         return loaded.model([record])[0]["instances"]
 
 
-def test_objects_are_the_evaluations_to_the_last_bit(detector, photos):
+def test_objects_are_bitwise_equal_to_the_evaluations(detector, photos):
     predictor = senet_transfer.load(detector, threshold=0)
     for path in sorted(photos.glob("*.jpg")):
         found, expected = predictor(path), evaluated_objects(detector, path)
@@ -60,7 +60,7 @@ def test_objects_are_the_evaluations_to_the_last_bit(detector, photos):
 
 
 @pytest.mark.parametrize("mode", ["short_side", "ten_crop"])
-def test_probabilities_are_the_evaluations_to_the_last_bit(classifier, photos, mode, tmp_path):
+def test_probabilities_are_bitwise_equal_to_the_evaluations(classifier, photos, mode, tmp_path):
     data = tmp_path / "data"
     for name in ("one", "two", "three"):
         shutil.copytree(photos / "sub", data / name)
@@ -275,7 +275,7 @@ def test_an_exported_classifier_applies_the_orientation_if_the_model_does(
     assert_same_result(predictor(path), predictor(upright))
 
 
-def test_an_image_is_predicted_from_a_path_pillow_an_array_or_a_tensor_and_lists_of_them(
+def test_images_are_predicted_from_paths_pillow_arrays_tensors_and_lists(
     classifier, detector, photos, tmp_path
 ):
     path = photos / "a.jpg"
@@ -336,7 +336,7 @@ def test_results_are_converted_to_coco_and_supervision_and_drawn(classifier, det
     assert (np.asarray(classes.plot()) != plain).any()
 
 
-def test_the_example_of_the_document_predicts(detector, photos, tmp_path, monkeypatch):
+def test_the_documented_example_predicts(detector, photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "output").symlink_to(detector)
     shutil.copy(photos / "a.jpg", "photo.jpg")
@@ -369,7 +369,7 @@ def test_an_exported_classifier_takes_the_exported_size_and_may_lack_class_names
     assert predictor(photos / "a.jpg").names[0].startswith("class ")
 
 
-def test_a_source_that_cannot_be_loaded_is_named_with_what_to_do(tmp_path, classifier):
+def test_a_source_that_cannot_be_loaded_is_named_with_a_remedy(tmp_path, classifier):
     from onnx import TensorProto, helper
 
     (tmp_path / "empty").mkdir()
@@ -393,7 +393,7 @@ def test_a_source_that_cannot_be_loaded_is_named_with_what_to_do(tmp_path, class
             senet_transfer.load(source)
 
 
-def test_the_classes_of_places365_are_those_of_the_data_set():
+def test_the_classes_of_places365_match_the_data_set():
     names = list(places365_classes())
     # These lines must equal categories_places365.txt, whose MD5 is in torchvision.
     lines = "\n".join(f"/{name} {label}" for label, name in enumerate(names))
@@ -404,7 +404,7 @@ def test_the_classes_of_places365_are_those_of_the_data_set():
         assert stated.get(name.rpartition("/")[2], outdoor) == outdoor
 
 
-def test_a_class_activation_map_is_each_positions_part_of_the_logit(classifier, photos, tmp_path):
+def test_a_class_activation_map_sums_to_the_logit(classifier, photos, tmp_path):
     key = "INPUT.CLASSIFICATION.TEST_"
     predictor = senet_transfer.load(classifier, options=[f"{key}RESIZE", "100", f"{key}CROP", "96"])
     model = predictor.run

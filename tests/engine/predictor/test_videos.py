@@ -178,7 +178,7 @@ def test_results_are_written_in_every_format(detector, classifier, photos, tmp_p
         predict_files(senet_transfer.load(classifier), images, str(tmp_path / "c"), form="yolo")
 
 
-def test_batches_and_workers_find_the_same_and_lose_no_image(
+def test_batches_and_workers_give_the_same_results_for_all_images(
     detector, classifier, photos, tmp_path
 ):
     broken = tmp_path / "broken.jpg"

@@ -98,12 +98,12 @@ def test_all_networks_of_the_paper_are_registered():
 
 @pytest.mark.parametrize(("name", "parameters"), PARAMETERS.items())
 @pytest.mark.long
-def test_parameters_are_those_of_the_released_networks(name, parameters):
+def test_parameter_counts_equal_those_of_the_released_networks(name, parameters):
     with torch.device("meta"):
         assert count(create_classifier(name)) == parameters
 
 
-def test_bias_free_se_has_the_papers_parameters():
+def test_bias_free_se_has_the_papers_parameter_count():
     with torch.device("meta"):
         assert count(create_classifier("se_resnet50", se_bias=False)) == 28_071_976
 
@@ -116,7 +116,7 @@ def has_gates(block: torch.nn.Module) -> bool:
     "name", [name for name in list_models("se_*") if is_residual(name) or is_cifar(name)]
 )
 @pytest.mark.long
-def test_se_adds_what_the_formula_says(name):
+def test_se_adds_the_parameters_of_the_formula(name):
     """Compare with 2/r times the sum of squared widths (equation 5), plus biases."""
     backbone, plain = structure(name), structure(name.removeprefix("se_"))
     widths = [
@@ -131,7 +131,7 @@ def test_se_adds_what_the_formula_says(name):
 
 @every_se_model
 @pytest.mark.long
-def test_every_gate_is_of_the_variant_asked_for(name):
+def test_every_gate_has_the_requested_variant(name):
     options = {"squeeze": "none", "excitation": "tanh", "bias": False, "ratio": 8}
     backbone = structure(name, **{f"se_{key}": value for key, value in options.items()})
     gates = [module for module in backbone.modules() if isinstance(module, SqueezeExcitation)]
@@ -144,7 +144,7 @@ def test_every_gate_is_of_the_variant_asked_for(name):
 
 @every_model
 @pytest.mark.long
-def test_features_have_the_shapes_that_are_declared(name):
+def test_features_have_the_declared_shapes(name):
     stages = stages_of(name)
     backbone = create_backbone(name, out_features=stages, **aligned(name)).eval()
     assert isinstance(backbone, Backbone)
@@ -186,7 +186,7 @@ def test_every_parameter_gets_a_gradient(name):
 
 @every_model
 @pytest.mark.long
-def test_freezing_covers_the_frozen_stages_whole_and_nothing_else(name):
+def test_freezing_covers_only_and_all_of_the_frozen_stages(name):
     backbone = with_all_stages(name, freeze_at=3)
     for stage in ("stem", "res2", "res3"):
         module = getattr(backbone, stage)
@@ -211,7 +211,7 @@ def test_freezing_covers_the_gates(name):
 
 @every_model
 @pytest.mark.long
-def test_bad_arguments_are_refused_by_name(name):
+def test_invalid_arguments_are_rejected_by_name(name):
     with torch.device("meta"):
         check_bad_arguments(name)
 
@@ -230,7 +230,7 @@ def check_bad_arguments(name: str) -> None:
             create_backbone(name, stem_pool="same")
 
 
-def test_an_unknown_name_is_answered_with_near_ones():
+def test_an_unknown_name_error_suggests_similar_names():
     with pytest.raises(UserError, match="se_resnet50"):
         create_backbone("seresnet50")
 
@@ -262,7 +262,7 @@ def test_an_unknown_name_is_answered_with_near_ones():
         ("shake_shake26_2x96d", {"width": 15}, "even number"),
     ],
 )
-def test_options_that_make_no_sense_for_a_network_are_refused(name, overrides, words):
+def test_options_that_a_network_does_not_support_are_rejected(name, overrides, words):
     with pytest.raises(UserError, match=words):
         create_backbone(name, **overrides)
 
@@ -288,7 +288,7 @@ def test_options_that_make_no_sense_for_a_network_are_refused(name, overrides, w
         ("shake_shake26_2x96d", {"width": "96"}, "width is '96'"),
     ],
 )
-def test_values_of_another_type_are_refused_by_name(name, overrides, words):
+def test_values_of_another_type_are_rejected_by_name(name, overrides, words):
     with pytest.raises(UserError, match=words):
         create_backbone(name, **overrides)
 
@@ -296,7 +296,7 @@ def test_values_of_another_type_are_refused_by_name(name, overrides, words):
 @pytest.mark.parametrize("norm", ["GN", "FrozenBN"])
 @every_model
 @pytest.mark.long
-def test_the_norm_is_the_one_asked_for(name, norm):
+def test_the_norm_is_the_requested_one(name, norm):
     few = "cifar", "wrn", "shake_shake", "shufflenet", "inception_resnet"
     if norm == "GN" and name.removeprefix("se_").startswith(few):
         words = "multiple of 32 channels, but the network has layers with (16|24|80) channels"
@@ -309,7 +309,7 @@ def test_the_norm_is_the_one_asked_for(name, norm):
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in backbone.modules())
 
 
-def test_preprocessing_is_torchvisions_without_weights():
+def test_without_weights_preprocessing_equals_torchvisions():
     preprocessing = create_backbone("se_resnet18").preprocessing
     assert (preprocessing.format, preprocessing.resize, preprocessing.crop) == ("RGB", 256, 224)
     mean = [value / 255 for value in preprocessing.mean]
@@ -318,7 +318,7 @@ def test_preprocessing_is_torchvisions_without_weights():
     assert std == pytest.approx([0.229, 0.224, 0.225])
 
 
-def test_a_builder_of_version_0_1_is_registered_and_warned_of():
+def test_a_builder_of_version_0_1_is_registered_with_a_warning():
     with pytest.warns(DeprecationWarning, match="return build_backbone"):
         decorate = builder.trunk_builder(("stem", "res2", "res3"))
 
@@ -342,7 +342,7 @@ def test_a_builder_of_version_0_1_is_registered_and_warned_of():
 
 
 @pytest.mark.parametrize("name", list_models())
-def test_the_options_of_a_model_are_those_that_its_builder_states(name):
+def test_the_options_of_a_model_match_its_builders_signature(name):
     entry = model_entry(name)
     stated = inspect.signature(entry.build).parameters.values()
     assert all(option.kind is option.KEYWORD_ONLY for option in stated)

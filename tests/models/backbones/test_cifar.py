@@ -76,7 +76,7 @@ def formula(name: str) -> int:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_parameters_are_the_published_ones(name):
+def test_parameter_counts_equal_the_published_ones(name):
     classes, millions, exact = PARAMETERS[name]
     with torch.device("meta"):
         found = count(create_classifier(name, classes))
@@ -111,7 +111,7 @@ def gate_parameters(channels: int, ratio: int = 16, bias: bool = True) -> int:
     ],
 )
 @pytest.mark.long
-def test_se_adds_the_gates_of_its_placement_exactly(name, options, gates):
+def test_se_adds_exactly_the_gates_of_its_placement(name, options, gates):
     with torch.device("meta"):
         added = count(create_backbone(f"se_{name}", **options)) - count(create_backbone(name))
     ratio, bias = options.get("se_ratio", 16), options.get("se_bias", True)
@@ -287,7 +287,7 @@ def test_a_network_computes_its_equations(name, options):
         torch.testing.assert_close(found[key], expected[key], rtol=1e-5, atol=1e-5)
 
 
-def test_the_classifier_pools_what_the_final_norm_and_relu_give():
+def test_the_classifier_pools_the_output_of_the_final_norm_and_relu():
     model = randomise(create_classifier("se_cifar_resnet20", 10))
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -305,26 +305,26 @@ def test_the_classifier_pools_what_the_final_norm_and_relu_give():
     ("name", "million"),
     [("cifar_resnet20", 0.27), ("cifar_resnet56", 0.85), ("wrn28_10", 36.5), ("wrn40_4", 8.9)],
 )
-def test_other_depths_are_known_by_name(name, million):
+def test_other_depths_are_available_by_name(name, million):
     with torch.device("meta"):
         found = count(create_classifier(name, 10))
     assert found / 1e6 == pytest.approx(million, abs=0.05)
     assert model_entry(f"se_{name}").has_se
 
 
-def test_the_block_can_be_said():
+def test_the_block_can_be_specified():
     assert create_backbone("cifar_resnet164", block="basic").res2[0].depth == 2
     assert create_backbone("cifar_resnet110", block="bottleneck").res2[0].depth == 3
 
 
 @pytest.mark.parametrize("name", ["cifar_resnet", "cifar_resnet020", "wrn16", "se_se_wrn16_8"])
-def test_what_is_no_name_of_a_family_is_not_known(name):
+def test_invalid_names_of_a_family_are_rejected(name):
     with pytest.raises(UserError, match="There is no model"):
         create_backbone(name)
 
 
 @pytest.mark.long
-def test_preprocessing_is_the_data_sets():
+def test_preprocessing_equals_the_data_sets():
     assert create_backbone("se_cifar_resnet20").preprocessing == CIFAR10
     assert create_backbone("shake_even29_2x4x64d").preprocessing == CIFAR100
     assert (CIFAR10.resize, CIFAR10.crop, CIFAR10.format) == (32, 32, "RGB")

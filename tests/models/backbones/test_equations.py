@@ -111,7 +111,7 @@ def test_without_squeeze_the_gates_are_1x1_convolutions_of_every_position(placem
 
 
 @pytest.mark.parametrize(("inputs", "stride", "kernel"), [(128, 2, 3), (128, 1, 1)])
-def test_senet154s_block_is_the_authors(inputs, stride, kernel):
+def test_senet154s_block_equals_the_authors(inputs, stride, kernel):
     block = randomise(SENet154Block(inputs, 256, stride=stride))
     assert block.conv1.weight.shape == (128, inputs, 1, 1)
     assert block.conv2.weight.shape == (256, 128 // 64, 3, 3)
@@ -131,7 +131,7 @@ def stated_pool(x: torch.Tensor, pool: str) -> torch.Tensor:
 @pytest.mark.parametrize("pool", ["pad", "ceil"])
 @pytest.mark.parametrize("side", [30, 32])
 @pytest.mark.long
-def test_the_stem_pool_ends_as_asked(pool, side):
+def test_the_stem_pool_has_the_requested_border(pool, side):
     stem = randomise(create_backbone("resnet18", stem_pool=pool, out_features=["stem"])).stem
     x = torch.randn(1, 3, 2 * side, 2 * side)
     expected = stated_pool(F.relu(F.conv2d(x, stem.conv1.weight, stride=2, padding=3)), pool)
@@ -140,7 +140,7 @@ def test_the_stem_pool_ends_as_asked(pool, side):
 
 
 @pytest.mark.long
-def test_the_two_stem_pools_have_one_shape_and_other_values():
+def test_the_two_stem_pools_differ_in_values_but_not_in_shape():
     pad, ceil = (randomise(create_backbone("resnet18", stem_pool=p)) for p in ("pad", "ceil"))
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -152,7 +152,7 @@ def test_the_two_stem_pools_have_one_shape_and_other_values():
 # Basic blocks have no 1x1 convolution.
 @pytest.mark.parametrize(("depth", "in_1x1"), [(18, False), (50, False), (50, True)])
 @pytest.mark.long
-def test_without_se_we_agree_with_detectron2_on_every_feature_map(depth, in_1x1):
+def test_without_se_every_feature_map_equals_detectron2s(depth, in_1x1):
     cfg = get_cfg()
     cfg.MODEL.RESNETS.DEPTH = depth
     cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64 if depth == 18 else 256
@@ -174,7 +174,7 @@ def test_without_se_we_agree_with_detectron2_on_every_feature_map(depth, in_1x1)
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 @pytest.mark.long
-def test_plain_weights_in_an_se_backbone_give_nearly_the_plain_features(name):
+def test_plain_weights_in_an_se_backbone_give_similar_features(name):
     """Check that an SE backbone with the weights of a plain ResNet has similar features."""
     plain = randomise(create_backbone(name, out_features=STAGES))
     gated_backbone = create_backbone(f"se_{name}", out_features=STAGES).eval()
@@ -194,7 +194,7 @@ def test_plain_weights_in_an_se_backbone_give_nearly_the_plain_features(name):
 
 @pytest.mark.parametrize("stages", [(2,), (3,), (4, 5)])
 @pytest.mark.long
-def test_se_sits_in_the_stages_asked_for_alone(stages):
+def test_se_is_only_in_the_requested_stages(stages):
     backbone = create_backbone("se_resnet50", se_stages=stages, out_features=STAGES)
     found = {int(key[3]) for key, _ in backbone.named_parameters() if ".se." in key}
     assert found == set(stages)

@@ -55,14 +55,14 @@ def classifier_on(backbone: nn.Module, name: str) -> int:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 @pytest.mark.long
-def test_parameters_are_the_published_networks(name):
+def test_parameter_counts_equal_the_published_networks(name):
     with torch.device("meta"):
         backbone = create_backbone(name)
     assert count(backbone) + classifier_on(backbone, name) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", MILLIONS)
-def test_parameters_are_those_of_the_papers_table(name):
+def test_parameter_counts_equal_the_papers_table(name):
     with torch.device("meta"):
         found = count(create_classifier(name)) / 1e6
     assert found == pytest.approx(MILLIONS[name], abs=0.1)
@@ -71,7 +71,7 @@ def test_parameters_are_those_of_the_papers_table(name):
 @pytest.mark.parametrize("name", GATED)
 @pytest.mark.parametrize("options", [{}, {"se_ratio": 8, "se_bias": False}], ids=["r16", "r8"])
 @pytest.mark.long
-def test_se_gates_what_the_paper_says_and_adds_nothing_else(name, options):
+def test_se_adds_only_the_gates_described_in_the_paper(name, options):
     with torch.device("meta"):
         plain, gated = create_backbone(name), create_backbone(f"se_{name}", **options)
     found = [m.fc1.in_features for m in gated.modules() if isinstance(m, SqueezeExcitation)]
@@ -180,7 +180,7 @@ def stated_shufflenet(state, x: Tensor, placement: str | None) -> dict[str, Tens
     ],
 )
 @pytest.mark.long
-def test_the_small_networks_compute_their_papers_tables(name, stated, placement):
+def test_the_small_networks_match_their_papers_tables(name, stated, placement):
     options = {"se_placement": placement} if placement else {}
     backbone = create_backbone(name, out_features=STAGES, **options)
     state = randomise(backbone)
@@ -303,7 +303,7 @@ def test_padding_changes_only_values_near_the_border():
 @pytest.mark.parametrize("side", [75, 97])
 @pytest.mark.parametrize("name", ["vgg16_bn", "bn_inception", "mobilenet", "shufflenet_g3"])
 @pytest.mark.long
-def test_images_of_odd_sides_are_taken(name, side):
+def test_images_of_odd_sizes_are_accepted(name, side):
     backbone = create_backbone(name).eval()
     with torch.no_grad():
         features = backbone(torch.randn(1, 3, side, side))["res5"]
@@ -334,6 +334,6 @@ def test_images_of_odd_sides_are_taken(name, side):
         ),
     ],
 )
-def test_options_that_make_no_sense_for_these_networks_are_refused(name, overrides, words):
+def test_options_that_these_networks_do_not_support_are_rejected(name, overrides, words):
     with pytest.raises(UserError, match=words):
         create_backbone(name, **overrides)

@@ -52,7 +52,7 @@ def _opencv(net: CaffeNet, folder) -> dict[str, torch.Tensor]:
     ],
 )
 @pytest.mark.long
-def test_the_authors_networks(name, ours, tmp_path):
+def test_the_authors_networks_give_opencvs_logits(name, ours, tmp_path):
     expected = _opencv(senet(name), tmp_path)
     path = tmp_path / "net.caffemodel"
     model = create_classifier(ours, weights=path).eval()
@@ -65,7 +65,7 @@ def test_the_authors_networks(name, ours, tmp_path):
 
 
 @pytest.mark.long
-def test_the_authors_bn_inception(tmp_path):
+def test_the_authors_bn_inception_gives_opencvs_logits(tmp_path):
     net = se_bn_inception()
     net.write(tmp_path / "net.prototxt", tmp_path / "net.caffemodel", for_opencv=True)
     runner = opencv_network(tmp_path / "net.prototxt", tmp_path / "net.caffemodel")
@@ -105,7 +105,7 @@ def test_places365_in_caffe(blocks, ours, tmp_path):
 
 
 @pytest.mark.long
-def test_a_changed_definition_is_believed_over_the_family(tmp_path, monkeypatch):
+def test_a_files_definition_takes_precedence_over_the_familys(tmp_path, monkeypatch):
     # The stride in a file takes precedence over the one in the authors' definition.
     changed = replace(DESIGNS["SE-ResNet-50"], stride_in_1x1=False)
     monkeypatch.setitem(caffe_networks.DESIGNS, "SE-ResNet-50", changed)
@@ -116,7 +116,7 @@ def test_a_changed_definition_is_believed_over_the_family(tmp_path, monkeypatch)
 
 
 @pytest.mark.long
-def test_an_eps_of_its_own_is_taken_into_the_variances(tmp_path):
+def test_a_different_eps_is_folded_into_the_variances(tmp_path):
     net = senet("SE-ResNet-50", classes=10)
     for layer in net.layers:
         if layer["type"] == "BatchNorm":
@@ -127,7 +127,7 @@ def test_an_eps_of_its_own_is_taken_into_the_variances(tmp_path):
 
 
 @pytest.mark.long
-def test_a_bias_of_a_convolution_is_taken_into_the_mean(tmp_path):
+def test_a_bias_of_a_convolution_is_folded_into_the_mean(tmp_path):
     # In He et al.'s ResNet-50, the first convolution has a bias.
     net = senet("SE-ResNet-50", classes=10)
     first = net.layers[0]
@@ -139,7 +139,7 @@ def test_a_bias_of_a_convolution_is_taken_into_the_mean(tmp_path):
 
 
 @pytest.mark.long
-def test_a_stem_pool_that_no_backbone_has_is_refused(tmp_path):
+def test_a_stem_pool_that_no_backbone_has_is_rejected(tmp_path):
     net = senet("SE-ResNet-50", classes=10)
     pool = next(layer for layer in net.layers if layer["name"].startswith("pool1"))
     pool["params"]["pooling_param"]["pad"] = 1

@@ -15,7 +15,7 @@ from tests.weights.peers import check_peer, images, outputs_of_peer, peer, rando
 
 @pytest.mark.parametrize("wrapped", [True, False], ids=["today", "older"])
 @pytest.mark.long
-def test_mmpretrain_in_both_forms(wrapped, tmp_path):
+def test_mmpretrain_in_both_formats(wrapped, tmp_path):
     model = randomise(published.MMClassifier(50, se=True, wrapped=wrapped))
     path = tmp_path / "mm.pth"
     torch.save({"meta": {"epoch": 100}, "state_dict": model.state_dict()}, path)
@@ -24,7 +24,7 @@ def test_mmpretrain_in_both_forms(wrapped, tmp_path):
 
 
 @pytest.mark.long
-def test_mmpretrain_plain_and_its_backbone_saved_alone(tmp_path):
+def test_mmpretrain_without_se_and_with_only_the_backbone(tmp_path):
     model = randomise(published.MMClassifier(18, se=False))
     stages = [getattr(model.backbone, f"layer{i}") for i in (1, 2, 3, 4)]
     check_peer(model, stages, save(model, tmp_path / "mm.pth"), "resnet18", "mmpretrain")
@@ -37,7 +37,7 @@ def test_mmpretrain_plain_and_its_backbone_saved_alone(tmp_path):
 
 
 @pytest.mark.long
-def test_moskomule_whose_gates_have_no_biases(tmp_path):
+def test_moskomule_with_gates_without_biases(tmp_path):
     model = randomise(published.moskomule(18))
     path = save(model, tmp_path / "seresnet.pkl")
     created = check_peer(model, None, path, "se_resnet18", "moskomule")
@@ -45,7 +45,7 @@ def test_moskomule_whose_gates_have_no_biases(tmp_path):
 
 
 @pytest.mark.long
-def test_gates_with_and_without_biases_are_not_exchanged(tmp_path):
+def test_gates_with_and_without_biases_are_incompatible(tmp_path):
     # Without this check, biases would be dropped or remain random.
     bias_free = save(randomise(published.moskomule(18)), tmp_path / "free.pth")
     biased = save(peer("timm", "legacy_seresnet18"), tmp_path / "biased.pth")
@@ -95,7 +95,7 @@ def test_detectron2_has_its_stride_in_the_1x1(tmp_path):
 
 
 @pytest.mark.long
-def test_detectron1_goes_into_frozen_norms_alone(tmp_path):
+def test_detectron1_only_loads_into_frozen_norms(tmp_path):
     model = randomise(published.PlainClassifier(50, stride_in_1x1=True))
     path = published.write_detectron1(model, tmp_path / "R-50.pkl")
     created = check_peer(model, None, path, "resnet50", "detectron1", norm="FrozenBN")
@@ -130,7 +130,7 @@ def test_torchvision_weights_converted_by_detectron2(tmp_path):
 
 
 @pytest.mark.long
-def test_families_with_the_same_names_are_said_and_can_be_chosen(tmp_path, caplog):
+def test_families_with_the_same_names_are_logged_and_can_be_chosen(tmp_path, caplog):
     path = save(peer("torchvision", "resnet18"), tmp_path / "r18.pth")
     caplog.set_level("INFO", "senet_transfer")
     model = create_classifier("resnet18", weights=path)
@@ -147,7 +147,7 @@ def test_families_with_the_same_names_are_said_and_can_be_chosen(tmp_path, caplo
 
 
 @pytest.mark.long
-def test_a_family_that_the_file_can_not_be_of_is_refused(tmp_path):
+def test_a_family_that_contradicts_the_file_is_rejected(tmp_path):
     path = save(peer("torchvision", "resnet18"), tmp_path / "r18.pth")
     with pytest.raises(UserError, match="does not belong to the family cadene.*torchvision_v1"):
         load_weights(create_backbone("resnet18"), path, family="cadene")
@@ -157,14 +157,14 @@ def test_a_family_that_the_file_can_not_be_of_is_refused(tmp_path):
         create_backbone("resnet18", family="cadene")
 
 
-def test_a_network_of_no_known_family_is_refused(tmp_path):
+def test_a_network_of_an_unknown_family_is_rejected(tmp_path):
     path = save(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)), tmp_path / "other.pth")
     with pytest.raises(UserError, match="match no known family"):
         load_weights(create_backbone("resnet18"), path)
 
 
 @pytest.mark.long
-def test_timm_rounds_hidden_widths_and_the_model_can(tmp_path):
+def test_timm_rounds_hidden_widths_and_the_model_supports_it(tmp_path):
     # In res2, timm's SE-ResNet-18 has 8 hidden units instead of C / 16 = 4.
     path = save(peer("timm", "seresnet18"), tmp_path / "timm.pth")
     model = create_backbone("se_resnet18", weights=path)
@@ -174,6 +174,6 @@ def test_timm_rounds_hidden_widths_and_the_model_can(tmp_path):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_is_known_by_its_own_name(name):
+def test_every_family_is_detected_by_its_own_name(name):
     assert FAMILIES[name].name == name
     assert FAMILIES[name].title

@@ -97,7 +97,7 @@ FILES = {
 
 @pytest.mark.parametrize("family", FILES)
 @pytest.mark.long
-def test_a_faster_rcnn_built_from_a_file_starts_as_the_family_says(family, tmp_path):
+def test_a_faster_rcnn_built_from_a_file_has_the_familys_geometry(family, tmp_path):
     write, (arch, in_1x1, pool, (order, mean, std)) = FILES[family]
     path = write(tmp_path)
     cfg = config(arch)
@@ -126,7 +126,7 @@ def test_a_faster_rcnn_built_from_a_file_starts_as_the_family_says(family, tmp_p
 
 
 @pytest.mark.long
-def test_what_changes_is_logged_as_a_table(tmp_path, caplog):
+def test_changes_are_logged_as_a_table(tmp_path, caplog):
     caplog.set_level("INFO", "senet_transfer")
     cfg = config("resnet18")
     cfg.MODEL.WEIGHTS = str(save(peer("torchvision", "resnet18"), tmp_path / "r18.pth"))
@@ -163,7 +163,7 @@ def test_a_pinned_config_takes_precedence_over_the_names_of_tensors(tmp_path, ca
 
 
 @pytest.mark.long
-def test_the_family_decides_where_names_are_those_of_several(tmp_path):
+def test_the_given_family_decides_if_names_are_ambiguous(tmp_path):
     # The tensors of this project and of Detectron2's model zoo can have the same names and shapes.
     backbone = randomise(create_backbone("resnet50"))
     torch.save({"model": backbone.state_dict()}, tmp_path / "unmarked.pth")
@@ -181,7 +181,7 @@ def test_the_family_decides_where_names_are_those_of_several(tmp_path):
 
 
 @pytest.mark.long
-def test_gates_are_built_as_the_file_has_them(tmp_path):
+def test_gates_are_built_as_in_the_file(tmp_path):
     cfg = config("se_resnet18")
     cfg.MODEL.WEIGHTS = str(save(randomise(published.moskomule(18)), tmp_path / "peer.pth"))
     apply_file_geometry(cfg)
@@ -196,7 +196,7 @@ def test_gates_are_built_as_the_file_has_them(tmp_path):
     assert cfg.MODEL.SE.RELU_BEFORE
 
 
-def test_nothing_to_load_changes_nothing_and_a_missing_file_is_said():
+def test_without_weights_nothing_changes_and_a_missing_file_is_reported():
     cfg = config("resnet18")
     before = cfg.dump()
     assert apply_file_geometry(cfg) == []

@@ -65,7 +65,9 @@ SLOW_PEERS = [
     [*PEERS, *(pytest.param(*case, marks=slow) for case in SLOW_PEERS)],
 )
 @pytest.mark.long
-def test_a_file_of_a_peer_computes_what_the_peer_computes(package, theirs, ours, family, tmp_path):
+def test_a_file_of_another_library_gives_that_librarys_outputs(
+    package, theirs, ours, family, tmp_path
+):
     # Also check loading into an existing model, and networks with a wrong geometry.
     model = peer(package, theirs)
     path = save(model, tmp_path / "peer.pth")
@@ -84,7 +86,7 @@ def test_a_file_of_a_peer_computes_what_the_peer_computes(package, theirs, ours,
 
 
 @pytest.mark.long
-def test_the_same_network_under_another_name_is_refused(tmp_path):
+def test_the_same_network_under_another_name_is_rejected(tmp_path):
     path = save(peer("torchvision", "resnet18"), tmp_path / "r18.pth")
     with pytest.raises(UserError, match="The file contains resnet18, but the model is resnet34"):
         create_classifier("resnet34", weights=path)
@@ -92,7 +94,7 @@ def test_the_same_network_under_another_name_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["resnet50d", "seresnet50t", "ecaresnet50t", "seresnext26d_32x4d"])
 @pytest.mark.long
-def test_networks_of_timm_that_are_not_here_are_refused_by_what_differs(name, tmp_path):
+def test_unsupported_timm_networks_are_rejected_by_their_differences(name, tmp_path):
     path = save(peer("timm", name), tmp_path / "other.pth")
     with pytest.raises(UserError, match="an unsupported network|does not fit") as error:
         create_classifier("se_resnet50" if "se" in name else "resnet50", weights=path)

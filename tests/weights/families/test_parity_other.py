@@ -63,7 +63,7 @@ def test_inception_resnet(package, tmp_path):
 
 
 @pytest.mark.long
-def test_bn_inception_whose_convolutions_have_biases(tmp_path):
+def test_bn_inception_with_biases_of_convolutions(tmp_path):
     model = peer("pretrainedmodels", "bninception")
     model.global_pool = nn.AdaptiveAvgPool2d(1)
     path = save(model, tmp_path / "peer.pth")
@@ -103,7 +103,7 @@ def test_vgg_with_its_hidden_layers(tmp_path):
 )
 @pytest.mark.parametrize("bare", [True, False], ids=["bare", "saved"])
 @pytest.mark.long
-def test_this_projects_own_files_come_back(name, bare, tmp_path):
+def test_this_projects_own_files_are_restored(name, bare, tmp_path):
     backbone = randomise(create_backbone(name, out_features=["res4"]))
     path = tmp_path / "own.pth"
     save(backbone, path) if bare else save_weights(backbone, path)
@@ -152,7 +152,7 @@ def test_the_published_class_of_the_background_is_left_out(tmp_path):
 
 @pytest.mark.parametrize("other", ["vgg13_bn", "vgg16"])
 @pytest.mark.long
-def test_other_networks_of_the_same_names_are_refused(other, tmp_path):
+def test_other_networks_with_the_same_names_are_rejected(other, tmp_path):
     model = getattr(pytest.importorskip("torchvision").models, other)(init_weights=False)
     file = {f"features.{key}": value for key, value in model.features.state_dict().items()}
     torch.save(file, tmp_path / "vgg.pth")

@@ -1,7 +1,12 @@
 """Tests that files are loaded according to their metadata, and that users can override it."""
 
+import math
+from argparse import Namespace
+from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +29,7 @@ from senet_transfer.weights.families.architecture import Architecture
 from senet_transfer.weights.families.statements import statements_of
 from senet_transfer.weights.hub.catalogue import Entry, load_catalogue
 from senet_transfer.weights.mapping.source import examine
-from tests.weights.layouts import WIDTH, tiny
+from tests.weights.layouts import WIDTH, prefixed, tiny
 from tests.weights.peers import peer, randomise, save
 
 _SIZE = {"stem_out_channels": WIDTH, "res2_out_channels": WIDTH}
@@ -38,6 +43,9 @@ def _write(path: Path, **extras: object) -> Path:
 
 # Information in a file about its network.
 
+_ENDLESS = Namespace(model="resnet18")
+_ENDLESS.itself = _ENDLESS
+
 
 @pytest.mark.parametrize(
     "extras",
@@ -48,7 +56,14 @@ def _write(path: Path, **extras: object) -> Path:
         {"arch": "seresnet18"},
         {"architecture": "resnetaa18.x_in1k"},
         {"arch": "deeplabv3_resnet18"},
+        *({"arch": f"{start}resnetblur18"} for start in ("timm_", "timm:", "timm.", "tu-")),
         {"hyper_parameters": {"arch": "resnet34", "lr": 0.1}},
+        {"hyper_parameters": {"model": {"name": "resnetblur18", "num_classes": 5}}},
+        {"config": {"model": {"backbone": {"arch": "resnetblur18"}}}},
+        {"args": Namespace(model="resnetblur18", device=torch.device("cpu"))},
+        {"args": SimpleNamespace(arch="resnetblur18", start=datetime.now())},
+        {"args": Namespace(model=Namespace(name="resnetblur18"), weights=torch.ones(5))},
+        {"hyper_parameters": {"model": "resnetblur18", "loss": {"weights": torch.ones(5)}}},
         {"args": {"model": "legacy_seresnet18"}},
         {"meta": {"cfg": "model = dict(backbone=dict(type='ResNet', depth=50, style='pytorch'))"}},
         {
@@ -59,7 +74,7 @@ def _write(path: Path, **extras: object) -> Path:
         {"meta": {"cfg": "backbone=dict(type='ResNet', depth=18, dilations=(1, 1, 2, 4)), neck="}},
     ],
 )
-def test_a_statement_that_contradicts_the_tensors_is_an_error(extras, tmp_path):
+def test_stated_values_that_contradict_the_tensors_are_an_error(extras, tmp_path):
     with pytest.raises(UserError, match="its (entry|config)"):
         create_classifier("resnet18", 5, weights=_write(tmp_path / "a.pth", **extras), **_SIZE)
 
@@ -75,14 +90,84 @@ def test_a_statement_that_contradicts_the_tensors_is_an_error(extras, tmp_path):
             {"arch": 3},
         ),
         {"hyper_parameters": {"model": "resnet18"}},
+        {"hyper_parameters": {"model": {"name": "baseline", "teacher": "resnet50"}}},
+        {"args": Namespace(model="tu-resnet18", name="resnet50", itself=_ENDLESS)},
         {"meta": {"cfg": "backbone=dict(depth=18, strides=(1, 2, 2, 2), style='pytorch')"}},
+        {
+            "meta": {
+                "cfg": "teacher = dict(backbone=dict(depth=50))\n"
+                "model = dict(backbone=dict(depth=18))"
+            }
+        },
     ],
 )
-def test_a_statement_that_agrees_or_says_nothing_is_accepted(extras, tmp_path):
+def test_consistent_or_empty_stated_values_are_accepted(extras, tmp_path):
     path = _write(tmp_path / "a.pth", **extras)
     model = create_classifier("resnet18", 5, weights=path, **_SIZE).eval()
     with torch.no_grad():
         torch.testing.assert_close(model(_IMAGES), tiny()(_IMAGES), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_stated_values_of_another_network_in_the_file_are_a_note(nested, tmp_path):
+    networks = {"teacher": tiny(1).state_dict(), "student": tiny().state_dict()}
+    if not nested:
+        networks = prefixed("teacher.", networks["teacher"]) | prefixed(
+            "student.", networks["student"]
+        )
+    torch.save({"arch": "resnet50", "state_dict": networks}, path := tmp_path / "a.pth")
+    model = create_classifier("resnet18", 5, weights=path, prefix="student", **_SIZE).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(_IMAGES), tiny()(_IMAGES), rtol=1e-4, atol=1e-4)
+    assert any(
+        "its entry 'arch' is 'resnet50'" in note for note in examine(path, prefix="student").notes
+    )
+    # The second network is required: a prefix alone does not make a statement wrong.
+    single = prefixed("student.", tiny().state_dict()) | {"criterion.weight": torch.ones(5)}
+    torch.save({"arch": "resnet50", "state_dict": single}, path)
+    with pytest.raises(UserError, match="its entry 'arch'"):
+        examine(path, prefix="student")
+
+
+@pytest.mark.parametrize("kind", [dict, Namespace])
+@pytest.mark.parametrize("network", ["", "timm/resnet10t"])
+@pytest.mark.long
+def test_the_options_of_timms_train_script_set_the_preprocessing(network, kind, tmp_path):
+    data = pytest.importorskip("timm.data")
+    none = dict.fromkeys(("mean", "std", "crop_pct", "img_size")) | {"interpolation": ""}
+    half = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    default = {"input_size": (3, 224, 224), "crop_pct": 0.875}
+    if network:
+        default = pytest.importorskip("timm").get_pretrained_cfg("resnet10t").to_dict()
+        state = peer("timm", "resnet10t").state_dict()
+    else:
+        state = tiny().state_dict()
+    for stated in (
+        {},
+        half,
+        {"mean": [0.5], "std": [0.5]},
+        {"interpolation": "bilinear"},
+        {"crop_pct": 0.95},
+        {"img_size": 160},
+        {**half, "img_size": 96, "crop_pct": 1.0},
+    ):
+        args = none | stated
+        torch.save(
+            {"arch": network[5:] or "resnet18", "state_dict": state, "args": kind(**args)},
+            path := tmp_path / "a.pth",
+        )
+        found = examine(path, network=network)
+        expected = data.resolve_data_config(args, pretrained_cfg=default)
+        side = expected["input_size"][-1]
+        assert found.preprocessing == Preprocessing(
+            mean=pytest.approx([255 * value for value in expected["mean"]], abs=1e-3),
+            std=pytest.approx([255 * value for value in expected["std"]], abs=1e-3),
+            resize=math.floor(side / expected["crop_pct"]),
+            crop=side,
+            interpolation=expected["interpolation"],
+        )
+        assert "train.py" in found.notes[-1]
+        assert found.recorded >= {"mean", "std"} & stated.keys()
 
 
 def _described(name: str) -> Architecture:
@@ -109,7 +194,7 @@ def test_names_of_published_networks_agree_with_their_tensors():
 
 @pytest.mark.parametrize("name", ["resnetblur18", "resnetblur50", "resnetaa50"])
 @pytest.mark.long
-def test_timm_s_lookalikes_are_named_in_the_report(name, tmp_path):
+def test_timms_similar_networks_are_named_in_the_report(name, tmp_path):
     timm = pytest.importorskip("timm")
     other = f"resnet{name[-2:]}"
     with torch.device("meta"):
@@ -211,7 +296,7 @@ def _config(tmp_path, path, yaml="", *options):
     )
 
 
-def test_options_with_another_file_forget_the_choice_for_the_config_s_file(tmp_path):
+def test_options_with_another_file_reset_the_keys_of_the_configs_file(tmp_path):
     text = "MODEL: {WEIGHTS: a.pth, WEIGHTS_PREFIX: encoder_q., WEIGHTS_HEAD: ignore}\n"
     (tmp_path / "config.yaml").write_text(text)
     path = str(tmp_path / "config.yaml")
@@ -227,7 +312,7 @@ def _legacy(path):
 
 
 @pytest.mark.long
-def test_stated_values_win_against_a_guess_and_inherited_ones_do_not(tmp_path, caplog):
+def test_stated_values_override_a_guess_but_inherited_ones_do_not(tmp_path, caplog):
     path = _legacy(tmp_path / "a.pth")
     caplog.set_level("INFO", "senet_transfer")
 
@@ -270,7 +355,7 @@ def test_a_stated_mean_gives_the_logits_of_that_mean(tmp_path):
 
 
 @pytest.mark.long
-def test_a_statement_that_contradicts_the_file_s_own_record_is_an_error(tmp_path):
+def test_stated_values_that_contradict_the_files_metadata_are_an_error(tmp_path):
     backbone = create_backbone("se_resnet18", stem_pool="ceil", se_divisor=8)
     save_weights(randomise(backbone), tmp_path / "own.pth")
     options = ("MODEL.RESNETS.STEM_POOL", "pad")
@@ -320,8 +405,6 @@ def test_every_published_file_has_the_preprocessing_that_timm_states():
 
 
 def _published(entry: Entry) -> Preprocessing:
-    from dataclasses import replace
-
     from senet_transfer.weights import FAMILIES
 
     network = "inception_resnet_v2" if "inception" in entry.model else ""
@@ -351,7 +434,7 @@ def test_a_published_file_is_known_by_its_name_and_hash(tmp_path, monkeypatch):
 # Other numbers of classes.
 
 
-def test_another_number_of_classes_is_said_first_with_what_to_do(tmp_path):
+def test_another_number_of_classes_is_reported_first_with_a_remedy(tmp_path):
     save_weights(create_classifier("cifar_resnet8", 8), tmp_path / "own.pth")
     found = find_model(
         "cifar_resnet8", weights=str(tmp_path / "own.pth"),
@@ -370,5 +453,5 @@ def test_only_keys_that_a_file_would_change_are_kept(value):
         load_config("", ["MODEL.WEIGHTS_KEEP", value])
 
 
-def test_no_list_of_kept_keys_is_an_empty_one():
+def test_none_for_the_kept_keys_is_an_empty_list():
     assert load_config("", ["MODEL.WEIGHTS_KEEP", "None"]).MODEL.WEIGHTS_KEEP == []

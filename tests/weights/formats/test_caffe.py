@@ -108,7 +108,7 @@ def _opencv(net: CaffeNet, image: np.ndarray, folder) -> np.ndarray:
 
 
 @pytest.mark.parametrize("net", [_se_net(), _inception_net()], ids=lambda net: net.name)
-def test_what_is_read_computes_what_opencv_computes(net, tmp_path):
+def test_a_loaded_network_computes_the_same_as_opencv(net, tmp_path):
     image = _rng(2).normal(0, 1, net.shape).astype(np.float32)
     expected = torch.from_numpy(_opencv(net, image, tmp_path))
     net.write(tmp_path / "net.prototxt", tmp_path / "net.caffemodel")
@@ -139,7 +139,7 @@ def test_layers_are_read_as_written(tmp_path):
     }
 
 
-def test_geometry_is_as_stated(tmp_path):
+def test_geometry_is_read_from_the_definition(tmp_path):
     net = _se_net()
     net.write(tmp_path / "net.prototxt", tmp_path / "net.caffemodel")
     layers = {layer.name: layer for layer in read_caffemodel(tmp_path / "net.caffemodel")[1]}
@@ -166,7 +166,7 @@ def test_geometry_by_height_and_width():
 @pytest.mark.parametrize(
     "options", [{}, {"legacy_shapes": True}, {"doubles": True}, {"packed": False}], ids=str
 )
-def test_every_layout_of_numbers_gives_the_same_tensors(options, tmp_path):
+def test_every_encoding_of_blobs_gives_the_same_tensors(options, tmp_path):
     net = _se_net()
     (tmp_path / "net.caffemodel").write_bytes(net.caffemodel(**options))
     tensors = read_tensors(tmp_path / "net.caffemodel").tensors
@@ -213,7 +213,7 @@ def test_a_factor_of_zero_means_statistics_of_zero():
     assert tensors["bn/running_var"].tolist() == [0, 0]
 
 
-def test_numbers_of_unknown_layers_are_kept():
+def test_blobs_of_unknown_layers_are_kept():
     layer = CaffeLayer("slope", "PReLU", blobs=(np.ones(3, np.float32),))
     assert list(caffe_tensors([layer])) == ["slope/blob0"]
 
@@ -253,12 +253,12 @@ def test_tensors_own_aligned_writable_memory(tmp_path):
         ),
     ],
 )
-def test_numbers_that_contradict_their_layer_are_refused(layer, expected):
+def test_blobs_that_contradict_their_layer_are_rejected(layer, expected):
     with pytest.raises(UserError, match=expected):
         caffe_tensors([layer])
 
 
-def test_a_layer_that_is_there_twice_is_refused():
+def test_a_duplicate_layer_is_rejected():
     layer = CaffeLayer("s", "Scale", blobs=(np.ones(2), np.ones(2)))
     with pytest.raises(UserError, match="two layers named 's'"):
         caffe_tensors([layer, layer])
@@ -270,7 +270,7 @@ def _layers_of(folder, data: bytes) -> list[CaffeLayer]:
 
 
 @pytest.mark.long
-def test_a_file_cut_inside_a_layer_is_refused_and_one_cut_between_layers_has_the_rest(tmp_path):
+def test_truncation_inside_a_layer_is_rejected_but_not_between_layers(tmp_path):
     data = _se_net().caffemodel()
     whole = len(_layers_of(tmp_path, data))
     between = 0
@@ -340,14 +340,14 @@ def test_an_unknown_pooling_method_is_rejected():
         window_of(layer)
 
 
-def test_a_file_of_2013_says_what_to_do(tmp_path):
+def test_a_file_of_2013_is_an_error_with_a_remedy(tmp_path):
     path = tmp_path / "v0.caffemodel"
     path.write_bytes(b"\x0a\x03old" + b"\x12\x07\x0a\x05\x0a\x03abc")
     with pytest.raises(UserError, match="upgrade_net_proto_binary"):
         read_tensors(path)
 
 
-def test_a_definition_given_as_weights_says_so(tmp_path):
+def test_a_definition_given_as_weights_is_reported(tmp_path):
     path = tmp_path / "net.prototxt"
     path.write_text(_se_net().prototxt())
     with pytest.raises(UserError, match="Use the .caffemodel"):

@@ -46,7 +46,7 @@ KINDS = ("pth", "legacy", "safetensors", "pkl", "caffemodel")
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".pkl", ".caffemodel", ".txt", ""])
-def test_the_content_decides_and_not_the_suffix(kind, suffix, tmp_path):
+def test_the_format_is_detected_from_the_content_and_not_the_suffix(kind, suffix, tmp_path):
     path = tmp_path / f"weights{suffix}"
     _write(path, kind)
     file = read_tensors(str(path))
@@ -85,19 +85,19 @@ def test_a_weight_file_is_immutable(tmp_path):
         lambda t: {"conv": {"weight": t["conv.weight"]}, "bn": {k[3:]: t[k] for k in list(t)[1:]}},
     ],
 )
-def test_wrappers_are_peeled(wrap, tmp_path):
+def test_wrappers_are_removed(wrap, tmp_path):
     torch.save(wrap(_tensors()), tmp_path / "a.pth")
     tensors = read_tensors(tmp_path / "a.pth").tensors
     assert list(tensors) == list(_tensors())
     assert all(torch.equal(tensors[name], value) for name, value in _tensors().items())
 
 
-def test_a_prefix_that_not_every_name_has_stays(tmp_path):
+def test_a_prefix_that_not_every_name_has_is_kept(tmp_path):
     torch.save({"module.a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "a.pth")
     assert list(read_tensors(tmp_path / "a.pth").tensors) == ["module.a", "b"]
 
 
-def test_plain_values_beside_the_tensors_are_kept(tmp_path):
+def test_plain_values_next_to_the_tensors_are_kept(tmp_path):
     own = {"family": "cadene", "geometry": {"stride_in_1x1": True}, "mean": [1.0, 2.0]}
     meta = {"classes": ["a", "b"], "time": "today", "seed": None}
     content = {"model": _tensors(), "senet_transfer": own, "meta": meta, "epoch": 4}
@@ -142,7 +142,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_file_says_what_it_is(name, tmp_path):
+def test_a_broken_file_is_reported_with_its_content(name, tmp_path):
     content, expected = BROKEN[name]
     path = tmp_path / "se_resnet50.pth"
     path.write_bytes(content)
@@ -150,7 +150,7 @@ def test_a_broken_file_says_what_it_is(name, tmp_path):
         read_tensors(path)
 
 
-def test_a_missing_file_a_folder_and_a_device_say_so(tmp_path):
+def test_a_missing_file_a_folder_and_a_device_are_reported(tmp_path):
     with pytest.raises(UserError, match=r"a\.pth does not exist"):
         read_tensors(tmp_path / "a.pth")
     with pytest.raises(UserError, match="a folder"):
@@ -166,7 +166,7 @@ def test_a_missing_file_a_folder_and_a_device_say_so(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can read all files")
-def test_a_file_without_permission_says_so(tmp_path):
+def test_a_file_without_permission_is_reported(tmp_path):
     _write(tmp_path / "a.pth", "pth")
     (tmp_path / "a.pth").chmod(0)
     with pytest.raises(UserError, match="Cannot read"):
@@ -174,7 +174,7 @@ def test_a_file_without_permission_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pkl"])
-def test_a_file_cut_anywhere_is_refused(kind, tmp_path):
+def test_a_file_truncated_anywhere_is_rejected(kind, tmp_path):
     path = tmp_path / "a"
     _write(path, kind)
     data = path.read_bytes()
@@ -188,7 +188,7 @@ def test_a_file_cut_anywhere_is_refused(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_hash_beside_the_file_is_verified(kind, tmp_path):
+def test_a_hash_file_next_to_the_file_is_verified(kind, tmp_path):
     path = tmp_path / "a.pth"
     _write(path, kind)
     (tmp_path / "a.pth.sha256").write_text(f"{file_sha256(path)}  a.pth\n")
@@ -200,7 +200,7 @@ def test_a_hash_beside_the_file_is_verified(kind, tmp_path):
         read_tensors(path)
 
 
-def test_every_way_to_write_a_hash_file_is_understood(tmp_path):
+def test_every_format_of_a_hash_file_is_supported(tmp_path):
     path = tmp_path / "a.pth"
     _write(path, "pth")
     digest, other = file_sha256(path), "0" * 64
@@ -219,7 +219,7 @@ def test_every_way_to_write_a_hash_file_is_understood(tmp_path):
             read_tensors(path)
 
 
-def test_an_expected_hash_is_verified_whole_or_by_its_beginning(tmp_path):
+def test_an_expected_hash_or_a_prefix_of_it_is_verified(tmp_path):
     path = tmp_path / "a.pth"
     _write(path, "pth")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -260,7 +260,7 @@ def test_a_hash_in_own_metadata_is_verified(kind, tmp_path):
         read_tensors(path)
 
 
-def test_what_was_verified_is_stated(tmp_path):
+def test_the_kind_of_verification_is_reported(tmp_path):
     for kind, expected in (("pth", ("zip CRC",)), ("legacy", ("values",)), ("pkl", ("values",))):
         _write(tmp_path / kind, kind)
         assert read_tensors(tmp_path / kind).verified == expected
@@ -281,7 +281,7 @@ def test_impossible_values_are_named(name, value):
         check_values({f"{i}.{name}": tensors[name] for i in range(8)}, "file.pkl")
 
 
-def test_possible_values_pass():
+def test_valid_values_are_accepted():
     check_values(
         {
             "bn.running_mean": -torch.ones(3),

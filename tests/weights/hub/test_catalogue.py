@@ -52,13 +52,13 @@ def test_an_entry_is_well_formed(name):
         assert not re.search(r"-[0-9a-f]{8}\.", entry.url)
 
 
-def test_one_name_in_the_cache_is_one_file():
+def test_each_cache_name_belongs_to_one_url():
     addresses = {}
     for entry in CATALOGUE.values():
         assert addresses.setdefault(entry.file, entry.url) == entry.url
 
 
-def test_torchvision_states_the_same_addresses():
+def test_torchvision_has_the_same_urls():
     models = pytest.importorskip("torchvision").models
     for version in ("v1", "v2"):
         for name in list_catalogue(f"torchvision_{version}/*"):
@@ -67,7 +67,7 @@ def test_torchvision_states_the_same_addresses():
 
 
 @pytest.mark.long
-def test_timm_and_pretrainedmodels_state_the_same_files():
+def test_timm_and_pretrainedmodels_have_the_same_files():
     timm_models = pytest.importorskip("timm").models
     names = {name: name.partition("/")[2] for name in list_catalogue("timm/*")}
     legacy = list_catalogue("timm_legacy/*")
@@ -111,7 +111,7 @@ def published(tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-def test_a_name_works_wherever_a_path_does_and_is_fetched_once(published, tmp_path):
+def test_a_name_works_like_a_path_and_is_downloaded_once(published, tmp_path):
     name = "timm_legacy/test"
     backbone = create_backbone("se_resnet18", weights=name)
     assert backbone.res2[0].relu_before
@@ -134,7 +134,7 @@ def test_a_name_works_wherever_a_path_does_and_is_fetched_once(published, tmp_pa
 
 
 @pytest.mark.long
-def test_what_the_user_says_of_the_family_counts(published):
+def test_the_users_family_takes_precedence(published):
     with pytest.raises(UserError, match="does not belong to the family cadene"):
         create_backbone("se_resnet18", weights="cadene/wrong")
     backbone = create_backbone("se_resnet18", weights="cadene/wrong", family="timm_legacy")
@@ -142,7 +142,7 @@ def test_what_the_user_says_of_the_family_counts(published):
 
 
 @pytest.mark.long
-def test_a_file_that_is_in_the_cache_already_is_used_if_it_is_the_right_one(published):
+def test_a_cached_file_is_used_if_its_hash_matches(published):
     entry = CATALOGUE["timm_legacy/test"]
     path = resolve(entry.name)
     raw = bytearray(path.read_bytes())
@@ -154,7 +154,7 @@ def test_a_file_that_is_in_the_cache_already_is_used_if_it_is_the_right_one(publ
 
 
 @pytest.mark.long
-def test_a_file_of_that_name_comes_first(published, tmp_path, monkeypatch):
+def test_a_local_file_of_that_name_takes_precedence(published, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "timm_legacy").mkdir()
     save(peer("timm", "seresnet18"), tmp_path / "timm_legacy" / "test")
@@ -164,7 +164,7 @@ def test_a_file_of_that_name_comes_first(published, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["cadene/se_resnet5O", "timm/seresnet50", "places365/resnet34"])
-def test_an_unknown_name_is_answered_with_the_nearest(name):
+def test_an_unknown_name_error_suggests_the_nearest(name):
     with pytest.raises(UserError, match=rf"neither an existing file.*Did you mean {name[:6]}"):
         create_backbone("se_resnet50", weights=name)
     cfg = get_senet_config()
@@ -175,7 +175,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(name):
         apply_file_geometry(cfg)
 
 
-def test_a_misspelt_publisher_is_answered_like_a_missing_file():
+def test_a_misspelt_publisher_is_reported_like_a_missing_file():
     cfg = get_senet_config()
     cfg.MODEL.WEIGHTS = "cadenne/se_resnet50"
     with pytest.raises(UserError, match="does not exist.*a similar name: cadene/se_resnet50"):
@@ -187,7 +187,7 @@ def test_a_misspelt_publisher_is_answered_like_a_missing_file():
 
 
 @pytest.mark.parametrize("name", [name for name, e in CATALOGUE.items() if e.by_hand])
-def test_what_has_to_be_fetched_by_hand_says_from_where_and_to_where(name, tmp_path, monkeypatch):
+def test_a_manual_download_error_names_the_source_and_destination(name, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     entry = CATALOGUE[name]
     with pytest.raises(UserError) as error:
@@ -200,7 +200,7 @@ def test_what_has_to_be_fetched_by_hand_says_from_where_and_to_where(name, tmp_p
 
 
 @pytest.mark.long
-def test_a_cached_file_is_hashed_once_as_long_as_it_stays(published, monkeypatch):
+def test_a_cached_file_is_hashed_once_until_it_changes(published, monkeypatch):
     hashed = []
     monkeypatch.setattr(catalogue, "check_sha256", lambda path, *_: hashed.append(path))
     path = resolve("timm_legacy/test")

@@ -32,7 +32,7 @@ def _left(folder):
     return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
 
 
-def test_a_file_comes_whole_and_once(site, tmp_path):
+def test_a_file_is_downloaded_completely_and_once(site, tmp_path):
     url = site.add("a.pth", BODY)
     path = fetch(url, tmp_path / "cache" / "a.pth", HASH)
     assert path.read_bytes() == BODY
@@ -42,7 +42,7 @@ def test_a_file_comes_whole_and_once(site, tmp_path):
 
 
 @pytest.mark.long
-def test_processes_that_want_the_same_file_download_it_once(site, tmp_path, capfd):
+def test_concurrent_processes_download_a_file_once(site, tmp_path, capfd):
     url = site.add("a.pth", BODY)
     # Fork the processes, so that they do not have to import all modules again.
     context = multiprocessing.get_context("fork")
@@ -59,14 +59,14 @@ def test_processes_that_want_the_same_file_download_it_once(site, tmp_path, capf
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_broken_transfer_is_taken_up_or_done_again(site, tmp_path, ranges):
+def test_a_broken_transfer_is_resumed_or_restarted(site, tmp_path, ranges):
     site.breaks, site.ranges = 1, ranges
     path = fetch(site.add("a.pth", BODY), tmp_path / "a.pth", HASH)
     assert path.read_bytes() == BODY
     assert site.asked == [("/a.pth", None), ("/a.pth", f"bytes={len(BODY) // 2}-")]
 
 
-def test_a_file_without_a_tag_is_never_put_together_from_two(site, tmp_path):
+def test_a_file_without_a_strong_etag_is_never_resumed(site, tmp_path):
     site.breaks, site.ranges = 1, True
     fetch(site.add("a.pth", BODY, ETag='W/"1"'), tmp_path / "a.pth", None)
     assert site.asked == [("/a.pth", None)] * 2
@@ -101,7 +101,7 @@ def test_a_wrong_hash_leaves_nothing(site, tmp_path):
     ],
     ids=["missing", "busy", "declared page", "page", "empty", "unencrypted", "file"],
 )
-def test_what_is_no_file_is_refused_with_address_and_place(site, tmp_path, page, words, attempts):
+def test_invalid_responses_are_rejected_with_url_and_path(site, tmp_path, page, words, attempts):
     url = site.add("a.pth", **page)
     with pytest.raises(UserError, match=words) as error:
         fetch(url, tmp_path / "a.pth", None, hint=" Note: this.")
@@ -112,7 +112,7 @@ def test_what_is_no_file_is_refused_with_address_and_place(site, tmp_path, page,
     assert len(site.asked) == attempts
 
 
-def test_offline_is_said_with_the_way_out(tmp_path):
+def test_being_offline_is_an_error_with_a_remedy(tmp_path):
     with serving() as site:
         url = site.address("a.pth")
     with pytest.raises(UserError, match="the server can't be reached") as error:
@@ -121,12 +121,12 @@ def test_offline_is_said_with_the_way_out(tmp_path):
 
 
 @pytest.mark.parametrize("url", ["http://example.com/a.pth", "ftp://x/a", "file:///etc/passwd"])
-def test_addresses_that_are_not_encrypted_are_refused(url, tmp_path):
+def test_unencrypted_urls_are_rejected(url, tmp_path):
     with pytest.raises(UserError, match="https://"):
         fetch(url, tmp_path / "a", None)
 
 
-def test_a_server_that_falls_silent_is_given_up(site, tmp_path, monkeypatch):
+def test_a_server_that_stops_responding_times_out(site, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "TIMEOUT", 0.2)
     monkeypatch.setattr(download, "ATTEMPTS", 1)
     half = site.add("a.pth", BODY, Content_Length=str(2 * len(BODY)), Connection="keep-alive")
@@ -136,7 +136,7 @@ def test_a_server_that_falls_silent_is_given_up(site, tmp_path, monkeypatch):
                 fetch(url, tmp_path / "a.pth", HASH)
 
 
-def test_a_file_without_a_hash_is_called_unverified(site, tmp_path, caplog):
+def test_a_file_without_a_hash_is_reported_as_unverified(site, tmp_path, caplog):
     fetch(site.add("a.pth", BODY), tmp_path / "a.pth", None)
     assert "not verified, because its publisher provides no hash" in caplog.text
     assert HASH in caplog.text

@@ -182,7 +182,7 @@ class Report:
 
 
 def run_part(name: str, settings: Settings, report: Report) -> None:
-    """Run a part in its own process until its deadline, and report its rows."""
+    """Run a part of the benchmark in its own process until its deadline; report its results."""
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_serve, args=(there, name, settings))

@@ -119,7 +119,7 @@ def test_boxes_of_yolo_equal_those_of_supervision_on_real_data(shared_data, tmp_
     assert assert_equals_supervision(datasets["train"], classes, found) > 50
 
 
-def test_yolo_polygons_are_outlines_and_images_without_labels_have_no_objects(tmp_path):
+def test_yolo_polygons_are_masks_and_unlabelled_images_have_no_objects(tmp_path):
     make_images(tmp_path, images__train__a=(100, 80), images__train__b=(100, 80))
     make_images(tmp_path, images__val__c=(50, 50))
     for name in ("train/a", "val/c"):
@@ -149,7 +149,7 @@ def rasterise(item: dict, width: int, height: int) -> np.ndarray:
     return coco_mask.decode(outline).astype(bool)
 
 
-def test_labelme_shapes_cover_the_pixels_of_labelme(tmp_path):
+def test_labelme_shapes_have_the_pixels_of_labelme(tmp_path):
     make_images(tmp_path, images__a=(100, 80))
     (tmp_path / "labels").mkdir()
     shutil.copy(FIXTURES / "labelme.json", tmp_path / "labels" / "a.json")

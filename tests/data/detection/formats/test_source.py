@@ -49,7 +49,7 @@ def test_boxes_are_fractions_of_the_image_with_or_without_its_orientation(tmp_pa
         assert truth.anns[1]["bbox"] == box
 
 
-def test_recipes_and_groups_of_images_use_boxes_of_the_images_without_their_orientation(tmp_path):
+def test_recipes_and_image_groups_use_boxes_without_the_orientation(tmp_path):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     Image.new("RGB", (100, 80)).save(tmp_path / "a.jpg", exif=exif)
