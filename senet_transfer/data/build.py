@@ -101,7 +101,7 @@ def check_brightness(cfg: CfgNode, *, eval_only: bool = False) -> None:
 
 
 def warn_of_dataset(dataset: ClassificationDataset, name: str, reading: Reading) -> None:
-    """Warn about a data set of 16-bit images that would be almost black, unless it is remote."""
+    """Warn about a data set of 16-bit images that would be almost black. Skip remote data sets."""
     if not is_remote(name):
         warn_if_dark(name, reading, len(dataset), lambda index: dataset.read_sample(index).data)
 
@@ -160,8 +160,8 @@ def use_class_order(cfg: CfgNode, classes: list[str], *, eval_only: bool = False
         eval_only: Ignore the training data.
 
     Returns:
-        True if the order was set. False if the data sets have other classes or fixed labels, as
-        shards do; the config is then not changed.
+        True if the order was set. False if the data sets have other classes, or fixed labels
+        (as in shards); the config is then not changed.
     """
     found = list(cfg.DATASETS.CLASSES)
     if len(match_names(found, classes)) < len(found):
@@ -252,7 +252,7 @@ def find_dataset(name: str) -> str:
 def open_train_dataset(cfg: CfgNode) -> ClassificationDataset | ImageArrays:
     """Open the training data set."""
     # The path of a complete Places365 folder does not determine the split, so the smaller train
-    # split is the default. The path of an image folder selects the other split.
+    # split is used. The larger one is selected with the path of its image folder.
     return _open(cfg, cfg.DATASETS.TRAIN[0], "train" if in_memory(cfg) else "train_standard")
 
 

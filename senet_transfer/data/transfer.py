@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class SideStream(Protocol):
-    """Protocol for streams with copies that run in parallel with the computation."""
+    """Protocol for streams whose copies run in parallel with the computation."""
 
     def copy(self, tensor: Tensor) -> Tensor:
         """Start to copy a tensor to the device, and return the copy."""
@@ -19,8 +19,8 @@ class SideStream(Protocol):
 class CudaSideStream:
     """A CUDA stream for copies from pinned memory.
 
-    The copy of a batch starts as soon as the host has read it. The host runs ahead of the GPU,
-    which is still computing earlier steps at this time.
+    The copy of a batch starts as soon as the host has read the batch. The host runs ahead of the
+    GPU, which is still computing earlier steps at this time.
     """
 
     def __init__(self, device: torch.device):

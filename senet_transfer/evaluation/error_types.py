@@ -214,7 +214,7 @@ def error_costs(overlaps: Overlaps, errors: Errors, classes: int) -> ErrorCosts:
         objects=per_class(~overlaps.crowd),
     )
     ap = base.ap()
-    # When correcting errors, the authors' program sorts false positives first among equal scores.
+    # When it corrects errors, the authors' program sorts false positives first among equal scores.
     sorted_last = replace(base, order=position + len(position) * errors.hit)
     costs = {}
     for number, name in enumerate(ERROR_TYPES):

@@ -17,7 +17,7 @@ _CLASSIFICATION = ("top1_error", "top5_error", "images")
 
 
 def check_metric(cfg: CfgNode, key: str, metric: str) -> None:
-    """Check that evaluations during training will return a metric of a known task.
+    """Check that evaluation during training can return the given metric.
 
     Args:
         cfg: The config of the run.

@@ -116,7 +116,7 @@ def _in_folder(images: Images) -> Iterator[tuple[str, bytes]]:
 
 
 def _in_archive(path: Path, folders: set[str]) -> Iterator[tuple[str, bytes]]:
-    """Yield the name and content of each image, and add the folders of the archive to a set."""
+    """Yield the name and content of each image, and add the archive's folders to ``folders``."""
     with open_tar(path) as archive:
         for member in archive:
             # The name determines only the class and the order; nothing is extracted to disk.

@@ -115,7 +115,7 @@ def build_classification_train_loader(
     order = _Order(seed, start_iter, class_aware, shuffle_block)
     _check_batches(dataset, batch_size)
     if class_aware:
-        dataset.labels()  # loaded before the workers are forked, which lets them share the memory
+        dataset.labels()  # loaded before the workers are forked, so they share the memory
     skips = SkipCounter(num_workers, max_skip_ratio)
     batches = _TrainBatches(dataset, transform, skips, batch_size, readers, order)
     return ClassificationLoader(_data_loader(batches, num_workers, pin_memory), skips, None, 0)
@@ -135,7 +135,7 @@ def build_classification_eval_loader(
 
     A batch contains the entries of a training batch and `index`, the image indices in the data set
     (`list[int]`). With V views of each image, such as ten crops, `image` is `(N, V, 3, H, W)`. For
-    whole images, `image` and `shapes` are returned by `pack`. The last batch of a worker may be
+    whole images, `image` and `shapes` are the output of `pack`. The last batch of a worker may be
     smaller, and the number of images per rank may differ by one. A broken image raises an error,
     because skipping it would change the metrics. A wrong number of loaded images also raises an
     error.

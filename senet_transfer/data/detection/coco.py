@@ -150,8 +150,8 @@ class CocoDataset:
         """Write classes, keypoints and paths to the catalog's metadata, replacing existing values.
 
         `Metadata` does not allow values to be changed, but they must be updated if the annotation
-        file has changed. The object is updated in place, because evaluators and visualisers keep
-        references to it.
+        file has changed. The metadata object is updated in place, because evaluators and
+        visualisers keep references to it.
         """
         vars(MetadataCatalog.get(self.name)).update(
             json_file=self.json_file,

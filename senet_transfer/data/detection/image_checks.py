@@ -135,7 +135,7 @@ def _check_header(record: dict, *, read: Callable[[dict], object], reading: Read
     try:
         with PathManager.open(record["file_name"], "rb") as file:
             image = Image.open(file)
-            # In a PNG file, Pillow only finds EXIF data after the pixels by decoding the image.
+            # In a PNG file, EXIF data can follow the pixels. Pillow finds it only by decoding them.
             known = image.format != "PNG" or "exif" in image.info
             size = size_of(image, upright=reading.upright and known)
             fine = size == (record["width"], record["height"])

@@ -352,7 +352,7 @@ def read_image(path: str, image_format: str, reading: Reading = UPRIGHT) -> np.n
     Args:
         path: Path of an image in one of the formats in `file_types.FORMATS`.
         image_format: "BGR", "RGB", "L", or any other format supported by Detectron2's `read_image`.
-            It is not used if ``reading`` contains a number of channels; the image can then be in
+            It is not used if ``reading`` specifies a number of channels; the image can then be in
             any format supported by :func:`~senet_transfer.data.images.channels.decode_channels`.
         reading: Settings for reading the image. By default, the EXIF orientation is applied, as in
             Detectron2.
@@ -362,7 +362,7 @@ def read_image(path: str, image_format: str, reading: Reading = UPRIGHT) -> np.n
         for the format "YUV-BT.601".
 
     Raises:
-        BrokenImageError: If the image has 32 bits per value and ``reading`` contains no value
+        BrokenImageError: If the image has 32 bits per value and ``reading`` specifies no value
             range.
         Exception: Any exception that Pillow raises for a missing, broken or truncated file.
     """

@@ -84,7 +84,7 @@ def find_images(root: str | Path) -> dict[str, list[str]]:
         Folders without images are included if they have no subfolders.
 
     Raises:
-        UserError: If a folder cannot be read, or a link leads to nothing.
+        UserError: If a folder cannot be read, or a symbolic link is broken.
     """
     images: dict[str, list[str]] = {}
     others: dict[str, list[str]] = {}

@@ -116,7 +116,7 @@ def is_shard_name(name: str) -> bool:
 
 
 def find_shards(folder: Path) -> list[Path]:
-    """Return the tar files in a folder without class folders, sorted by name.
+    """Return the tar files in a folder that has no class folders, sorted by name.
 
     Raises:
         UserError: If the folder cannot be read, or the tar files are those of several splits.

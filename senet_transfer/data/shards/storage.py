@@ -179,7 +179,7 @@ def file_system(url: str, storage: RemoteOptions) -> fsspec.AbstractFileSystem:
 
 
 def missing_files(urls: Sequence[str], storage: RemoteOptions) -> list[str]:
-    """Return the addresses, all on one server, at which no file exists.
+    """Return the addresses at which no file exists. All addresses must be on the same server.
 
     The result is empty if the server does not respond. In this case, reading fails later, after
     retries.

@@ -108,7 +108,7 @@ def _not_in_file(result: Match, source: Source, target: Target, name: str, exact
 
 
 def _other_classes(source: Source, target: Target, name: str) -> str | None:
-    """Return why a tensor of a different shape may keep its initial values; None if it may not."""
+    """Return why a tensor that differs in shape may keep its initial values; None if it may not."""
     found, expected = source.tensors[name], target.tensors[name]
     if not found.is_floating_point() or found.shape[1:] != expected.shape[1:]:
         return None

@@ -27,7 +27,7 @@ class CopyPaste(Dataset):
         Args:
             images: Mapped images with masks. Images that cannot be mapped are represented by their
                 UserErrors.
-            probability: Probability that objects are pasted on an image.
+            probability: Probability that objects are pasted onto an image.
         """
         self.images, self.probability = images, probability
 
@@ -45,7 +45,7 @@ class CopyPaste(Dataset):
 
 
 def paste(target: dict, source: dict) -> dict:
-    """Paste each object of an image on another image with probability 0.5.
+    """Paste each object of one image onto another image with probability 0.5.
 
     Covered pixels are removed from the masks of the target's objects. An object that is covered
     completely is removed. The box of an object whose mask has changed is fitted to its mask.

@@ -151,7 +151,7 @@ class ImageFolder:
     def __init__(self, root: str | Path, *, upright: bool = True):
         """
         Args:
-            root: The folder.
+            root: Path of the folder.
             upright: Whether the annotations refer to the images with EXIF orientation applied.
 
         Raises:
@@ -192,7 +192,7 @@ class ImageFolder:
         return os.path.isfile(os.path.join(self.root, name))
 
     def with_stem(self, stem: str) -> str | None:
-        """Return the relative path of the image with a path without extension, or None."""
+        """Return the relative path of the image whose path without extension is `stem`, or None."""
         if self._by_stem is None:
             names = list_files(self.root, is_image_name)
             self._by_stem = {os.path.splitext(name)[0]: name for name in reversed(names)}
@@ -223,7 +223,7 @@ def list_files(root: str | Path, accept: Any) -> list[str]:
     """Return the sorted relative paths of the visible files in a folder and its subfolders.
 
     Args:
-        root: The folder.
+        root: Path of the folder.
         accept: Function that returns True for the relative paths to list.
     """
     if not os.path.isdir(root):
