@@ -48,7 +48,7 @@ def use_classification_datasets(
 
     Args:
         cfg: Config, modified in place.
-        eval_only: Open only the data sets in ``DATASETS.TEST``.
+        eval_only: Whether to open only the data sets in ``DATASETS.TEST``.
         classes: Order of the labels: "numeric", or the path of a file with one class name per line.
             If empty, the order of ``DATASETS.CLASSES`` is used or, if that is also empty, the order
             in the data.
@@ -157,7 +157,7 @@ def use_class_order(cfg: CfgNode, classes: list[str], *, eval_only: bool = False
         cfg: Config after :func:`use_classification_datasets`.
         classes: Names of the data sets' classes in the new order. They may include additional
             classes.
-        eval_only: Ignore the training data.
+        eval_only: Whether to ignore the training data.
 
     Returns:
         True if the order was set. False if the data sets have other classes, or fixed labels

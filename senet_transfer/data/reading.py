@@ -19,7 +19,7 @@ _DIM = 1 << 14
 
 
 def reading_of(cfg: CfgNode) -> Reading:
-    """Return the image reading settings in a config, which may lack this project's keys."""
+    """Return a config's settings for reading images. The config may lack this project's keys."""
     channels, exif = channels_of(cfg.INPUT.FORMAT), cfg.INPUT.get("EXIF", "auto")
     upright = exif == "apply"
     if exif == "auto":  # the defaults of Detectron2 and torchvision

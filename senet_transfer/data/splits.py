@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from senet_transfer.errors import UserError
 from senet_transfer.utils.text import first_of
 
-# Class assigned to images without classes, which are then also distributed.
+# Class assigned to images without classes, so these images are also distributed.
 NO_CLASS = ""
 
 TRAIN, VAL, TEST = "train", "val", "test"

@@ -103,8 +103,8 @@ class Evaluation:
     def write_predictions(self, path: str) -> None:
         """Write a CSV file with one row per image: key, label, class name, top classes and path.
 
-        Logits are also written if they were kept. The encoding is UTF-8. Bytes of
-        paths that are not valid UTF-8 are written unchanged.
+        Logits are also written if they were kept. The encoding is UTF-8. Bytes of paths that are
+        not valid UTF-8 are written unchanged.
 
         Raises:
             UserError: If the file can't be written.

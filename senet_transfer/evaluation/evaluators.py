@@ -193,8 +193,8 @@ class CurrentCityscapesSemSegEvaluator(_CurrentNumpy, CityscapesSemSegEvaluator)
 class CurrentCityscapesInstanceEvaluator(_CurrentNumpy, CityscapesInstanceEvaluator):
     """Detectron2's Cityscapes instance segmentation evaluator for current NumPy versions.
 
-    cityscapesscripts also writes its matches to a file in the working directory, which fails for
-    NumPy's integers. This file is not written.
+    cityscapesscripts also writes its matches to a file in the working directory, but fails for
+    NumPy's integers. This class does not write the file.
     """
 
     def evaluate(self) -> dict[str, Any] | None:

@@ -31,7 +31,7 @@ def build_tracking_writers(names: list[str], output_dir: str, config: str) -> li
     Args:
         names: Names of the trackers; see :data:`TRACKERS`.
         output_dir: The output folder.
-        config: The run's config as YAML, which is stored with the run.
+        config: The run's config as YAML, to be stored with the run.
     """
     if not names:
         return []

@@ -101,11 +101,12 @@ def build_classification_train_loader(
         world_size: Number of processes.
         num_workers: Number of worker processes on this rank; 0 loads the data in the main process.
         start_iter: Iteration to start from.
-        class_aware: Sample a class, then one of its images, instead of iterating over all images.
+        class_aware: Whether to sample a class, then one of its images, instead of iterating over
+            all images.
         shuffle_block: Number of samples of a shard that are shuffled together. Larger blocks
             require more memory.
         max_skip_ratio: Tolerated fraction of broken images, 0-1.
-        pin_memory: Use pinned memory for faster copies to a GPU.
+        pin_memory: Whether to use pinned memory for faster copies to a GPU.
 
     Raises:
         UserError: If an argument is out of range or the data set is empty. Also raised during
@@ -147,7 +148,7 @@ def build_classification_eval_loader(
         rank: Rank of this process.
         world_size: Number of processes.
         num_workers: Number of worker processes on this rank; 0 loads the data in the main process.
-        pin_memory: Use pinned memory for faster copies to a GPU.
+        pin_memory: Whether to use pinned memory for faster copies to a GPU.
 
     Raises:
         UserError: If an argument is out of range or the data set is empty. Also raised during

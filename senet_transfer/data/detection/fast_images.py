@@ -43,8 +43,8 @@ class FastResize(T.ResizeTransform):
 
     The values differ from Pillow's by at most one grey level, because both interpolate linearly.
     Pillow is still used for shrinking (it is faster), for other interpolation modes, and for images
-    that are not uint8 `(H, W, C)`. OpenCV is avoided: its threads do not survive the
-    fork of a worker process, and the worker would wait for them forever.
+    that are not uint8 `(H, W, C)`. OpenCV is avoided: its threads do not survive the fork of a
+    worker process, and the worker would wait for them forever.
     """
 
     def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:

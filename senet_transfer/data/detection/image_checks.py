@@ -1,4 +1,4 @@
-"""Checks of image files before a run, which report all invalid files of a data set at once."""
+"""Checks of image files before a run. All invalid files of a data set are reported at once."""
 
 import math
 import warnings
@@ -76,7 +76,7 @@ def check_dataset_images(
         reading: Settings for reading images. If they specify a number of channels, images are
             decoded completely in both modes.
         max_size: The maximum length of an image's longer side after resizing, in pixels.
-        quiet: If True, show no progress bar.
+        quiet: Whether to hide the progress bar.
 
     Returns:
         The number of images.

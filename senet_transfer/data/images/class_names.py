@@ -1,4 +1,4 @@
-"""Order of the classes of a data set, which determines their labels."""
+"""Class order of a data set, which determines the labels."""
 
 import logging
 import os

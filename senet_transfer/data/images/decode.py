@@ -1,7 +1,7 @@
 """Image decoding.
 
 This module reduces all images for detection and classification to 8 bits per channel. 16-bit values
-are divided by 257, which maps 0-65535 to 0-255. The value range of 32-bit integers, floating-point
+are divided by 257 to map 0-65535 to 0-255. The value range of 32-bit integers, floating-point
 numbers and 12-bit data stored in 16 bits must be set with ``INPUT.VALUE_RANGE``.
 
 Evaluation decodes images only with Pillow, so that its results match the usual pipeline of Pillow
@@ -72,7 +72,7 @@ def exif_orientation(image: Image.Image) -> int | None:
     """Return the EXIF orientation of an opened image, 1-8.
 
     None is returned if the image has no orientation, if its EXIF data is broken, and for TIFF
-    files, because Pillow applies their orientation when it decodes them.
+    files, because Pillow applies the orientation when it decodes these files.
     """
     if image.format == "TIFF":
         return None

@@ -1,4 +1,4 @@
-"""Renderer for the shapes data set, which also computes each shape's mask and visible fraction."""
+"""Renderer for the shapes data set. It also computes each shape's mask and visible fraction."""
 
 import math
 from dataclasses import dataclass

@@ -21,7 +21,7 @@ from senet_transfer.errors import UserError
 
 REMOTE_SCHEMES = ("http", "https", "s3", "gs", "gcs", "az", "abfs")
 
-# Pattern for file names in a shard folder, which must be valid in paths and addresses.
+# Pattern for file names in a shard folder. The names must be valid in paths and addresses.
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 # A single letter before the colon is a drive letter, not a scheme.

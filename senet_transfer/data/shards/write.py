@@ -92,7 +92,7 @@ def convert(
         workers: Number of worker processes.
         skip_broken: Maximum number of broken images to leave out and record in the manifest. If
             there are more, an error is raised.
-        quiet: Do not show a progress bar.
+        quiet: Whether to hide the progress bar.
 
     Raises:
         UserError: If too many images are broken, the folder contains shards with other contents,

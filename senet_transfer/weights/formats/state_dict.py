@@ -69,11 +69,11 @@ class Checkpoint:
     """Tensors of a model and the metadata stored with them.
 
     Attributes:
-        tensors: Tensors by name, without the prefixes of wrappers.
+        tensors: Tensors by name. Prefixes added by wrappers are removed.
         metadata: Small plain values.
         file_names: Name of each tensor in the file's state dict.
         dropped: Names (in the file) of omitted tensors, and why each was omitted.
-        notes: Sentences on which of several sets of weights were selected.
+        notes: Sentences that say which of several sets of weights were selected.
     """
 
     tensors: dict[str, torch.Tensor]

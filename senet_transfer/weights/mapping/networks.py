@@ -37,7 +37,7 @@ class Network(NamedTuple):
     """Part of a weight file's content that belongs to one network.
 
     Attributes:
-        file: File content with only the network's tensors, without their prefix.
+        file: File content reduced to the network's tensors, with the prefix removed from the names.
         prefix: Prefix that was removed from the names.
         outside: Names of the tensors outside the prefix.
     """

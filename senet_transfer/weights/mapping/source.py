@@ -119,7 +119,7 @@ class Source:
         return options
 
     def backbone_only(self) -> "Source":
-        """Return a copy of this source without the tensors outside the backbone."""
+        """Return a copy of this source with only the backbone's tensors."""
         tensors = {n: tensor for n, tensor in self.tensors.items() if n.startswith(names.BACKBONE)}
         return replace(
             self,

@@ -122,7 +122,7 @@ def points(values: Any, name: str, where: str) -> list[tuple[float, float]]:
 
 
 def image_sides(width: object, height: object, where: str) -> tuple[int, int]:
-    """Return the width and height of an image, which must be positive whole numbers."""
+    """Return an image's width and height as integers, after checking that both are positive."""
     sides = number(width, "width", where), number(height, "height", where)
     if min(sides) < 1 or any(side != int(side) for side in sides):
         raise UserError(
