@@ -1,4 +1,4 @@
-"""Builders of classification data sets, transforms and loaders from a config.
+"""Functions that build classification data sets, transforms and loaders from a config.
 
 All config keys for classification data are read in this module, except for the augmentation keys,
 which are read in :mod:`senet_transfer.data.images.augmentation`.
@@ -92,7 +92,7 @@ def use_classification_datasets(
 
 
 def check_brightness(cfg: CfgNode, *, eval_only: bool = False) -> None:
-    """Warn about data sets of 16-bit images that would be almost black."""
+    """Warn about data sets of 16-bit images that would be almost black in 8 bits."""
     opened = {} if eval_only else {name: open_train_dataset(cfg) for name in cfg.DATASETS.TRAIN}
     opened |= {name: open_test_dataset(cfg, name) for name in cfg.DATASETS.TEST}
     for name, dataset in opened.items():
@@ -101,7 +101,7 @@ def check_brightness(cfg: CfgNode, *, eval_only: bool = False) -> None:
 
 
 def warn_of_dataset(dataset: ClassificationDataset, name: str, reading: Reading) -> None:
-    """Warn about a data set of 16-bit images that would be almost black. Skip remote data sets."""
+    """Warn about 16-bit images that would be almost black in 8 bits. Skip remote data sets."""
     if not is_remote(name):
         warn_if_dark(name, reading, len(dataset), lambda index: dataset.read_sample(index).data)
 

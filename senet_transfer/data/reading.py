@@ -28,7 +28,7 @@ def reading_of(cfg: CfgNode) -> Reading:
 
 
 def warn_if_dark(name: str, reading: Reading, count: int, read: Callable[[int], bytes]) -> None:
-    """Warn about 16-bit images that would be almost black, such as images with 12-bit data.
+    """Warn about 16-bit images that would be almost black in 8 bits, such as 12-bit data.
 
     Args:
         name: Name of the data set.

@@ -48,10 +48,9 @@ class CudaSideStream:
 class Transfer:
     """Function that moves the tensors of a batch to a device.
 
-    A batch is a dict of tensors and other values, or a list of such dicts. Its tensors are copied
-    without waiting if they are in pinned memory. Batches are not read ahead, so a resumed run uses
-    the same batches, and an unreadable image is reported in its own step. On a CPU, the batch is
-    returned unchanged.
+    A batch is a dict of tensors and other values, or a list of such dicts. Tensors in pinned memory
+    are copied without waiting. Batches are not read ahead, so a resumed run uses the same batches,
+    and an unreadable image is reported in its own step. On a CPU, the batch is returned unchanged.
 
     Args:
         device: Device of the model.

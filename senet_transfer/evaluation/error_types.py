@@ -77,7 +77,7 @@ class ErrorCosts:
     Attributes:
         ap: AP at an IoU of 0.5. Unlike in the COCO metrics, the AP of classes that are detected but
             have no objects is 0.
-        costs: AP gained by correcting all errors of a type, by type.
+        costs: AP gained by correcting all errors of each type, by type.
         counts: Number of errors by type.
         false_positives: AP gained by removing all false positives.
         false_negatives: AP gained by removing all objects without a true positive.

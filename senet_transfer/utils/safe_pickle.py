@@ -220,7 +220,7 @@ class _Tuple(tuple):
 
 
 class _FrozenSet(set):
-    """Frozen set that is compared by identity: comparing nested sets takes exponential time."""
+    """Frozen set compared by identity, because comparing nested sets takes exponential time."""
 
     __slots__ = ()
     __eq__ = object.__eq__

@@ -158,7 +158,7 @@ def has_deep_colours(image: Image.Image, data: bytes) -> bool:
     """Return whether Pillow reduces an image to 8 bits per channel when decoding it.
 
     Args:
-        image: Opened image. Only PNG files may already be decoded.
+        image: Opened image. Only a PNG image may have been decoded already.
         data: The encoded image.
     """
     if bits_of(image) > 8:

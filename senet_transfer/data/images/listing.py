@@ -80,8 +80,8 @@ def find_images(root: str | Path) -> dict[str, list[str]]:
     NumPy arrays are only treated as images if there are no other images.
 
     Returns:
-        Dictionary from folder to sorted image paths. Both are relative to the root, which is "".
-        Folders without images are included if they have no subfolders.
+        Dictionary from folder to sorted image paths. All paths are relative to the root, whose own
+        path is "". Folders without images are included if they have no subfolders.
 
     Raises:
         UserError: If a folder cannot be read, or a symbolic link is broken.

@@ -3,7 +3,7 @@
 Zhou et al. 2018, "Places: A 10 million image database for scene recognition". Labels are read only
 from the lists, because classes are nested (`/s/swimming_pool/indoor`) and folder names are
 ambiguous. The train archives of Standard and Challenge unpack to folders with the same name.
-Folders renamed by torchvision, with the variant appended, are also supported.
+Folders renamed by torchvision, with the variant appended to the name, are also supported.
 """
 
 import functools

@@ -134,7 +134,7 @@ def _from_hsv(hue: float, saturation: float, value: float) -> np.ndarray:
 
 
 def _contrasting_colour(rng: np.random.Generator, taken: list[np.ndarray]) -> np.ndarray:
-    """Return the random vivid RGB colour that differs most from the colours in use."""
+    """Sample vivid RGB colours, and return the one that differs most from the colours in use."""
     candidates = [
         _from_hsv(rng.uniform(0, 360), rng.uniform(0.55, 1.0), rng.uniform(0.5, 1.0))
         for _ in range(8)

@@ -431,7 +431,7 @@ def _is_nested(value: dict) -> bool:
 
 
 def _candidates(tree: dict) -> list[str]:
-    """Return the keys of dictionaries that may be the model or one of its parts."""
+    """Return the keys of dictionaries that may contain the model or one of its parts."""
     budget = [_MAX_TOTAL]
     keys = [k for k, v in tree.items() if isinstance(k, str) and not _is_averaged(k, v, budget)]
     found = [k for k in keys if not _is_trainer_state(k) and _has_parameters(tree[k], budget)]

@@ -98,7 +98,8 @@ def contains_network(names: Iterable[str], timm: str = "") -> bool:
 def _without_parallel(tensors: dict[str, Tensor], timm: str) -> dict[str, Tensor]:
     """Remove the name component that DataParallel adds if a script wraps only part of a network.
 
-    The names are kept if they would no longer be unique, or if the network has such names.
+    The names are left unchanged if they would no longer be unique, or if the network's own names
+    contain this component.
     """
     renamed = {_PARALLEL.sub("", name): tensor for name, tensor in tensors.items()}
     if len(renamed) < len(tensors) or renamed.keys() == tensors.keys():
