@@ -39,7 +39,7 @@ class ShapeObject:
         category: Class name, one of `SHAPE_CLASSES`.
         mask: Visible pixels of the shape, bool (H, W).
         visible: Visible fraction of the complete shape, 0-1. Parts that are occluded by other
-            shapes or outside the image are not visible.
+            shapes or outside the image do not count as visible.
     """
 
     category: str

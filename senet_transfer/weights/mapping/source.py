@@ -1,4 +1,4 @@
-"""Examination of weight files to find the family, renamed tensors, architecture and geometry."""
+"""Examination of weight files to determine their family, tensors, architecture and geometry."""
 
 import logging
 import math
