@@ -317,7 +317,7 @@ def test_a_json_file_requires_an_image_folder():
 
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory):
-    """Save a detector, and four images with objects of two classes and several sizes."""
+    """Save a detector's weights, and four images with objects of two classes and several sizes."""
     folder = tmp_path_factory.mktemp("detector")
     options = ["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.NUM_CLASSES", "2", "MODEL.WEIGHTS", ""]
     cfg = model_config(config_file="configs/demo_faster_rcnn_se_r18.yaml", options=options)

@@ -84,7 +84,7 @@ def test_finished_runs_are_kept_interrupted_ones_resumed_others_rejected(options
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     with pytest.raises(UserError, match=r"differs in SOLVER.BASE_LR: SOLVER.BASE_LR was 0.001"):
         run_once(CONFIG, [*options, "SOLVER.BASE_LR", "0.5"], output)
-    # A run of an earlier version lacks a new key, which counts as having its default value.
+    # A key that the record of an earlier version lacks counts as having its default value.
     begun = json.loads((output / "run.json").read_text())
     del begun["SOLVER.MICRO_BATCHES"]
     (output / "run.json").write_text(json.dumps(begun))

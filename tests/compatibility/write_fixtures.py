@@ -158,7 +158,7 @@ def results(run: Path) -> dict:
 
 
 def write_run(work: Path) -> dict:
-    """Train once to the end and once until an early stop; keep the output of the stopped run."""
+    """Train one run to the end and stop another one early; keep the output of the stopped run."""
     draw_images(work / "images")
     words = train_words()
     call(*words, folder=work)

@@ -26,7 +26,7 @@ STEPS = 26
 
 
 class Net(nn.Module):
-    """Network with batch norm and dropout. Its calls in ``bad`` produce non-finite values."""
+    """Network with batch norm and dropout. Calls listed in ``bad`` produce non-finite values."""
 
     def __init__(self, bad=(), kind="loss"):
         super().__init__()

@@ -30,7 +30,7 @@ from senet_transfer.engine.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 
-# Steps at which usage is measured. By the first one, everything is imported, cached and allocated.
+# Steps at which usage is measured. By the first step, everything is imported, cached and allocated.
 LOOKED_AT = (500, 1000, 1500, 2000)
 # Allowed growth in bytes. Leaking every tenth batch would use at least 5 MB by the last step.
 GROWTH = 4e6
