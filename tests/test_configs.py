@@ -1,4 +1,4 @@
-"""Tests for all configs: their models, and that SE configs differ from baselines only in SE."""
+"""Tests for all configs: backbones, headers, published recipes, and the differences due to SE."""
 
 from pathlib import Path
 

@@ -113,7 +113,7 @@ def result(error: float) -> dict:
 
 
 def test_a_run_is_not_restarted_while_its_process_is_alive(options, tmp_path, monkeypatch):
-    """Check that the training process keeps the folder locked after its command has ended."""
+    """Check that the folder stays locked if a training process outlives its parent command."""
     (tmp_path / "run").mkdir()
     with folder_lock.only_writer(tmp_path / "run") as lock:
         survivor = _start(["sleep", "60"], quiet=True, share=1, lock=lock.fileno())

@@ -1,4 +1,4 @@
-"""Tests for the ``senet`` command, its parsers and the values of their options."""
+"""Tests for the ``senet`` command, its argument parsers and option values."""
 
 import argparse
 import importlib

@@ -179,7 +179,7 @@ def write_run(work: Path) -> dict:
 
 
 def write_weights() -> list:
-    """Write a classifier in three file formats and return its logits."""
+    """Save a classifier in three file formats and return its logits."""
     folder = FIXTURES / "weights"
     folder.mkdir()
     (folder / "config.yaml").write_text(WEIGHTS_CONFIG)

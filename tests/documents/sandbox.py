@@ -185,7 +185,7 @@ def _imagenet(place: str) -> Callable[[Path], None]:
 
 
 def _foreign_shards(root: Path) -> None:
-    """Write a shard without a manifest, and a file with the names of its classes."""
+    """Write a shard without a manifest, and a file with the class names."""
     folder = root / "shards/train"
     folder.mkdir(parents=True)
     image = np.zeros((40, 40, 3), np.uint8)

@@ -142,7 +142,7 @@ def straight(words, disk):
 
 @pytest.fixture
 def half(work, straight):
-    """Return a function that returns a run in the state after its third checkpoint."""
+    """Return a function that creates a run in the state after its third checkpoint."""
 
     def make(kind: str) -> runs.Work:
         begun, whole = work(kind), straight(kind)[0].folder

@@ -1,4 +1,4 @@
-"""Tests that the detection loader's batches equal Detectron2's and that it can be resumed."""
+"""Tests for the detection loader: reproducible batches, aspect ratio grouping and errors."""
 
 import itertools
 

@@ -200,7 +200,7 @@ def training_step(own: TrainerBase) -> Callable[[], None]:
 
 
 def measure_detector(settings: Settings) -> Iterator[Found]:
-    """Measure each detector's training step, :data:`ROUNDS` times, and its peak memory."""
+    """Measure the time of :data:`ROUNDS` training steps of each detector, and the peak memory."""
     batches = [batch(settings, shape, seed) for seed, shape in enumerate(SHAPES)]
     batches = batches[: settings.sized(len(batches), 1)]
     what = "Faster R-CNN R50-FPN, AMP, training step: {}"
