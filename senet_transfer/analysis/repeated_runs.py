@@ -85,7 +85,7 @@ class TimeLimit:
 
     @contextlib.contextmanager
     def ended_by_signals(self) -> Iterator[None]:
-        """Make the limit expire on SIGTERM and Ctrl-C. This context is for the main thread only."""
+        """Make the limit expire on SIGTERM and Ctrl-C. Use this context in the main thread only."""
         before = {
             number: signal.signal(number, lambda *_: self._signalled.set())
             for number in signals.SIGNALS
@@ -191,7 +191,7 @@ def _train(
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_POLL)
     found = finished(output_dir)
-    # A process doesn't handle signals before it trains, but Ctrl-C reaches it directly.
+    # Before training starts, the process doesn't handle signals, so a signal may end it.
     stopped = (signals.STATUS, -signal.SIGTERM, -signal.SIGINT)
     if found is None and limit.expired and status in stopped:
         return None

@@ -115,7 +115,7 @@ class Parser(argparse.ArgumentParser):
 
     Attributes:
         lists: Flags that take one or several values. Their action is "append". With ``nargs="+"``,
-            they would also take the config options that follow.
+            they would also consume the config options that follow.
     """
 
     lists: tuple[str, ...] = ()
@@ -185,7 +185,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def _add_detectron2_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --overwrite and copies of Detectron2's arguments, whose import would be slow."""
+    """Add --overwrite, and copies of Detectron2's arguments to avoid a slow import."""
     add = parser.add_argument
     add("--config-file", default="", metavar="FILE", help="a YAML file, or the name of a config")
     add("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")

@@ -81,7 +81,7 @@ def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
         "probabilities in one or several CSV files written with --predictions and --logits",
     )  # fmt: skip
     add_running_arguments(parser)
-    parser.set_defaults(batch_size=None)  # unlike _BATCH_SIZE, not given
+    parser.set_defaults(batch_size=None)  # None: not passed by the user
     return parser
 
 

@@ -116,7 +116,7 @@ def _add_model_config(cfg: CfgNode) -> None:
     cfg.MODEL.SE.DIVISOR = 1
     # If True, apply a ReLU before the gate, as in timm's legacy_seresnet18 and legacy_seresnet34.
     cfg.MODEL.SE.RELU_BEFORE = False
-    # The initialization of the gates. "open": the gates hardly change the features at first, for
+    # The initialisation of the gates. "open": the gates hardly change the features at first, for
     # networks that start from the weights of a network without SE. "random": for training from
     # scratch, as in the paper.
     cfg.MODEL.SE.INIT = "open"
@@ -139,8 +139,8 @@ def _add_model_config(cfg: CfgNode) -> None:
     # "encoder_q." or "teacher.". The other tensors are ignored.
     cfg.MODEL.WEIGHTS_PREFIX = ""
     # For a checkpoint with plain and averaged (EMA) weights: True selects the averaged weights and
-    # False the plain ones. "auto" selects those that the project that saved the file would load:
-    # the averaged ones for timm and mmengine, otherwise the plain ones.
+    # False the plain ones. "auto" makes the same choice as the project that saved the file: the
+    # averaged weights for timm and mmengine, otherwise the plain ones.
     cfg.MODEL.WEIGHTS_EMA = "auto"
     # "strict": every tensor of the file must be used, except a classifier with a different number
     # of classes. "ignore": only the backbone is loaded, without the file's classifier or projection
@@ -189,7 +189,7 @@ def _add_data_config(cfg: CfgNode) -> None:
     # the keypoints. They are read from the data sets at the start of a run.
     cfg.DATASETS.STUFF_CLASSES = []
     cfg.DATASETS.KEYPOINTS = []
-    # If True, a detector's training images are enlarged with PyTorch instead of Pillow, which is
+    # If True, a detector's training images are enlarged with PyTorch instead of Pillow. This is
     # over twice as fast but changes pixel values by up to 1. Evaluation always uses Pillow.
     cfg.INPUT.FAST_RESIZE = False
 
@@ -262,7 +262,7 @@ def _add_solver_config(cfg: CfgNode) -> None:
     # allowed, because a run could not resume if its only checkpoint were corrupted.
     # model_final.pth, model_best.pth and model_ema.pth are always kept.
     cfg.SOLVER.CHECKPOINTS_KEPT = 5
-    # The number of steps with a non-finite loss or gradient that are skipped. One more such step
+    # The number of steps with a non-finite loss or gradient that may be skipped. One more such step
     # ends the run with an error and leaves the last checkpoint unchanged.
     cfg.SOLVER.MAX_NONFINITE_STEPS = 0
 

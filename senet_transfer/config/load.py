@@ -132,7 +132,7 @@ def _use_one_schedule(cfg: CfgNode, stated: set[str]) -> None:
 
 
 def _schedule_keys(path: str) -> set[str]:
-    """Return the keys in a config file, or in its nearest base config with a schedule."""
+    """Return the keys in a config file with a schedule, or in its nearest base config with one."""
     if "://" in path:
         return set()
     with open(path) as file:
@@ -149,7 +149,7 @@ def _schedule_keys(path: str) -> set[str]:
 
 
 def _keep(cfg: CfgNode, stated: set[str]) -> None:
-    """Add the user's keys that a weight file would otherwise change to ``MODEL.WEIGHTS_KEEP``."""
+    """Store the user's keys in ``MODEL.WEIGHTS_KEEP``, so that a weight file won't change them."""
     kept = cfg.MODEL.WEIGHTS_KEEP or []
     if wrong := [key for key in kept if key not in FILE_KEYS]:
         raise UserError(
@@ -278,7 +278,7 @@ def _whole_numbers_as_floats(cfg: CfgNode, options: list[str]) -> list[str]:
 
 @contextlib.contextmanager
 def _merge_errors(source: str) -> Iterator[None]:
-    """Convert errors raised by Detectron2 and yacs while merging a config to a UserError."""
+    """Convert Detectron2's and yacs's errors to a UserError while a config is merged."""
     try:
         yield
     except (OSError, UnicodeDecodeError) as error:

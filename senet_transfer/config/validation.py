@@ -270,7 +270,7 @@ def _check_channels(cfg: CfgNode, count: int | None) -> None:
 
 @contextlib.contextmanager
 def config_errors(what: str) -> Iterator[None]:
-    """Convert errors raised by Detectron2 and torch while building from a config to a UserError.
+    """Convert Detectron2's and torch's errors to a UserError while an object is built.
 
     Errors that indicate bugs, such as AttributeError and TypeError, are not converted. The
     traceback of a converted error is written to the log.

@@ -1,4 +1,4 @@
-"""Builders of classification data sets, transforms and loaders from a config.
+"""Functions that build classification data sets, transforms and loaders from a config.
 
 All config keys for classification data are read in this module, except for the augmentation keys,
 which are read in :mod:`senet_transfer.data.images.augmentation`.
@@ -48,7 +48,7 @@ def use_classification_datasets(
 
     Args:
         cfg: Config, modified in place.
-        eval_only: Open only the data sets in ``DATASETS.TEST``.
+        eval_only: Whether to open only the data sets in ``DATASETS.TEST``.
         classes: Order of the labels: "numeric", or the path of a file with one class name per line.
             If empty, the order of ``DATASETS.CLASSES`` is used or, if that is also empty, the order
             in the data.
@@ -92,7 +92,7 @@ def use_classification_datasets(
 
 
 def check_brightness(cfg: CfgNode, *, eval_only: bool = False) -> None:
-    """Warn about data sets of 16-bit images that would be almost black."""
+    """Warn about data sets of 16-bit images that would be almost black in 8 bits."""
     opened = {} if eval_only else {name: open_train_dataset(cfg) for name in cfg.DATASETS.TRAIN}
     opened |= {name: open_test_dataset(cfg, name) for name in cfg.DATASETS.TEST}
     for name, dataset in opened.items():
@@ -101,7 +101,7 @@ def check_brightness(cfg: CfgNode, *, eval_only: bool = False) -> None:
 
 
 def warn_of_dataset(dataset: ClassificationDataset, name: str, reading: Reading) -> None:
-    """Warn about a data set of 16-bit images that would be almost black, unless it is remote."""
+    """Warn about 16-bit images that would be almost black in 8 bits. Skip remote data sets."""
     if not is_remote(name):
         warn_if_dark(name, reading, len(dataset), lambda index: dataset.read_sample(index).data)
 
@@ -157,11 +157,11 @@ def use_class_order(cfg: CfgNode, classes: list[str], *, eval_only: bool = False
         cfg: Config after :func:`use_classification_datasets`.
         classes: Names of the data sets' classes in the new order. They may include additional
             classes.
-        eval_only: Ignore the training data.
+        eval_only: Whether to ignore the training data.
 
     Returns:
-        True if the order was set. False if the data sets have other classes or fixed labels, as
-        shards do; the config is then not changed.
+        True if the order was set. False if the data sets have other classes, or fixed labels
+        (as in shards); the config is then not changed.
     """
     found = list(cfg.DATASETS.CLASSES)
     if len(match_names(found, classes)) < len(found):
@@ -252,7 +252,7 @@ def find_dataset(name: str) -> str:
 def open_train_dataset(cfg: CfgNode) -> ClassificationDataset | ImageArrays:
     """Open the training data set."""
     # The path of a complete Places365 folder does not determine the split, so the smaller train
-    # split is the default. The path of an image folder selects the other split.
+    # split is used. The larger one is selected with the path of its image folder.
     return _open(cfg, cfg.DATASETS.TRAIN[0], "train" if in_memory(cfg) else "train_standard")
 
 

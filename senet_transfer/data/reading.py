@@ -19,7 +19,7 @@ _DIM = 1 << 14
 
 
 def reading_of(cfg: CfgNode) -> Reading:
-    """Return the image reading settings in a config, which may lack this project's keys."""
+    """Return a config's settings for reading images. The config may lack this project's keys."""
     channels, exif = channels_of(cfg.INPUT.FORMAT), cfg.INPUT.get("EXIF", "auto")
     upright = exif == "apply"
     if exif == "auto":  # the defaults of Detectron2 and torchvision
@@ -28,7 +28,7 @@ def reading_of(cfg: CfgNode) -> Reading:
 
 
 def warn_if_dark(name: str, reading: Reading, count: int, read: Callable[[int], bytes]) -> None:
-    """Warn about 16-bit images that would be almost black, such as images with 12-bit data.
+    """Warn about 16-bit images that would be almost black in 8 bits, such as 12-bit data.
 
     Args:
         name: Name of the data set.

@@ -24,7 +24,7 @@ from senet_transfer.errors import UserError
 from senet_transfer.utils.atomic_io import atomic_file, write_json
 from senet_transfer.utils.text import first_of, shown
 
-# Maximum difference between a part's requested and actual fraction of the images without a warning.
+# A larger difference between a part's requested and actual fraction of the images causes a warning.
 _TOLERANCE = 0.05
 
 logger = logging.getLogger(__name__)

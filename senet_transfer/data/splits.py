@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from senet_transfer.errors import UserError
 from senet_transfer.utils.text import first_of
 
-# Class assigned to images without classes, which are then also distributed.
+# Class assigned to images without classes, so these images are also distributed.
 NO_CLASS = ""
 
 TRAIN, VAL, TEST = "train", "val", "test"
@@ -43,8 +43,8 @@ class Split:
     Attributes:
         val: Fraction of the images in "val"; ignored if `folds` is given.
         test: Fraction of the images in "test".
-        folds: Number of equal parts "fold0", "fold1", ..., which replace "train" and "val". The
-            only group of a class is not in any fold, but in "train".
+        folds: Number of equal parts "fold0", "fold1", ..., which replace "train" and "val". If a
+            class has only one group, this group is in "train" instead of a fold.
         seed: Random seed. The result depends on the seed and the file names, but not on the order
             of the files.
         group_by: Regular expression that is searched for in the file names. Images with the same

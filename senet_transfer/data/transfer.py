@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class SideStream(Protocol):
-    """Protocol for streams with copies that run in parallel with the computation."""
+    """Protocol for streams whose copies run in parallel with the computation."""
 
     def copy(self, tensor: Tensor) -> Tensor:
         """Start to copy a tensor to the device, and return the copy."""
@@ -19,8 +19,8 @@ class SideStream(Protocol):
 class CudaSideStream:
     """A CUDA stream for copies from pinned memory.
 
-    The copy of a batch starts as soon as the host has read it. The host runs ahead of the GPU,
-    which is still computing earlier steps at this time.
+    The copy of a batch starts as soon as the host has read the batch. The host runs ahead of the
+    GPU, which is still computing earlier steps at this time.
     """
 
     def __init__(self, device: torch.device):
@@ -48,10 +48,9 @@ class CudaSideStream:
 class Transfer:
     """Function that moves the tensors of a batch to a device.
 
-    A batch is a dict of tensors and other values, or a list of such dicts. Its tensors are copied
-    without waiting if they are in pinned memory. Batches are not read ahead, so a resumed run uses
-    the same batches, and an unreadable image is reported in its own step. On a CPU, the batch is
-    returned unchanged.
+    A batch is a dict of tensors and other values, or a list of such dicts. Tensors in pinned memory
+    are copied without waiting. Batches are not read ahead, so a resumed run uses the same batches,
+    and an unreadable image is reported in its own step. On a CPU, the batch is returned unchanged.
 
     Args:
         device: Device of the model.

@@ -202,7 +202,7 @@ class ModelEMA(HookBase):
             model: The model to average, without a wrapper for distributed training.
             decay: The maximum decay, between 0 and 1.
             guard: The guard that skips steps. Once it has halted the run on the device, the average
-                no longer changes, even if the host does not know yet.
+                no longer changes, even before the host notices.
         """
         self.model = model
         self.decay = decay
@@ -341,8 +341,8 @@ class BestModel(_AfterEvaluation):
     """Hook that saves the model with the best metric to ``model_best.pth``.
 
     Detectron2's BestCheckpointer loses the best value when a run is resumed, and marks its file as
-    the checkpoint to resume from. This hook stores the best value in the file and does not mark the
-    file.
+    the checkpoint to resume from. This hook stores the best value in ``model_best.pth``, and leaves
+    ``last_checkpoint`` unchanged.
     """
 
     def __init__(
@@ -391,7 +391,7 @@ class BestModel(_AfterEvaluation):
 
 
 class EarlyStopping(_AfterEvaluation):
-    """Hook that ends training if a metric no longer improves.
+    """Hook that ends training when a metric stops improving.
 
     The hook sets the trainer's ``max_iter`` to the current iteration, so later hooks save the final
     model. All processes stop at the same iteration.
@@ -418,14 +418,14 @@ class EarlyStopping(_AfterEvaluation):
         return self.waited >= self.patience
 
     def after_step(self) -> None:
-        """Check the metric after an evaluation, and end training if it no longer improves."""
+        """Check the metric after an evaluation, and end training if it has stopped improving."""
         super().after_step()
         if self.stops:
             self.trainer.max_iter = self.trainer.iter + 1
             self.log()
 
     def after_train(self) -> None:
-        """Do nothing, because training has ended."""
+        """Skip the check after the final evaluation, because training has ended anyway."""
 
     def log(self) -> None:
         """Log why training ends."""

@@ -153,7 +153,7 @@ def _run_under_torchrun(
 
 
 def _run_spawned(main: Callable[[Any], object], argument: Any) -> None:
-    # The launching process has hidden these warnings only in itself.
+    # The launching process has hidden these warnings only for itself.
     hide_library_warnings()
     _guarded(main, argument)
     # Otherwise, the process group's threads may still be running at exit and abort the process.

@@ -63,7 +63,7 @@ class StepGuard:
     Attributes:
         stops: True if any process has received a request to stop.
         skipped: The number of steps skipped because of non-finite values, as read by the host.
-        halted: 1 on the device if more steps were skipped than are allowed, otherwise 0.
+        halted: Tensor on the device: 1 if more steps were skipped than are allowed, otherwise 0.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class StepGuard:
     def _norms(self) -> tuple[list[str], Tensor]:
         """Return the names of parameters with gradients, and the norms of these gradients.
 
-        Each of them is an L2 norm or a maximum norm, and is finite if its gradient is finite.
+        Each norm is an L2 norm or a maximum norm, and is finite if the gradient is finite.
         """
         named = [(n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
         if not named:

@@ -71,7 +71,7 @@ def with_diagnostics(cfg: CfgNode, results: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-# Metrics in the sentence of a summary, with their formats.
+# Metrics that a summary's sentence can contain, with their formats.
 _HEADLINES = {
     "bbox/AP": "box AP {:.1f}",
     "segm/AP": "mask AP {:.1f}",

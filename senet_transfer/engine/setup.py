@@ -322,9 +322,9 @@ def available_device(name: str, logger: logging.Logger) -> str:
 def use_named_datasets(cfg: CfgNode, options: RunOptions, logger: logging.Logger) -> None:
     """Set the config to train on the first data set of ``--dataset`` and evaluate on the second.
 
-    This applies if the config names data sets that are not registered, as the recipes for a user's
-    own data do, and if the command line does not set the key. With ``--eval-only``, a single data
-    set is evaluated.
+    ``DATASETS.TRAIN`` or ``DATASETS.TEST`` is only changed if it names a data set that is not
+    registered, as in the recipes for a user's own data, and if the command line does not set the
+    key. With ``--eval-only``, a single data set is evaluated.
 
     Args:
         cfg: The config, which is changed in place.

@@ -202,7 +202,7 @@ def _gradient_clipper(options: CfgNode) -> Callable[[Optimizer], None]:
             clip_grad_value_(parameters, limit)
         elif gradients:
             norms = norms_of(gradients, order)
-            # The norm of a norm, as in clip_grad_norm_ for a single tensor.
+            # clip_grad_norm_ takes the norm of the tensors' norms, even of a single one.
             norms = torch.linalg.vector_norm(norms[:, None], order, dim=1)
             multiply_all(gradients, (limit / (norms + 1e-6)).clamp(max=1.0))
 

@@ -77,9 +77,9 @@ class StepTrainer(SimpleTrainer):
                 function is ignored if the optimizer is not fused, because only a fused optimizer
                 can skip a step on the device.
             graphs: The source of graphs for capturing the step, or None to run the step eagerly. A
-                graph includes everything from the data loader's plan or batch to the update of the
-                average. Capturing requires batches that are dicts, and losses that are not read
-                after each iteration.
+                graph includes everything from the batch, or its assembly from a plan by the data
+                loader, to the update of the average. Capturing requires batches that are dicts,
+                and losses that are not read after each iteration.
 
         Raises:
             UserError: If ``dtype`` or ``micro_batches`` is invalid, or if the step can't be
@@ -162,8 +162,8 @@ class StepTrainer(SimpleTrainer):
         """Compute a step without reading from the device, so that it can be captured.
 
         Args:
-            inputs: The batch or the plan of a batch, and a tensor with the learning rates of the
-                parameter groups, followed by the weight of the average.
+            inputs: The batch or a plan for assembling it, and a tensor with the learning rates of
+                the parameter groups, followed by the weight of the average.
 
         Returns:
             The step's values and gradient norms; see :class:`Step`.
@@ -306,7 +306,7 @@ class StepTrainer(SimpleTrainer):
             self.grad_scaler.load_state_dict(scaler)
 
     def _implemented(self, state_dict: dict) -> dict:
-        """Return a checkpoint's optimizer state, changed to this optimizer's implementation.
+        """Adapt a checkpoint's optimizer state to this optimizer's implementation, fused or not.
 
         Otherwise, a checkpoint from a CPU would turn off the fused implementation on a GPU.
         """

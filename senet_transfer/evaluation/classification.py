@@ -103,8 +103,8 @@ class Evaluation:
     def write_predictions(self, path: str) -> None:
         """Write a CSV file with one row per image: key, label, class name, top classes and path.
 
-        Logits are also written if they were kept. The encoding is UTF-8, but paths that are not
-        UTF-8 keep their bytes on disk.
+        Logits are also written if they were kept. The encoding is UTF-8. Bytes of paths that are
+        not valid UTF-8 are written unchanged.
 
         Raises:
             UserError: If the file can't be written.
@@ -196,7 +196,7 @@ def eval_batches(
     workers: int,
     quiet: bool,
 ) -> "ShownBatches":
-    """Return a loader of a data set's images for a model, which shows a progress bar."""
+    """Return an evaluation loader that shows a progress bar."""
     loader: ClassificationLoader | CifarEvalLoader
     if isinstance(dataset, ImageArrays):
         _check_view(dataset, transform)
@@ -224,7 +224,7 @@ def _check_view(data: ImageArrays, transform: Transform) -> None:
 
 
 class ShownBatches:
-    """Data loader wrapper that shows a progress bar and measures the time waiting for batches."""
+    """Data loader wrapper that shows a progress bar and measures the time spent waiting."""
 
     def __init__(self, loader: ClassificationLoader | CifarEvalLoader, images: int, quiet: bool):
         self.loader = loader

@@ -1,4 +1,4 @@
-"""Detectron2 evaluator for the top-1 and top-5 error."""
+"""Detectron2 evaluator for the top-1 and top-5 errors."""
 
 import json
 import os

@@ -64,13 +64,13 @@ def diagnose(
     - ``error_AP50``: the AP50 on which these losses are based. It includes classes that are
       detected but have no objects;
     - ``best``: the score threshold with the highest F1 at an IoU of 0.5, and the ``precision``,
-      ``recall`` and ``F1`` of the detections above it;
+      ``recall`` and ``F1`` of the detections with at least this score;
     - ``classes``: for each class, the numbers of objects and detections, the AP, the values of
       ``best`` for this class, and the ``curve``;
     - ``curves``: for each IoU threshold, the interpolated precision at recalls of 0, 0.01, ...,
       1, averaged over classes. The ``curve`` of a class is for the threshold 0.5;
-    - ``confusion``: the ``matrix`` of the number of detections with at least the given ``score``,
-      by the class of the object (row) and of the detection (column). The last row counts detections
+    - ``confusion``: the ``matrix``, which counts detections with a score of at least ``score`` by
+      the class of the object (row) and of the detection (column). The last row counts detections
       without an object, and the last column objects without a detection.
 
     Args:
@@ -296,7 +296,7 @@ _SENTENCES = {
 
 
 def _confused(found: dict[str, Any]) -> str:
-    """Return a sentence about the most confused classes, or an empty string for few confusions."""
+    """Return a sentence about the most confused classes, or "" if there are few confusions."""
     matrix = np.array(found["confusion"]["matrix"])[:-1, :-1]
     wrong = matrix * ~np.eye(len(matrix), dtype=bool)
     if wrong.size == 0 or wrong.max() < 2:
@@ -311,7 +311,7 @@ def _confused(found: dict[str, Any]) -> str:
 
 
 def _worst_size(found: dict[str, Any]) -> str:
-    """Return a sentence about the object size with the lowest AP, or an empty string."""
+    """Return a sentence about the size with the lowest AP, or "" if the APs are similar."""
     # The AP of only a few objects is not meaningful.
     known = [row for row in found["by_size"] if row["objects"] >= _MANY]
     known.sort(key=lambda row: row["AP"])

@@ -77,7 +77,7 @@ class ErrorCosts:
     Attributes:
         ap: AP at an IoU of 0.5. Unlike in the COCO metrics, the AP of classes that are detected but
             have no objects is 0.
-        costs: AP gained by correcting all errors of a type, by type.
+        costs: AP gained by correcting all errors of each type, by type.
         counts: Number of errors by type.
         false_positives: AP gained by removing all false positives.
         false_negatives: AP gained by removing all objects without a true positive.
@@ -214,7 +214,7 @@ def error_costs(overlaps: Overlaps, errors: Errors, classes: int) -> ErrorCosts:
         objects=per_class(~overlaps.crowd),
     )
     ap = base.ap()
-    # When correcting errors, the authors' program sorts false positives first among equal scores.
+    # When it corrects errors, the authors' program sorts false positives first among equal scores.
     sorted_last = replace(base, order=position + len(position) * errors.hit)
     costs = {}
     for number, name in enumerate(ERROR_TYPES):

@@ -183,18 +183,18 @@ class _CurrentNumpy(DatasetEvaluator):
 
 
 class CurrentLVISEvaluator(_CurrentNumpy, LVISEvaluator):
-    """Detectron2's LVIS evaluator, made compatible with current NumPy versions."""
+    """Detectron2's LVIS evaluator for current NumPy versions."""
 
 
 class CurrentCityscapesSemSegEvaluator(_CurrentNumpy, CityscapesSemSegEvaluator):
-    """Detectron2's evaluator, which also works with current versions of NumPy."""
+    """Detectron2's Cityscapes semantic segmentation evaluator for current NumPy versions."""
 
 
 class CurrentCityscapesInstanceEvaluator(_CurrentNumpy, CityscapesInstanceEvaluator):
-    """Detectron2's evaluator, which also works with current versions of NumPy.
+    """Detectron2's Cityscapes instance segmentation evaluator for current NumPy versions.
 
-    cityscapesscripts also writes its matches to a file in the working directory, which fails for
-    NumPy's integers. This file is not written.
+    cityscapesscripts also writes its matches to a file in the working directory, but fails for
+    NumPy's integers. This class does not write the file.
     """
 
     def evaluate(self) -> dict[str, Any] | None:

@@ -31,8 +31,8 @@ class ExactCOCOeval(COCOeval_faster):
     def __init__(self, truth: COCO, predictions: COCO, task: str, **options: Any):
         """
         Args:
-            truth: The ground truth.
-            predictions: The predictions.
+            truth: COCO object with the ground truth.
+            predictions: COCO object with the predictions.
             task: "bbox", "segm" or "keypoints".
             options: Other arguments of ``COCOeval_faster``.
         """

@@ -175,7 +175,7 @@ def greedy_matches(
     ignored: Bools,
     first_of_equal: bool = False,
 ) -> Ints:
-    """Match each detection with the best object not yet matched with a higher-ranked detection.
+    """Match each detection with the best object that no higher-ranked detection has matched.
 
     As in the COCO metrics, an ignored object is matched only if no other object is available, and a
     crowd can be matched repeatedly.

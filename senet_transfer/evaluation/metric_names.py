@@ -17,7 +17,7 @@ _CLASSIFICATION = ("top1_error", "top5_error", "images")
 
 
 def check_metric(cfg: CfgNode, key: str, metric: str) -> None:
-    """Check that evaluations during training will return a metric of a known task.
+    """Check that evaluation during training can return the given metric.
 
     Args:
         cfg: The config of the run.
@@ -30,7 +30,7 @@ def check_metric(cfg: CfgNode, key: str, metric: str) -> None:
     tests = list(cfg.DATASETS.TEST)
     if not metric or not tests:
         return
-    # With several data sets, Detectron2 adds their names to those of the metrics.
+    # With several data sets, Detectron2 adds the data set names to the metric names.
     prefixes = [f"{name}/" for name in tests] if len(tests) > 1 else [""]
     prefix = next((prefix for prefix in prefixes if metric.startswith(prefix)), None)
     known = _known(cfg)

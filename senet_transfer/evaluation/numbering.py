@@ -15,7 +15,7 @@ class Numbering:
 
     Attributes:
         dataset: A copy of the ground truth with numbers instead of ids. Annotations whose image or
-            category is not in the file are omitted, as the metrics ignore them.
+            category is not in the file are omitted, because the metrics ignore such annotations.
     """
 
     def __init__(self, dataset: dict[str, Any], class_of_category: dict[Any, int] | None = None):

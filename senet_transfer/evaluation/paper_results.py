@@ -108,7 +108,7 @@ def _tables_iv_and_v() -> dict[tuple[str, str], Published]:
         ("cifar100", "shake_even29_2x4x64d", "Shake-Even 29 2x4x64d + Cutout", 15.85, 15.41),
     ):
         source = f"Squeeze-and-Excitation Networks, Table {'IV' if data == 'cifar10' else 'V'}"
-        # The baseline's result was published before Cutout.
+        # The CIFAR-100 baseline was published before Cutout.
         bare = title.removesuffix(" + Cutout") if data == "cifar100" else title
         note = "" if bare == title else "; with Cutout 15.20, by the authors of Cutout"
         found[data, model] = Published(bare, plain, None, source + note)

@@ -117,7 +117,7 @@ def convert_file(
 
 
 def _replace_if_equal(source: Source, new: Path, out: Path, to: str) -> FileDifference:
-    """Rename the file ``new`` to ``out`` if its outputs are those of the source; or delete it."""
+    """Rename ``new`` to ``out`` if its outputs equal the source's; otherwise, delete ``new``."""
     logger.info("Comparing the outputs of both files")
     try:
         comparison = compare_files(source, examine(new, family_of(to)))
@@ -183,7 +183,7 @@ def _model(source: Source, architecture: Architecture) -> nn.Module:
 
 
 def _check_complete(source: Source) -> None:
-    """Raise UserError if a file for a registered model doesn't contain exactly its tensors."""
+    """Raise UserError if a registered model's file doesn't contain exactly the model's tensors."""
     architecture = _registered(source)
     if architecture is not None:
         with torch.device("meta"):

@@ -31,7 +31,7 @@ def detectron2_config(cfg: CfgNode, weights: str) -> CfgNode:
         weights: The path of the weights in Detectron2's format, for ``MODEL.WEIGHTS``.
 
     Raises:
-        UserError: If unmodified Detectron2 can't build the detector, or would detect other objects.
+        UserError: If unmodified Detectron2 can't build the detector, or would return other results.
     """
     if cfg.MODEL.BACKBONE.NAME in _NAMES["MODEL.BACKBONE.NAME"]:
         entry, options = backbone_from_config(cfg)

@@ -29,7 +29,7 @@ FORMATS = {
     "aot_inductor": ".pt2",
 }
 
-# The fields of Preprocessing in the metadata's "preprocessing". The others have their own entries.
+# The fields of Preprocessing in the metadata's "preprocessing". Other fields have separate entries.
 _STORED = ("format", "mean", "std", "resize", "crop", "interpolation")
 
 # Relative to the largest output. The outputs differ because float32 rounding depends on the order

@@ -1,4 +1,4 @@
-"""Conversion of ONNX files to float16 or int8, with the accuracy before and after conversion."""
+"""Conversion of ONNX files to float16 or int8, and comparison with the original networks."""
 
 import itertools
 import os

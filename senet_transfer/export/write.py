@@ -50,8 +50,8 @@ def export_model(
         image: The path of an image for tracing a detector and checking the result. It is required
             for TorchScript.
         precision: "float32" or, for classifiers and backbones in ONNX files, "float16" or "int8".
-        calibration: A folder of images for comparing the precision with float32 and for computing
-            the ranges of int8 activations.
+        calibration: A folder of images for comparing the converted network with the original and
+            for computing the ranges of int8 activations.
         compiled: If True, compile a ``.pt2`` file with AOTInductor for this machine's processor.
 
     Returns:
@@ -197,7 +197,7 @@ def format_of(output: str, *, compiled: bool = False) -> str:
 
     Args:
         output: The path of the output file.
-        compiled: Whether to compile it with AOTInductor.
+        compiled: Whether the file is compiled with AOTInductor.
 
     Raises:
         UserError: If the suffix is unknown, or if the folder of the output file does not exist.

@@ -34,7 +34,7 @@ _weights_follow: ContextVar[bool] = ContextVar("weights_follow", default=False)
 
 @contextlib.contextmanager
 def weights_follow() -> Iterator[None]:
-    """Suppress the warning that a model's weights must be loaded, inside this context."""
+    """Suppress, inside this context, the warning that a model's weights must be loaded."""
     token = _weights_follow.set(True)
     try:
         yield

@@ -9,7 +9,7 @@ from torch import nn
 
 @contextmanager
 def built_empty() -> Iterator[None]:
-    """Build modules within the block on the meta device, without allocating their weights."""
+    """Create all modules in this context on the meta device, without allocating their weights."""
     with torch.device("meta"):
         yield
 

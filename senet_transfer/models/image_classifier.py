@@ -22,8 +22,8 @@ _BACKBONE_BUILDER = "build_senet_backbone"
 
 LOSSES = ("cross_entropy", "focal")
 
-# Maximum number of views to evaluate at a time. If a batch has more images, one view of each is
-# evaluated at a time.
+# Maximum number of views to evaluate at a time. If a batch has more images, one view of each image
+# is evaluated at a time.
 _MAX_VIEWS = 32
 
 

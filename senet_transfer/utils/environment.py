@@ -34,11 +34,10 @@ def environment_report() -> str:
 
 
 def origin(*, on_gpu: bool = True) -> dict[str, Any]:
-    """Return the machine and the code's commit for the record of a run.
+    """Return the machine and the code's commit, to be stored in the record of a run.
 
-    The commit ends with "-dirty" if a file outside ``docs`` and ``results`` differs from it.
-    Changes in these folders don't count, because the commands that write records and figures make
-    them.
+    The commit ends with "-dirty" if a file outside ``docs`` and ``results`` differs from the
+    commit. Changes in these folders don't count, because writing records and figures causes them.
 
     Args:
         on_gpu: Whether the run uses a GPU if one is available.

@@ -86,7 +86,7 @@ def set_state_dict_metadata(state: Any, metadata: Mapping[str, Any]) -> None:
 
 
 def norms_of(tensors: Sequence[Tensor], order: float) -> Tensor:
-    """Return the norm of each tensor, ``(N,)``, using few kernels.
+    """Return the norm of each tensor, ``(N,)``, using few kernel launches.
 
     Private API (torch 2.11 to 2.14): ``torch._foreach_norm``.
     """
@@ -106,7 +106,7 @@ def multiply_all(tensors: Sequence[Tensor], factors: Tensor) -> None:
 
 
 def copy_all(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Copy each value into its target, using few kernels.
+    """Copy each value into its target, using few kernel launches.
 
     Private API (torch 2.11 to 2.14): ``torch._foreach_copy_``.
     """
@@ -121,7 +121,7 @@ def lerp_all(
     weight: float | Tensor,
     held: Tensor | None = None,
 ) -> None:
-    """Interpolate each target towards its value, in place and with few kernels.
+    """Interpolate each target towards its value, in place and with few kernel launches.
 
     Private API (torch 2.11 to 2.14): ``torch._foreach_lerp_``, ``torch._foreach_mul``,
     ``torch._foreach_mul_``, ``torch._foreach_sub`` and ``torch._foreach_add_``.
@@ -252,8 +252,8 @@ def compile_program(program: ExportedProgram, path: str, metadata: Mapping[str, 
     Private but documented API (torch 2.11 to 2.14): ``torch._inductor``.
 
     Args:
-        program: The program to compile.
-        path: The file to write.
+        program: Exported program.
+        path: Path of the package to write.
         metadata: Strings to store in the package.
 
     Raises:

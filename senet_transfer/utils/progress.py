@@ -11,7 +11,7 @@ _QUIET = ContextVar("quiet", default=False)
 
 
 def progress(items: Iterable[Any] | None = None, *, quiet: bool = False, **options: Any) -> tqdm:
-    """Return a progress bar on stderr, which is shown only if stderr is a terminal.
+    """Return a progress bar, which is shown on stderr if stderr is a terminal.
 
     Args:
         items: Items to iterate over; None returns a bar that is advanced with its ``update``

@@ -2,7 +2,7 @@
 
 The reader is the standard library's unpickler with an allow-list: names in a pickle are looked up
 in a table of stand-ins, never in a module. Names that are not in the table become a
-:class:`Placeholder`. Functions and classes that can act on the machine, such as ``os.system``,
+:class:`Placeholder`. Functions and classes that can affect the system, such as ``os.system``,
 raise an error.
 
 The base class is the standard library's Python implementation. The C implementation can be made to
@@ -35,7 +35,7 @@ UNREAD_ARRAY = "numpy.ndarray with a dtype other than text or numbers of up to 6
 _MAX_STEPS = 2_000_000
 _MAX_NAME = 200
 
-# Modules with functions that can act on the machine.
+# Modules with functions that can affect the system.
 _RUNS_CODE = re.compile(
     r"(os|posix|nt|sys|_posixsubprocess|subprocess|pty|_?socket|shutil|_?ctypes|_?signal|builtins"
     r"|__builtin__|_?importlib|runpy|_?operator|_?functools|types|_?io|pathlib|tempfile|glob"
@@ -107,7 +107,7 @@ def _array(
 ) -> "np.ndarray | Placeholder":
     """Create an array from bytes, as numpy's ``_frombuffer`` does, after checking the arguments.
 
-    An array with a dtype that is not read becomes a placeholder.
+    An array with an unsupported dtype becomes a placeholder.
     """
     if isinstance(dtype, Placeholder):
         return Placeholder(UNREAD_ARRAY)
@@ -133,7 +133,7 @@ def _encode(text: str, codec: str = "latin1") -> bytes:
 
 
 def _reconstructed(kind: Any, _base: Any = None, state: Any = None) -> Any:
-    """Return an object as protocols 0 and 1 store it: with its class and a dictionary's items."""
+    """Return an object that protocols 0 and 1 store as a class and, for a dictionary, its items."""
     if not isinstance(kind, Placeholder):
         return kind
     created = kind()
@@ -220,7 +220,7 @@ class _Tuple(tuple):
 
 
 class _FrozenSet(set):
-    """Frozen set that is compared by identity: comparing nested sets takes exponential time."""
+    """Frozen set compared by identity, because comparing nested sets takes exponential time."""
 
     __slots__ = ()
     __eq__ = object.__eq__
@@ -278,7 +278,7 @@ class _PlainUnpickler(_Unpickler):
     def _attribute(self, *arguments: Any) -> Placeholder:
         """Return a placeholder for an attribute, such as a nested class or a method.
 
-        Pickle protocols before 4 store it as a call of ``getattr``, which is not executed.
+        Pickle protocols before 4 store it as a call to ``getattr``, which is not executed.
         """
         owner, attribute = arguments if len(arguments) == 2 else (None, None)
         if not (isinstance(attribute, str) and attribute.isidentifier()):
@@ -292,7 +292,7 @@ class _PlainUnpickler(_Unpickler):
     def _union(self, name: str, *arguments: Any) -> Placeholder:
         """Return a placeholder for a type such as ``int | None``.
 
-        It is stored as a call of ``functools.reduce`` (``name`` in the pickle), which is not
+        The type is stored as a call to ``functools.reduce`` (``name`` in the pickle), which is not
         executed.
         """
         function = arguments[0] if len(arguments) == 2 else None
@@ -410,7 +410,7 @@ def load_plain(
             a torch file; None rejects persistent ids.
 
     Raises:
-        UserError: If the pickle references a class or function that can act on the machine.
+        UserError: If the pickle references a class or function that can affect the system.
         ValueError: If the data is damaged or not a pickle. The unpickler may also raise other
             exceptions.
     """

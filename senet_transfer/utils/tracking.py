@@ -19,7 +19,7 @@ from senet_transfer.errors import UserError, check_choice
 from senet_transfer.utils.atomic_io import write_json
 
 FILE = "tracking.json"
-_WINDOW = 20  # Number of steps over which losses are smoothed, same as for TensorBoard.
+_WINDOW = 20  # Number of steps over which losses are smoothed, the same as for TensorBoard.
 
 
 def build_tracking_writers(names: list[str], output_dir: str, config: str) -> list[EventWriter]:
@@ -31,7 +31,7 @@ def build_tracking_writers(names: list[str], output_dir: str, config: str) -> li
     Args:
         names: Names of the trackers; see :data:`TRACKERS`.
         output_dir: The output folder.
-        config: The run's config as YAML, which is stored with the run.
+        config: The run's config as YAML, to be stored with the run.
     """
     if not names:
         return []
@@ -56,7 +56,7 @@ def check_trackers(names: list[str]) -> None:
 
 
 class _Tracker(EventWriter):
-    """Base class of writers that send the metrics added since the previous call."""
+    """Base class for writers that send only the metrics added since the previous write."""
 
     run_id: str
 

@@ -23,8 +23,8 @@ class Choice(TypedDict, total=False):
         head: "strict", or "ignore" to load only the backbone; see
             :func:`senet_transfer.load_weights`.
         stated: Geometry and preprocessing set by the user, by field name.
-        network: Model name, such as "timm/regnety_002", if timm builds the network; otherwise
-            empty. A file from timm then contains the state dict of this network.
+        network: Model name, such as "timm/regnety_002", if timm builds the network, so a file from
+            timm contains its state dict. Empty for other networks.
     """
 
     prefix: str | None

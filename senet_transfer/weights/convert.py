@@ -215,7 +215,7 @@ def _keys_for_detectron2(source: Source) -> list[str]:
 
 
 def _keys_for_images(pixels: Preprocessing | None) -> list[str]:
-    """Return a note about the keys for reading images that other projects' files don't contain."""
+    """Return a note about the image reading keys, which other projects' files don't contain."""
     keys = []
     if pixels and pixels.upright:
         keys.append("INPUT.EXIF apply")
@@ -261,7 +261,7 @@ def _renamed(source: Source, form: Format) -> dict[str, Tensor]:
 
 
 def _check_expressible(source: Source, form: Format) -> None:
-    """Raise UserError if the target project has no network equivalent to that in the file."""
+    """Raise UserError if the target project has no equivalent of the network in the file."""
     arch = source.architecture
     problems = []
     if source.detector:

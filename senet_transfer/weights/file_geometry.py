@@ -73,7 +73,7 @@ def examine_config_weights(cfg: CfgNode, weights: str | None = None) -> Source |
     """Examine the weight file that a config specifies.
 
     Args:
-        cfg: Config that specifies the weight file.
+        cfg: Config with ``MODEL.WEIGHTS`` and the keys that describe the weight file.
         weights: File to use instead of ``MODEL.WEIGHTS``, such as the checkpoint of a resumed run.
 
     Returns:

@@ -116,8 +116,8 @@ def load_weights(
         A report on the loaded tensors, which is also logged.
 
     Raises:
-        UserError: If the file is missing, damaged, of an unknown family, or does not fit the model,
-            which is then left unchanged.
+        UserError: If the file is missing, damaged, of an unknown family, or does not fit the model.
+            The model is then left unchanged.
     """
     path, family = locate_weights(path, family)
     network = target_of(model).network
@@ -134,7 +134,7 @@ def load_source(model: nn.Module, source: Source, *, exact: bool = False) -> Loa
         exact: Whether all tensors must match, including those that depend on the number of classes.
 
     Raises:
-        UserError: If the file does not fit the model, which is then left unchanged.
+        UserError: If the file does not fit the model. The model is then left unchanged.
     """
     target = target_of(model)
     if not exact:

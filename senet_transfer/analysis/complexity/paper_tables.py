@@ -17,7 +17,7 @@ from senet_transfer.engine.model_from import build_to_count, model_config
 from senet_transfer.models.backbones.inception_resnet import InceptionResidualBlock
 from senet_transfer.utils.progress import progress
 
-# Maximum differences from the paper's values that need no explanation.
+# Tolerances for differences from the paper's values. Larger differences need an explanation.
 GFLOPS_TOLERANCE = 0.005
 PARAMETERS_TOLERANCE = 0.1e6
 

@@ -68,7 +68,7 @@ def _ratio(sides: np.ndarray) -> np.ndarray:
 
 
 def _size_chart(cfg: CfgNode, objects: Objects, anchors: AnchorFit | None) -> dict[str, Any]:
-    """Return a histogram of training object sizes, divided by whether an anchor fits."""
+    """Return a histogram of object sizes in training, split by whether an anchor fits."""
     scale = training_scale(cfg, objects.sizes)[objects.images]
     sides = (objects.boxes[:, 2:] - objects.boxes[:, :2]) * scale
     values = np.sqrt(sides.clip(0).prod(1))

@@ -30,7 +30,7 @@ class View:
         name: Path or key of the image.
         classes: Class of each object. For a classifier, the label of the image.
         boxes: Left, top, right and bottom of each object in pixels, ``(N, 4)``.
-        outlines: Polygons of masks and rotated boxes: index of the object, points ``(P, 2)``.
+        outlines: Polygons of masks and rotated boxes, as (object index, points ``(P, 2)``).
     """
 
     pixels: np.ndarray

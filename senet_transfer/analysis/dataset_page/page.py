@@ -200,7 +200,7 @@ def _find_unusual(splits: list[Split], prints: list[Fingerprints]) -> list[Unusu
 
 
 def _sorted_groups(content: _Content) -> list[Duplicates]:
-    """Return the groups to show, starting with groups across labels or data sets."""
+    """Return the groups to show, starting with those that span several labels or data sets."""
     return sorted(
         content.groups,
         key=lambda group: (not content.is_contradictory(group), not content.is_shared(group)),
@@ -273,7 +273,7 @@ def _anchor_values(content: _Content) -> dict[str, Any] | None:
 
 
 def _kinds(content: _Content) -> list[tuple[str, list[int]]]:
-    """Return the checks for unusual annotations, and their numbers of findings per data set."""
+    """Return each check for unusual annotations, with its number of findings in each data set."""
     counts = Counter((item.kind, item.split) for item in content.unusual)
     kinds = IMAGE_KINDS if is_classification(content.cfg) else KINDS
     numbers = range(len(content.splits))

@@ -58,7 +58,7 @@ class Split:
 
     Attributes:
         name: Name or short path.
-        role: "training data" or "evaluation data", with the name if there are several of them.
+        role: "training data" or "evaluation data", followed by the name if the role is not unique.
         trains: True for training data.
         classes: Class names.
         images: Encoded images. Their labels are meaningless for detection data.

@@ -116,7 +116,7 @@ def collect_excitations(
         model: An ``ImageClassifier`` or a Detectron2 detector, in evaluation mode.
         dataset: Labelled images.
         transform: The evaluation transform, which resizes and crops the images, or the model's
-            predictor, which reads the samples' paths and processes whole images one by one.
+            predictor, which reads whole images from their paths and processes them one by one.
         images_per_class: The maximum number of images per class. It is 50 in the paper.
         classes: The names of the classes to plot. If None, ``num_classes`` classes are selected at
             random.

@@ -2,7 +2,7 @@
 
 Most SE parameters are in the last stage, and the paper found that the gates of this stage could be
 removed with a small loss of accuracy. Without further training, a gate can be replaced by 1 or by
-its mean over the analyzed images. The mean is a constant per channel, which is folded into the
+its mean over the analysed images. The mean is a constant per channel, which is folded into the
 preceding convolution. This is exact for gates that have the same value for all images.
 """
 

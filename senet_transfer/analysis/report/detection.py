@@ -28,7 +28,7 @@ from senet_transfer.utils.text import folder_name
 LEAST_SCORE = 0.1
 # Score and IoU thresholds of the F1 score that is used to select images for the gallery.
 SCORE, OVERLAP = 0.5, 0.5
-# Size of the images in the page in pixels. Images can be enlarged on the page.
+# Size of the images on the page in pixels. Viewers can enlarge them.
 SIDE = 640
 
 

@@ -88,7 +88,7 @@ def main(args: argparse.Namespace) -> None:
     from senet_transfer.engine.model_from import find_model
 
     model = find_model(args.model, args.config_file, args.weights, options=args.opts)
-    # The boxes in a JSON file refer to the upright image, also if the model is a classifier.
+    # The boxes in a JSON file refer to the upright image, even if the model is a classifier.
     options = model.cfg.INPUT
     reading = Reading(tuple(options.VALUE_RANGE), upright=options.EXIF != "ignore")
     dataset = open_labelled(args.data, args.images, args.group_by, reading)

@@ -112,8 +112,8 @@ def read_official(path: Path, *, verify: bool = True) -> dict[str, ImageArrays] 
     Args:
         path: Tar archive (compressed or uncompressed), an unpacked archive, or the parent folder of
             an unpacked archive.
-        verify: Raise an error if an archive's checksum or the number of images differs from the
-            official distribution.
+        verify: Whether to raise an error if an archive's checksum or the number of images differs
+            from the official distribution.
 
     Returns:
         Dictionary from split name to images, or None if the archive or folder contains other files.

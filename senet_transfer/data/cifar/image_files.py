@@ -33,7 +33,7 @@ def read_image_splits(folder: Path, *, quiet: bool = False) -> dict[str, ImageAr
     Args:
         folder: Folder with `train` and `test` subfolders, or archives such as `train.tar.xz` and
             `test.tar.xz`, each with one folder per class.
-        quiet: Do not show progress bars.
+        quiet: Whether to hide progress bars.
 
     Returns:
         Dictionary from split name to images, or None if the folder contains no splits.
@@ -81,10 +81,10 @@ def read_images(
 
     Args:
         path: Folder or archive with one folder per class.
-        classes: Class names in label order, which must include every class folder. None to use the
-            sorted names of the class folders.
+        classes: Class names in label order, including the names of all class folders. None to use
+            the sorted names of the class folders.
         reading: Settings for reading the images.
-        quiet: Do not show a progress bar.
+        quiet: Whether to hide the progress bar.
 
     Raises:
         UserError: If an image cannot be read or has the wrong size, or the class folders are
@@ -116,7 +116,7 @@ def _in_folder(images: Images) -> Iterator[tuple[str, bytes]]:
 
 
 def _in_archive(path: Path, folders: set[str]) -> Iterator[tuple[str, bytes]]:
-    """Yield the name and content of each image, and add the folders of the archive to a set."""
+    """Yield the name and content of each image, and add the archive's folders to ``folders``."""
     with open_tar(path) as archive:
         for member in archive:
             # The name determines only the class and the order; nothing is extracted to disk.

@@ -103,7 +103,7 @@ class CifarTrainLoader:
         return self.assemble({key: to_device(value, device) for key, value in plan.items()})
 
     def plan(self, iteration: int) -> dict[str, Tensor]:
-        """Return a plan, which contains the random choices for this process's batch, on the CPU.
+        """Return a plan on the CPU with the random choices for this process's batch.
 
         Returns:
             A dictionary with the image indices ``"index"``, int64 ``(N,)``. With augmentation, it

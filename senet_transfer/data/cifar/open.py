@@ -118,7 +118,7 @@ class ArrayDataset(SingleImages):
 
 
 def decode_all(dataset: ClassificationDataset, reading: Reading = AS_STORED) -> ImageArrays:
-    """Decode all images of a data set. They are resized and cropped to 32x32 as in evaluation.
+    """Decode all images of a data set, and resize and crop them to 32x32 as in evaluation.
 
     Raises:
         UserError: If an image cannot be decoded or the data set is empty.

@@ -22,7 +22,7 @@ def read_source(
         source: Official archive (binary or Python version), an unpacked official archive, or a
             folder with `train` and `test` subfolders or archives, each with one folder per class.
         verify: See :func:`~senet_transfer.data.cifar.archives.read_official`.
-        quiet: Do not show progress bars.
+        quiet: Whether to hide progress bars.
 
     Returns:
         Dictionary from split name ("train" or "test") to images.
@@ -56,7 +56,7 @@ def prepare_cifar(
         source: See :func:`read_source`.
         output: Folder for `train.safetensors` and `test.safetensors`.
         verify: See :func:`read_source`.
-        quiet: Do not show progress bars.
+        quiet: Whether to hide progress bars.
 
     Returns:
         The output folder.

@@ -101,11 +101,12 @@ def build_classification_train_loader(
         world_size: Number of processes.
         num_workers: Number of worker processes on this rank; 0 loads the data in the main process.
         start_iter: Iteration to start from.
-        class_aware: Sample a class, then one of its images, instead of iterating over all images.
+        class_aware: Whether to sample a class, then one of its images, instead of iterating over
+            all images.
         shuffle_block: Number of samples of a shard that are shuffled together. Larger blocks
             require more memory.
         max_skip_ratio: Tolerated fraction of broken images, 0-1.
-        pin_memory: Use pinned memory for faster copies to a GPU.
+        pin_memory: Whether to use pinned memory for faster copies to a GPU.
 
     Raises:
         UserError: If an argument is out of range or the data set is empty. Also raised during
@@ -115,7 +116,7 @@ def build_classification_train_loader(
     order = _Order(seed, start_iter, class_aware, shuffle_block)
     _check_batches(dataset, batch_size)
     if class_aware:
-        dataset.labels()  # loaded before the workers are forked, which lets them share the memory
+        dataset.labels()  # loaded before the workers are forked, so they share the memory
     skips = SkipCounter(num_workers, max_skip_ratio)
     batches = _TrainBatches(dataset, transform, skips, batch_size, readers, order)
     return ClassificationLoader(_data_loader(batches, num_workers, pin_memory), skips, None, 0)
@@ -135,7 +136,7 @@ def build_classification_eval_loader(
 
     A batch contains the entries of a training batch and `index`, the image indices in the data set
     (`list[int]`). With V views of each image, such as ten crops, `image` is `(N, V, 3, H, W)`. For
-    whole images, `image` and `shapes` are returned by `pack`. The last batch of a worker may be
+    whole images, `image` and `shapes` are the output of `pack`. The last batch of a worker may be
     smaller, and the number of images per rank may differ by one. A broken image raises an error,
     because skipping it would change the metrics. A wrong number of loaded images also raises an
     error.
@@ -147,7 +148,7 @@ def build_classification_eval_loader(
         rank: Rank of this process.
         world_size: Number of processes.
         num_workers: Number of worker processes on this rank; 0 loads the data in the main process.
-        pin_memory: Use pinned memory for faster copies to a GPU.
+        pin_memory: Whether to use pinned memory for faster copies to a GPU.
 
     Raises:
         UserError: If an argument is out of range or the data set is empty. Also raised during

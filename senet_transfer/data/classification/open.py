@@ -258,7 +258,7 @@ def _open_local(
 
 
 def matches_files(pattern: str) -> bool:
-    """Return True if a pattern with wildcards or braces, see `open_dataset`, matches any file."""
+    """Return True if a pattern with wildcards or braces (see `open_dataset`) matches any file."""
     return any(glob.glob(name) for name in _expand(pattern))
 
 

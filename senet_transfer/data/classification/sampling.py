@@ -110,8 +110,8 @@ def class_aware_stream(
     over the images of its class.
 
     Args:
-        dataset: Training data. Samples are read one at a time, which is slow for remote data
-            without a cache.
+        dataset: Training data. Samples are read one at a time. This is slow for remote data without
+            a cache.
         seed: Random seed of the order.
         draws: Positions in the infinite sequence of samples, starting at 0. In any range of
             consecutive positions, the sample counts of any two classes differ by at most two.

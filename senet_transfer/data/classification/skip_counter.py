@@ -13,7 +13,7 @@ _VERIFY = (
 
 
 class SkipCounter:
-    """Counter of samples and broken samples in memory shared by a rank's workers."""
+    """Counter of all samples and of broken samples, in memory shared by a rank's workers."""
 
     def __init__(self, workers: int, max_ratio: float):
         """
@@ -47,7 +47,7 @@ class SkipCounter:
         self._counts[worker, 1] += broken
 
     def check(self, last: str, remedy: str = _VERIFY) -> None:
-        """Raise a UserError if too many samples are broken; `last` describes the last one."""
+        """Raise a UserError if too many samples are broken; `last` describes the latest one."""
         if self.skipped > self.max_ratio * max(self.seen, RATIO_OVER):
             raise UserError(
                 f"{self.skipped} of {self.seen} images cannot be decoded; expected at most "

@@ -89,9 +89,9 @@ def read_coco_summary(
             supported format.
         image_dir: Folder to which the `file_name` entries are relative.
         upright: Whether the annotations refer to the images with EXIF orientation applied.
-        allow_empty: Accept a file without usable annotations, such as a test set whose ground truth
-            is not public.
-        outlines: Also examine the outlines of the objects.
+        allow_empty: Whether to accept a file without usable annotations, such as a test set whose
+            ground truth is not public.
+        outlines: Whether to also examine the outlines of the objects.
 
     Raises:
         UserError: If the file is invalid. The message names the file and the first invalid entry.

@@ -87,7 +87,7 @@ class CocoDataset:
         """Read and validate the annotation file, unless it is unchanged since the last call.
 
         Args:
-            outlines: Also examine the outlines of the objects, which masks require.
+            outlines: Whether to also examine the outlines of the objects, which masks require.
 
         Returns:
             The file's summary.
@@ -150,8 +150,8 @@ class CocoDataset:
         """Write classes, keypoints and paths to the catalog's metadata, replacing existing values.
 
         `Metadata` does not allow values to be changed, but they must be updated if the annotation
-        file has changed. The object is updated in place, because evaluators and visualisers keep
-        references to it.
+        file has changed. The metadata object is updated in place, because evaluators and
+        visualisers keep references to it.
         """
         vars(MetadataCatalog.get(self.name)).update(
             json_file=self.json_file,
@@ -201,9 +201,10 @@ def register_coco_dataset(
             and the name of a split, such as `voc:train`.
         image_dir: Folder to which the `file_name` entries are relative; None selects the format's
             default folder, which for COCO is the folder of the annotation file.
-        allow_empty: Accept a file without objects, such as a test set whose ground truth is not
-            public.
-        outlines: Also examine the outlines. A run with masks then does not read the file again.
+        allow_empty: Whether to accept a file without objects, such as a test set whose ground truth
+            is not public.
+        outlines: Whether to also examine the outlines. If they are examined here, a run with masks
+            does not read the file again.
         upright: Whether the annotations refer to the images with EXIF orientation applied.
 
     Raises:

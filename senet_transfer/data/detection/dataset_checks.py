@@ -29,12 +29,12 @@ _COCO_NAME = re.compile(r"(?:keypoints_)?coco_(2014|2017)_\w")
 
 
 def dataset_classes(names: str | Sequence[str]) -> list[str]:
-    """Return the class names of a run's data sets, which must all be the same.
+    """Return the class names of a run's data sets, all of which must have the same classes.
 
     If the classes of a data set are in a different order, the order of the first data set is used.
 
     Args:
-        names: Names of all data sets in `DATASETS.TRAIN` and `DATASETS.TEST`, which must be
+        names: Names of all data sets in `DATASETS.TRAIN` and `DATASETS.TEST`. All must be
             registered.
 
     Returns:
@@ -67,7 +67,7 @@ def dataset_classes(names: str | Sequence[str]) -> list[str]:
 
 
 def use_class_order(names: Sequence[str], classes: Sequence[str]) -> bool:
-    """Set the class order of data sets, which by default is the order of the category ids.
+    """Set the class order of data sets. The default is the order of the category ids.
 
     Returns:
         True on success. False if a data set has different classes or was not registered by this

@@ -42,9 +42,9 @@ class FastResize(T.ResizeTransform):
     """Variant of Detectron2's `ResizeTransform` that enlarges images with PyTorch.
 
     The values differ from Pillow's by at most one grey level, because both interpolate linearly.
-    Pillow is still used to shrink images, which it does faster, for other interpolation modes, and
-    for images that are not uint8 `(H, W, C)`. OpenCV is avoided: its threads do not survive the
-    fork of a worker process, and the worker would wait for them forever.
+    Pillow is still used for shrinking (it is faster), for other interpolation modes, and for images
+    that are not uint8 `(H, W, C)`. OpenCV is avoided: its threads do not survive the fork of a
+    worker process, and the worker would wait for them forever.
     """
 
     def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:

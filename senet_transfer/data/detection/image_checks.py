@@ -1,4 +1,4 @@
-"""Checks of image files before a run, which report all invalid files of a data set at once."""
+"""Checks of image files before a run. All invalid files of a data set are reported at once."""
 
 import math
 import warnings
@@ -76,7 +76,7 @@ def check_dataset_images(
         reading: Settings for reading images. If they specify a number of channels, images are
             decoded completely in both modes.
         max_size: The maximum length of an image's longer side after resizing, in pixels.
-        quiet: If True, show no progress bar.
+        quiet: Whether to hide the progress bar.
 
     Returns:
         The number of images.
@@ -135,7 +135,7 @@ def _check_header(record: dict, *, read: Callable[[dict], object], reading: Read
     try:
         with PathManager.open(record["file_name"], "rb") as file:
             image = Image.open(file)
-            # In a PNG file, Pillow only finds EXIF data after the pixels by decoding the image.
+            # In a PNG file, EXIF data can follow the pixels. Pillow finds it only by decoding them.
             known = image.format != "PNG" or "exif" in image.info
             size = size_of(image, upright=reading.upright and known)
             fine = size == (record["width"], record["height"])

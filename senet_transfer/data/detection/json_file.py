@@ -1,4 +1,4 @@
-"""Loading of JSON annotation files, with descriptive errors for other files."""
+"""Loading of JSON annotation files, with descriptive errors for files that are not JSON."""
 
 import codecs
 import json

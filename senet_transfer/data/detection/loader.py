@@ -174,7 +174,7 @@ def _tell_passes(cfg: CfgNode, images: int) -> None:
 
 
 def _shapes(records: Dataset) -> Callable[[int], bool]:
-    """Return a predicate that takes an image index and is True if the image is wider than high.
+    """Return a predicate that returns True for the index of an image that is wider than high.
 
     Detectron2 groups images by this criterion.
     """

@@ -11,7 +11,7 @@ Differences from Detectron2's own `DatasetMapper` and `read_image`:
 - The EXIF orientation of TIFF files is applied once. Detectron2 applies it again after Pillow. If
   ``INPUT.EXIF`` is "ignore", the orientation of all other files is ignored.
 - A vertical flip, which mirrors a person, also swaps left and right keypoints.
-- Cropping supports images without objects for models with masks.
+- For models with masks, cropping also supports images without objects.
 - ``INPUT`` has keys for additional augmentation, which is disabled by default.
 
 Everything else is the same as in Detectron2, including the pixels of all other images, unless
@@ -352,7 +352,7 @@ def read_image(path: str, image_format: str, reading: Reading = UPRIGHT) -> np.n
     Args:
         path: Path of an image in one of the formats in `file_types.FORMATS`.
         image_format: "BGR", "RGB", "L", or any other format supported by Detectron2's `read_image`.
-            It is not used if ``reading`` contains a number of channels; the image can then be in
+            It is not used if ``reading`` specifies a number of channels; the image can then be in
             any format supported by :func:`~senet_transfer.data.images.channels.decode_channels`.
         reading: Settings for reading the image. By default, the EXIF orientation is applied, as in
             Detectron2.
@@ -362,7 +362,7 @@ def read_image(path: str, image_format: str, reading: Reading = UPRIGHT) -> np.n
         for the format "YUV-BT.601".
 
     Raises:
-        BrokenImageError: If the image has 32 bits per value and ``reading`` contains no value
+        BrokenImageError: If the image has 32 bits per value and ``reading`` specifies no value
             range.
         Exception: Any exception that Pillow raises for a missing, broken or truncated file.
     """

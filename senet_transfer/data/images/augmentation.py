@@ -68,7 +68,7 @@ def build_augmentation(cfg: CfgNode) -> Callable[[Tensor], Tensor] | None:
 
 
 def _mean_colour(cfg: CfgNode) -> list[float]:
-    """Return the mean pixel in RGB order, which becomes 0 in normalisation, except for rounding."""
+    """Return the mean pixel in RGB order. Normalisation maps it to 0, except for rounding."""
     mean = [round(value) for value in cfg.MODEL.PIXEL_MEAN]
     if cfg.INPUT.FORMAT == "L" and len(mean) == 1:
         return mean * 3

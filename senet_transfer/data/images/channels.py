@@ -129,8 +129,8 @@ def decode_shown(data: bytes, reading: Reading, min_size: int | None = None) -> 
 def _tiff_values(data: bytes, reading: Reading) -> np.ndarray:
     """Return the values of a TIFF file ``(H, W, C)``.
 
-    Pillow reads palette images, 1-bit images and compression methods that tifffile does not support
-    without additional packages, but only up to four bands.
+    Pillow is used for palette images, 1-bit images and compression methods that the installed
+    tifffile does not support. It reads at most four bands.
     """
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         page, series = file.pages.first, file.series[0]
@@ -151,7 +151,7 @@ def _pillow_values(data: bytes, reading: Reading) -> np.ndarray:
     frames = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
     _check_size(image.width * image.height * frames)
     orientation = exif_orientation(image) if reading.upright else None
-    # Without a range, Pillow converts the values of other formats to 8 bits in the correct way.
+    # Without a range, Pillow converts the values of other formats to 8 bits correctly.
     exact = reading.value_range or image.format in ("PNG", "TIFF")
     if frames == 1 and exact and has_deep_colours(image, data):
         return turn_upright(deep_colours(image, data), orientation)

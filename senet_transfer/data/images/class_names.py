@@ -1,4 +1,4 @@
-"""Order of the classes of a data set, which determines their labels."""
+"""Class order of a data set, which determines the labels."""
 
 import logging
 import os
@@ -83,7 +83,7 @@ def read_class_list(path: str | Path) -> list[str]:
 
 
 def match_names(found: Iterable[str], classes: Iterable[str]) -> dict[str, str]:
-    """Match the names of class folders with class names, even in different Unicode forms.
+    """Match class folders with class names, even if the names have different Unicode forms.
 
     macOS and some archives store an accented letter as a letter and a combining accent (NFD). Other
     systems store it as one character (NFC).

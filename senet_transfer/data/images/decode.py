@@ -1,7 +1,7 @@
 """Image decoding.
 
 This module reduces all images for detection and classification to 8 bits per channel. 16-bit values
-are divided by 257, which maps 0-65535 to 0-255. The value range of 32-bit integers, floating-point
+are divided by 257 to map 0-65535 to 0-255. The value range of 32-bit integers, floating-point
 numbers and 12-bit data stored in 16 bits must be set with ``INPUT.VALUE_RANGE``.
 
 Evaluation decodes images only with Pillow, so that its results match the usual pipeline of Pillow
@@ -72,7 +72,7 @@ def exif_orientation(image: Image.Image) -> int | None:
     """Return the EXIF orientation of an opened image, 1-8.
 
     None is returned if the image has no orientation, if its EXIF data is broken, and for TIFF
-    files, because Pillow applies their orientation when it decodes them.
+    files, because Pillow applies the orientation when it decodes these files.
     """
     if image.format == "TIFF":
         return None
@@ -155,10 +155,10 @@ def stored_values(image: Image.Image, data: bytes = b"") -> np.ndarray:
 
 
 def has_deep_colours(image: Image.Image, data: bytes) -> bool:
-    """Return whether Pillow reduces an image to 8 bits per channel when it decodes the image.
+    """Return whether Pillow reduces an image to 8 bits per channel when decoding it.
 
     Args:
-        image: Opened image. Only PNG files may already be decoded.
+        image: Opened image. Only a PNG image may have been decoded already.
         data: The encoded image.
     """
     if bits_of(image) > 8:
@@ -178,7 +178,7 @@ def has_deep_colours(image: Image.Image, data: bytes) -> bool:
 def has_deep_planes(image: Image.Image) -> bool:
     """Return whether an opened TIFF file has 16-bit colours in separate planes.
 
-    Pillow reads wrong pixels from such a file if it is not compressed.
+    Pillow reads wrong pixels from such a file if the file is not compressed.
     """
     if image.format != "TIFF" or _bits_per_sample(image) <= 8:
         return False
@@ -252,7 +252,7 @@ def _bits_per_sample(image: Image.Image) -> int:
 
 
 def _white_is_zero(image: Image.Image) -> bool:
-    """Return whether an opened image is a TIFF file whose values decrease with the brightness.
+    """Return whether an opened image is a TIFF file in which brighter pixels have lower values.
 
     Pillow inverts such files only if they have 8 bits.
     """
@@ -328,7 +328,7 @@ def decode_exact(data: bytes, reading: Reading = AS_STORED) -> Image.Image:
 
 
 def largest_of_16_bits(data: bytes) -> int | None:
-    """Return the largest value of a 16-bit image, as part of 65535; None for other images.
+    """Return the largest value of a 16-bit image, scaled to 0-65535; None for other images.
 
     Raises:
         BrokenImageError: If the image cannot be decoded.

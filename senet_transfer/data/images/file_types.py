@@ -53,10 +53,10 @@ def is_hidden(name: str) -> bool:
 
 
 def is_array_name(name: str) -> bool:
-    """Return True if a relative path is that of a NumPy file (.npy) that is not hidden."""
+    """Return True if a relative path refers to a NumPy file (.npy) that is not hidden."""
     return name.lower().endswith(".npy") and not is_hidden(name)
 
 
 def is_image_name(name: str) -> bool:
-    """Return True if a relative path is that of an image file that is not hidden."""
+    """Return True if a relative path refers to an image file that is not hidden."""
     return name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(name)

@@ -80,11 +80,11 @@ def find_images(root: str | Path) -> dict[str, list[str]]:
     NumPy arrays are only treated as images if there are no other images.
 
     Returns:
-        Dictionary from folder to sorted image paths. Both are relative to the root, which is "".
-        Folders without images are included if they have no subfolders.
+        Dictionary from folder to sorted image paths. All paths are relative to the root, whose own
+        path is "". Folders without images are included if they have no subfolders.
 
     Raises:
-        UserError: If a folder cannot be read, or a link leads to nothing.
+        UserError: If a folder cannot be read, or a symbolic link is broken.
     """
     images: dict[str, list[str]] = {}
     others: dict[str, list[str]] = {}
@@ -182,7 +182,8 @@ def find_listed_images(
         names: Image paths relative to the folder or to the archive's top folder.
         labels: Image labels, `(N,)`.
         classes: Class names.
-        complete: Raise an error if the folder or archive contains images that are not listed.
+        complete: Whether to raise an error if the folder or archive contains images that are not
+            listed.
         skip_missing: Maximum number of missing images to leave out. If there are more, an error is
             raised.
         members: Result of :func:`archive_members` for an archive; None to read the archive.
@@ -274,7 +275,7 @@ def archive_members(archive: Path) -> dict[str, tuple[int, int]]:
 def _images_in(tar: tarfile.TarFile) -> Iterator[tuple[str, int, int]]:
     """Yield the path, offset and size of each image in an archive and its inner archives."""
     for member in tar:
-        # TarFile would keep all members in memory, which takes gigabytes for eight million images.
+        # TarFile would keep all members in memory: gigabytes for eight million images.
         tar.members = []  # type: ignore[attr-defined]  # not in typeshed
         name = member.name.removeprefix("./")
         if not member.isreg():

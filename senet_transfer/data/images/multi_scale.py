@@ -78,8 +78,8 @@ def pack(images: Sequence[Sequence[Tensor]]) -> dict[str, Any]:
         images: Views of each image, uint8 ``(C, H, W)``.
 
     Returns:
-        Dictionary with the pixels of all views, ``image``, uint8 ``(P,)``, and the list of the
-        shapes of each image's views, ``shapes``.
+        Dictionary with ``image``, the pixels of all views, uint8 ``(P,)``, and ``shapes``, a list
+        of the shapes of each image's views.
     """
     return {
         "image": torch.cat([view.flatten() for views in images for view in views]),

@@ -50,8 +50,9 @@ class TrainTransform:
         ratio: Minimum and maximum aspect ratio (width / height) of the crop.
         flip: Probability of a horizontal flip.
         interpolation: Antialiased interpolation, "bilinear" or "bicubic".
-        draft: Decode JPEG images at 1/2, 1/4 or 1/8 of their size if the crop is still at least as
-            large as the output. This is faster for large images, but changes the pixels.
+        draft: Whether to decode JPEG images at 1/2, 1/4 or 1/8 of their size if the crop is still
+            at least as large as the output. This is faster for large images, but changes the
+            pixels.
         reading: Settings for reading images. They may specify the number of channels, which is 3 by
             default.
         augment: Additional augmentation of the flipped crop, which uses PyTorch's global generator;

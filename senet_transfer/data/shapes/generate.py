@@ -58,7 +58,7 @@ def make_shapes(
         seed: Random seed, 0 or more.
         train: Number of training images.
         val: Number of validation images.
-        quiet: Do not show a progress bar.
+        quiet: Whether to hide the progress bar.
 
     Returns:
         `output_dir` as a path.

@@ -1,4 +1,4 @@
-"""Renderer for the shapes data set, which also computes each shape's mask and visible fraction."""
+"""Renderer for the shapes data set. It also computes each shape's mask and visible fraction."""
 
 import math
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class ShapeObject:
         category: Class name, one of `SHAPE_CLASSES`.
         mask: Visible pixels of the shape, bool (H, W).
         visible: Visible fraction of the complete shape, 0-1. Parts that are occluded by other
-            shapes or outside the image are not visible.
+            shapes or outside the image do not count as visible.
     """
 
     category: str
@@ -134,7 +134,7 @@ def _from_hsv(hue: float, saturation: float, value: float) -> np.ndarray:
 
 
 def _contrasting_colour(rng: np.random.Generator, taken: list[np.ndarray]) -> np.ndarray:
-    """Return the random vivid RGB colour that differs most from the colours in use."""
+    """Sample vivid RGB colours, and return the one that differs most from the colours in use."""
     candidates = [
         _from_hsv(rng.uniform(0, 360), rng.uniform(0.55, 1.0), rng.uniform(0.5, 1.0))
         for _ in range(8)

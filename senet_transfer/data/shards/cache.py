@@ -24,8 +24,8 @@ class ShardCache:
         """
         Args:
             folder: Folder for the copies, created if it does not exist. The folder grows to the
-                size of the data that is read and is never cleaned up, but can be deleted between
-                runs.
+                size of the data that is read. It is never cleaned up automatically, but can be
+                deleted between runs.
         """
         self.folder = Path(folder)
 

@@ -63,7 +63,8 @@ def scan_shards(
         paths: Tar files in one folder.
         classes: Class names in label order. None to use the names "0", "1" and so on, up to the
             largest label.
-        checksums: Compute the checksums of the files, which requires reading the complete files.
+        checksums: Whether to compute the checksums of the files. This requires reading the complete
+            files.
 
     Returns:
         The manifest, and the index of each shard, int64 `(n, 3)` with each image's offset, size and
@@ -116,7 +117,7 @@ def is_shard_name(name: str) -> bool:
 
 
 def find_shards(folder: Path) -> list[Path]:
-    """Return the tar files in a folder without class folders, sorted by name.
+    """Return the tar files in a folder that has no class folders, sorted by name.
 
     Raises:
         UserError: If the folder cannot be read, or the tar files are those of several splits.

@@ -21,7 +21,7 @@ from senet_transfer.errors import UserError
 
 REMOTE_SCHEMES = ("http", "https", "s3", "gs", "gcs", "az", "abfs")
 
-# Pattern for file names in a shard folder, which must be valid in paths and addresses.
+# Pattern for file names in a shard folder. The names must be valid in paths and addresses.
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 # A single letter before the colon is a drive letter, not a scheme.
@@ -179,7 +179,7 @@ def file_system(url: str, storage: RemoteOptions) -> fsspec.AbstractFileSystem:
 
 
 def missing_files(urls: Sequence[str], storage: RemoteOptions) -> list[str]:
-    """Return the addresses, all on one server, at which no file exists.
+    """Return the addresses at which no file exists. All addresses must be on the same server.
 
     The result is empty if the server does not respond. In this case, reading fails later, after
     retries.

@@ -1,10 +1,10 @@
 """Reading and writing of tar shards with webdataset.
 
-This is the only module that imports webdataset. It uses webdataset's tar writer, its member
-iterator and its grouping of members into samples. Other parts of webdataset are replaced by
-`storage`, `decode` and `sampling` for four reasons: the address handling runs shell commands
-(`pipe:`), the decoders execute pickles, the splitters read environment variables in worker
-processes, and the shuffles cannot be resumed.
+This is the only module that imports webdataset. It uses webdataset's tar writer, member iterator
+and grouping of members into samples. Other parts of webdataset are replaced by `storage`, `decode`
+and `sampling` for four reasons: the address handling runs shell commands (`pipe:`), the decoders
+execute pickles, the splitters read environment variables in worker processes, and the shuffles
+cannot be resumed.
 """
 
 import hashlib

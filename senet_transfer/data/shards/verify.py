@@ -22,7 +22,7 @@ def verify(folder: str | Path, *, workers: int = 1, quiet: bool = False) -> int:
     Args:
         folder: Folder with shards and a manifest.
         workers: Number of worker processes.
-        quiet: Do not show a progress bar.
+        quiet: Whether to hide the progress bar.
 
     Returns:
         The number of images.

@@ -92,7 +92,7 @@ def convert(
         workers: Number of worker processes.
         skip_broken: Maximum number of broken images to leave out and record in the manifest. If
             there are more, an error is raised.
-        quiet: Do not show a progress bar.
+        quiet: Whether to hide the progress bar.
 
     Raises:
         UserError: If too many images are broken, the folder contains shards with other contents,
@@ -185,7 +185,7 @@ def _good_samples(plan: ShardPlan, skipped: list[dict[str, str]]) -> Iterator[Ra
 
 
 def _on_disk(lines: Sequence[str]) -> bytes:
-    """Encode lines that contain image names. Names that are not UTF-8 keep their bytes on disk."""
+    """Encode lines that contain image names. Bytes that are not valid UTF-8 are kept."""
     return "\n".join(lines).encode("utf-8", "surrogateescape")
 
 
@@ -234,7 +234,7 @@ def _convert(
 
 
 def _finished(output: Path, plans: list[ShardPlan]) -> dict[str, dict[str, Any]]:
-    """Return the JSON content of every complete shard, as a dictionary with the shards' names.
+    """Return the JSON content of every complete shard, keyed by shard name.
 
     Raises:
         UserError: If the folder contains shards whose contents differ from the plan.

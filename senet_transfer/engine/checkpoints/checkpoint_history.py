@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def sum_file(path: Path) -> Path:
-    """Return the path of the checksum file for ``path``, a file in ``sha256sum`` format."""
+    """Return the path of the checksum file, in ``sha256sum`` format, for ``path``."""
     return path.with_name(f"{path.name}.sha256")
 
 
@@ -94,7 +94,7 @@ def record(folder: str | Path, name: str, keep: int) -> None:
 
 
 def forget(folder: str | Path) -> None:
-    """Delete the list of checkpoints, but not the files, so there is nothing to resume from."""
+    """Delete a run's checkpoint list, but not the checkpoints, so the run can't be resumed."""
     for name in (TAG, HISTORY):
         Path(folder, name).unlink(missing_ok=True)
 
@@ -113,7 +113,7 @@ def drop_torn_line(path: Path) -> None:
 
 
 def verify_checkpoint(path: Path) -> str:
-    """Describe what is damaged in a corrupted checkpoint. Return "" if the checkpoint is intact."""
+    """Return a description of the damage in a checkpoint, or "" if the checkpoint is intact."""
     if not path.is_file():
         return f"{path} does not exist"
     try:

@@ -113,7 +113,7 @@ class Checkpointer(DetectionCheckpointer):
     def get_checkpoint_file(self) -> str:
         """Return the newest intact checkpoint. All processes of a job must call this method.
 
-        Damaged checkpoints that are newer are no longer among those to keep. They are not deleted.
+        Damaged newer checkpoints are removed from the list of checkpoints, but not deleted.
         """
         path = history.newest_whole(self.save_dir)
         if self.save_to_disk:

@@ -13,7 +13,7 @@ def with_augmentation(cfg: CfgNode, model: nn.Module) -> GeneralizedRCNNWithTTA 
     A single R-CNN is augmented by Detectron2, which also averages masks. All other detectors are
     augmented by :class:`FusedDetector`.
 
-    Detectron2's default sizes, 400 to 1200 pixels, are for ``INPUT.MIN_SIZE_TEST: 800``. If
+    Detectron2's default sizes, 400 to 1200 pixels, assume ``INPUT.MIN_SIZE_TEST: 800``. If
     ``TEST.AUG`` has its default values, the sizes are scaled to the config's test size.
     """
     theirs = get_cfg()

@@ -18,14 +18,14 @@ Colour = tuple[float, float, float]
 # Left, top, right and bottom in pixels.
 Rect = tuple[float, float, float, float]
 
-# Small images are enlarged until their shorter side has this length, which keeps labels legible,
-# but at most 4 times, and only while the longer side stays below a limit.
+# To keep labels legible, small images are enlarged until their shorter side has the first length.
+# The second length limits the longer side, and the third number is the maximum scale factor.
 _SHORT_SIDE, _LONG_SIDE, _ENLARGED = 480, 4096, 4.0
 # Line width and text size, each as a fraction of the image size and as a minimum in pixels.
 _LINE, _LEAST_LINE = 0.0033, 1.5
 _TEXT, _LEAST_TEXT = 0.021, 12.0
 _MASK_ALPHA = 0.45
-# If there are more labels than this number, they are drawn smaller, down to this factor.
+# Number of labels above which they are drawn smaller, and the minimum factor for their size.
 _MANY, _SMALLEST = 25, 0.75
 # Maximum distance between a label and its object, as a multiple of the label's height.
 _FARTHEST = 8

@@ -137,7 +137,7 @@ def run_saved_evaluation(
     keep_logits: bool = False,
     published: Sequence[Published] = (),
 ) -> dict[str, Any]:
-    """Evaluate the mean of probabilities saved by several evaluations.
+    """Evaluate the mean of the probabilities saved by several evaluations.
 
     Args:
         files: CSV files with logits; see :func:`~.saved_logits.evaluate_saved_logits`.

@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 # DejaVu Sans is part of matplotlib and covers Latin, Greek, Cyrillic and more.
 _DEFAULT = "DejaVu Sans"
-# matplotlib's font of placeholder boxes, which has a glyph for every character.
+# matplotlib's font that draws a placeholder box for every character.
 _PLACEHOLDERS = "Last Resort"
 _LONGEST = 40
 
@@ -20,7 +20,7 @@ def drawable_names(names: Sequence[str]) -> tuple[list[str], list[str]]:
     """Replace class names that can't be drawn, and find font families for all characters.
 
     A name with characters that no installed font contains is replaced by "class N", where N is its
-    index from 0, with a warning.
+    index from 0, and a warning is logged.
 
     Args:
         names: The class names.

@@ -81,7 +81,7 @@ class FusedDetector(nn.Module):
         )
 
     def _views(self, item: dict[str, Any]) -> list[tuple[dict[str, Any], Transform]]:
-        """Return the views of an image, and the transforms of their boxes to the image."""
+        """Return the views of an image, each with the transform from the view to the image."""
         if self.views is None:
             return [(item, NoOpTransform())]
         found = []
@@ -93,7 +93,7 @@ class FusedDetector(nn.Module):
 
 
 def _restored(output: dict[str, Any], inverse: Transform, size: tuple[int, int]) -> Instances:
-    """Move the boxes predicted in a view to the CPU and transform them to the original image."""
+    """Move the boxes predicted in a view to the CPU, in coordinates of the original image."""
     found = output.get("instances")
     fields = {} if found is None else found.get_fields()
     others = sorted((output.keys() - {"instances"}) | (fields.keys() - _FIELDS))

@@ -22,9 +22,9 @@ class SavedLogits:
 
     Attributes:
         file: Path of the file.
-        rows: The row index of each image, from 0, by the key of the image.
-        labels: The label and the class name of each image.
-        paths: The path of each image.
+        rows: Row index of each image, from 0, by image key.
+        labels: Label and class name of each image.
+        paths: Path of each image.
         logits: Float32 ``(N, C)``.
     """
 

@@ -123,7 +123,7 @@ class LazyTrainer(StepTrainer):
     """Trainer that runs this project's training step and hooks.
 
     Attributes:
-        timer: The hook that times the steps. It must also be registered.
+        timer: The hook that times the steps. It must also be in the list of hooks.
     """
 
     timer: hooks.StepTimer
@@ -145,7 +145,7 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> dict[str, Any]:
     )
     trainer.timer = hooks.StepTimer()
     keep = cfg.train.checkpointer.get("max_to_keep") or 0
-    # With a single checkpoint, a run could not resume if it were corrupted.
+    # A run could not resume if its only checkpoint were corrupted.
     checkpointer = Checkpointer(
         model, cfg.train.output_dir, keep=max(keep, 2) if keep else 0, trainer=trainer
     )

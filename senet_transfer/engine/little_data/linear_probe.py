@@ -47,8 +47,8 @@ def fit_linear_probe(
 
     A fifth of the images in each class is held out. The strength with the lowest top-1 error on
     these images is selected; ties are resolved by the lowest loss. The probe is then fitted to all
-    images. Features are standardised for the fit, and the layer is converted to one for the
-    original features.
+    images. Features are standardised for the fit, and the fitted layer is then converted so that
+    it applies to the original features.
 
     Args:
         features: Features of the training images ``(N, D)``.

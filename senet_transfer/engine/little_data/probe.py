@@ -46,8 +46,8 @@ def run_probe(
 ) -> dict[str, Any]:
     """Evaluate a linear probe and nearest neighbours, and save the results.
 
-    The classifier is saved as ``model_final.pth`` with a ``config.yaml``, and the results as
-    ``probe.json``.
+    The classifier, whose linear layer is the probe, is saved as ``model_final.pth`` with a
+    ``config.yaml``, and the results are saved as ``probe.json``.
 
     Args:
         found: A classifier, whose linear layer is replaced.

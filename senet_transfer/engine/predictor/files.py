@@ -1,4 +1,4 @@
-"""Prediction on files and videos: drawings, and results in several formats."""
+"""Prediction on files and videos, with drawings and results in several formats."""
 
 import csv
 import itertools
@@ -165,7 +165,7 @@ def predict_video(
 
 
 def video_stem(name: str) -> str:
-    """Return the name of a video's results without a suffix."""
+    """Return the name of a video's result files, without the suffix."""
     return os.path.splitext(os.path.basename(name.partition("?")[0].rstrip("/")))[0] or "video"
 
 
@@ -291,7 +291,7 @@ class _Json(_Writer):
 
 
 class _Coco(_Writer):
-    """Writer of a file in COCO format, with the images' numbers as their ids."""
+    """Writer of a file in COCO format, in which image ids are image numbers."""
 
     def __init__(self, output_dir: str, photos: Sequence[Photo]):
         super().__init__(output_dir, photos)

@@ -86,7 +86,7 @@ class Photo:
             raise self._unreadable(error) from error
 
     def bands(self) -> np.ndarray:
-        """Return all channels of the image for a model with this input format, uint8 ``(H, W, C)``.
+        """Return all channels of the image, uint8 ``(H, W, C)``, for a model with C input channels.
 
         Raises:
             UserError: If the image can't be read, or has a different number of channels.

@@ -60,9 +60,9 @@ def load(
             ``["INPUT.MIN_SIZE_TEST", "600"]``.
         device: The device, such as "cpu" or "cuda:1". If empty, a GPU is used if available.
         half: If True, compute in half precision: float16 on a GPU, bfloat16 on the CPU.
-        batch_size: The number of images per batch. Larger batches change results slightly, by
-            rounding and near the edges of images, because Detectron2 pads smaller images to the
-            size of the largest.
+        batch_size: The number of images per batch. Larger batches change results slightly, due to
+            rounding and because Detectron2 pads smaller images to the size of the largest, which
+            affects results near the edges.
         threshold: The minimum score of objects.
         top: The number of most probable classes in a classifier's results.
 

@@ -81,7 +81,7 @@ class Classes:
 
 
 class _Shown(ABC):
-    """Base class for results, which notebooks display as a drawing above a text."""
+    """Base class for results, which notebooks display as a drawing above text."""
 
     photo: Photo
 

@@ -134,7 +134,7 @@ def _published_config(loaded: LoadedModel) -> CfgNode:
     cfg.OUTPUT_DIR, cfg.DATASETS.REGISTER = default.OUTPUT_DIR, []
     cfg.DATASETS.CLASSES = loaded.classes
     for key, value in list(config_items(cfg)):
-        if key == "DATASETS.CLASSES":  # such as names like /a/airfield in Places365
+        if key == "DATASETS.CLASSES":  # such as /a/airfield in Places365
             continue
         if isinstance(value, str) and _is_local(value):
             set_config_value(cfg, key, config_value(default, key))

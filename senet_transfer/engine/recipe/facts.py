@@ -17,7 +17,7 @@ from senet_transfer.data.detection.dataset_checks import check_objects
 from senet_transfer.data.detection.formats.source import read_annotations
 from senet_transfer.data.own_data import DataPart
 
-# Maximum number of images in a classification data set whose size is read.
+# Maximum number of images whose size is read in a classification data set.
 _SAMPLE = 100
 
 
@@ -79,7 +79,7 @@ def describe_data(train: DataPart, val: DataPart, *, upright: bool = True) -> Da
             try:
                 with Image.open(io.BytesIO(dataset.read_sample(int(index)).data)) as image:
                     sides.append(min(image.size))
-            # Pillow can't read the image. Training counts such images.
+            # Pillow can't read the image. Training counts and limits such images.
             except (OSError, ValueError, Image.DecompressionBombError):
                 continue
         return DataFacts(
@@ -100,7 +100,7 @@ def describe_data(train: DataPart, val: DataPart, *, upright: bool = True) -> Da
         for item in objects
         for _, _, w, h in [item["bbox"]]
     )
-    # The weights of a class sum up to 1.
+    # The weights of the objects in each class sum to 1.
     place = np.searchsorted(np.cumsum([weight for _, weight in sizes]), 0.1 * len(counts))
     return DataFacts(
         "detection",

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def use_recipe(options: "RunOptions", *, resume: bool) -> Iterator["RunOptions"]:
-    """Replace ``options.data`` with a config file for the data, which is saved on exit.
+    """Replace ``options.data`` with a config file for the data, and save the file on exit.
 
     All processes of a job must call this function together. The main process makes the recipe.
 

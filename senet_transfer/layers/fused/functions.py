@@ -2,11 +2,11 @@
 
 A layer's option ``fused`` is "auto", True or False. True raises an error if the kernels cannot run
 on the device. In eager mode on a GPU, "auto" fuses everything except batch norms in training mode
-without a gate. Their fused kernels are also faster on the GPU, but take the host longer to launch
-than PyTorch's. They are useful in CUDA graphs, for which the engine sets True. Compilers get
-PyTorch's operators, which they fuse themselves. PyTorch's operators are also used for modules with
-hooks and for modules that the fused operators do not support, such as SyncBN and gates without
-average pooling.
+without a gate. For these norms, the fused kernels are also faster on the GPU, but take the host
+longer to launch than PyTorch's. They are useful in CUDA graphs, for which the engine sets True.
+Compilers get PyTorch's operators, which they fuse themselves. PyTorch's operators are also used for
+modules with hooks and for modules that the fused operators do not support, such as SyncBN and gates
+without average pooling.
 """
 
 import importlib.util

@@ -281,7 +281,7 @@ class _Launcher:
         key: _Key | _Kind = (),
         **flags: Any,
     ) -> None:
-        """Launch a kernel that processes sums or values per image and channel."""
+        """Launch a kernel that reads per-image or per-chunk arrays instead of a feature map."""
         _launch(kernel, grid, (*self.key, *key), arguments, flags | {"ACC": self.acc})
 
     def moments(self, x: Tensor, *, square: bool) -> tuple[Tensor, Maybe]:
@@ -345,7 +345,7 @@ class _Launcher:
         return total, aligned
 
     def _row_tile(self) -> dict[str, int]:
-        """Return the rows of a tile of chunk sums with 16 channels, and its number of warps."""
+        """Return the numbers of rows and warps for a tile of chunk sums with 16 channels."""
         rows = min(256, max(16, _power_of_2(self.plan.rows)))
         return {"BR": rows, "num_warps": 4 if rows <= 64 else 8}
 
@@ -660,7 +660,7 @@ def conv_backward(
 ) -> _Results:
     """Return the gradients of inputs, kernel, shortcut, w1, b1, w2 and b2.
 
-    The convolution is recomputed, because its output is not saved, as in a block without a gate.
+    As in a block without a gate, the convolution's output is not saved, so it is recomputed.
     """
     x = _convolve(inputs, kernel)
     norm, saved = (mean, var, weight, bias), (pooled, hidden, value)

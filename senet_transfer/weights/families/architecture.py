@@ -113,7 +113,7 @@ class Architecture:
         return f"se_{name}" if self.se_stages and depth else name
 
     def differences(self, other: "Architecture") -> list[str]:
-        """Return sentences on how this architecture of a file differs from that of a model."""
+        """Return sentences on how a file's architecture (``self``) differs from a model's."""
         found = []
         if self.name.removeprefix("se_") != other.name.removeprefix("se_"):
             found.append(f"The file contains {self.name}, but the model is {other.name}.")

@@ -110,7 +110,7 @@ def detectron1(tensors: Tensors, metadata: Metadata) -> bool:
 
 
 def detectron2(tensors: Tensors, metadata: Metadata) -> bool:
-    """Detect Detectron2's files, with either Caffe2's names or those of a saved model."""
+    """Detect Detectron2's files, which have either Caffe2's names or those of a saved model."""
     if OWN_METADATA in metadata:
         return False
     caffe2 = having(r"res\d_\d+_branch2a_w", r"res\d_\d+_branch2a_bn_(gamma|riv|running_var)")

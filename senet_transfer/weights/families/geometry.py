@@ -49,7 +49,7 @@ class Geometry:
         return self.stem_pool != "none"
 
     def contradictions(self, model: "Geometry") -> list[str]:
-        """Return sentences on how this geometry of a file differs from that of a model."""
+        """Return sentences on how a file's geometry (``self``) differs from a model's."""
         found = []
         for name, value in asdict(self).items():
             if value is None:

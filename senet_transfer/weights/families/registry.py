@@ -40,7 +40,7 @@ class Family:
             files require frozen norms.
         rename_deep: Same as ``rename``, for networks with a three-convolution stem, in which some
             names have a different meaning.
-        background: Networks with published classifiers for 1001 classes. Their first class, the
+        background: Networks with published classifiers for 1001 classes. The first class, the
             background, is dropped.
         plain: Whether other projects' networks have the same tensor names.
     """

@@ -27,8 +27,8 @@ _LOOKALIKES = {
 }
 
 _NAME_KEYS = ("arch", "architecture", "model_name", "arch_name")
-# Keys for a run's options. In the options, the network's key may also be one of _PART_KEYS. Its
-# value is a name, or the options of the network, which may have the key "name".
+# Keys for a run's options. In the options, the network may also be stored under one of _PART_KEYS,
+# as a name or as a dictionary of the network's options, which may have the key "name".
 _OPTION_KEYS = ("hyper_parameters", "args", "config", "hparams", "cfg", "opt")
 _PART_KEYS = ("model", "backbone")
 _MAX_DEPTH = 4
@@ -120,7 +120,7 @@ def lookalikes(architecture: Architecture | None) -> tuple[str, ...]:
 def stated_names(
     metadata: Mapping[str, Any], timm: TimmConfig | None = None
 ) -> Iterator[tuple[str, str]]:
-    """Yield the names of the network in and next to a file, with the key of each name.
+    """Yield each name of the network that is stored in or next to a file, preceded by its key.
 
     Args:
         metadata: Plain values in the file.
@@ -149,7 +149,7 @@ def _option_names(options: Mapping[str, Any], path: str, depth: int) -> Iterator
 
 
 def without_publisher(name: str) -> str:
-    """Return a network's name without the package or website, such as ``timm/``, before it."""
+    """Return a network's name without a leading package or website, such as ``timm/``."""
     return _PUBLISHERS.sub("", name.strip())
 
 

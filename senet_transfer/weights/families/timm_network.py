@@ -53,7 +53,7 @@ def stated_network(
             script.
         network: Name of the model, such as "timm/regnety_002".
         timm: Content of timm's ``config.json`` next to the file.
-        several: Whether the file contains several networks. A name then may be that of another one.
+        several: Whether the file contains several networks, so a name may refer to a different one.
 
     Raises:
         UserError: If the file specifies a different timm network.

@@ -86,7 +86,7 @@ def is_numeric(value: Any) -> bool:
     """Return whether a value is a lazy tensor, or an array with one of PyTorch's dtypes."""
     if not isinstance(value, np.ndarray):
         return isinstance(value, TensorRef)
-    # The length excludes numpy.longdouble.
+    # The limit on the item size excludes numpy.longdouble.
     return value.dtype.kind in "biufc" and value.real.itemsize <= 8
 
 

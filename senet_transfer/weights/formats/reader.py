@@ -56,7 +56,7 @@ class WeightFile:
         verified: Checks that the content has passed: "sha256", "zip CRC", or "values" if there is
             no checksum and only the values were checked; see :func:`check_values`.
         dropped: Names of omitted tensors, and why each was omitted.
-        notes: Sentences on which of several sets of weights were selected.
+        notes: Sentences that say which of several sets of weights were selected.
         timm: Content of timm's ``config.json`` next to the file, if there is one.
     """
 

@@ -48,7 +48,7 @@ _USUAL_AVERAGED = ("state_dict_ema", "model_ema")
 _FROZEN_COPIES = "frozen_param_fragments"
 # Words in keys for the state of a trainer, which has tensors but is not a network.
 _TRAINER_WORD = re.compile(r"opt|optims?|\w*optimi[sz]er\w*|\w*sched\w*|(grad)?scalers?|amp")
-# Parts of keys that are not used for a network if there is another one.
+# Parts of keys that do not denote the network if there is another candidate.
 _BESIDE = ("optim", "sched", "scaler", "amp", "ema", "momentum")
 # Last parts of the names of a network's tensors. Metrics and random states have other names.
 _PARAMETERS = ("weight", "bias", "running_mean", "running_var")
@@ -69,11 +69,11 @@ class Checkpoint:
     """Tensors of a model and the metadata stored with them.
 
     Attributes:
-        tensors: Tensors by name, without the prefixes of wrappers.
+        tensors: Tensors by name. Prefixes added by wrappers are removed.
         metadata: Small plain values.
         file_names: Name of each tensor in the file's state dict.
         dropped: Names (in the file) of omitted tensors, and why each was omitted.
-        notes: Sentences on which of several sets of weights were selected.
+        notes: Sentences that say which of several sets of weights were selected.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -277,7 +277,7 @@ def _others(tree: dict, *used: str) -> tuple[str, ...]:
 
 
 def _unreadable_averages(tree: dict) -> Iterator[str]:
-    """Yield a sentence about each entry with averaged weights that do not have names."""
+    """Yield a sentence about each entry whose averaged weights have no tensor names."""
     for key, value in tree.items():
         if not isinstance(key, str) or not _words(key) & _AVERAGED:
             continue
@@ -292,7 +292,7 @@ def _is_tensor_list(value: Any) -> bool:
 
 
 def check_named_ema(path: Path, wanted: Wanted, selected: Selected) -> None:
-    """Raise UserError if EMA weights are wanted, but the state dict is not one of EMA weights.
+    """Raise UserError if EMA weights are wanted, but the prefix does not select EMA weights.
 
     Args:
         path: Path of the file, which has no separate state dict of EMA weights.
@@ -389,7 +389,7 @@ def _check_partitions(tree: dict, key: str, path: Path) -> None:
 
 
 def _model_entries(tree: dict) -> dict:
-    """Return a flat checkpoint without objects and values that are next to the model's tensors."""
+    """Return a flat checkpoint without the objects and values stored next to the tensors."""
     return {
         key: value
         for key, value in tree.items()
@@ -419,7 +419,7 @@ def _reject_objects(tree: dict, path: Path) -> None:
 
 
 def _networks(tree: dict) -> dict | None:
-    """Return the entries with networks if there are several of them in ``tree``, otherwise None."""
+    """Return the entries that contain networks, or None if there are fewer than two."""
     if any(map(is_numeric, tree.values())):
         return None
     found = {key: tree[key] for key in _candidates(tree)}
@@ -431,7 +431,7 @@ def _is_nested(value: dict) -> bool:
 
 
 def _candidates(tree: dict) -> list[str]:
-    """Return the keys of dictionaries that may be the model or one of its parts."""
+    """Return the keys of dictionaries that may contain the model or one of its parts."""
     budget = [_MAX_TOTAL]
     keys = [k for k, v in tree.items() if isinstance(k, str) and not _is_averaged(k, v, budget)]
     found = [k for k in keys if not _is_trainer_state(k) and _has_parameters(tree[k], budget)]
@@ -461,7 +461,7 @@ def _is_deepspeed(tree: dict) -> bool:
 def _is_flat(tree: dict) -> bool:
     """Return whether the direct tensors of ``tree`` are a network's, not metrics or random states.
 
-    If names don't indicate a network, its tensors may have any name.
+    Tensors with unusual names are accepted if no dictionary in ``tree`` contains a network.
     """
     direct = [key for key, value in tree.items() if isinstance(key, str) and is_numeric(value)]
     if any(map(_names_parameter, direct)):
@@ -475,7 +475,7 @@ def _is_trainer_state(key: str) -> bool:
 
 
 def _is_beside(key: str) -> bool:
-    """Return whether a key may be for averages or trainer state, next to a network's tensors."""
+    """Return whether a key may denote averages or trainer state, stored next to a network."""
     return any(part in key.lower() for part in _BESIDE)
 
 
@@ -527,7 +527,7 @@ class _NotPlain(Exception):  # noqa: N818 - only used in this file
 def _plain(value: Any, budget: list[int], depth: int = 0) -> Any:
     """Return a small plain value, with one-element tensors as numbers, or raise _NotPlain.
 
-    Items of dictionaries that are not plain are left out.
+    Dictionary items that are not plain are left out.
     """
     budget[0] -= 1
     if budget[0] < 0 or depth > 2 * _MAX_DEPTH:

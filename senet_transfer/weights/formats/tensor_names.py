@@ -91,7 +91,7 @@ def select(sizes: Mapping[str, int], prefix: str, path: Path) -> Selected:
 
 
 def _without_inserted(names: Iterable[str]) -> dict[str, str]:
-    """Map names without inserted parts to the original names, unless this would be ambiguous."""
+    """Map names with inserted parts removed to the original names, unless they would collide."""
     names = list(names)
     kept = {_INSERTED.sub("", name): name for name in names}
     return kept if len(kept) == len(names) else {name: name for name in names}

@@ -38,7 +38,7 @@ from senet_transfer.weights.formats.tensor_names import Wanted
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _CHUNK = 2**22
-# Files in a program of torch.export, in its present and its first format.
+# Files in archives written by torch.export, in the current and the first format.
 _EXPORTED = ("archive_format", "serialized_exported_program.json")
 
 _DTYPES = {
@@ -100,14 +100,14 @@ def _untyped_tensor(
 
 
 def _device(*parts: Any) -> str:
-    """Return a device such as "cuda:0" as text, because this machine may not know its type."""
+    """Return a device such as "cuda:0" as text, because this machine may not support it."""
     if not all(type(part) in (str, int) for part in parts):
         raise ValueError("a device is neither text nor an index")
     return ":".join(map(str, parts))
 
 
 def _subclass(function: Any, kind: Any, arguments: Any, _state: Any) -> Any:
-    """Return a tensor with attributes, without the attributes; a placeholder for other classes."""
+    """Return a tensor without its extra attributes, or a placeholder for an unknown subclass."""
     if isinstance(function, Named) and isinstance(kind, Placeholder) and kind.name in _CLASSES:
         return function(*arguments)
     return Placeholder("torch._tensor._rebuild_from_type_v2")
@@ -141,7 +141,7 @@ class _Storages(dict[Any, Storage]):
     """Storages in a file by key. The pickle must describe each storage consistently."""
 
     def named(self, identity: tuple, read: Callable[[Any, int], bytearray]) -> Storage:
-        """Return the storage for a persistent id. ``read`` takes its key and length in bytes."""
+        """Return the storage for a persistent id. ``read`` takes the key and length in bytes."""
         kind, storage_type, key, _, numel = identity
         dtype = storage_type.value if isinstance(storage_type, Named) else None
         if kind != "storage" or not isinstance(dtype, torch.dtype) or type(key) not in (str, int):

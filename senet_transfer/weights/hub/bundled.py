@@ -42,7 +42,7 @@ def bundled_config(name: str) -> str:
 
 
 def stated_metadata(path: Path) -> dict[str, Any]:
-    """Return a file's metadata in this project's format, or {} if the file is damaged."""
+    """Return the metadata that this project stored in a file, or {} if the file is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             return dict(json.loads((file.metadata() or {})[OWN_METADATA]))

@@ -237,8 +237,8 @@ def _check_once(path: Path, size: int, modified: int, sha256: str | None, remedy
 def published_entries(path: str | Path) -> list[Entry]:
     """Return the catalogue entries for a file with a published name and hash.
 
-    Several publishers may list the same file. If the catalogue contains no hash for the file, it
-    must be in the cache, to which it was downloaded by name.
+    Several publishers may list the same file. A file without a hash in the catalogue is recognised
+    only at its path in the cache.
     """
     path = Path(path)
     named = [entry for entry in load_catalogue().values() if entry.file == path.name]

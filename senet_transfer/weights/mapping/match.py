@@ -108,7 +108,7 @@ def _not_in_file(result: Match, source: Source, target: Target, name: str, exact
 
 
 def _other_classes(source: Source, target: Target, name: str) -> str | None:
-    """Return why a tensor of a different shape may keep its initial values; None if it may not."""
+    """Return the reason why a tensor of another shape may keep its initial values, or None."""
     found, expected = source.tensors[name], target.tensors[name]
     if not found.is_floating_point() or found.shape[1:] != expected.shape[1:]:
         return None
@@ -128,7 +128,7 @@ def _misfit(name: str, found: Tensor, expected: Tensor) -> str:
 
 
 def _why_ignored(source: Source, target: Target, name: str, exact: bool) -> str | None:
-    """Return why one of the file's tensors may be ignored, or None if it may not."""
+    """Return the reason why one of the file's tensors may be ignored, or None if it may not."""
     for pattern, reason in _NOT_WEIGHTS:
         if pattern.fullmatch(name):
             return reason

@@ -1,4 +1,4 @@
-"""Search for networks under a prefix, in files from training scripts that store several parts."""
+"""Search for networks whose tensor names have a prefix, as in files that store several parts."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,10 +34,10 @@ _SHOWN = 6
 
 
 class Network(NamedTuple):
-    """Content of a weight file that belongs to one network.
+    """Part of a weight file's content that belongs to one network.
 
     Attributes:
-        file: File content with only the network's tensors, without their prefix.
+        file: File content reduced to the network's tensors, with the prefix removed from the names.
         prefix: Prefix that was removed from the names.
         outside: Names of the tensors outside the prefix.
     """
@@ -89,16 +89,17 @@ def contains_network(names: Iterable[str], timm: str = "") -> bool:
 
     Args:
         names: Tensor names.
-        timm: Name of a network that timm builds; it is searched for, too.
+        timm: Name of a network that timm builds, which is also searched for.
     """
     tensors = dict.fromkeys(names, torch.empty(0))
     return bool(_prefixes(tensors, {}, timm)) or next(_networks(tensors, {}), None) is not None
 
 
 def _without_parallel(tensors: dict[str, Tensor], timm: str) -> dict[str, Tensor]:
-    """Remove the name that DataParallel adds if a script wraps only a part of a network.
+    """Remove the name component that DataParallel adds if a script wraps only part of a network.
 
-    The names are kept if they would no longer be unique, or if the network has such names.
+    The names are left unchanged if they would no longer be unique, or if the network's own names
+    contain this component.
     """
     renamed = {_PARALLEL.sub("", name): tensor for name, tensor in tensors.items()}
     if len(renamed) < len(tensors) or renamed.keys() == tensors.keys():

@@ -1,4 +1,4 @@
-"""Examination of weight files to find the family, renamed tensors, architecture and geometry."""
+"""Examination of weight files to determine their family, tensors, architecture and geometry."""
 
 import logging
 import math
@@ -119,7 +119,7 @@ class Source:
         return options
 
     def backbone_only(self) -> "Source":
-        """Return a copy of this source without the tensors outside the backbone."""
+        """Return a copy of this source with only the backbone's tensors."""
         tensors = {n: tensor for n, tensor in self.tensors.items() if n.startswith(names.BACKBONE)}
         return replace(
             self,
@@ -220,7 +220,7 @@ def _has_others(file: WeightFile, wanted: Wanted, timm: str = "") -> bool:
 
 
 def _with_train_options(source: Source, file: WeightFile) -> Source:
-    """Replace the preprocessing by that of timm's ``train.py`` if this script wrote the file."""
+    """Use the preprocessing of timm's ``train.py`` if this script wrote the file."""
     if source.preprocessing is None or file.timm or OWN_METADATA in file.metadata:
         return source
     default = source.preprocessing
@@ -239,7 +239,7 @@ def _with_train_options(source: Source, file: WeightFile) -> Source:
 
 
 def _as_published(source: Source, published: Iterable[Entry]) -> Source:
-    """Complete a source with the information about its file in the catalogue."""
+    """Add the catalogue's information about a published file to its source."""
     entry = next((entry for entry in published if entry.family == source.family.name), None)
     if entry is None or source.preprocessing is None:
         return source
@@ -433,7 +433,7 @@ def _start(name: str, prefix: str) -> str:
 
 
 def _joined(*prefixes: str) -> str:
-    """Join prefixes, each of which may lack the dot at its end."""
+    """Join prefixes, each of which may lack its trailing dot."""
     return "".join(f"{prefix.removesuffix('.')}." for prefix in prefixes if prefix)
 
 
@@ -495,7 +495,7 @@ def _reshaped(name: str, tensor: Tensor) -> Tensor:
 
 
 def _fold_biases(tensors: dict[str, Tensor]) -> list[str]:
-    """Fold convolution biases into the running means of the following norms (equivalent)."""
+    """Fold convolution biases into the following norms' running means; outputs stay the same."""
     notes = []
     for name in [name for name in tensors if name.endswith(".bias")]:
         mean = f"{name.removesuffix('.bias')}.norm.running_mean"
@@ -527,7 +527,7 @@ def _drop_background(tensors: dict[str, Tensor]) -> list[str]:
 def _computes(
     file: WeightFile, family: Family, architecture: Architecture | None
 ) -> tuple[Geometry, Preprocessing | None, frozenset[str]]:
-    """Return the geometry and preprocessing from a file's metadata or, if missing, its family.
+    """Return a file's geometry and preprocessing from its metadata or, if missing, its family.
 
     Returns:
         The geometry, the preprocessing, and the names of the fields that were not taken from the
@@ -562,7 +562,7 @@ def _own_word(file: WeightFile) -> tuple[Geometry, Preprocessing | None]:
 
 
 def _own_network(file: WeightFile) -> str:
-    """Return the name of the timm network in the metadata from this project, or "" if none."""
+    """Return the name of the timm network in this project's metadata, or "" if there is none."""
     word = file.metadata.get(OWN_METADATA)
     name = word.get("model") if isinstance(word, Mapping) else None
     return name if isinstance(name, str) and is_timm(name) else ""
@@ -614,7 +614,7 @@ def _preprocessing(file: WeightFile, values: Mapping[str, Any]) -> Preprocessing
 
 
 def _described(alternatives: dict[str, str]) -> str:
-    """Return the names of other families and their differences as text for a message."""
+    """Return a list of other families and how they differ, as text for a message."""
     return " or ".join(
         f"{name} (with {difference})" if difference else name
         for name, difference in alternatives.items()

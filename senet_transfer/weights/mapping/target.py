@@ -83,7 +83,7 @@ def target_of(model: nn.Module) -> Target:
         model: Backbone, classifier or detector, optionally wrapped for distributed training.
 
     Raises:
-        UserError: If the model is not one of these.
+        UserError: If the model has a different type.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         model = model.module

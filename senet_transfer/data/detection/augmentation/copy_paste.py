@@ -27,7 +27,7 @@ class CopyPaste(Dataset):
         Args:
             images: Mapped images with masks. Images that cannot be mapped are represented by their
                 UserErrors.
-            probability: Probability that objects are pasted on an image.
+            probability: Probability that objects are pasted onto an image.
         """
         self.images, self.probability = images, probability
 
@@ -45,10 +45,10 @@ class CopyPaste(Dataset):
 
 
 def paste(target: dict, source: dict) -> dict:
-    """Paste each object of an image on another image with probability 0.5.
+    """Paste each object of one image onto another image with probability 0.5.
 
     Covered pixels are removed from the masks of the target's objects. An object that is covered
-    completely is removed. The box of an object whose mask has changed is fitted to its mask.
+    completely is removed. The box of an object whose mask has changed is fitted to the new mask.
 
     Args:
         target: Mapped image with masks, which is not changed.
@@ -90,7 +90,7 @@ def _visible(instances: Instances, visible: Tensor) -> Instances:
 
 
 def _bit_masks(instances: Instances) -> Tensor:
-    """Return the masks as bool `(N, H, W)`, also for an image without the `gt_masks` field."""
+    """Return the masks as bool `(N, H, W)`, even for an image without the `gt_masks` field."""
     if not instances.has("gt_masks"):
         return torch.zeros(len(instances), *instances.image_size, dtype=torch.bool)
     masks = instances.gt_masks

@@ -1,1 +1,1 @@
-"""Readers for other annotation formats, which are converted to COCO format."""
+"""Readers that convert other annotation formats to COCO format."""

@@ -122,7 +122,7 @@ def points(values: Any, name: str, where: str) -> list[tuple[float, float]]:
 
 
 def image_sides(width: object, height: object, where: str) -> tuple[int, int]:
-    """Return the width and height of an image, which must be positive whole numbers."""
+    """Return an image's width and height as integers, after checking that both are positive."""
     sides = number(width, "width", where), number(height, "height", where)
     if min(sides) < 1 or any(side != int(side) for side in sides):
         raise UserError(
@@ -151,7 +151,7 @@ class ImageFolder:
     def __init__(self, root: str | Path, *, upright: bool = True):
         """
         Args:
-            root: The folder.
+            root: Path of the folder.
             upright: Whether the annotations refer to the images with EXIF orientation applied.
 
         Raises:
@@ -192,7 +192,7 @@ class ImageFolder:
         return os.path.isfile(os.path.join(self.root, name))
 
     def with_stem(self, stem: str) -> str | None:
-        """Return the relative path of the image with a path without extension, or None."""
+        """Return the relative path of the image whose path without extension is `stem`, or None."""
         if self._by_stem is None:
             names = list_files(self.root, is_image_name)
             self._by_stem = {os.path.splitext(name)[0]: name for name in reversed(names)}
@@ -223,7 +223,7 @@ def list_files(root: str | Path, accept: Any) -> list[str]:
     """Return the sorted relative paths of the visible files in a folder and its subfolders.
 
     Args:
-        root: The folder.
+        root: Path of the folder.
         accept: Function that returns True for the relative paths to list.
     """
     if not os.path.isdir(root):

@@ -112,7 +112,7 @@ def _method(layer: CaffeLayer, params: dict[str, Any]) -> str:
 def _pair(
     layer: CaffeLayer, params: dict[str, Any], name: str, sides: str | None, default: int
 ) -> tuple[int, int]:
-    """Return a size that is stored once, per dimension, or with the suffixes ``_h`` and ``_w``."""
+    """Return a size stored as one or two values, or in fields with suffixes ``_h`` and ``_w``."""
     if sides is not None and f"{sides}_h" in params:
         return params[f"{sides}_h"], params.get(f"{sides}_w", default)
     value = params.get(name, default)
