@@ -69,7 +69,7 @@ def tree(tmp_path):
 
 @pytest.fixture
 def loader(tree, tmp_path, request):
-    """Return a training data loader for the kind of data and number of workers in the parameter."""
+    """Return a training data loader for the parameters: kind of data and number of workers."""
     kind, workers = request.param
     if kind == "memory":
         images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)

@@ -160,7 +160,7 @@ class Python2Pickler(pickle._Pickler):
 
 
 def python2_pickle(value: Any, protocol: int = 2) -> bytes:
-    """Return a pickle like those of Python 2 with NumPy versions from that time."""
+    """Return a pickle like those written by Python 2 and NumPy versions of its time."""
     file = io.BytesIO()
     Python2Pickler(file, protocol).dump(value)
     return file.getvalue().replace(b"cnumpy._core.", b"cnumpy.core.")
