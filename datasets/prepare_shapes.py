@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Render the shapes data set, a small detection data set used by `make demo`.
 
-Crops of some shapes are also written to one folder per class, for the smoke-test configs.
+Crops of some shapes are also saved, in one folder per class, for use by the smoke-test configs.
 
     python datasets/prepare_shapes.py
 

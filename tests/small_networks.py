@@ -1,6 +1,6 @@
 """Config overrides for small networks, which several test folders share."""
 
-# This network has less than a million parameters, which keeps checkpoints small.
+# This network has fewer than a million parameters, which keeps checkpoints small.
 SE_RESNEXT50 = {
     "MODEL.RESNETS.NORM": "GN",
     "MODEL.RESNETS.DEPTH": "50",

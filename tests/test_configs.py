@@ -1,4 +1,4 @@
-"""Tests for all configs: their models, and that SE configs differ from baselines only in SE."""
+"""Tests for all configs: backbones, headers, published recipes, and the differences due to SE."""
 
 from pathlib import Path
 
@@ -102,7 +102,7 @@ def test_the_csail_recipe_equals_the_data_sets():
     solver = cfg.SOLVER
     assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.WEIGHT_DECAY) == (256, 0.1, 1e-4)
     assert (solver.EPOCHS, list(solver.STEP_EPOCHS), solver.GAMMA) == (90, [30, 60], 0.1)
-    # Weight decay applies to all parameters, which is the default of torch's optimizers.
+    # Weight decay applies to all parameters, as by default in torch's optimizers.
     assert solver.WEIGHT_DECAY_NORM == 1e-4
     assert solver.WEIGHT_DECAY_BIAS is None
     assert (cfg.MODEL.WEIGHTS, cfg.MODEL.BACKBONE.FREEZE_AT) == ("", 0)

@@ -51,7 +51,7 @@ def build_wheel(source: Path, target: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(source, tmp_path_factory) -> Path:
-    """Build a wheel from the copied source and return its path."""
+    """Build a wheel from the copied source and return the wheel's path."""
     return build_wheel(source, tmp_path_factory.mktemp("wheel"))
 
 

@@ -31,7 +31,7 @@ def python_blocks(document: str) -> list[str]:
 
 
 def block_with(word: str, document: str) -> str:
-    """Return the first Python example of a document that contains a word."""
+    """Return a document's first Python example that contains the given word."""
     return next(block for block in python_blocks(document) if word in block)
 
 

@@ -30,7 +30,7 @@ MOST_FILES = 14
 
 
 def modules() -> dict[str, Path]:
-    """Return the path of each of the package's modules by dotted name."""
+    """Map the dotted name of each module in the package to the module's path."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts)

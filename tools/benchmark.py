@@ -17,7 +17,7 @@ import argparse
 import importlib
 import sys
 
-# Module in this folder's `benchmark` package and function, by the part's name.
+# For each part, the module in the package `benchmark`, and the function in the module.
 PARTS = {
     "block": ("networks", "measure_block"),
     "trunk": ("networks", "measure_backbone"),

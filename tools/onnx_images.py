@@ -1,4 +1,4 @@
-"""Code that classify_onnx.py and detect_onnx.py share. It does not need torch.
+"""Code shared by classify_onnx.py and detect_onnx.py. It does not require torch.
 
 Images are read in the same way as by senet_transfer/data/images/decode.py.
 """
@@ -57,7 +57,7 @@ def formats() -> list[str]:
 
 
 def has_deep_colours(image: Image.Image, path: str) -> bool:
-    """Return whether Pillow does not return the stored values of an image with over 8 bits."""
+    """Return whether an image has over 8 bits, but Pillow does not return the stored values."""
     if not getattr(image, "tile", ()):
         return False
     if image.format == "JPEG2000":  # The SIZ marker contains the number of bits.
@@ -78,12 +78,12 @@ def has_deep_colours(image: Image.Image, path: str) -> bool:
 
 
 def bits_per_sample(image: Image.Image) -> int:
-    """Return the number of bits that a TIFF file specifies."""
+    """Return the largest number of bits per channel that a TIFF file specifies."""
     return max(image.tag_v2.get(258, (1,)))  # type: ignore[attr-defined]
 
 
 def scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Map a range of values to 0-255."""
+    """Map the values from ``low`` to ``high`` to 0-255."""
     values = (values.astype(np.float64) - low) * (255 / (high - low))
     return np.rint(np.nan_to_num(values).clip(0, 255)).astype(np.uint8)
 
@@ -91,7 +91,7 @@ def scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
 def read_image(
     path: str, value_range: Sequence[float] = (), *, upright: bool = False
 ) -> Image.Image:
-    """Read an image with 8 bits per channel.
+    """Read an image and convert it to 8 bits per channel.
 
     Args:
         path: Path of the image.

@@ -2,8 +2,9 @@
 
     python tools/pip_progress.py --log LOG --constraints constraints.txt -- --editable .
 
-`make setup` calls this, before anything is installed: it needs only the standard library. On a
-terminal, one line is updated in place. Otherwise, one line is printed at the start of each step.
+`make setup` runs this script before anything is installed, so the script uses only the standard
+library. On a terminal, one line is updated in place. Otherwise, one line is printed at the start of
+each step.
 """
 
 import argparse
@@ -33,14 +34,14 @@ class Progress:
     """Progress of pip, determined from its output.
 
     Attributes:
-        step: the current step: "Resolving", "Downloading" or "Installing".
-        installed: number of packages that pip has installed.
+        step: The current step: "Resolving", "Downloading" or "Installing".
+        installed: Number of packages that pip has installed.
     """
 
     def __init__(self, expected: int):
         """
         Args:
-            expected: approximate number of packages.
+            expected: Approximate number of packages.
         """
         self.step, self.installed = "Resolving", 0
         self._expected = expected
@@ -63,7 +64,7 @@ class Progress:
 
     def _next(self, step: str, detail: str) -> None:
         self.step, self._detail = step, detail
-        # pip also finds and downloads versions that it then rejects, which are not expected.
+        # The expected number excludes versions that pip finds or downloads but then rejects.
         self._numbers[step] = min(self._numbers[step] + 1, self._expected)
 
     @property
@@ -107,10 +108,10 @@ def run(command: list[str], log: Path, expected: int, out: IO[str]) -> int:
     """Run a `pip install` command and return its exit status.
 
     Args:
-        command: the command.
-        log: file for its output.
-        expected: approximate number of packages.
-        out: stream for the progress.
+        command: The `pip install` command.
+        log: File for the output of pip.
+        expected: Approximate number of packages.
+        out: Stream for the progress.
     """
     start = time.monotonic()
     progress, last = Progress(expected), deque[str](maxlen=SHOWN_LINES)

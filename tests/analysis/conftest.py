@@ -33,7 +33,7 @@ def tree(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser():
-    """Launch the installed Chromium without a window, or skip the test if there is none."""
+    """Launch Chromium in headless mode, or skip the test if Chromium is not installed."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     names = ("chromium", "chromium-browser", "google-chrome")
     program = next(filter(None, map(shutil.which, names)), None)

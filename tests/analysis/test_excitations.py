@@ -317,7 +317,7 @@ def test_a_json_file_requires_an_image_folder():
 
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory):
-    """Save a detector, and four images with objects of two classes and several sizes."""
+    """Save a detector's weights, and four images with objects of two classes and several sizes."""
     folder = tmp_path_factory.mktemp("detector")
     options = ["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.NUM_CLASSES", "2", "MODEL.WEIGHTS", ""]
     cfg = model_config(config_file="configs/demo_faster_rcnn_se_r18.yaml", options=options)
@@ -388,7 +388,7 @@ def test_gates_by_object_size_equal_those_of_detectron2_on_whole_images(
         with torch.no_grad():
             model([{"image": torch.as_tensor(pixels.transpose(2, 0, 1).copy())}])
     found = {g: [float(r["mean"]) for r in rows if r["class"] == g] for g in ("small", "large")}
-    # In image 0, two of three objects are small, which means that their sides are below 32 pixels.
+    # In image 0, two of three objects are small: their sides are below 32 pixels.
     small = (expected[0] + expected[1]) / 2
     np.testing.assert_allclose(found["small"], small, atol=2e-6)
     np.testing.assert_allclose(found["large"], expected[2], atol=2e-6)

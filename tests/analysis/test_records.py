@@ -359,7 +359,10 @@ def test_the_other_commands_of_the_script_are_valid(part, count, command_parser,
 
 @pytest.fixture
 def printed(tmp_path):
-    """Return a function that runs a part of results/run.sh and returns its commands."""
+    """Return a function that runs a part of results/run.sh and returns its Python commands.
+
+    A fake Python prints the commands instead of running them.
+    """
     printer = tmp_path / "python"
     printer.write_text(
         """#!/bin/sh

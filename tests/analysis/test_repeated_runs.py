@@ -84,7 +84,7 @@ def test_finished_runs_are_kept_interrupted_ones_resumed_others_rejected(options
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     with pytest.raises(UserError, match=r"differs in SOLVER.BASE_LR: SOLVER.BASE_LR was 0.001"):
         run_once(CONFIG, [*options, "SOLVER.BASE_LR", "0.5"], output)
-    # A run of an earlier version lacks a new key, which counts as having its default value.
+    # A key that the record of an earlier version lacks counts as having its default value.
     begun = json.loads((output / "run.json").read_text())
     del begun["SOLVER.MICRO_BATCHES"]
     (output / "run.json").write_text(json.dumps(begun))
@@ -113,7 +113,7 @@ def result(error: float) -> dict:
 
 
 def test_a_run_is_not_restarted_while_its_process_is_alive(options, tmp_path, monkeypatch):
-    """Check that the training process keeps the folder locked after its command has ended."""
+    """Check that the folder stays locked if a training process outlives its parent command."""
     (tmp_path / "run").mkdir()
     with folder_lock.only_writer(tmp_path / "run") as lock:
         survivor = _start(["sleep", "60"], quiet=True, share=1, lock=lock.fileno())

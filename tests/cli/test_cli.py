@@ -1,4 +1,4 @@
-"""Tests for the ``senet`` command, its parsers and the values of their options."""
+"""Tests for the ``senet`` command, its argument parsers and option values."""
 
 import argparse
 import importlib
@@ -38,7 +38,7 @@ def facts(parser: argparse.ArgumentParser) -> dict[str, tuple]:
 
 def test_training_accepts_every_argument_of_detectron2s_parser():
     ours, theirs = facts(argument_parser()), facts(default_argument_parser())
-    # The default of our parser is [] instead of None.
+    # The default in our parser is [] instead of None.
     theirs["opts"] = (*theirs["opts"][:2], ours["opts"][2], theirs["opts"][3])
     assert {name: ours[name] for name in theirs} == theirs
     own = {"classes", "data", "dataset", "deterministic", "images", "iou_types", "overwrite"}

@@ -26,7 +26,7 @@ OUTSIDE = {"senet_transfer.analysis.benchmark": "benchmark"}
 
 
 def find_missing(names: dict[str, list[str]]) -> dict[str, str]:
-    """Return the names that can't be imported and the error of each."""
+    """Return the names that can't be imported, with their errors."""
     missing = {}
     sys.path.insert(0, str(ROOT / "tools"))
     for old, members in names.items():

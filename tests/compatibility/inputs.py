@@ -41,7 +41,7 @@ def draw_pixels() -> np.ndarray:
 
 
 def flatten(values: dict, prefix: str = "") -> dict[str, object]:
-    """Map a config's full keys, such as ``SOLVER.BASE_LR``, to values; tuples become lists."""
+    """Map a config's full keys, such as ``SOLVER.BASE_LR``, to values. Tuples become lists."""
     found: dict[str, object] = {}
     for key, value in values.items():
         if isinstance(value, dict):
@@ -56,7 +56,7 @@ def _plain(value: object) -> object:
 
 
 def parse_options(text: str) -> dict[str, str]:
-    """Map each option in a ``--help`` text to its metavar, and each positional to itself.
+    """Map each option in a ``--help`` text to its metavar, and each positional argument to itself.
 
     Python 3.13 prints the metavar of ``-s, --long VALUE`` once; earlier versions print it twice.
     """

@@ -158,7 +158,7 @@ def results(run: Path) -> dict:
 
 
 def write_run(work: Path) -> dict:
-    """Train once to the end and once until an early stop; keep the output of the stopped run."""
+    """Train one run to the end and stop another one early; keep the output of the stopped run."""
     draw_images(work / "images")
     words = train_words()
     call(*words, folder=work)
@@ -179,7 +179,7 @@ def write_run(work: Path) -> dict:
 
 
 def write_weights() -> list:
-    """Write a classifier in three file formats and return its logits."""
+    """Save a classifier in three file formats and return its logits."""
     folder = FIXTURES / "weights"
     folder.mkdir()
     (folder / "config.yaml").write_text(WEIGHTS_CONFIG)

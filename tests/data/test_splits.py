@@ -30,7 +30,7 @@ repeated = settings(derandomize=True, deadline=None, database=None, max_examples
 
 
 def by_class(sizes, group=1):
-    """Return images that have one class each and form equal groups; classes are interleaved."""
+    """Return images with one class each, in groups of equal size; classes are interleaved."""
     names = [(number, label) for label, size in enumerate(sizes) for number in range(size * group)]
     return {f"v{n // group}_{label}_{n}": [f"c{label}"] for n, label in sorted(names)}
 
@@ -151,7 +151,7 @@ def test_the_files_of_a_coco_split_contain_all_objects_once(shared_data, tmp_pat
         found = [len(part.getImgIds(catIds=category["id"])) for part in parts]
         assert sum(found) == len(members)
         assert found[0] or not members
-        # An image that is the only one of some class must be in train.
+        # The only image of a class must be in train.
         assert bool(found[1]) == (len(members) > 1 and not members <= only)
         numbers = [len(part.getAnnIds(catIds=category["id"], iscrowd=False)) for part in parts]
         row = [category["name"], *map(str, numbers), str(sum(numbers))]

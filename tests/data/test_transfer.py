@@ -10,7 +10,7 @@ CPU = torch.device("cpu")
 
 
 class Recorder:
-    """Stand-in for a side stream that negates copies, and records copies and joins."""
+    """Stand-in for a side stream. It records copies and joins, and returns negated copies."""
 
     def __init__(self):
         self.copied, self.joined = [], []

@@ -48,7 +48,7 @@ NOT_RUN = {
 
 @dataclass(frozen=True)
 class Rule:
-    """Rule that changes commands that would otherwise take too long or need missing files.
+    """Rule for changing commands that would otherwise take too long or need missing files.
 
     Attributes:
         why: Reason for the rule.
@@ -167,7 +167,7 @@ class Command:
 
     @property
     def form(self) -> str:
-        """Command without model name and number of GPUs, which is the same for a task's configs."""
+        """Command without model name and number of GPUs, so that all configs of a task match."""
         line = re.sub(r"configs/([a-z0-9]+)_\w+\.yaml", r"\1", " ".join(self.words))
         return re.sub(r"(--num-gpus|--nproc-per-node) \d+", r"\1", line)
 
@@ -182,7 +182,7 @@ class Command:
 
 
 def code(text: str) -> list[tuple[str, str]]:
-    """Return (language, text) pairs for all code in a document, with "inline" for inline code."""
+    """Return (language, text) pairs for a document's code. Inline code is marked as "inline"."""
     return [(m[1], m[2]) if m[3] is None else ("inline", m[3]) for m in _CODE.finditer(text)]
 
 

@@ -185,7 +185,7 @@ def _imagenet(place: str) -> Callable[[Path], None]:
 
 
 def _foreign_shards(root: Path) -> None:
-    """Write a shard without a manifest, and a file with the names of its classes."""
+    """Write a shard without a manifest, and a file with the class names."""
     folder = root / "shards/train"
     folder.mkdir(parents=True)
     image = np.zeros((40, 40, 3), np.uint8)
@@ -208,7 +208,7 @@ def _cifar(name: str) -> Callable[[Path], None]:
 
 
 def _by_hand(root: Path) -> None:
-    """Write random weights to torch.hub's cache, like a file that a user downloaded by hand."""
+    """Write random weights to torch.hub's cache, as if a user had downloaded the file manually."""
     path = root / "hub/hub/checkpoints" / load_catalogue()["places365/resnet50"].file
     path.parent.mkdir(parents=True)
     network = torchvision.models.resnet50(num_classes=365)
@@ -300,7 +300,7 @@ STAND_INS = (
 
 
 def made(lines: Iterable[list[str]]) -> set[str]:
-    """Return the output paths in the commands."""
+    """Return the output paths that the commands specify."""
     return {
         os.path.normpath(value)
         for words in lines

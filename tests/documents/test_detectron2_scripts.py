@@ -32,7 +32,7 @@ predictor = DefaultPredictor(cfg)
 
 
 def _script(word):
-    """Return the first Python block in docs/detectron2.md that contains a word."""
+    """Return the first Python block in docs/detectron2.md that contains the given word."""
     return next(code for code in re.findall(r"```python\n(.*?)```", PAGE, re.S) if word in code)
 
 

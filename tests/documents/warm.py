@@ -1,8 +1,8 @@
 """Runner that imports everything once and then forks a process for each Python script.
 
-Importing torch and Detectron2 takes four seconds, but most documented commands need only one second
-more. Processes started with `--num-gpus 2` are forked, too. test_startup.py and test_commands.py
-test newly started processes.
+Importing torch and Detectron2 takes four seconds, but most documented commands take only one second
+after that. Processes started with `--num-gpus 2` are forked, too. Newly started processes are
+tested by test_startup.py and test_commands.py.
 """
 
 import functools
@@ -18,7 +18,7 @@ LIMIT = 300  # time limit of a command in seconds
 
 
 class WarmPython:
-    """Context manager with a process that runs scripts one after the other.
+    """Context manager that starts a process in which scripts run one after the other.
 
     Args:
         folder: Working folder of the scripts.

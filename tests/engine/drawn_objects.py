@@ -1,4 +1,4 @@
-"""Drawn images of rectangles in two classes, with functions that register them for many tasks."""
+"""Drawn images of rectangles in two classes, and functions that register them for many tasks."""
 
 import json
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Drawn:
 
 
 def draw(folder: Path, count: int = 4) -> list[Drawn]:
-    """Draw images with two rectangles each, which do not overlap."""
+    """Draw images with two non-overlapping rectangles each."""
     folder.mkdir()
     found = []
     for index in range(count):

@@ -230,7 +230,7 @@ def test_lvis_is_trained_and_evaluated(images, options):
 
 
 def evaluate(keys: dict[str, str], outputs: list[dict], images, tmp_path) -> dict:
-    """Return the evaluation results of the given outputs on the data set "drawn"."""
+    """Return the evaluation results for the given outputs on the data set "drawn"."""
     words = [word for item in keys.items() for word in item]
     cfg = load_config("", [*words, "OUTPUT_DIR", str(tmp_path)])
     cfg.DATASETS.TEST = ("drawn",)

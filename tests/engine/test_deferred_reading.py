@@ -26,7 +26,7 @@ STEPS = 26
 
 
 class Net(nn.Module):
-    """Network with batch norm and dropout. Its calls in ``bad`` produce non-finite values."""
+    """Network with batch norm and dropout. Calls listed in ``bad`` produce non-finite values."""
 
     def __init__(self, bad=(), kind="loss"):
         super().__init__()
@@ -132,7 +132,7 @@ def test_losses_read_together_give_the_same_run(tmp_path, dtype, optimizer, kind
 
 
 def check_logged_metrics(rank=None):
-    """Compare metrics with those that Detectron2 logs, and check that they are gathered once."""
+    """Compare metrics with those that Detectron2 logs, and check for a single gather."""
     net, losses = Net(), []
     net.register_forward_hook(
         lambda *call: losses.append({k: v.detach() for k, v in call[2].items()})

@@ -118,7 +118,7 @@ def test_a_detector_trains_is_evaluated_and_resumes(command, tmp_path, amp):
 def test_a_detector_trains_with_a_captured_backbone(command, amp):
     options = {"MODEL.DEVICE": DEVICE, "SOLVER.AMP.ENABLED": amp, "SOLVER.STEPS": "()"}
     options |= {"SOLVER.COMPILE": "graph", "MODEL.CHANNELS_LAST": "True"}
-    # All images have one size, which is captured in the third step.
+    # All images have the same size. The backbone is captured for this size in the third step.
     options |= {"INPUT.SIZE_DIVISIBILITY": "96", "SOLVER.MAX_ITER": "6"}
     trainer = Trainer(setup(command(**options)))
     trainer.resume_or_load(resume=False)

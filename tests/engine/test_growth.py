@@ -30,7 +30,7 @@ from senet_transfer.engine.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 
-# Steps at which usage is measured. By the first one, everything is imported, cached and allocated.
+# Steps at which usage is measured. By the first step, everything is imported, cached and allocated.
 LOOKED_AT = (500, 1000, 1500, 2000)
 # Allowed growth in bytes. Leaking every tenth batch would use at least 5 MB by the last step.
 GROWTH = 4e6
@@ -69,7 +69,7 @@ def tree(tmp_path):
 
 @pytest.fixture
 def loader(tree, tmp_path, request):
-    """Return a training data loader for the kind of data and number of workers in the parameter."""
+    """Return a training data loader for the parameters: kind of data and number of workers."""
     kind, workers = request.param
     if kind == "memory":
         images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)

@@ -86,7 +86,7 @@ def test_dataset_statistics_equal_a_count_by_hand(tmp_path):
     (tmp_path / "train.json").write_text(json.dumps(content))
     train, val = find_parts(str(tmp_path))
     assert (train, val) == (DataPart(str(tmp_path / "train.json"), str(tmp_path)), None)
-    # The third image has no objects. In the object size, both classes have the same weight.
+    # The third image has no objects. Both classes have the same weight in the object size.
     assert describe_data(train, train) == DataFacts("detection", 2, 2, 100, 0.1, 10)
 
 

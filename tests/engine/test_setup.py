@@ -313,7 +313,7 @@ def test_a_programming_error_is_not_reported_as_a_user_s(command, monkeypatch, m
         (("a", "b"), (), (), ("a",), ("b",)),
         (("a", "b", "c"), (), (), ("a",), ("b",)),
         (("b", "a"), (), (), ("b",), ("a",)),
-        # A single data set is used for evaluation only with --eval-only.
+        # Without --eval-only, a single data set is used for training but not for evaluation.
         (("a",), (), (), ("a",), ("my_val",)),
         (("a",), ("--eval-only",), (), ("a",), ("a",)),
         (("a", "b"), (), ("DATASETS.TRAIN", "('b',)"), ("b",), ("b",)),

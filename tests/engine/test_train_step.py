@@ -85,7 +85,7 @@ def test_a_batch_that_cannot_be_split_evenly_is_rejected():
 
 
 class Spoilt(Net):
-    """Model that updates a buffer in each call and has non-finite values in the given steps."""
+    """Model with a buffer. In the given steps, it computes non-finite values or raises an error."""
 
     def __init__(self, steps, kind="loss"):
         super().__init__()

@@ -54,7 +54,7 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.overloadpacket in _READING:
             self.found[function.overloadpacket.__name__] += 1
-        # Masks that are used as an index are converted with nonzero.
+        # A mask used as an index is converted to indices with nonzero.
         if function.overloadpacket in (aten.index, aten.index_put_):
             masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
             self.found["mask"] += bool(masks)

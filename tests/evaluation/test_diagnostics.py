@@ -82,22 +82,22 @@ def by_hand():
 
 
 def test_the_cost_of_each_error_equals_a_count_by_hand(by_hand):
-    # Cat has 3 objects; its detections by score are false, true, false. The 34 of 101 recalls up to
-    # 1/3 have a precision of 1/2. Dog has 1 object, and all its detections are false.
+    # There are 3 cats. Sorted by score, the cat detections are false, true, false, so the 34 of 101
+    # recalls up to 1/3 have a precision of 1/2. There is 1 dog, and all dog detections are false.
     base = 100 * 34 / 101 / 2 / 2
     costs = {
-        # Cat becomes false, true, true, false. Recalls up to 2/3 have a precision of 2/3.
+        # Cat detections become false, true, true, false. Recalls up to 2/3 have a precision of 2/3.
         "classification": 100 * 67 / 101 * 2 / 3 / 2 - base,
-        # Dog becomes false, true. All recalls have a precision of 1/2.
+        # Dog detections become false, true. All recalls have a precision of 1/2.
         "localisation": 100 / 2 / 2,
         "both": 0,
         "duplicate": 0,
-        # Cat becomes true, false.
+        # Cat detections become true, false.
         "background": 100 * 34 / 101 / 2 - base,
-        # Cat then has only 2 objects.
+        # Only 2 cats remain.
         "missed": 100 * 51 / 101 / 2 / 2 - base,
         "false_positive": 100 * 34 / 101 / 2 - base,
-        # Cat then has 1 object. Dog has none, and an AP of 0 because it is detected.
+        # Only 1 cat and no dog remain. The AP of dogs is 0 because dogs are detected.
         "false_negative": 100 / 2 / 2 - base,
     }
     assert by_hand["error_AP50"] == pytest.approx(base)

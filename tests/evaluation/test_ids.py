@@ -20,7 +20,8 @@ from senet_transfer.evaluation.coco import FastCOCOEvaluator
 SIDE = 48
 SETS = 200
 
-# Ranges from which ids are drawn. As doubles, different ids in the last three become equal.
+# Ranges from which ids are drawn. Except in the first two, different ids may become equal when they
+# are converted to doubles.
 RANGES = (
     (-4, 4),
     (-(2**40), 2**40),
@@ -32,7 +33,7 @@ RANGES = (
 
 
 class Drawn:
-    """Random ground truth, both with ids from 1 and with hostile ids, and predictions for it."""
+    """Random ground truth, with ids from 1 to N and with hostile ids, and predictions for it."""
 
     def __init__(self, seed: int):
         self.draw = np.random.default_rng(seed)
@@ -144,7 +145,7 @@ class Drawn:
 
 @pytest.fixture
 def evaluated(tmp_path, monkeypatch):
-    """Return a function that evaluates predictions and returns all metrics of the COCO library."""
+    """Return a function that evaluates predictions and returns all COCO metrics."""
     stats: list[list[str]] = []
     derive = COCOEvaluator._derive_coco_results
 

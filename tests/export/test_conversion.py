@@ -54,7 +54,7 @@ SLOW_ROUND_TRIPS = [
 
 
 def _again(package, name):
-    """Build a package's network with different weights, into which tests load a file."""
+    """Build a package's network with different weights, for tests that load a file into it."""
     return peer(package, name, seed=7)
 
 

@@ -16,7 +16,7 @@ from senet_transfer.engine.checkpoints.checkpointer import Checkpointer
 from senet_transfer.export.conversion import convert_file
 from tests.engine.conftest import SMALL
 
-# Options for a narrow ResNet-50, whose checkpoint has about a megabyte.
+# Options for a narrow ResNet-50, whose checkpoint is about a megabyte in size.
 NARROW = {
     **SMALL,
     "MODEL.SE.ENABLED": "False",

@@ -195,7 +195,7 @@ def test_every_classifier_is_exported_as_it_is_built_from_a_config(name, tmp_pat
 
 
 class Hidden(nn.Module):
-    """Neck with one hidden layer between the backbone and the linear layer, where VGG has two."""
+    """Neck with one hidden layer between the backbone and the linear layer. (VGG has two.)"""
 
     out_channels = 5
 

@@ -54,7 +54,7 @@ def detect_without_torch(*words: str | Path) -> str:
 def check_detections(
     loaded: LoadedModel, model: Path, images: list[str], folder: Path, threshold: float
 ) -> int:
-    """Compare detections of detect_onnx.py and ``senet predict``, and return their number.
+    """Compare detections of detect_onnx.py and ``senet predict``; return the number of detections.
 
     Both programs report coordinates in pixels of the original images.
     """

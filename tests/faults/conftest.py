@@ -44,7 +44,7 @@ CLASSIFICATION = {
     "SOLVER.AMP.ENABLED": "True",
     "SOLVER.AMP.DTYPE": "float16",
 }
-# Options for the network for images in memory. Most network keys in SMALL do not apply to it.
+# Options for training on images in memory. Most network keys in SMALL do not apply here.
 MEMORY = {f"MODEL.RESNETS.{key}": None for key in ("DEPTH", "NUM_GROUPS", "WIDTH_PER_GROUP")}
 MEMORY |= {f"MODEL.RESNETS.{key}_OUT_CHANNELS": None for key in ("STEM", "RES2")}
 MEMORY |= {
@@ -113,7 +113,7 @@ def words(disk):
 
 @pytest.fixture
 def work(words, disk):
-    """Yield a function that creates a run on a kind of data; delete its files afterwards."""
+    """Yield a function that creates a run on the given kind of data; delete the runs afterwards."""
     folder = Path(tempfile.mkdtemp(dir=disk))
     yield lambda kind, *options: runs.Work(folder / "run", [*words[kind], *options])
     shutil.rmtree(folder)
@@ -142,7 +142,7 @@ def straight(words, disk):
 
 @pytest.fixture
 def half(work, straight):
-    """Return a function that returns a run in the state after its third checkpoint."""
+    """Return a function that creates a run in the state after its third checkpoint."""
 
     def make(kind: str) -> runs.Work:
         begun, whole = work(kind), straight(kind)[0].folder

@@ -15,7 +15,7 @@ _CALLS = ("fsync", "replace", "unlink", "truncate")
 
 
 def die_at_call(count: int) -> None:
-    """Kill the process at the n-th call of fsync, replace, unlink or truncate, with n = count."""
+    """Kill the process at call number ``count`` of fsync, replace, unlink or truncate."""
     left = [count]
 
     def counted(function):

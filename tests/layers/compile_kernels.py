@@ -1,7 +1,7 @@
 """Script that compiles the fused kernels for Hopper GPUs, on a machine without a GPU.
 
-It prints the number of registers of each kernel. It fails if a kernel can't be compiled, spills
-registers, or does not load and store its feature maps in units of 16 bytes.
+It prints the number of registers that each kernel uses. It fails if a kernel can't be compiled,
+spills registers, or does not load and store its feature maps in units of 16 bytes.
 """
 
 import re
@@ -16,7 +16,7 @@ from senet_transfer.layers.fused import kernels
 
 TARGET = GPUTarget("cuda", 90, 32)
 
-# Arguments that point to feature maps. All other pointers are to float32.
+# Arguments that point to feature maps. All other pointers point to float32 values.
 MAPS = {
     "x_ptr", "shortcut_ptr", "out_ptr", "dout_ptr", "masked_ptr", "dx_ptr", "sum_ptr", "extra_ptr",
     "branch_ptr",
@@ -27,7 +27,7 @@ LAYOUTS = {
     "channels_last": {"LAST": True, "BP": 32, "BC": 64},
     "contiguous": {"LAST": False, "BP": 1024, "BC": 2},
 }
-# For float32, tiles have half the size, as in `launch._TILE`.
+# For float32, tiles are half as large, as in `launch._TILE`.
 HALVED = {"channels_last": {"BP": 16}, "contiguous": {"BC": 1}}
 GATES = {"GATE": True, "BIAS": True, "ACT": "sigmoid", "BR": 64}
 NO_GATES = {"GATE": False, "BIAS": False, "ACT": "", "BR": 1}
@@ -59,7 +59,7 @@ TILED = [
         },
     ),
 ]  # fmt: skip
-# Triton compiles arguments that are 1 as constants.
+# Triton compiles arguments with the value 1 as constants.
 ONES = {"C": 1, "P": 1, "S": 1, "CHUNK": 1, "COUNT": 1, "ROWS": 1, "N": 1, "R": 1}
 NO_GATE = "dsum dhidden hidden pooled dw1 db1 dw2 db2"
 OTHERS = [

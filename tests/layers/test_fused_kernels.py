@@ -1,7 +1,8 @@
 """Tests that compare the fused kernels with plain PyTorch expressions in float64.
 
-The tests run on a GPU or, with ``TRITON_INTERPRET=1``, in Triton's interpreter on a CPU. With
-neither, `test_the_kernels_in_the_interpreter` runs this file in a process with this variable.
+The tests run on a GPU or, with ``TRITON_INTERPRET=1``, in Triton's interpreter on a CPU. If there
+is no GPU and the variable is not set, `test_the_kernels_in_the_interpreter` runs this file in a
+process with the variable set.
 """
 
 import copy
@@ -96,7 +97,7 @@ def test_the_kernels_in_the_interpreter(tests):
 
 
 class End(nn.Module):
-    """End of a block: norm, gate, sum and ReLU, each optional, computed fused or plainly."""
+    """End of a block: norm, gate, sum and ReLU, each optional, with fused or plain operators."""
 
     def __init__(self, channels: int, norm: str = "BN", gate: str = "sigmoid", **options):
         super().__init__()
@@ -149,7 +150,7 @@ def plain_gate(se: SqueezeExcitation, x: torch.Tensor) -> torch.Tensor:
 
 
 def run(model: nn.Module, maps: list, upstream: list, autocast: bool = False) -> dict:
-    """Return outputs, gradients of inputs and parameters, and buffers of a model, by name."""
+    """Return a model's outputs, buffers, and gradients of inputs and parameters, by name."""
     leaves = {f"map{i}": x for i, x in enumerate(maps) if x is not None}
     leaves |= {name: p for name, p in model.named_parameters() if p.requires_grad}
     outputs = model(*maps)
@@ -444,7 +445,7 @@ def test_non_finite_numbers_are_not_hidden(norm):
 
 
 class PreAct(nn.Module):
-    """Gate, sum, norm and ReLU of a pre-activation block, computed fused or plainly."""
+    """Gate, sum, norm and ReLU of a pre-activation block, with fused or plain operators."""
 
     def __init__(self, channels: int, norm: str, gate: str):
         super().__init__()
@@ -918,7 +919,7 @@ MUTATIONS = {
     "input_gradient: products": ("stored.to(ACC) * branch", "0 * branch"),
 }  # fmt: skip
 
-# One mutation of each kernel. The tests of all others are marked as slow.
+# One mutation of each kernel. The tests of all other mutations are marked as slow.
 FAST = {
     "moments: squares", "merge: squares between chunks", "hidden_units: norm",
     "_excite: bias", "apply: shortcut", "gradient_sums: total", "gate_backward: ReLU",
@@ -963,7 +964,7 @@ def test_the_check_fails_if_a_term_is_missing(name, tmp_path, monkeypatch):
     module = mutated_kernels(name, tmp_path)
     monkeypatch.setattr(fused, "kernels", module)
     worst = dict(WORST)
-    # With few programs, each processes several tiles and images have several chunks.
+    # With few programs, each program processes several tiles, and images have several chunks.
     monkeypatch.setattr(launch, "_PROGRAMS", 8)
     with pytest.raises(AssertionError):
         check_all()
@@ -1162,7 +1163,7 @@ def test_auto_fuses_only_what_is_faster(monkeypatch, norm, training, gate, compi
 
 
 class FakeKernel:
-    """Stand-in for a Triton kernel with one flag, which records compilations and launches."""
+    """Stand-in for a Triton kernel with one flag. It records compilations and launches."""
 
     arg_names = ("x_ptr", "size", "FLAG")
 

@@ -11,7 +11,7 @@ BLOCKS = [ShakeBasicBlock, ShakeBottleneckBlock]
 
 
 def coefficients(mix: ShakeMix, images: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return alpha and beta of each image, derived from outputs and gradients."""
+    """Return alpha and beta for each image, derived from outputs and gradients."""
     a = torch.ones(images, 3, 2, 2, requires_grad=True)
     b = torch.zeros(images, 3, 2, 2, requires_grad=True)
     out = mix(a, b)

@@ -66,8 +66,8 @@ WAYS = {"bf16": in_bf16, "export": exported, "aot_eager": compiled, "inductor": 
 
 def _cases() -> list:
     names = [*list_models(), "se_cifar_resnet8"]
-    # Most networks are deep and slow to trace. The small ones have the same blocks. As compiling
-    # starts with the same trace as an export, the slowest small network is only exported.
+    # Most networks are deep and slow to trace. The small ones have the same blocks. Compilation
+    # starts with the same trace as an export, so the slowest small network is only exported.
     fast = {(name, way) for name in SMALL for way in ("bf16", "export", "aot_eager")}
     fast.remove(("se_bn_inception", "aot_eager"))
     cases = [

@@ -35,7 +35,7 @@ WITH_SE = ("seresnet18", "regnety_002", "test_efficientnet", "mobilenetv3_small_
 
 @pytest.fixture(autouse=True)
 def timm():
-    """Return the package timm, whose import takes a second, or skip the test."""
+    """Import timm, which takes a second, or skip the test if it is not installed."""
     return pytest.importorskip("timm")
 
 

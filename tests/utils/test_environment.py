@@ -10,7 +10,7 @@ from senet_transfer.utils import environment
 
 @pytest.fixture
 def commit_of(tmp_path, monkeypatch):
-    """Make a clone, and return a function that returns the commit of a package in its folder."""
+    """Make a Git repository, and return a function that returns the commit of a package in it."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *words]

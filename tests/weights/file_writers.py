@@ -91,7 +91,7 @@ NEXT_TO_A_MODEL: dict[str, Callable[[], Any]] = {
     "RandomState": lambda: np.random.RandomState(0),
     "Generator": lambda: np.random.default_rng(0),
     "module": lambda: torch.nn.CrossEntropyLoss(),
-    # Protocols before 4 store nested classes and methods as calls of getattr.
+    # Protocols before 4 store nested classes and methods as calls to getattr.
     "attributes": lambda: [
         *(torch.optim.lr_scheduler.OneCycleLR._annealing_cos, Trainer.Mode, Trainer.Mode.TRAIN),
         *(Trainer.schedule, Trainer.create, Trainer().create, {}.get, str.lower),
@@ -116,13 +116,13 @@ NEXT_TO_A_MODEL: dict[str, Callable[[], Any]] = {
     ],
     "0-d array as an argument": lambda: slice(np.array(1.0), 2),
 }
-# Plain values in these objects, which are kept.
+# Plain values in these objects, which loading must keep.
 VALUES_NEXT_TO_A_MODEL: dict[str, dict[str, Any]] = {
     "Namespace": {"lr": 0.1},
     "SimpleNamespace": {"a": 1},
     "dict subclass": {"a": 1, "b": {"c": [1]}},
 }
-# The same, and objects with tensors, which only torch.save can write.
+# The objects above, and objects with tensors, which only torch.save can write.
 NEXT_TO_A_TORCH_MODEL: dict[str, Callable[[], Any]] = {
     **NEXT_TO_A_MODEL,
     "model": lambda: torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm2d(2)),
@@ -160,14 +160,14 @@ class Python2Pickler(pickle._Pickler):
 
 
 def python2_pickle(value: Any, protocol: int = 2) -> bytes:
-    """Return a pickle like those of Python 2 with NumPy versions from that time."""
+    """Return a pickle like those written by Python 2 and NumPy versions of its time."""
     file = io.BytesIO()
     Python2Pickler(file, protocol).dump(value)
     return file.getvalue().replace(b"cnumpy._core.", b"cnumpy.core.")
 
 
 def python2_torch_file(value: Any, path: Path) -> None:
-    """Write the legacy format of ``torch.save`` with Python 2's strings."""
+    """Write a file in the legacy format of ``torch.save``, with Python 2's strings."""
     module = types.SimpleNamespace(
         Pickler=Python2Pickler,
         dump=lambda obj, file, protocol=2: file.write(python2_pickle(obj, protocol)),
@@ -178,7 +178,7 @@ def python2_torch_file(value: Any, path: Path) -> None:
 
 
 def tar_torch_file(tensors: dict[str, torch.Tensor], path: Path, **besides: Any) -> None:
-    """Write the format of PyTorch before 0.1.12, with one storage per tensor.
+    """Write a file in the format of PyTorch before 0.1.12, with one storage per tensor.
 
     The format follows the code of ``torch.load``, which also reads these files in the tests.
     """

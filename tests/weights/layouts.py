@@ -223,7 +223,7 @@ def deepspeed(state: State, *, zero3: bool = False) -> State:
 
 
 def write_shards(state: State, folder: Path, parts: int = 2) -> Path:
-    """Write a sharded model like huggingface_hub, and return the path of its index."""
+    """Write a sharded model as huggingface_hub does, and return the path of its index."""
     names = list(state)
     weight_map = {}
     for part in range(parts):

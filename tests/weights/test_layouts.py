@@ -425,7 +425,7 @@ def test_averaged_weights_in_flat_files_name_the_choice(kind, tmp_path):
         _logits(path, ema=True)
 
 
-# Several networks, and other entries next to one.
+# Files with several networks, or with other entries next to a network.
 
 
 @pytest.mark.parametrize(

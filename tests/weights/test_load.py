@@ -149,7 +149,7 @@ def test_a_detector_loads_a_backbone_and_logs_initialised_layers(kind, se_r18, t
 
 
 def _load_rgb(model, path):
-    """Load weights for RGB images into a detector, after adapting the detector's preprocessing."""
+    """Switch a detector to RGB preprocessing, and load weights trained on RGB images into it."""
     model.input_format = "RGB"
     model.pixel_mean.copy_(torch.tensor(Preprocessing().mean)[:, None, None])
     model.pixel_std.copy_(torch.tensor(Preprocessing().std)[:, None, None])

@@ -62,7 +62,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving():
-    """Yield a site whose server runs until the block ends."""
+    """Yield a site whose server runs until the ``with`` block ends."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.daemon_threads = True
     site = Site(server.server_address[1])

@@ -86,7 +86,7 @@ def batch(device: str) -> list[dict]:
 
 
 def training_step(model: nn.Module, device: str) -> Callable[[], None]:
-    """Return a function that runs a forward and backward pass with the same random seed."""
+    """Return a function that runs a forward and backward pass, always with the same random seed."""
     inputs = batch(device)
 
     def step() -> None:

@@ -53,7 +53,7 @@ _PLATFORMS += ["manylinux2014_x86_64", "manylinux2010_x86_64"]
 
 
 class PackError(Exception):
-    """Error raised if the archive can't be made."""
+    """Error raised if the archive can't be created."""
 
 
 def pins() -> dict[str, str]:

@@ -105,7 +105,7 @@ def detection_backbone(name: str, device: str = "cpu", fused: str | bool = "auto
 
 
 def measure_backbone(options: Options) -> Iterator[Row]:
-    """Measure the step time of a detection backbone and the memory it saves for backward."""
+    """Measure a detection backbone: step time, and memory saved for backward."""
     images = torch.randn(2, 3, 320, 480, device=options.device)
     names = {"plain": "resnet50", "plain again": "resnet50", "SE": "se_resnet50"}
     backbones = {key: detection_backbone(name, options.device) for key, name in names.items()}

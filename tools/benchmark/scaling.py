@@ -94,7 +94,7 @@ def _broadcast_flag(flag: bool = False) -> bool:
 
 
 def _memory(options: Options) -> Iterator[Row]:
-    """Measure the peak memory of a training step of the detection backbone, minus its weights."""
+    """Measure the detection backbone's peak memory in a training step, not counting weights."""
     models = {
         "ResNet-50": detection_backbone("resnet50", options.device),
         "SE-ResNet-50": detection_backbone("se_resnet50", options.device),

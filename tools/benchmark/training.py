@@ -1,8 +1,8 @@
 """Benchmarks ``engine`` and ``augment``: overhead of the training loop and cost of augmentation.
 
-The engine is :class:`~senet_transfer.engine.trainer.Trainer` with all hooks, which writes to the
-log more often than in a normal run. It is compared with a plain PyTorch loop with the same batches,
-loss and optimizer.
+The engine is :class:`~senet_transfer.engine.trainer.Trainer` with all hooks. It writes to the log
+more often than in a normal run. It is compared with a plain PyTorch loop that uses the same
+batches, loss and optimizer.
 """
 
 import contextlib
@@ -83,12 +83,12 @@ def engine_loop(
     steps: int = STEPS,
     keys: Mapping[str, object] | None = None,
 ) -> Iterator[tuple[Callable[[], None], Trainer]]:
-    """Yield a function that runs training steps with the engine, and the trainer.
+    """Yield a pair: a function that runs training steps with the engine, and the trainer.
 
     Args:
         name: Name of the network.
         data_file: Prepared file of small images, or other data if ``keys`` contains the settings
-            for the data. Logs are written to the same folder.
+            for the data. Logs are written to the file's folder.
         batch_size: Number of images per step.
         device: Device of the network and the images.
         steps: Number of steps per call. Metrics are written in the last step.

@@ -24,7 +24,7 @@ def shapes(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def detection_run(shapes):
-    """Return a function that writes a detector run with noisy ground truth as detections."""
+    """Return a function that writes a detection run, with noisy ground truth as detections."""
 
     def make(folder: Path, *, noise: float = 0.1, options: list = (), data: str = "own") -> Path:
         json_file = shapes / "annotations" / "instances_val.json"
@@ -66,7 +66,7 @@ def detection_run(shapes):
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
-    """Write one image folder per class. One class has HTML in its name."""
+    """Write one image folder per class. One class name contains HTML."""
     root = tmp_path_factory.mktemp("pictures")
     random = np.random.RandomState(0)
     for name in ("aisle", "bay", HOSTILE.replace("/", "\N{FRACTION SLASH}")):

@@ -53,7 +53,7 @@ def names(gallery):
 
 
 def means(gallery):
-    """Return the mean of both runs' F1 scores for each image, read from the captions."""
+    """Return both runs' mean F1 score for each image in a gallery, read from the captions."""
     captions = [text for text in gallery.locator("figcaption").all_inner_texts() if "F1" in text]
     found = [float(text.rpartition(" ")[2]) for text in captions]
     return [round((a + b) / 2, 2) for a, b in zip(found[::2], found[1::2], strict=True)]

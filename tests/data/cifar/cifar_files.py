@@ -34,7 +34,7 @@ def binary_batch(images: int, seed: int = 0, coarse: bool = False) -> bytes:
 
 
 def python_batch(images: int, seed: int = 0, key: str = "labels", protocol: int = 2) -> bytes:
-    """Return a pickled batch whose keys are bytes, as in Python 2's pickles read by Python 3."""
+    """Return a pickled batch whose keys are bytes, as when Python 3 loads a pickle of Python 2."""
     pixels, labels = made_up(images, seed)
     batch = {
         b"data": pixels,
@@ -46,7 +46,7 @@ def python_batch(images: int, seed: int = 0, key: str = "labels", protocol: int 
 
 
 def official_files(form: str) -> dict[str, bytes]:
-    """Return the files of an archive by name: 20 training images and 5 test images."""
+    """Return an archive's files by name. They contain 20 training images and 5 test images."""
     if form == "cifar-10-binary":
         files = {f"data_batch_{n}.bin": binary_batch(4, n) for n in range(1, 6)}
         files |= {"test_batch.bin": binary_batch(5, 9)}
@@ -95,7 +95,7 @@ def make_official(
     monkeypatch: pytest.MonkeyPatch,
     files: dict[str, bytes] | None = None,
 ) -> None:
-    """Replace the checksums of an official archive with those of a synthetic archive."""
+    """Replace an official archive's checksums with those of a synthetic archive."""
     files, checksum = files or official_files(form), md5(archive.read_bytes())
     if form.endswith("binary"):
         forms = [

@@ -51,7 +51,7 @@ def test_cutouts_centre_is_uniform_over_all_pixels():
 
 
 def stated_crop(image: torch.Tensor, pad: int, padding: str, top: int, left: int, flip: bool):
-    """Crop and flip a padded image with explicit loops, as a reference implementation."""
+    """Pad, crop and flip an image with explicit loops, as a reference implementation."""
     side = image.shape[-1]
     canvas = torch.zeros(3, side + 2 * pad, side + 2 * pad, dtype=image.dtype)
     canvas[:, pad : pad + side, pad : pad + side] = image

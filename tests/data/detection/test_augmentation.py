@@ -227,7 +227,7 @@ def picture(colour, size, *boxes):
 
 @pytest.fixture
 def every_object(monkeypatch):
-    """Make copy-paste choose every object."""
+    """Make copy-paste select every object."""
     monkeypatch.setattr(torch, "rand", lambda count: torch.zeros(count))
 
 

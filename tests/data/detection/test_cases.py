@@ -262,7 +262,7 @@ def renumbered(content):
 
 
 def detections(content, tasks):
-    """Return detections near most of the objects by image id, in COCO's format."""
+    """Return detections near most of the objects, in COCO's format, keyed by image id."""
     rng = np.random.default_rng(0)
     sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
     found = defaultdict(list)

@@ -1,4 +1,4 @@
-"""Tests that the detection loader's batches equal Detectron2's and that it can be resumed."""
+"""Tests for the detection loader: reproducible batches, aspect ratio grouping and errors."""
 
 import itertools
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def loader(folder):
-    """Return a function that loads the given number of batches from the given iteration on."""
+    """Return a function that loads a number of batches, starting at the given iteration."""
     register_coco_dataset("own", folder / "annotations" / "instances_train.json", folder / "train")
     cfg = get_cfg()
     cfg.DATASETS.TRAIN = ("own",)

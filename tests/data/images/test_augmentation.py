@@ -44,7 +44,7 @@ def config(base="classification", **options):
 
 
 def augment(image=PICTURE, draws=1, **options):
-    """Augment an image several times and return the distinct results by their bytes."""
+    """Augment an image several times and return the distinct results, keyed by their bytes."""
     torch.manual_seed(0)
     transform = build_augmentation(config(**options))
     return {(image := transform(image0)).numpy().tobytes(): image for image0 in [image] * draws}

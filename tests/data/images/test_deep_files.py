@@ -1,4 +1,4 @@
-"""Tests for files with more than 8 bits per channel, compared with tifffile and the arrays."""
+"""Tests for reading image files with more than 8 bits per channel."""
 
 import io
 import runpy

@@ -1,4 +1,4 @@
-"""Tests that every entry point reads the same pixels from image files or rejects them."""
+"""Tests that all entry points read the same pixels from an image file, or all reject the file."""
 
 import base64
 import functools
@@ -118,7 +118,7 @@ def files() -> dict[str, bytes]:
 def by_entry(
     folder: Path, value_range: tuple[float, ...], exif: str
 ) -> dict[str, Callable[[str], object]]:
-    """Return, for each entry point, a function that reads the named file in ``images/c``."""
+    """Return one function per entry point. Each reads the file of a given name in ``images/c``."""
     c = folder / "images" / "c"
     options = ["INPUT.VALUE_RANGE", str(value_range), "INPUT.EXIF", exif]
     cfg = load_config("configs/base/classification.yaml", options)

@@ -1,4 +1,4 @@
-"""Tests that ImageNet's archives and folders have the labels of torchvision's ImageNet class."""
+"""Tests that ImageNet's archives and folders give the labels of torchvision's ImageNet class."""
 
 import hashlib
 import io

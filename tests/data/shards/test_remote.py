@@ -35,11 +35,11 @@ class Server:
         address: URL of the root folder.
         requests: Requested paths, in order.
         ranges: Whether range requests are supported.
-        break_after: Number of bytes after which the transfer of a tar file is cut off. None never
-            breaks a connection.
+        break_after: Number of bytes after which the transfer of a tar file is cut off. If None,
+            transfers are not cut off.
         breaks: Number of transfers that are still to be cut off.
         heads: Whether HEAD requests are supported.
-        failing: Whether requests for tar files end with the status 500.
+        failing: Whether requests for tar files fail with status 500.
     """
 
     def __init__(self, folder: Path):
@@ -355,7 +355,7 @@ threading.Event().wait()
 
 @pytest.fixture
 def bucket(monkeypatch):
-    """Run a local S3 server; yield an upload function, client options and a kill function."""
+    """Run a local S3 server; yield an upload function, client options and a function to kill it."""
     pytest.importorskip("s3fs")
     pytest.importorskip("moto.server")
     boto3 = pytest.importorskip("boto3")

@@ -1,4 +1,4 @@
-"""Tests that shards without a manifest are read as by webdataset or rejected."""
+"""Tests that shards without a manifest are either read as webdataset reads them, or rejected."""
 
 import bz2
 import gzip

@@ -122,7 +122,7 @@ def test_real_images_convert_and_verify(shared_data, tmp_path, prepare, capsys):
 
 
 def run_and_kill(arguments, output, shards):
-    """Prepare shards in a subprocess and kill it after it has written the given number of them."""
+    """Prepare shards in a subprocess, and kill it after it has written ``shards`` shards."""
     before = len(list(output.glob("*.tar"))) if output.exists() else 0
     # Fork the process, because a new one would have to import all modules again.
     process = multiprocessing.get_context("fork").Process(

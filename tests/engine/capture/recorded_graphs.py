@@ -20,7 +20,7 @@ class RecordedGraphs:
     """Stand-in for CUDA graphs that records the operators of a function on a CPU.
 
     As on a GPU, a capture leaves all tensors and random generators unchanged. A replay runs the
-    recorded operators with the same tensors and numbers, and writes to the same outputs.
+    recorded operators with the same tensors and scalars, and writes to the same outputs.
 
     Attributes:
         captures: Number of captures so far.

@@ -157,7 +157,7 @@ def train(name, graphs, *, device="cpu", bad=(), sizes=(4,) * 10, kind="SGD", **
 
 
 class Eager:
-    """Stand-in whose graphs run the function eagerly, to compute expected values."""
+    """Stand-in for CUDA graphs that runs functions eagerly, to compute expected values."""
 
     def __init__(self, graphs):
         self.device, self.warm_up = graphs.device, graphs.warm_up
@@ -299,7 +299,7 @@ def test_on_a_gpu_a_captured_step_has_one_launch_and_waits_every_20th_step(tmp_p
     options = {"MODEL.DEVICE": "cuda", "SOLVER.COMPILE": "graph"}
     trainer = cifar_network(Trainer, tmp_path, dtype, **options)
     found = waits_of_steps(trainer, CudaWaits())
-    # The first three steps are eager. In the next step, PyTorch waits for the device and captures.
+    # The first three steps are eager. To capture the next step, PyTorch waits for the device.
     assert {step for step, waits in enumerate(found) if waits} <= {3, 19, len(found) - 1}
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
     with EventStorage() as trainer.storage, profile(activities=activities) as profiler:

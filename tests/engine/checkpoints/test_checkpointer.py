@@ -12,7 +12,7 @@ from tests.weights.peers import peer, randomise, save
 
 
 def _run(folder, classes=3, seed=0):
-    """Return a model, its optimizer and a checkpointer that stores both and a scheduler."""
+    """Return a model, its optimizer, and a checkpointer for the model, optimizer and scheduler."""
     model = detector("se_resnet18", classes, seed=seed)
     cfg = config("se_resnet18")
     optimizer = build_optimizer(cfg, model)

@@ -1,4 +1,4 @@
-"""Tests that commands end with the exit statuses that docs/reliability.md lists."""
+"""Tests that commands end with the exit statuses listed in docs/reliability.md."""
 
 import shutil
 

@@ -27,7 +27,7 @@ from tests.weights.peers import peer, save
 
 @pytest.fixture
 def reads(monkeypatch) -> Counter:
-    """Count how often a weight file's tensors, training state and SHA-256 are read."""
+    """Count how often a weight file is read for its tensors, training state and SHA-256."""
     counts: Counter = Counter()
 
     def counted(kind, function):
@@ -166,7 +166,7 @@ def test_a_checkpoint_contains_the_preprocessing_of_its_model(train, tmp_path):
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "DATASETS.CLASSES is a, b, c, d, but the classes of the model are blue" in log
     assert eval_transform(chosen) == replace(view, reading=Reading((0, 255)))
-    # Older files specify none of the three.
+    # Files saved by older versions lack these three entries.
     checkpoint = torch.load(weights)
     for key in ("mode", "value_range", "upright"):
         del checkpoint["senet_transfer"]["preprocessing"][key]

@@ -119,7 +119,7 @@ def check_logits(weights: Path, rows: list[dict], source: Path) -> None:
     """Compare the logits and top 5 classes of each image with torchvision's."""
     tensors = torch.load(weights, weights_only=True)["model"]
     model = torchvisions_se_resnet18(tensors)
-    # These sizes are those of the recipe. The tools read them from the checkpoint.
+    # These are the sizes in the recipe. The tools read them from the checkpoint.
     expected = plain_loop(model, source, resize=73, crop=64)
     logits = [[float(row[f"logit{label}"]) for label in range(365)] for row in rows]
     torch.testing.assert_close(torch.tensor(logits), expected, rtol=0, atol=1e-4)

@@ -138,8 +138,8 @@ def test_chinese_names_are_drawn_with_an_installed_font(chinese_font, caplog):
     x0, y0, x1, y1 = map(int, drawing.labels[0])
     label = drawing.image[y0:y1, x0:x1].astype(int)
     assert text_colour(class_colour(0)) == "black"
-    # The label has eight squares with blurred edges. Their side is the text size, which is 0.021 of
-    # the image size.
+    # The label has eight squares with blurred edges. The side of each square equals the text size,
+    # which is 0.021 of the image size.
     assert (label.sum(2) < 60).sum() > 8 * 10.5**2
 
 

@@ -1,6 +1,6 @@
 """Script that writes fused_boxes.json: boxes of several detectors, fused by ensemble-boxes.
 
-It needs ``pip install ensemble-boxes==1.0.9``.
+The script requires ``pip install ensemble-boxes==1.0.9``.
 """
 
 import json

@@ -60,7 +60,7 @@ def detector(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def classifier(tmp_path_factory) -> Path:
-    """Return the run folder of an untrained classifier of three scenes; the last is outdoors."""
+    """Return the run folder of an untrained classifier for the scenes in ``CLASSES``."""
     folder = tmp_path_factory.mktemp("runs") / "classifier"
     options = {**SMALL_CLASSIFIER, **NARROW, "MODEL.CLASSIFIER.NUM_CLASSES": "3"}
     saved("configs/base/classification.yaml", options, folder)

@@ -98,7 +98,7 @@ def config(classifier, detector, tmp_path, monkeypatch):
 
 
 def published(classifier, detector, tmp_path, monkeypatch):
-    """Save random weights as a cached torchvision download; return their name and the model."""
+    """Save random weights as if torchvision had cached them; return their name and the model."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     name = "torchvision_v1/resnet18"
     entry = replace(load_catalogue()[name], sha256=None, file="resnet18.pth")

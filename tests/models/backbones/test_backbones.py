@@ -47,7 +47,7 @@ def is_residual(name: str) -> bool:
 
 
 def aligned(name: str) -> dict[str, str]:
-    """Return options with which feature maps are aligned with the image at any image size."""
+    """Return options that align a model's feature maps with the image, whatever its size."""
     return {"padding": "same"} if "inception_resnet" in name else {}
 
 

@@ -1,4 +1,4 @@
-"""Tests that compare residual blocks with SE with plain-PyTorch implementations."""
+"""Tests that compare SE residual blocks with plain-PyTorch implementations."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
 """Tests that compare VGG, Inception, MobileNet and ShuffleNet with plain-PyTorch versions.
 
-They cover networks that no other package has, mainly the variants with SE. Other networks are
+These tests cover networks that no other package has, mainly variants with SE. Other networks are
 compared with those packages in ``tests/weights``.
 """
 
@@ -193,7 +193,7 @@ def test_the_small_networks_match_their_papers_tables(name, stated, placement):
 
 
 def gated_peer(peer: nn.Module, backbone: nn.Module, places: list[tuple[nn.Module, str]]) -> None:
-    """Add hooks to another network's modules that apply a backbone's gates to their outputs."""
+    """Add hooks that apply a backbone's gates to the outputs of another network's modules."""
     state = backbone.state_dict()
 
     def hook(key: str) -> Callable[..., Tensor]:

@@ -122,7 +122,7 @@ def test_stated_values_of_another_network_in_the_file_are_a_note(nested, tmp_pat
     assert any(
         "its entry 'arch' is 'resnet50'" in note for note in examine(path, prefix="student").notes
     )
-    # The second network is required: a prefix alone does not make a statement wrong.
+    # If the file contains only one network, `arch` must describe it, even if a prefix is given.
     single = prefixed("student.", tiny().state_dict()) | {"criterion.weight": torch.ones(5)}
     torch.save({"arch": "resnet50", "state_dict": single}, path)
     with pytest.raises(UserError, match="its entry 'arch'"):
@@ -261,7 +261,7 @@ def test_csail_s_wideresnet18(tmp_path):
     with pytest.raises(UserError, match="no model called 'se_places365_wideresnet18'"):
         create_classifier(f"se_{name}")
 
-    # Load without the network's name, and from a file of this project.
+    # Load without the network's name, and from a file saved by this project.
     found = find_model(weights=str(path)).build().model
     close(found({"image": torch.zeros(1, 3, 64, 64, dtype=torch.uint8)}).shape, (1, 365))
     assert found.backbone.stem.pool == "none"

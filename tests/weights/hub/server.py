@@ -202,7 +202,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving_hub():
-    """Yield a Hub whose server runs until the block ends."""
+    """Yield a Hub whose server runs until the ``with`` block ends."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.daemon_threads = True
     hub = Hub(server.server_address[1])

@@ -36,7 +36,7 @@ def _loops(settings: Settings, ways: dict[str, tuple[str, str]]) -> Iterator[dic
     """Yield functions that run steps with the engine.
 
     Args:
-        settings: The settings.
+        settings: The settings of the GPU benchmark.
         ways: The network and the value of ``SOLVER.COMPILE``, by candidate name.
     """
     with contextlib.ExitStack() as stack:

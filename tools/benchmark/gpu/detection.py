@@ -125,7 +125,7 @@ def measure_backbone(settings: Settings) -> Iterator[Found]:
 
 
 def recipe(settings: Settings, name: str) -> CfgNode:
-    """Return the config of a detector, with random weights."""
+    """Return the config for a detector with random weights."""
     se, fused, theirs = DETECTORS[name]
     cfg = load_config("faster_rcnn_se_r50" if se else "faster_rcnn_r50")
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = settings.device, ""
@@ -163,7 +163,7 @@ def batch(settings: Settings, shape: tuple[int, int], seed: int) -> list[dict]:
 
 
 def trainer(settings: Settings, name: str, batches: list[list[dict]]) -> TrainerBase:
-    """Build a trainer that repeats the batches: this project's, or Detectron2's own."""
+    """Build this project's or Detectron2's own trainer, which repeats the given batches."""
     cfg = recipe(settings, name)
     model = keep_finite(trained(build_model(cfg), settings.device))
     if DETECTORS[name][2]:
@@ -200,7 +200,7 @@ def training_step(own: TrainerBase) -> Callable[[], None]:
 
 
 def measure_detector(settings: Settings) -> Iterator[Found]:
-    """Measure each detector's training step, :data:`ROUNDS` times, and its peak memory."""
+    """Measure the time of :data:`ROUNDS` training steps of each detector, and the peak memory."""
     batches = [batch(settings, shape, seed) for seed, shape in enumerate(SHAPES)]
     batches = batches[: settings.sized(len(batches), 1)]
     what = "Faster R-CNN R50-FPN, AMP, training step: {}"
@@ -212,7 +212,7 @@ def measure_detector(settings: Settings) -> Iterator[Found]:
             step()
         synchronise()
         seconds = time.monotonic() - start
-    # Three rounds are the warm-up of the comparison.
+    # Subtract the three rounds that warm up the comparison.
     rounds = int((settings.left() - _AFTER) / seconds) - 3 if settings.left() < math.inf else ROUNDS
     found = compare_steps(
         settings,

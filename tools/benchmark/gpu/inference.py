@@ -14,7 +14,7 @@ from benchmark.networks import trained
 from senet_transfer.export import deploy
 from senet_transfer.models import create_classifier
 
-# In all of them, batch norms are folded into the convolutions.
+# In all networks, batch norms are folded into the convolutions.
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     PLAIN: lambda depth: deploy(trained(create_classifier(f"resnet{depth}", fused=False))),
     "plain again": lambda depth: deploy(trained(create_classifier(f"resnet{depth}", fused=False))),

@@ -25,7 +25,7 @@ class Settings:
     """Settings of the GPU benchmark.
 
     Attributes:
-        dry_run: Run all code on a CPU with tiny sizes. The numbers are meaningless.
+        dry_run: Whether to run all code on a CPU with tiny sizes, which gives meaningless numbers.
         compiled: "bf16" compiles only the networks that have a target; "all" compiles all networks.
         deadline: Value of ``time.monotonic()`` at which the part is stopped.
     """

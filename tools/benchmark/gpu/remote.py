@@ -97,7 +97,7 @@ def start_all(settings: Settings, builders: Mapping[str, Callable[[], Step]]) ->
     CUDA must not be initialised in this process.
 
     Args:
-        settings: The settings.
+        settings: The settings of the GPU benchmark.
         builders: Functions that build a step.
 
     Yields:

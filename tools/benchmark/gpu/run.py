@@ -1,8 +1,8 @@
 """Parts of the GPU benchmark, each in its own process with a time limit.
 
-An error in a kernel makes CUDA unusable for the rest of a process, and a compilation can take very
-long. Therefore, each part runs in its own process, which is stopped at the part's time limit. All
-rows reported by then are kept.
+An error in a kernel makes CUDA unusable for the rest of a process, and compilation can take a very
+long time. Therefore, each part runs in its own process, which is stopped at the part's time limit.
+All rows reported by then are kept.
 """
 
 import importlib
@@ -79,7 +79,8 @@ def run(
         budget: The time for all parts together, in seconds.
         compiled: "bf16" compiles only the networks that have a target. "all" compiles all networks
             in all precisions, and needs a larger budget.
-        dry_run: Run all code on a CPU with tiny sizes. No value is compared with its target.
+        dry_run: If True, run all code on a CPU with tiny sizes. No value is compared with its
+            target.
 
     Raises:
         UserError: If there is no GPU, and this is not a dry run.
@@ -151,7 +152,7 @@ class Report:
         self.content["machine"] = found
 
     def problem(self, part: str, text: str) -> None:
-        """Print and save why a part is incomplete."""
+        """Print and save the reason why a part is incomplete."""
         self.problems.append(part)
         self.note(part, text)
 

@@ -1,6 +1,6 @@
 """Tests that compare the readers of annotation formats with other programs.
 
-`fixtures/README.md` lists the programs, with versions, that computed the expected values.
+`fixtures/README.md` lists the programs that computed the expected values, and their versions.
 """
 
 import json
@@ -29,7 +29,7 @@ def make_images(folder: Path, **sizes: tuple[int, int]) -> None:
 
 
 def objects(content: dict, file_name: str | None = None) -> list[dict]:
-    """Return the objects in an image (by default, the first one) with their class names."""
+    """Return the objects in an image (by default, the first image) with their class names."""
     names = {category["id"]: category["name"] for category in content["categories"]}
     images = {image["file_name"]: image["id"] for image in content["images"]}
     number = images[file_name or next(iter(images))]
@@ -43,7 +43,7 @@ def corners(item: dict) -> list[float]:
 
 
 def assert_equals_supervision(content: dict, classes: list[str], annotations: dict) -> int:
-    """Compare boxes and classes with those read by supervision; return the number of objects."""
+    """Compare boxes and classes with those read by `supervision`; return the number of objects."""
     count = 0
     for image in content["images"]:
         mine, theirs = objects(content, image["file_name"]), annotations[image["file_name"]]
@@ -60,7 +60,7 @@ def by_name(annotations: dict) -> dict:
 
 @pytest.fixture
 def formats():
-    """Return supervision's readers. They are imported here because the import takes a second."""
+    """Return the readers of `supervision`, imported here because the import takes a second."""
     from supervision.dataset import formats
     from supervision.dataset.formats import labelme, pascal_voc, yolo  # noqa: F401
 
@@ -102,7 +102,7 @@ def test_boxes_of_yolo_equal_those_of_supervision_on_real_data(shared_data, tmp_
     classes, paths, found = formats.pascal_voc.load_pascal_voc_annotations(
         str(tmp_path / "train" / "images"), str(shared_data / "bccd" / "Annotations")
     )
-    # The label files are written by supervision, not by this project.
+    # The label files are written by `supervision`, not by this project.
     DetectionDataset(classes, paths, found).as_yolo(
         annotations_directory_path=str(tmp_path / "train" / "labels"),
         data_yaml_path=str(tmp_path / "data.yaml"),
@@ -272,7 +272,7 @@ def test_label_studio_rotates_in_pixels_and_reads_json_min(tmp_path):
 
 
 def via_1(content: dict) -> dict:
-    """Convert a VIA 2 project to VIA 1's annotation export."""
+    """Convert a VIA 2 project to the format of VIA 1's annotation exports."""
     images = content["_via_img_metadata"]
     return {
         key: {

@@ -1,4 +1,4 @@
-"""Tests for using other annotation formats: detection, splits, registration and import command."""
+"""Tests for using other annotation formats: their detection, splits, registration and import."""
 
 import json
 import logging
