@@ -84,7 +84,7 @@ class Comparison:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def ratio(self, name: str, over: str | None = None) -> Ratio:
-        """Return the ratio of a candidate over another candidate, by default the baseline."""
+        """Return the ratio of a candidate's times to those of another, by default the baseline."""
         below = self.seconds[over or self.baseline]
         return Ratio.of([a / b for a, b in zip(self.seconds[name], below, strict=True)])
 

@@ -64,10 +64,11 @@ def detection_galleries(
 
     Returns:
         One dict per data set with ``data`` (its name), ``classes``, ``total`` (number of images),
-        ``errors`` (names of the error types), ``runs`` (indices) and ``images``. Each image is a
-        dict with ``name``, ``src`` (a data URI), ``width``, ``height``, ``truth`` (left, top,
-        width, height and class of each object) and ``found`` (by run: the same values, the score in
-        percent, the match and the error type of each detection).
+        ``errors`` (names of the error types), ``runs`` (indices into the argument) and ``images``.
+        Each image is a dict with ``name``, ``src`` (a data URI), ``width``, ``height``, ``truth``
+        (for each object: left, top, width, height and class) and ``found`` (a dict from the run's
+        index to its detections, with left, top, width, height, class, score in percent, index of
+        the matched object and error type of each).
     """
     groups: dict[tuple[str, str], list[int]] = {}
     for position, run in enumerate(runs):
@@ -140,7 +141,9 @@ def _ground_truth(run: Run, name: str) -> tuple[list[dict], Any]:
     try:
         images = DatasetCatalog.get(name)
     except OSError as error:
-        raise UserError(f"its annotations can't be read ({error}).") from error
+        raise UserError(
+            f"the annotations of the data set {name} can't be read ({error})."
+        ) from error
     for image in images:
         # Sort crowds last: the page omits them, and the indices of other objects must stay valid.
         objects = sorted(image.get("annotations", []), key=lambda o: o.get("iscrowd", 0))

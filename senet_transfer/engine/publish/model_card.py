@@ -116,10 +116,14 @@ def _provenance(contents: Contents, runs: Sequence[dict[str, Any]]) -> Iterable[
     if not runs:
         return
     seeds = first_of(str(run.get("seed", "unknown")) for run in runs)
-    yield (
-        f"Seeds of the runs: {seeds}. "
-        f"Command of the first run: `{runs[0].get('command', 'unknown')}`"
-    )
+    command = runs[0].get("command", "unknown")
+    if len(runs) == 1:
+        yield f"The model was trained with `{command}` (seed {seeds})."
+    else:
+        yield (
+            f"The model was trained with the seeds {seeds}. The first run was started with "
+            f"`{command}`."
+        )
     for run in runs:
         if run.get("weights_sha256") == contents.sha256:
             yield f"The weights are from the run with seed {run['seed']}."
