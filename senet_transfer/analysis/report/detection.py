@@ -141,9 +141,7 @@ def _ground_truth(run: Run, name: str) -> tuple[list[dict], Any]:
     try:
         images = DatasetCatalog.get(name)
     except OSError as error:
-        raise UserError(
-            f"the annotations of the data set {name} can't be read ({error})."
-        ) from error
+        raise UserError(f"the annotations of {name} can't be read ({error}).") from error
     for image in images:
         # Sort crowds last: the page omits them, and the indices of other objects must stay valid.
         objects = sorted(image.get("annotations", []), key=lambda o: o.get("iscrowd", 0))

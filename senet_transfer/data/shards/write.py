@@ -101,8 +101,8 @@ def convert(
     if not 0 <= seed < 2**32 or shard_mb <= 0 or workers < 1 or skip_broken < 0:
         raise UserError(
             f"seed={seed}, shard-mb={shard_mb}, workers={workers}, skip-broken={skip_broken}; "
-            "expected a seed from 0 to 2^32 - 1, shard-mb greater than 0, workers of at least 1 and "
-            "skip-broken of at least 0."
+            "expected seed from 0 to 2^32 - 1, shard-mb greater than 0, workers at least 1 and "
+            "skip-broken at least 0."
         )
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", split):
         raise UserError(
