@@ -240,9 +240,8 @@ def _check_same(output_dir: Path, config: dict[str, str]) -> None:
         begun = {**defaults, **json.loads(record.read_text())}
         other = [key for key in begun.keys() | config.keys() if begun.get(key) != config.get(key)]
         if _WEIGHTS in other and not {_WEIGHTS} <= begun.keys() & config.keys():
-            other.remove(
-                _WEIGHTS
-            )  # The initial weight file of a finished run may have been deleted.
+            # The initial weight file of a finished run may have been deleted.
+            other.remove(_WEIGHTS)
         if other:
             first = sorted(other)[0]
             raise UserError(

@@ -138,8 +138,8 @@ def main(args: argparse.Namespace, published: Sequence[Any] = ()) -> dict[str, A
 
 def _check_saved(args: argparse.Namespace) -> None:
     """Raise a UserError for arguments that have no effect on saved logits."""
-    names = ("model", "family", "weights", "config_file", "data", *_VIEWS, "scales", "opts")
-    if given := _given(args, names):
+    names = ("model", "family", "weights", "config_file", "data", *_VIEWS, "scales", "batch_size")
+    if given := _given(args, (*names, "opts")):
         raise UserError(
             f"--saved-logits evaluates files without a model, so {given} can't be used as well. "
             "Remove one of them."

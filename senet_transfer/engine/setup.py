@@ -1,5 +1,6 @@
 """Setup of a run: config, logging, data sets, device and checks."""
 
+import contextlib
 import importlib.util
 import io
 import logging
@@ -444,7 +445,9 @@ def _check_images(cfg: CfgNode, *, eval_only: bool) -> None:
     """
     if is_classification(cfg):
         if comm.is_main_process():
-            check_brightness(cfg, eval_only=eval_only)
+            # All processes report data that can't be read when they open it.
+            with contextlib.suppress(UserError):
+                check_brightness(cfg, eval_only=eval_only)
         return
     check_choice("DATALOADER.CHECK_IMAGES", cfg.DATALOADER.CHECK_IMAGES, MODES)
     problem = ""

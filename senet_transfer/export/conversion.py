@@ -1,6 +1,8 @@
 """Conversion of weight files, with an optional check that the outputs stay the same."""
 
 import logging
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Unpack
@@ -104,10 +106,12 @@ def convert_file(
     if to == DETECTRON2 and source.detector:
         config = _config_for_detectron2(source, out)
         _check_new(config_out, force)
-    new = out.with_name(f".{out.stem}.unchecked{out.suffix}") if check else out
-    for note in write_converted(source, new, to):
+    if check:
+        notes, comparison = _write_checked(source, out, to)
+    else:
+        notes, comparison = write_converted(source, out, to), None
+    for note in notes:
         logger.info(note)
-    comparison = _replace_if_equal(source, new, out, to) if check else None
     logger.info("Wrote %s (%s), for %s", out, _size(out), to)
     if config:
         with written_whole(config_out) as partial:
@@ -116,10 +120,12 @@ def convert_file(
     return comparison
 
 
-def _replace_if_equal(source: Source, new: Path, out: Path, to: str) -> FileDifference:
-    """Rename ``new`` to ``out`` if its outputs equal the source's; otherwise, delete ``new``."""
-    logger.info("Comparing the outputs of both files")
-    try:
+def _write_checked(source: Source, out: Path, to: str) -> tuple[list[str], FileDifference]:
+    """Convert to a temporary file, and write it to ``out`` if its outputs equal the source's."""
+    with tempfile.TemporaryDirectory() as folder:
+        new = Path(folder, out.name)
+        notes = write_converted(source, new, to)
+        logger.info("Comparing the outputs of both files")
         comparison = compare_files(source, examine(new, family_of(to)))
         if not comparison.relative <= TOLERANCE:
             raise UserError(
@@ -127,10 +133,8 @@ def _replace_if_equal(source: Source, new: Path, out: Path, to: str) -> FileDiff
                 f"{comparison}. {out} is not written."
             )
         with written_whole(out) as partial:
-            new.replace(partial)
-    finally:
-        new.unlink(missing_ok=True)
-    return comparison
+            shutil.copyfile(new, partial)
+    return notes, comparison
 
 
 def _check_new(path: Path, force: bool) -> None:

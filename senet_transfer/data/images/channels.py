@@ -79,7 +79,7 @@ def to_channels(values: np.ndarray, reading: Reading) -> np.ndarray:
     if reading.value_range and values.dtype != np.uint8:
         return scale(values, reading.value_range)
     if values.dtype == np.uint16:
-        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        return scale(values, (0, 65535))
     if values.dtype != np.uint8:
         raise BrokenImageError(
             f"its values have the type {values.dtype}, whose value range is unknown; set "

@@ -113,7 +113,8 @@ class Checkpointer(DetectionCheckpointer):
     def get_checkpoint_file(self) -> str:
         """Return the newest intact checkpoint. All processes of a job must call this method.
 
-        Damaged newer checkpoints are removed from the list of checkpoints, but not deleted.
+        ``last_checkpoint`` then names this checkpoint. When the next one is saved, damaged newer
+        ones are removed from the list of checkpoints, but not deleted.
         """
         path = history.newest_whole(self.save_dir)
         if self.save_to_disk:
@@ -146,10 +147,8 @@ class Checkpointer(DetectionCheckpointer):
         resumed = self._whole and bool(self.checkpointables)
         state = _training_state(filename, list(self.checkpointables)) if resumed else {}
         if resumed:
-            return {
-                **state,
-                "model": examine(filename, None),
-            }  # same call as in apply_file_geometry
+            # The same call as in apply_file_geometry, so that the file is read once.
+            return {**state, "model": examine(filename, None)}
         return {"model": examine(filename, self._family, **self.choice)}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> None:

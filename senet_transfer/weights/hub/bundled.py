@@ -16,7 +16,7 @@ from senet_transfer.weights.formats.reader import OWN_METADATA
 
 PUBLISHER = "senet_transfer"
 FOLDER = Path(__file__).parents[2] / "pretrained"
-MAX_BYTES = 10_000_000  # publisher of all weights in the package
+MAX_BYTES = 10_000_000  # maximum size of all weights in the package
 
 _FILE = re.compile(r"(?P<name>\w+)-(?P<sha256>[0-9a-f]{8,64})\.safetensors")
 

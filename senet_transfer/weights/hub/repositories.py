@@ -116,9 +116,8 @@ def hub_errors(name: str) -> Iterator[None]:
         ) from error
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # errors from the HTTP library have no base class in common with those above
+    # Errors from the HTTP library have no base class in common with those above.
+    except Exception as error:
         raise UserError(
             f"The transfer between this machine and {name} failed: "
             f"{shown(error, 200) or type(error).__name__}. Check the network access and the disk "

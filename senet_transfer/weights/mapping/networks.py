@@ -92,7 +92,8 @@ def contains_network(names: Iterable[str], timm: str = "") -> bool:
         timm: Name of a network that timm builds, which is also searched for.
     """
     tensors = dict.fromkeys(names, torch.empty(0))
-    return bool(_prefixes(tensors, {}, timm)) or next(_networks(tensors, {}), None) is not None
+    found = bool(timm) and bool(_prefixes(tensors, {}, timm))
+    return found or next(_networks(tensors, {}), None) is not None
 
 
 def _without_parallel(tensors: dict[str, Tensor], timm: str) -> dict[str, Tensor]:

@@ -94,9 +94,8 @@ def run(
             "The GPU benchmark needs a CUDA GPU, but torch.cuda.is_available() is False. To run "
             "its code with tiny sizes on a CPU, use --dry-run."
         )
-    os.environ.setdefault(
-        "KINETO_LOG_LEVEL", "99"
-    )  # Otherwise, the profiler logs each start and stop.
+    # Otherwise, the profiler logs each start and stop.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     signal.signal(signal.SIGTERM, _stop)  # also stop the process of the current part
     start = time.monotonic()
     settings = Settings(dry_run=dry_run, compiled=compiled)
