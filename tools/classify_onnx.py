@@ -77,7 +77,7 @@ def main(model_file: str, *image_files: str) -> None:
     if preprocessing["format"] not in ("RGB", "BGR", "L"):
         raise SystemExit(
             f"error: the model takes images of the format {preprocessing['format']}; expected RGB, "
-            "BGR or L. Use `senet predict` for models trained with INPUT.CHANNELS."
+            "BGR or L. Use tools/predict.py for models trained with INPUT.CHANNELS."
         )
     mode, value_range = metadata.get("mode", "short_side"), metadata.get("value_range", ())
     upright = metadata.get("upright", False)

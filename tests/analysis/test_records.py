@@ -140,11 +140,11 @@ def test_the_readme_counts_the_comparisons_in_which_se_is_better():
         better.append(sign * difference(*values)[0] > 0)
     assert (len(better), sum(better)) == (8, 5)
     readme = " ".join((ROOT / "README.md").read_text().split())
-    claim = "SE is better in five of our [eight comparisons](docs/results.md) and worse in three."
+    claim = "In our [eight comparisons](docs/results.md), SE is better in five and worse in three."
     assert claim in readme
     rows = re.findall(r"\((\S\d+\.\d+) to (\S\d+\.\d+)\)", readme)
     assert [low[0] == high[0] for low, high in rows] == [True, False, False, False]
-    assert "Only the first interval excludes 0." in readme
+    assert "Only the first row's interval excludes 0." in readme
 
 
 def test_records_are_small_and_state_how_they_were_made():

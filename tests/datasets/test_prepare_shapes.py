@@ -307,7 +307,7 @@ def test_rejects_a_folder_with_other_content_and_keeps_it(tmp_path, name, conten
     with pytest.raises(UserError, match=found) as caught:
         make_shapes(folder, train=1, val=1)
     assert "expected" in str(caught.value)
-    assert "a different folder" in str(caught.value)
+    assert "Move this folder" in str(caught.value)
     assert snapshot(tmp_path) == {Path("shapes", name): content.encode()}
 
 

@@ -112,5 +112,5 @@ def test_a_file_for_another_task_is_rejected(tmp_path):
 def test_models_with_other_channels_are_rejected(monkeypatch):
     metadata = {"preprocessing": {"format": "C4"}, "classes": []}
     monkeypatch.setitem(SCRIPT["main"].__globals__, "open_model", lambda *_: (None, metadata))
-    with pytest.raises(SystemExit, match="format C4; expected RGB, BGR or L. Use `senet predict`"):
+    with pytest.raises(SystemExit, match="format C4; expected RGB, BGR or L. Use tools/predict.py"):
         SCRIPT["main"]("model.onnx", "image.tif")

@@ -232,7 +232,7 @@ def test_results_are_written_next_to_a_checkpoint_and_not_to_a_weights_folder(
     outputs = [cfg.OUTPUT_DIR for cfg in found]
     assert outputs == [str(tmp_path / "evaluation"), "output/evaluation"]
     assert [cfg.DATALOADER.NUM_WORKERS for cfg in found] == [0, 0]
-    with pytest.raises(UserError, match="--batch-size can't be given for a detector"):
+    with pytest.raises(UserError, match="--batch-size can't be used for a detector"):
         main(parser().parse_args(["--weights", str(checkpoint), "--batch-size", "32"]))
 
 

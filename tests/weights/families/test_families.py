@@ -136,8 +136,8 @@ def test_families_with_the_same_names_are_logged_and_can_be_chosen(tmp_path, cap
     model = create_classifier("resnet18", weights=path)
     assert model.preprocessing == Preprocessing()
     assert "torchvision_v2" in caplog.text
-    assert "resize (232)" in caplog.text
-    assert "interpolation (bicubic)" in caplog.text
+    assert "with resize 232" in caplog.text
+    assert "with interpolation bicubic" in caplog.text
     assert (
         create_classifier("resnet18", weights=path, family="torchvision_v2").preprocessing.resize
         == 232

@@ -237,7 +237,7 @@ def test_the_command_checks_a_folder_with_a_slash_at_the_end(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     for path in (f"{tmp_path}/", "."):
         prepare("check", [path, "--quiet"])
-        assert "no errors in the annotations and 1 images" in capsys.readouterr().out
+        assert "no errors in the annotations and 1 image\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
