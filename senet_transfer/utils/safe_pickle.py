@@ -34,6 +34,8 @@ UNREAD_ARRAY = "numpy.ndarray with a dtype other than text or numbers of up to 6
 # 100,000 reads.
 _MAX_STEPS = 2_000_000
 _MAX_NAME = 200
+# Maximum size of an integer in bytes. A larger one takes long to hash, each time it is a key.
+_MAX_INTEGER = 1024
 
 # Modules with functions that can affect the system.
 _RUNS_CODE = re.compile(
@@ -53,18 +55,31 @@ _HOLDS_VALUES = re.compile(
     r"|_?operator[.](?!_|attrgetter|methodcaller|call\b)\w+"
     # Functions, classes and exceptions, and methods of classes such as str.lower
     r"|(builtins|__builtin__)[.](?!_|(apply|breakpoint|compile|delattr|eval|exec|execfile|exit|file"
-    r"|getattr|globals|hasattr|help|input|locals|open|quit|raw_input|reload|setattr|vars)\b)"
+    r"|getattr|globals|hasattr|help|input|locals|open|quit|raw_input|reduce|reload|setattr|vars)\b)"
     r"\w+([.](?!_|format)\w+)?"
 )
 # Attributes through which a pickle could reach any function.
 _GIVES_ACCESS = frozenset(
-    {"__builtins__", "__code__", "__globals__", "__import__", "__subclasses__"}
+    {
+        *("__builtins__", "__class__", "__code__", "__dict__", "__getattribute__", "__globals__"),
+        *("__import__", "__loader__", "__self__", "__spec__", "__subclasses__"),
+    }
+)
+# Modules that can affect the system and that another module imports, such as logging.os.
+_IMPORTED = frozenset(
+    {
+        *("__builtin__", "builtins", "ctypes", "importlib", "nt", "os", "posix", "shutil"),
+        *("socket", "subprocess", "sys"),
+    }
 )
 # Prefixes of modules that usually define models.
 _MODEL_CODE = ("torch.nn.", "torchvision.", "models.", "model.", "timm.", "pretrainedmodels.")
 
 
 def _runs_code(name: str) -> bool:
+    parts = name.split(".")
+    if not (_GIVES_ACCESS.isdisjoint(parts) and _IMPORTED.isdisjoint(parts[1:-1])):
+        return True
     return bool(_RUNS_CODE.match(name)) and not _HOLDS_VALUES.fullmatch(name)
 
 
@@ -269,7 +284,7 @@ class _PlainUnpickler(_Unpickler):
         name = f"{module}.{name}"
         if len(name) > _MAX_NAME or not re.fullmatch(r"[\w.]+", name):
             raise ValueError(f"{shown(name)!r} is not a valid class name")
-        if re.fullmatch(r"_?functools[.]reduce", name):
+        if re.fullmatch(r"(_?functools|builtins|__builtin__)[.]reduce", name):
             return Named(functools.partial(self._union, name))
         if _runs_code(name):
             reject_class(self._path, name)
@@ -285,15 +300,15 @@ class _PlainUnpickler(_Unpickler):
             reject_class(self._path, "builtins.getattr")
         start = owner.name if isinstance(owner, Placeholder) else type(owner).__name__
         name = f"{start}.{attribute}"
-        if _runs_code(name) or attribute in _GIVES_ACCESS or len(name) > _MAX_NAME:
+        if _runs_code(name) or len(name) > _MAX_NAME:
             reject_class(self._path, shown(name))
         return Placeholder(name)
 
     def _union(self, name: str, *arguments: Any) -> Placeholder:
         """Return a placeholder for a type such as ``int | None``.
 
-        The type is stored as a call to ``functools.reduce`` (``name`` in the pickle), which is not
-        executed.
+        The type is stored as a call to ``functools.reduce``, or to ``__builtin__.reduce`` by
+        protocols before 3 (``name`` is the name in the pickle). The call is not executed.
         """
         function = arguments[0] if len(arguments) == 2 else None
         if not (isinstance(function, Placeholder) and function.name.endswith("operator.or_")):
@@ -386,6 +401,19 @@ def _make_hash_safe(load: Callable) -> Callable:
 
 for _code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
     _PlainUnpickler.dispatch[_code[0]] = _make_hash_safe(_PlainUnpickler.dispatch[_code[0]])
+
+
+def _limit_size(load: Callable) -> Callable:
+    def load_integer(unpickler: _PlainUnpickler) -> None:
+        load(unpickler)
+        if unpickler.stack[-1].bit_length() > 8 * _MAX_INTEGER:
+            raise ValueError(f"an integer has more than {_MAX_INTEGER} bytes")
+
+    return load_integer
+
+
+for _code in (pickle.INT, pickle.LONG, pickle.LONG4):  # the other integers have up to 255 bytes
+    _PlainUnpickler.dispatch[_code[0]] = _limit_size(_PlainUnpickler.dispatch[_code[0]])
 
 
 def load_plain(

@@ -3,6 +3,7 @@
 import argparse
 import collections
 import copyreg
+import functools
 import io
 import os
 import pathlib
@@ -397,6 +398,8 @@ def test_an_object_of_an_unknown_class_is_inert(instructions, tmp_path, monkeypa
         *("_socket socket", "shutil rmtree", "importlib import_module"),
         *("operator attrgetter", "operator methodcaller", "_operator call"),
         *("functools reduce", "_functools reduce", "types CodeType"),
+        *("builtins reduce", "__builtin__ reduce", "torch os.system", "torch.os system"),
+        *("torch.serialization.os system", "math sqrt.__self__.eval", "logging.sys.modules x"),
         *("types FunctionType", "pathlib Path.unlink", "pathlib os", "pickle loads"),
         *("_pickle loads", "cPickle loads", "io open", "builtins str.format"),
         *("torch load", "torch.hub load", "commands getoutput", "code interact"),
@@ -419,7 +422,16 @@ def test_a_dangerous_name_anywhere_rejects_the_file(name, inside, tmp_path):
         (b"cos\npath\n", b"join"),
         (b"cbuiltins\nstr\n", b"format"),
         (b"ctorch\nserialization\n", b"load"),
+        (b"ctorch\nos\n", b"system"),
+        (b"clogging\nos\n", b"popen"),
+        (b"ctorch.serialization\nos\n", b"system"),
+        (b"cmath\nsqrt\n", b"__self__"),
+        (_UNKNOWN, b"__class__"),
+        (_UNKNOWN, b"__dict__"),
+        (_UNKNOWN, b"__getattribute__"),
         (_UNKNOWN, b"__globals__"),
+        (_UNKNOWN, b"__loader__"),
+        (_UNKNOWN, b"__spec__"),
         (_UNKNOWN, b"not an identifier"),
         (_UNKNOWN, b"x" * 300),
     ],
@@ -430,6 +442,38 @@ def test_a_dangerous_attribute_rejects_the_file(owner, attribute, tmp_path):
     (tmp_path / "a.pkl").write_bytes(_MODEL + call + b"u.")
     with pytest.raises(UserError, match="was rejected, because loading it would call"):
         read_tensors(tmp_path / "a.pkl")
+
+
+@pytest.mark.parametrize(
+    "name", ["my.project.sys_info x", "my.project os", "my.oslo.cfg Socket", "my my_os.Builtins"]
+)
+def test_a_name_like_that_of_a_system_module_is_harmless(name, tmp_path):
+    call = "c{}\n{}\n".format(*name.split()).encode()
+    (tmp_path / "a.pkl").write_bytes(_MODEL + call + b"u.")
+    _assert_equal(read_tensors(tmp_path / "a.pkl").tensors, _ONES)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_a_union_of_types_is_harmless_but_another_reduction_is_rejected(protocol, tmp_path):
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"model": _ONES, "x": int | None}, protocol))
+    _assert_equal(read_tensors(tmp_path / "a.pkl").tensors, _ONES)
+    content = {"model": _ONES, "x": _Runs(functools.reduce, getattr, [])}
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol))
+    with pytest.raises(UserError, match="reduce`, which can run code on this machine"):
+        read_tensors(tmp_path / "a.pkl")
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_an_integer_of_up_to_a_kilobyte_is_read(protocol):
+    assert _load(pickle.dumps([2**8191, -(2**8191)], protocol)) == [2**8191, -(2**8191)]
+    with pytest.raises(ValueError, match="an integer has more than 1024 bytes"):
+        _load(pickle.dumps(2**8192, protocol))
+
+
+@pytest.mark.parametrize("code", [b"I0x%s\n.", b"L0x%sL\n.", b"L-0x%s\n."])
+def test_a_long_hexadecimal_integer_is_rejected(code):
+    with pytest.raises(ValueError, match="an integer has more than 1024 bytes"):
+        _load(code % (b"f" * 3000))
 
 
 def test_object_and_structured_arrays_are_rejected(tmp_path):
@@ -468,6 +512,12 @@ BOMBS = {
     "a frame of an exabyte": b"\x80\x04\x95" + b"\xff" * 7 + b"\x0f.",
     "a long of two gigabytes": b"\x80\x02\x8b\xff\xff\xff\x7f.",
     "digits": b"L" + b"9" * 1_000_000 + b"L\n.",
+    "a huge integer as a key again and again": b"\x80\x02}\x8b"
+    + struct.pack("<i", 2_000_000)
+    + b"\x01" * 2_000_000
+    + b"q\x00"
+    + _many(20_000, b"h\x00Ns")
+    + b".",
     "text encoded again and again": b"\x80\x02X\x40\x42\x0f\x00"
     + b"a" * 1_000_000
     + b"q\x000(c_codecs\nencode\nq\x01"

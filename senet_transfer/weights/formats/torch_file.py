@@ -106,9 +106,20 @@ def _device(*parts: Any) -> str:
     return ":".join(map(str, parts))
 
 
+def _unchanged(data: Any, *_: Any) -> Any:
+    """Return the data of a parameter or of a tensor that was moved to another device."""
+    return data
+
+
+# Functions that can create a tensor with extra attributes. Other functions are not called, because
+# the unpickler only limits the size of the arguments of its own calls.
+_BUILDERS = (TensorRef, _untyped_tensor, _unchanged)
+
+
 def _subclass(function: Any, kind: Any, arguments: Any, _state: Any) -> Any:
     """Return a tensor without its extra attributes, or a placeholder for an unknown subclass."""
-    if isinstance(function, Named) and isinstance(kind, Placeholder) and kind.name in _CLASSES:
+    known = isinstance(kind, Placeholder) and kind.name in _CLASSES
+    if known and isinstance(function, Named) and function.value in _BUILDERS:
         return function(*arguments)
     return Placeholder("torch._tensor._rebuild_from_type_v2")
 
@@ -128,10 +139,10 @@ ALLOWED: Mapping[str, Any] = {
     "torch._utils._rebuild_tensor": TensorRef,
     "torch._utils._rebuild_tensor_v2": TensorRef,
     "torch._utils._rebuild_tensor_v3": _untyped_tensor,
-    **{f"torch._utils._rebuild_{kind}": lambda data, *_: data for kind in _ON_A_DEVICE},
+    **{f"torch._utils._rebuild_{kind}": _unchanged for kind in _ON_A_DEVICE},
     "torch._tensor._rebuild_from_type_v2": _subclass,
-    "torch._utils._rebuild_parameter": lambda data, *_: data,
-    "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
+    "torch._utils._rebuild_parameter": _unchanged,
+    "torch._utils._rebuild_parameter_with_state": _unchanged,
     "torch.Size": lambda shape=(): check_sizes(shape),
     "torch.device": _device,
 }

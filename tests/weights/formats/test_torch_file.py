@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from senet_transfer.errors import UserError
+from senet_transfer.utils.safe_pickle import Placeholder, load_plain
 from senet_transfer.weights.formats.reader import read_tensors
+from senet_transfer.weights.formats.torch_file import ALLOWED
 from tests.weights.file_writers import (
     NEXT_TO_A_TORCH_MODEL,
     VALUES_NEXT_TO_A_MODEL,
@@ -571,6 +573,15 @@ def test_a_big_endian_file_is_rejected(tmp_path):
     _zip(tmp_path / "a.pth", {"w": tensor}, {"data/0": bytes(4), "byteorder": b"big"})
     with pytest.raises(UserError, match="big-endian"):
         read_tensors(tmp_path / "a.pth")
+
+
+def test_only_functions_that_create_tensors_are_called_for_a_tensor_with_attributes():
+    # Encoding the same text again and again would exceed the memory that the file's size justifies.
+    text = b"X" + struct.pack("<I", 200_000) + b"a" * 200_000 + b"X\x06\0\0\0latin1\x86q\x000"
+    call = b"ctorch._tensor\n_rebuild_from_type_v2\n(c_codecs\nencode\nctorch\nTensor\nh\x00NtR"
+    read = load_plain(io.BytesIO(b"\x80\x02" + text + b"(" + call * 300 + b"l."), "a", ALLOWED)
+    assert len(read) == 300
+    assert {type(value) for value in read} == {Placeholder}
 
 
 def test_many_views_of_few_bytes_are_rejected(tmp_path):
