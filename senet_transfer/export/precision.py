@@ -17,6 +17,7 @@ from onnxruntime.transformers.onnx_model import OnnxModel
 from torch import Tensor
 
 from senet_transfer.data.images.decode import BrokenImageError
+from senet_transfer.data.images.file_types import is_image_name
 from senet_transfer.data.images.listing import find_images
 from senet_transfer.errors import UserError
 from senet_transfer.export.onnx_file import open_session, write_onnx
@@ -48,7 +49,7 @@ class CalibrationImages:
             UserError: If the folder contains no images.
         """
         names = itertools.chain(*find_images(self.folder).values())
-        found = sorted(Path(self.folder, name) for name in names)
+        found = sorted(Path(self.folder, name) for name in names if is_image_name(name))
         if not found:
             raise UserError(
                 f"There are no images in the folder {self.folder}. Choose a folder that contains "

@@ -91,6 +91,9 @@ def test_unlabelled_images_are_used_and_a_missing_folder_is_rejected(images, tmp
     assert CalibrationImages(images.folder, images.transform, ["red", "blue"]).labels() is None
     with pytest.raises(UserError, match="There are no images in the folder"):
         CalibrationImages(str(tmp_path), images.transform).paths()
+    np.save(tmp_path / "a.npy", np.zeros((32, 32, 3), np.uint8))
+    with pytest.raises(UserError, match="There are no images in the folder"):
+        CalibrationImages(str(tmp_path), images.transform).paths()
 
 
 def test_a_failed_conversion_keeps_the_earlier_file(tmp_path, monkeypatch):

@@ -12,12 +12,20 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from safetensors.torch import save_file
 
-from senet_transfer import UserError, create_backbone, create_classifier, list_models, load_weights
+from senet_transfer import (
+    UserError,
+    create_backbone,
+    create_classifier,
+    list_models,
+    load_weights,
+    save_weights,
+)
 from senet_transfer.analysis.complexity.count import measure
 from senet_transfer.analysis.excitations.gates import capture_gates, gates_of
 from senet_transfer.config.load import load_config
 from senet_transfer.engine.model_from import find_model, model_config
 from senet_transfer.weights.hub import timm_networks
+from senet_transfer.weights.mapping.source import examine
 from tests.engine.conftest import SMALL
 from tests.weights.layouts import prefixed
 from tests.weights.peers import STAGES, peer, randomise
@@ -203,6 +211,21 @@ def test_the_error_without_timm_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UserError, match=r"pip install 'senet_transfer\[timm\]'"):
         create_backbone("timm/resnet18")
+
+
+def test_an_older_file_without_the_mode_is_read_without_timm(tmp_path, monkeypatch):
+    save_weights(create_classifier("timm/test_resnet"), path := tmp_path / "a.pth")
+    checkpoint = torch.load(path)
+    preprocessing = checkpoint["senet_transfer"]["preprocessing"]
+    preprocessing["mode"] = "squash"
+    torch.save(checkpoint, path)
+    assert examine(path).preprocessing.mode == "squash"
+    del preprocessing["mode"]
+    torch.save(checkpoint, path := tmp_path / "older.pth")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    found = examine(path).preprocessing
+    assert found.mean == tuple(preprocessing["mean"])
+    assert found.mode == "short_side"
 
 
 def test_timms_names_are_listed_on_request_only():

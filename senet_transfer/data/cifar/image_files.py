@@ -121,7 +121,8 @@ def _in_archive(path: Path, folders: set[str]) -> Iterator[tuple[str, bytes]]:
         for member in archive:
             # The name determines only the class and the order; nothing is extracted to disk.
             name = PurePosixPath(member.name).as_posix().lstrip("/")
-            if member.isdir() and not is_hidden(name):
+            # `tar -C train -cf train.tar .` also stores the folder "." itself.
+            if member.isdir() and name != "." and not is_hidden(name):
                 folders.add(name)
             elif member.isfile() and is_image_name(name):
                 yield name, read_member(archive, member, _MAX_BYTES)

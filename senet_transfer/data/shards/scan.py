@@ -119,13 +119,24 @@ def is_shard_name(name: str) -> bool:
 def find_shards(folder: Path) -> list[Path]:
     """Return the tar files in a folder that has no class folders, sorted by name.
 
+    Compressed files whose names differ from those of the uncompressed ones in more than numbers,
+    such as ``annotations.tar.gz``, are ignored with a warning.
+
     Raises:
         UserError: If the folder cannot be read, or the tar files are those of several splits.
     """
     _, folders, files = next(walk(folder))
     names = [] if folders else list(filter(is_shard_name, files))
+    plain = {_pattern(name) for name in names if name.endswith(".tar")}
+    ignored = [name for name in names if plain and _pattern(name) not in plain]
+    if ignored:
+        logger.warning(
+            "Ignoring %d compressed files in %s: %s", len(ignored), folder, first_of(ignored)
+        )
+    names = [name for name in names if name not in ignored]
     patterns = sorted({re.sub(r"\d+", "*", name) for name in names})
-    if len({_split_of(pattern) for pattern in patterns}) > 1:
+    # Shards whose names contain no split are training data.
+    if len({_split_of(pattern) or "train" for pattern in patterns}) > 1:
         example = next(filter(_split_of, patterns))
         raise UserError(
             f"{folder} contains the shards of several splits: {first_of(patterns)}. Expected one "
@@ -133,6 +144,12 @@ def find_shards(folder: Path) -> list[Path]:
             "to its own folder."
         )
     return [folder / name for name in names]
+
+
+def _pattern(name: str) -> str:
+    """Return a shard's name without the file extension and with ``*`` for each number."""
+    suffix = next(filter(name.endswith, _SUFFIXES))
+    return re.sub(r"\d+", "*", name.removesuffix(suffix))
 
 
 def _split_of(name: str) -> str | None:

@@ -26,6 +26,8 @@ _LOOKALIKES = {
     "resnet50": ("timm's resnetaa50", "timm's resnetblur50"),
 }
 
+# Description of the entry in timm's config.json, for messages.
+_CONFIG_KEY = "architecture in config.json"
 _NAME_KEYS = ("arch", "architecture", "model_name", "arch_name")
 # Keys for a run's options. In the options, the network may also be stored under one of _PART_KEYS,
 # as a name or as a dictionary of the network's options, which may have the key "name".
@@ -59,7 +61,9 @@ class Statements:
 
     Attributes:
         contradiction: Sentence on how the information contradicts the tensors or the supported
-            networks; empty if there is no contradiction.
+            networks; empty if there is no contradiction, or only those in ``notes``.
+        notes: Sentences on entries that contradict the tensors in a file that also names the
+            network that the tensors suggest.
         confirmed: Whether the file names the network that the tensors suggest.
         wide: Whether the network is CSAIL's ``wideresnet18``.
         preprocessing: Channel order, mean and std; None if they are not specified.
@@ -68,6 +72,7 @@ class Statements:
     """
 
     contradiction: str = ""
+    notes: tuple[str, ...] = ()
     confirmed: bool = False
     wide: bool = False
     preprocessing: Preprocessing | None = None
@@ -87,22 +92,44 @@ def statements_of(
     """Compare the information in and next to a file with the architecture of its tensors."""
     if architecture is None:
         return Statements()
-    found = Statements(timm=timm)
-    for key, name in stated_names(metadata, timm):
-        judged = _judge(name, architecture)
-        if judged is False:
-            return Statements(
-                contradiction=f"its entry {key!r} is {name!r}, but its tensors are those of "
-                f"{architecture.name}"
-            )
-        wide = judged is True and bool(_WIDE_18.fullmatch(_plain(name)))
-        found = replace(found, confirmed=found.confirmed or bool(judged), wide=found.wide or wide)
+    found = _from_names(metadata, architecture, timm)
+    if found.contradiction:
+        return found
     meta = metadata.get("meta")
     for key in ("cfg", "config"):
         text = meta.get(key) if isinstance(meta, Mapping) else None
         if isinstance(text, str) and "backbone" in text[:_TEXT]:
-            return _from_mm_config(text[:_TEXT], architecture)
+            return replace(_from_mm_config(text[:_TEXT], architecture), notes=found.notes)
     return found
+
+
+def _from_names(
+    metadata: Mapping[str, Any], architecture: Architecture, timm: TimmConfig | None
+) -> Statements:
+    """Compare the names of the network in and next to a file with the architecture.
+
+    An entry that contradicts the tensors may describe another part of a run, such as a teacher, if
+    another entry names the network. This does not apply to networks that can have the same tensors,
+    nor to ``config.json``, which also determines the preprocessing.
+    """
+    confirmed = wide = False
+    errors: list[str] = []
+    others: list[str] = []
+    for key, name in stated_names(metadata, timm):
+        judged = _judge(name, architecture)
+        confirmed |= judged is True
+        wide |= judged is True and bool(_WIDE_18.fullmatch(_plain(name)))
+        if judged is False:
+            fatal = key == _CONFIG_KEY or _OTHERS.fullmatch(_plain(name))
+            (errors if fatal else others).append(
+                f"its entry {key!r} is {name!r}, but its tensors are those of {architecture.name}"
+            )
+    if not confirmed:
+        errors += others
+    if errors:
+        return Statements(contradiction=errors[0])
+    notes = tuple(f"{sentence}, as another entry states" for sentence in others)
+    return Statements(notes=notes, confirmed=confirmed, wide=wide, timm=timm)
 
 
 def named_model(architecture: Architecture | None, geometry: Geometry) -> str:
@@ -127,7 +154,7 @@ def stated_names(
         timm: Content of timm's ``config.json`` next to the file.
     """
     if timm:
-        yield "architecture in config.json", timm.architecture
+        yield _CONFIG_KEY, timm.architecture
     for key in _NAME_KEYS:
         if isinstance(metadata.get(key), str):
             yield key, metadata[key]

@@ -21,6 +21,10 @@ _DETERMINED = {"num_classes", "in_chans", "pretrained", "drop_rate", "drop_path_
 # Options of timm's train.py, all of which are in its checkpoints, possibly with the value None.
 _TRAIN_OPTIONS = {"mean", "std", "interpolation", "crop_pct"}
 
+# Limits for the options of train.py, beyond which they are ignored.
+_MAX_SIDE = 2**16
+_MIN_CROP_PCT = 0.1
+
 
 @dataclass(frozen=True)
 class TimmConfig:
@@ -83,11 +87,11 @@ def read_timm_config(weights: Path) -> TimmConfig | None:
 def train_options(metadata: Mapping[str, Any], default: Preprocessing) -> dict[str, Any] | None:
     """Return the preprocessing fields that a checkpoint of timm's ``train.py`` specifies.
 
-    The result is None for other checkpoints.
+    The result is None for other checkpoints. Options with invalid values are ignored.
 
     Args:
         metadata: Plain values in the checkpoint, such as the script's options ``args``.
-        default: Preprocessing of the network, used for options without a value.
+        default: Preprocessing of the network, used for options without a valid value.
     """
     args = metadata.get("args")
     if not isinstance(args, Mapping) or not args.keys() >= _TRAIN_OPTIONS:
@@ -99,11 +103,14 @@ def train_options(metadata: Mapping[str, Any], default: Preprocessing) -> dict[s
     if args["interpolation"] in ("bilinear", "bicubic"):
         found["interpolation"] = args["interpolation"]
     size = args.get("input_size") or [args.get("img_size")]
-    crop = size[-1] if isinstance(size, list | tuple) and _is_number(size[-1], 0) else default.crop
-    crop_pct = default.crop / default.resize
-    stated = args["crop_pct"] if _is_number(args["crop_pct"], 0) else crop_pct
-    if (crop, stated) != (default.crop, crop_pct) and stated <= 1:
-        found |= {"resize": math.floor(crop / stated), "crop": int(crop)}
+    crop = size[-1] if isinstance(size, list | tuple) else None
+    if type(crop) is not int or not 0 < crop <= _MAX_SIDE:
+        crop = default.crop
+    crop_pct, stated = default.crop / default.resize, args["crop_pct"]
+    if not _is_number(stated, 0) or not _MIN_CROP_PCT <= stated <= 1:
+        stated = crop_pct
+    if (crop, stated) != (default.crop, crop_pct):
+        found |= {"resize": math.floor(crop / stated), "crop": crop}
     return found
 
 
@@ -117,7 +124,7 @@ def _channel_values(values: Any, low: float) -> tuple[float, ...]:
 
 
 def _is_number(value: Any, low: float) -> bool:
-    return isinstance(value, float | int) and low < value < math.inf
+    return type(value) in (float, int) and low < value < math.inf
 
 
 def _preprocessing(stated: Mapping[str, Any]) -> Preprocessing:

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -352,6 +353,7 @@ def _understand(found: Network, family: Family, wanted: Wanted, *, ignore_head: 
     said = Statements()
     if OWN_METADATA not in file.metadata:
         said = statements_of(file.metadata, architecture, file.timm)
+        notes += said.notes
         if said.contradiction and _has_others(file, wanted):
             notes.append(f"{said.contradiction}; it may describe another network in the file")
             said = Statements()
@@ -588,7 +590,9 @@ _CHANNELS = {"RGB": (3,), "BGR": (3,), "L": (1, 3)}
 def _preprocessing(file: WeightFile, values: Mapping[str, Any]) -> Preprocessing:
     known = {f.name: values[f.name] for f in fields(Preprocessing) if f.name in values}
     if "mode" not in known and (network := _own_network(file)):
-        known["mode"] = timm_preprocessing(network).mode  # older files don't contain the mode
+        # Older files don't contain the mode. They can be read without timm.
+        with suppress(UserError):
+            known["mode"] = timm_preprocessing(network).mode
     try:
         for name in ("mean", "std", "value_range"):
             if name in known:

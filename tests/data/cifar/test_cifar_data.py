@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -179,6 +180,17 @@ def test_one_folder_per_class_is_read_in_the_order_of_names(form, tmp_path):
     assert data.classes == ["cat", "ship"]
     assert data.labels.tolist() == [0, 1, 1]
     assert data.images[:, :, 5, 7].tolist() == [[20, 2, 3], [30, 30, 30], [10, 2, 3]]
+
+
+def test_an_archive_of_the_current_folder_is_read(tmp_path):
+    for split in ("train", "test"):
+        tree(tmp_path / "tree" / split, IMAGES)
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as archive:
+            archive.add(tmp_path / "tree" / split, ".")  # as `tar -C train -cf train.tar .`
+            assert archive.getnames()[0] == "."
+    data = read_source(tmp_path)["train"]
+    assert data.classes == ["cat", "ship"]
+    assert data.labels.tolist() == [0, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -52,11 +52,31 @@ def test_shards_of_several_splits_in_a_folder_are_rejected(tmp_path, names, patt
     assert command("manifest")([tmp_path]) == 2
 
 
-@pytest.mark.parametrize("names", [["a-train-0.tar", "b-train-0.tar"], ["a-0.tar", "b-0.tar"]])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a-train-0.tar", "b-train-0.tar"],
+        ["a-0.tar", "b-0.tar"],
+        ["train-0.tar", "extra-0.tar"],
+    ],
+)
 def test_shards_of_one_split_are_read_together(tmp_path, names):
     for name in names:
         write_tar(tmp_path / name, "0.jpg", "0.cls")
     assert len(open_dataset(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("name", ["annotations.tar.gz", "val-0.tgz", "d.tar.bz2"])
+def test_a_compressed_file_with_another_name_than_the_shards_is_ignored(tmp_path, name, caplog):
+    for shard in ("d-0.tar", "d-1.tar"):
+        data = write_tar(tmp_path / shard, "0.jpg", "0.cls").read_bytes()
+    (tmp_path / name).write_bytes(gzip.compress(data))
+    assert len(open_dataset(tmp_path)) == 2
+    assert f"Ignoring 1 compressed files in {tmp_path}: {name}" in caplog.text
+    for shard in ("d-0.tar", "d-1.tar"):
+        (tmp_path / shard).unlink()
+    with pytest.raises(UserError, match=f"are compressed: {name}"):
+        open_dataset(tmp_path)
 
 
 def test_a_file_that_a_sample_contains_twice_is_rejected(tmp_path):

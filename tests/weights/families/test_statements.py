@@ -27,6 +27,7 @@ from senet_transfer.export.conversion import convert_file
 from senet_transfer.preprocessing import Preprocessing
 from senet_transfer.weights.families.architecture import Architecture
 from senet_transfer.weights.families.statements import statements_of
+from senet_transfer.weights.formats.timm_config import train_options
 from senet_transfer.weights.hub.catalogue import Entry, load_catalogue
 from senet_transfer.weights.mapping.source import examine
 from tests.weights.layouts import WIDTH, prefixed, tiny
@@ -127,6 +128,48 @@ def test_stated_values_of_another_network_in_the_file_are_a_note(nested, tmp_pat
     torch.save({"arch": "resnet50", "state_dict": single}, path)
     with pytest.raises(UserError, match="its entry 'arch'"):
         examine(path, prefix="student")
+
+
+def test_an_entry_that_contradicts_two_others_is_a_note(tmp_path):
+    options = Namespace(arch="resnet18", backbone="resnet50")
+    path = _write(tmp_path / "a.pth", arch="resnet18", args=options)
+    model = create_classifier("resnet18", 5, weights=path, **_SIZE).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(_IMAGES), tiny()(_IMAGES), rtol=1e-4, atol=1e-4)
+    (note,) = examine(path).notes
+    assert note.startswith("its entry 'args.backbone' is 'resnet50', but its tensors are those of")
+    assert note.endswith(", as another entry states")
+    config = {"cfg": "backbone=dict(type='ResNet', depth=18, style='pytorch')"}
+    _write(path, arch="resnet18", args=options, meta=config)
+    assert "'args.backbone' is 'resnet50'" in examine(path).notes[0]
+
+
+@pytest.mark.parametrize("other", ["resnetblur18", "resnet18d", "timm/resnetaa18"])
+def test_a_similar_network_is_an_error_even_if_another_entry_contradicts_it(other, tmp_path):
+    options = Namespace(arch="resnet18", backbone="resnet50", model=other)
+    path = _write(tmp_path / "a.pth", arch="resnet18", args=options)
+    with pytest.raises(UserError, match=f"its entry 'args.model' is '{other}'"):
+        examine(path)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({"img_size": size} for size in (0.5, 160.0, 0, -160, True, 10**400, "160")),
+        *({"crop_pct": value} for value in (1e-320, 0.09, 1.01, True, math.nan, math.inf, "1")),
+        *({key: value} for key in ("mean", "std") for value in ([True] * 3, [math.nan], "0.5")),
+        {"input_size": [3, 160, 160.5]},
+    ],
+)
+def test_invalid_options_of_timms_train_script_are_ignored(values):
+    none = dict.fromkeys(("mean", "std", "crop_pct", "img_size")) | {"interpolation": ""}
+    default = Preprocessing(resize=256, crop=224)
+    assert train_options({"args": none | values}, default) == {}
+    found = train_options({"args": none | {"img_size": 96, "crop_pct": 0.5} | values}, default)
+    if "img_size" in values:
+        assert found == {"resize": 448, "crop": 224}
+    elif "crop_pct" in values:
+        assert found == {"resize": 109, "crop": 96}
 
 
 @pytest.mark.parametrize("kind", [dict, Namespace])
