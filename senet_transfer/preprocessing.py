@@ -56,7 +56,7 @@ class Preprocessing:
         return replace(self, format="L", mean=(mean,), std=(std,))
 
     def with_channels(self, count: int) -> "Preprocessing":
-        """Return the preprocessing for images with ``count`` channels, all normalised alike."""
+        """Return the preprocessing with the same normalisation for each of ``count`` channels."""
         grey = self.grey()
         return replace(grey, format=f"C{count}", mean=grey.mean * count, std=grey.std * count)
 

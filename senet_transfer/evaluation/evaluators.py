@@ -193,8 +193,8 @@ class CurrentCityscapesSemSegEvaluator(_CurrentNumpy, CityscapesSemSegEvaluator)
 class CurrentCityscapesInstanceEvaluator(_CurrentNumpy, CityscapesInstanceEvaluator):
     """Detectron2's Cityscapes instance segmentation evaluator for current NumPy versions.
 
-    cityscapesscripts also writes its matches to a file in the working directory, but fails for
-    NumPy's integers. This class does not write the file.
+    cityscapesscripts writes its matches to a file in the working directory. With current NumPy
+    versions this fails, because the matches contain NumPy integers. This class skips the file.
     """
 
     def evaluate(self) -> dict[str, Any] | None:

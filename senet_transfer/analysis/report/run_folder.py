@@ -81,7 +81,7 @@ def find_runs(folders: Iterable[str | Path]) -> list[Path]:
         folders: The folders of single runs, or folders that contain runs.
 
     Raises:
-        UserError: If a folder neither is nor contains a run's folder.
+        UserError: If a folder is not a run's folder and does not contain one.
     """
     found: dict[Path, None] = {}
     for folder in map(Path, folders):

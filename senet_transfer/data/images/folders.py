@@ -108,7 +108,7 @@ def label_images(
 def _check_class_folders(
     by_class: Mapping[str, list[str]], root: Path, *, allow_empty: bool
 ) -> None:
-    """Raise a UserError if there are no images, stray images, or empty class folders."""
+    """Raise a UserError for stray images, for empty class folders, or if there are no images."""
     if "" in by_class:
         raise UserError(
             f"{root} contains images outside of class folders: {first_of(by_class[''])}. Expected "

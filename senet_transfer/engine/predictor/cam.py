@@ -39,7 +39,7 @@ class ActivationMap:
 
     @property
     def added(self) -> np.ndarray | None:
-        """Change caused by the last gate, ``cam - plain``, ``(h, w)``; None without gates."""
+        """Change ``(h, w)`` caused by the last gate, ``cam - plain``, or None without gates."""
         return None if self.plain is None else self.cam - self.plain
 
     def plot(self) -> Image.Image:

@@ -117,7 +117,7 @@ def has_gates(block: torch.nn.Module) -> bool:
 )
 @pytest.mark.long
 def test_se_adds_the_parameters_of_the_formula(name):
-    """Compare with 2/r times the sum of squared widths (equation 5), plus biases."""
+    """Compare the parameters that SE adds with equation 5 of the SE paper, plus biases."""
     backbone, plain = structure(name), structure(name.removeprefix("se_"))
     widths = [
         block.out_channels for stage in backbone.stages for block in stage if has_gates(block)

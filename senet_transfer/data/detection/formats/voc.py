@@ -78,8 +78,8 @@ def _check_unique(found: list[ImportedImage]) -> None:
         if other != image.source:
             raise UserError(
                 f"{other} and {image.source} refer to the same image, {image.file_name}; expected "
-                "one image per XML file. Correct the <filename> in one of the files, or add its "
-                "image."
+                "a different image for each XML file. Correct the <filename> in one of them, or "
+                "remove one."
             )
 
 
