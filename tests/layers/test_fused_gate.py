@@ -253,7 +253,7 @@ def test_a_second_derivative_is_an_error_and_not_wrong():
 @pytest.mark.parametrize(("name", "plain"), [("se_resnet50", "resnet50")])
 @pytest.mark.long
 def test_training_saves_at_most_2_percent_more_than_without_gates(name, plain, norm):
-    """Compare the bytes that autograd saves. With the plain product, it saves 20 to 50% more."""
+    """Compare the memory saved for backward; an unfused product would save 20 to 50% more."""
     kept = {}
     for model in (name, plain):
         backbone = create_backbone(model, norm=norm).train()

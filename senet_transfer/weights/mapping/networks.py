@@ -48,7 +48,7 @@ class Network(NamedTuple):
 
 
 def only_network(file: WeightFile, timm: str = "") -> Network:
-    """Find the only network in a file, and remove the prefix from its tensor names.
+    """Find the network in a file that contains one, and remove the prefix of its tensor names.
 
     If no network is found, the content is returned unchanged.
 

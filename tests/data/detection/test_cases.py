@@ -302,7 +302,7 @@ def as_instances(found, size):
 
 
 def evaluate(cfg, content, found):
-    """Return the results of a run's evaluator for detections with ids from 1 to N."""
+    """Evaluate detections, listed by image number from 1, with the evaluator that runs use."""
     evaluator = Trainer.build_evaluator(cfg, "own")
     evaluator.reset()
     for number, image in enumerate(content["images"], 1):
