@@ -55,7 +55,8 @@ class Errors:
         corrected: True for the errors that become true positives when corrected, ``(D,)``.
         hit: True for true positives, ``(D,)``.
         ignored: True for detections in a crowd, ``(D,)``.
-        considered: True for the highest-scoring detections of each image, ``(D,)``.
+        considered: True for the highest-scoring detections of each image, up to ``max_detections``,
+            ``(D,)``.
         missed: True for missed objects, ``(G,)``.
         unmatched: True for objects without a true positive, ``(G,)``.
     """
