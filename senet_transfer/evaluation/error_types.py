@@ -95,7 +95,7 @@ def classify_errors(overlaps: Overlaps, *, max_detections: int = 100) -> Errors:
     """Determine the type of each error.
 
     Args:
-        overlaps: The detections and objects.
+        overlaps: The detections and objects, with the IoU of each overlapping pair.
         max_detections: The maximum number of detections per image to consider, for all classes
             together.
     """
@@ -197,7 +197,7 @@ def error_costs(overlaps: Overlaps, errors: Errors, classes: int) -> ErrorCosts:
     """Compute the AP that is lost to each type of error.
 
     Args:
-        overlaps: The detections and objects.
+        overlaps: The detections and objects, with the IoU of each overlapping pair.
         errors: The errors, as returned by :func:`classify_errors`.
         classes: The number of classes.
     """
