@@ -33,8 +33,8 @@ _KEYS = {
     "bias": "MODEL.SE.BIAS",
 }
 
-# Top-1 error of SE-ResNet-50 on ImageNet in percent, by axis and value (paper, Tables X to XVI).
-# None if the paper reports no value.
+# Top-1 error of SE-ResNet-50 on ImageNet in percent, by key in ``MODEL.SE`` and value (paper,
+# Tables X to XVI). None if the paper reports no value.
 PAPER: dict[str, dict[str, float | None]] = {
     "ratio": {"2": 22.29, "4": 22.25, "8": 22.26, "16": 22.28, "32": 22.72},
     "squeeze": {"max": 22.57, "avg": 22.28, "none": 22.93},
@@ -53,13 +53,13 @@ class Variant:
     """A network in the ablation grid.
 
     Attributes:
-        axis: The varied option. Empty for the network as configured and for the network without
-            SE.
-        value: The option's value, or ``"standard"`` or ``"no SE"`` if ``axis`` is empty.
+        axis: The key in ``MODEL.SE`` that differs from the original config. Empty for the network
+            with the original config and for the network without SE.
+        value: The value of this key. If ``axis`` is empty, ``"standard"`` or ``"no SE"``.
         options: Alternating keys and values that override the config.
         paper: The paper's top-1 error for SE-ResNet-50 on ImageNet in percent. None if the paper
             reports no value.
-        cost: The network's cost. None if it can't be built.
+        cost: The network's parameters and multiply-accumulates. None if it can't be built.
         refused: The reason why the network can't be built. Empty if it can be built.
     """
 
@@ -82,16 +82,17 @@ def grid(config_file: str, options: Sequence[str] = (), axes: Sequence[str] = ()
     Args:
         config_file: A classifier's config file.
         options: Alternating keys and values that override the config for all variants.
-        axes: The axes to vary, which are keys of :data:`PAPER`. If empty, all axes are varied.
+        axes: The keys in ``MODEL.SE`` to vary, out of those in :data:`PAPER`. If empty, all keys in
+            :data:`PAPER` are varied.
 
     Returns:
-        The network as configured, the network without SE, and the variants for each axis. Variants
-        equal to the configured network are omitted. If a variant can't be built, such as "3x3" in
-        basic blocks, ``refused`` contains the reason.
+        The network with the original config, the network without SE, and the variants for each key.
+        Variants equal to the original network are omitted. If a variant can't be built, such as
+        "3x3" in basic blocks, ``refused`` contains the reason.
 
     Raises:
-        UserError: If an axis is unknown, or if the config does not describe a classifier with SE
-            that is evaluated on one data set.
+        UserError: If a key is not in :data:`PAPER`, or if the config does not describe a classifier
+            with SE that is evaluated on one data set.
     """
     unknown = [axis for axis in axes if axis not in PAPER]
     if unknown:
@@ -192,8 +193,8 @@ def grid_table(
 ) -> str:
     """Format a table of the variants with their cost, measured error and error in the paper.
 
-    The number in parentheses is the variant's rank by error among the variants of the same axis and
-    the network as configured.
+    The number in parentheses is the variant's rank by error among the variants that differ in the
+    same key and the network with the original config.
     """
     errors = {
         variant.folder: mean_and_deviation(results[variant.folder])[METRIC]

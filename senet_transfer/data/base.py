@@ -48,6 +48,8 @@ def make_key(name: str, index: int) -> str:
 class ClassificationDataset(ABC):
     """Labelled images in a fixed order, grouped into units that are read sequentially.
 
+    A unit is a shard or a single image.
+
     Attributes:
         classes: Class names, indexed by label.
         unit_sizes: Number of samples per unit, int64 `(U,)`.
@@ -69,7 +71,7 @@ class ClassificationDataset(ABC):
 
     @abstractmethod
     def read_unit(self, unit: int, skip: int = 0) -> Iterator[RawSample]:
-        """Yield a unit's encoded samples in order, except for the first `skip` samples."""
+        """Yield a unit's encoded samples in order, without the first `skip` samples."""
 
     @abstractmethod
     def labels(self) -> np.ndarray:
@@ -81,7 +83,7 @@ class ClassificationDataset(ABC):
 
 
 class SingleImages(ClassificationDataset):
-    """Data set in which each image is a unit of its own."""
+    """Data set whose images are read individually, so each unit is a single image."""
 
     def __init__(self, classes: list[str], count: int, origin: str):
         super().__init__(classes, np.ones(count, np.int64), origin)

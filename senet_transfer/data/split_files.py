@@ -1,4 +1,7 @@
-"""Splitting of COCO annotations, CSV files and class folders into files for each part."""
+"""Splitting of COCO annotations, CSV files and class folders.
+
+The parts are training, validation and test data, or the folds of a cross-validation.
+"""
 
 import csv
 import io
@@ -48,7 +51,7 @@ class _Source:
 
 
 def split_data(source: str | Path, output: str | Path, split: Split) -> str:
-    """Split a data set and write the files of its parts.
+    """Split a data set into training, validation and test data or folds, and write the files.
 
     Args:
         source: JSON file in COCO format, CSV file, or folder with one folder per class.
@@ -215,7 +218,7 @@ def _count(data: _Source, images: Collection[str]) -> Counter[str]:
 def _warn(
     data: _Source, images: Mapping[str, Collection[str]], fractions: Mapping[str, float]
 ) -> None:
-    """Warn about classes that are missing from a part, and about parts of the wrong size."""
+    """Warn if a class is missing from a part such as "val", or if a part has the wrong size."""
     known = _count(data, data.objects)
     for part in fractions:
         counts = _count(data, images[part])

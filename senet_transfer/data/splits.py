@@ -82,11 +82,12 @@ class Split:
 
 
 def split_images(classes: Mapping[str, Collection[str]], split: Split) -> dict[str, str]:
-    """Assign each image to a part.
+    """Assign each image to a part, which is "train", "val" or "test", or a fold.
 
-    A class with a single group is in "train". A class with two or more groups is also in "val" or,
-    with folds, in at least two folds, unless groups with several classes make this impossible. This
-    rule has priority over the fractions.
+    Images that ``group_by`` keeps together form a group. A class that occurs in a single group is
+    in "train". A class that occurs in two or more groups is also in "val" or, with folds, in at
+    least two folds, unless groups with several classes make this impossible. This rule has priority
+    over the fractions.
 
     Args:
         classes: Class names of each image, by file name.
@@ -203,7 +204,7 @@ def _single_classes(groups: list[_Group]) -> set[str]:
 
 
 class _Allocation:
-    """Assignment of groups to parts.
+    """Assignment of groups of images to the parts of a split, such as "train" and "val".
 
     Attributes:
         part_of: Index of the part of each group; -1 if it has not been assigned.
@@ -234,7 +235,7 @@ class _Allocation:
         self._repair()
 
     def _distribute(self) -> None:
-        """Assign all groups."""
+        """Assign all groups of images to parts."""
         left = {name: len(members) for name, members in self._members.items()}
         largest = max((len(group.names) for group in self.groups), default=0)
         while left:

@@ -172,7 +172,7 @@ def _best_threshold(
     """Return the score threshold with the highest F1, and its precision, recall and F1.
 
     Args:
-        overlaps: The detections and objects.
+        overlaps: The detections and objects, with the IoU of each overlapping pair.
         matches: The matches of these detections and objects.
         rows: The detections to consider.
         label: The class whose objects are counted. If None, all objects are counted.

@@ -55,7 +55,8 @@ class Errors:
         corrected: True for the errors that become true positives when corrected, ``(D,)``.
         hit: True for true positives, ``(D,)``.
         ignored: True for detections in a crowd, ``(D,)``.
-        considered: True for the highest-scoring detections of each image, ``(D,)``.
+        considered: True for the highest-scoring detections of each image, up to ``max_detections``,
+            ``(D,)``.
         missed: True for missed objects, ``(G,)``.
         unmatched: True for objects without a true positive, ``(G,)``.
     """
@@ -94,7 +95,7 @@ def classify_errors(overlaps: Overlaps, *, max_detections: int = 100) -> Errors:
     """Determine the type of each error.
 
     Args:
-        overlaps: The detections and objects.
+        overlaps: The detections and objects, with the IoU of each overlapping pair.
         max_detections: The maximum number of detections per image to consider, for all classes
             together.
     """
@@ -196,7 +197,7 @@ def error_costs(overlaps: Overlaps, errors: Errors, classes: int) -> ErrorCosts:
     """Compute the AP that is lost to each type of error.
 
     Args:
-        overlaps: The detections and objects.
+        overlaps: The detections and objects, with the IoU of each overlapping pair.
         errors: The errors, as returned by :func:`classify_errors`.
         classes: The number of classes.
     """

@@ -181,7 +181,7 @@ def greedy_matches(
     crowd can be matched repeatedly.
 
     Args:
-        overlaps: The detections and objects.
+        overlaps: The detections and objects, with the IoU of each overlapping pair.
         pairs: The indices of the pairs that may be matched.
         rank: The rank of each detection. Detections with equal ranks must have no objects in
             common, ``(D,)``.
@@ -250,7 +250,7 @@ def match_by_class(
     """Match detections with objects of the same class, as the COCO metrics do.
 
     Args:
-        overlaps: The detections and objects.
+        overlaps: The detections and objects, with the IoU of each overlapping pair.
         area: The minimum and maximum object area in square pixels. Other objects are ignored.
         thresholds: The minimum IoU for a match, ``(T,)``.
         max_detections: The maximum number of detections per image and class.
@@ -309,7 +309,7 @@ def precisions(
     """Return the interpolated precision of each class at the recalls used by pycocotools.
 
     Args:
-        overlaps: The detections and objects.
+        overlaps: The detections and objects, with the IoU of each overlapping pair.
         matches: The matches of these detections and objects.
         classes: The number of classes.
         images: True for the images to consider, ``(images,)``. If None, all are considered.

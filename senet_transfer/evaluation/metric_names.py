@@ -25,7 +25,7 @@ def check_metric(cfg: CfgNode, key: str, metric: str) -> None:
         metric: The metric's name. If empty, nothing is checked.
 
     Raises:
-        UserError: If the metric can't exist.
+        UserError: If no evaluation of the run can return the metric.
     """
     tests = list(cfg.DATASETS.TEST)
     if not metric or not tests:
@@ -57,7 +57,7 @@ def _known(cfg: CfgNode) -> list[str]:
 
 
 def _exists(cfg: CfgNode, name: str, known: list[str]) -> bool:
-    """Return True if a metric is known, or if its task has metrics that are not listed here."""
+    """Return True if a metric is known, or if its evaluator may return metrics not listed here."""
     task = name.partition("/")[0]
     if task == "validation":
         return cfg.TEST.LOSS and (name in known or not is_classification(cfg))

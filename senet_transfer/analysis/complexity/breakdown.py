@@ -1,4 +1,4 @@
-"""Cost of each part of a classifier or detector."""
+"""Parameters and computation of each part of a classifier or detector."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from senet_transfer.models.timm_backbone import TimmBackbone
 
 @dataclass(frozen=True)
 class Report:
-    """Cost of a model for one image size.
+    """Parameters and computation of a model for one image size.
 
     Attributes:
         size: Height and width of the network's input in pixels.
@@ -46,8 +46,8 @@ def report(model: nn.Module, cfg: CfgNode, size: tuple[int, int] | None = None) 
         model: The model, on the CPU.
         cfg: The model's config.
         size: The image height and width in pixels. If None, a classifier's evaluation crop or a
-            detector's largest test image size is used. For a detector, the size is rounded up as in
-            Detectron2's padding of images.
+            detector's largest test image size is used. For a detector, both sides are rounded up to
+            a multiple of the backbone's ``size_divisibility``.
 
     Raises:
         UserError: If the model is neither a classifier nor a detector, or if the size is invalid.

@@ -47,7 +47,7 @@ _ACTIVATIONS, _GATE_WORK = "activations", "gate"
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of a module in one forward pass.
+    """Parameters and computation of a module in one forward pass.
 
     Attributes:
         parameters: Number of weights and biases, including frozen ones but not the running
@@ -82,7 +82,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Measured:
-    """Measured cost of a forward pass.
+    """Parameters and computation of all modules in a forward pass.
 
     Attributes:
         modules: Cost of each module including its submodules, by name. ``""`` is the whole model.
@@ -100,10 +100,11 @@ class Measured:
 
 
 def measure(model: nn.Module, *inputs: Tensor) -> Measured:
-    """Count the cost of one forward pass in evaluation mode.
+    """Count parameters, MACs and activations of one forward pass in evaluation mode.
 
     Args:
-        model: Any module. Its gates are its SE layers; see :mod:`~.se_layers`.
+        model: Any module. Its SE layers, as defined in :mod:`~.se_layers`, are also counted
+            separately.
         inputs: Inputs to the forward pass. The counts are for the whole batch.
     """
     modes = {module: module.training for module in model.modules()}

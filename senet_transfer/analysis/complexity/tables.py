@@ -1,4 +1,4 @@
-"""Formatting of model costs as table rows."""
+"""Formatting of parameter counts and multiply-accumulates as table rows."""
 
 from senet_transfer.analysis.complexity.count import Cost
 from senet_transfer.analysis.complexity.paper_tables import Compared
@@ -27,7 +27,10 @@ def _share(part: int, whole: int) -> str:
 
 
 def paper_rows(found: list[Compared]) -> tuple[list[tuple[str, ...]], list[str]]:
-    """Format rows for :data:`PAPER_HEADERS`, and the footnotes referenced in their last cells."""
+    """Format a comparison with the paper as table rows and footnotes.
+
+    The rows have the columns :data:`PAPER_HEADERS`. The last column refers to the footnotes.
+    """
     reasons: list[str] = []
     rows: list[tuple[str, ...]] = []
     for one in found:

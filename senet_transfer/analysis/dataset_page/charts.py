@@ -24,8 +24,8 @@ def object_charts(
     Args:
         cfg: Config of a detector.
         names: Names of the data sets, the training data first.
-        objects: Objects of the data sets.
-        anchors: The fit of the anchors to the training objects.
+        objects: The annotated objects of each data set.
+        anchors: The largest IoU of each training object with an anchor.
 
     Returns:
         One dict per chart with ``title``, ``across`` (label of the horizontal axis), ``labels`` of
@@ -68,7 +68,7 @@ def _ratio(sides: np.ndarray) -> np.ndarray:
 
 
 def _size_chart(cfg: CfgNode, objects: Objects, anchors: AnchorFit | None) -> dict[str, Any]:
-    """Return a histogram of object sizes in training, split by whether an anchor fits."""
+    """Return a histogram of object sizes in training, split by IoU with the best anchor."""
     scale = training_scale(cfg, objects.sizes)[objects.images]
     sides = (objects.boxes[:, 2:] - objects.boxes[:, :2]) * scale
     values = np.sqrt(sides.clip(0).prod(1))

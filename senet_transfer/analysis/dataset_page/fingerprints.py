@@ -15,7 +15,7 @@ from senet_transfer.errors import UserError
 from senet_transfer.utils.parallel import run_parallel
 from senet_transfer.utils.progress import progress
 
-# Number of rows and columns of the compared brightnesses; there are 2 * SIDE * SIDE bits.
+# Number of rows and columns of the brightness grid. A hash has 2 * SIDE * SIDE bits.
 SIDE = 11
 BITS = 2 * SIDE * SIDE
 # Maximum number of differing bits between near-duplicates. On real photographs, at most this many

@@ -38,8 +38,8 @@ from senet_transfer.utils.text import first_of
 
 # Maximum numbers of unusual annotations and of duplicate groups to show.
 MOST_UNUSUAL, MOST_GROUPS = 20, 24
-# Minimum ratio of the largest to the smallest class, and minimum share of objects without a fitting
-# anchor, for a mention in the summary.
+# The summary mentions class imbalance from this ratio of the largest to the smallest class, and
+# objects without a matching anchor from this fraction of all objects.
 MUCH_IMBALANCE, MANY_UNFIT = 10, 0.1
 
 
@@ -53,7 +53,7 @@ class _Content:
         prints: The fingerprints of each data set.
         groups: The groups of duplicates. Members are numbered consecutively across all data sets.
         unusual: The unusual annotations or images.
-        anchors: The fit of the anchors to the training objects.
+        anchors: The largest IoU of each training object with an anchor.
     """
 
     cfg: CfgNode
@@ -281,7 +281,7 @@ def _kinds(content: _Content) -> list[tuple[str, list[int]]]:
 
 
 def _findings(content: _Content) -> list[tuple[str, str]]:
-    """Return the findings, most important first, each as the id of a section and a sentence."""
+    """Return the summary, most important first, as pairs of a page section's id and a sentence."""
     return [
         *_group_findings(content),
         *_unusual_findings(content),

@@ -1,4 +1,4 @@
-"""Selection of a page's config and data sets, and access to images, labels and objects."""
+"""Config and data sets of the data set page, with access to images, labels and objects."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -221,7 +221,7 @@ def _corners(box: Sequence[float], mode: BoxMode) -> Sequence[float]:
 
 
 def _named(data: str, val: str, images: str) -> tuple[list[str], list[list[str]]]:
-    """Return the names of the data sets, and the entries to register for annotation files."""
+    """Return the names of the data sets, and ``DATASETS.REGISTER`` entries for annotation files."""
     if not data or data in DatasetCatalog:
         return [name for name in (data, val) if name], []
     names: list[str] = []

@@ -1,4 +1,4 @@
-"""Statistics of objects: histograms, and the fit of anchors to the objects."""
+"""Statistics of annotated objects: histograms, and IoUs with a model's anchors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ class AnchorFit:
 
 
 def anchor_fit(cfg: CfgNode, objects: Objects) -> AnchorFit | None:
-    """Compare objects with a model's anchors; return None for a model without upright anchors."""
+    """Match objects with a model's anchors; return None for a model without upright anchors."""
     single = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
     if cfg.MODEL.ANCHOR_GENERATOR.NAME != "DefaultAnchorGenerator" or not (
         single or cfg.MODEL.PROPOSAL_GENERATOR.NAME == "RPN"

@@ -68,16 +68,21 @@ class Unusual:
 
 
 def deviations(values: np.ndarray, least_spread: float = _LEAST_SPREAD) -> np.ndarray:
-    """Return the signed robust deviation of each value from the median."""
+    """Return each value's distance from the median, in robust standard deviations.
+
+    The distance is negative for values below the median. The standard deviation is estimated as
+    1.4826 times the median absolute deviation, but at least ``least_spread``.
+    """
     middle = np.median(values)
     spread = 1.4826 * np.median(np.abs(values - middle))
     return (values - middle) / max(spread, least_spread)
 
 
 def select(found: Sequence[Unusual], count: int) -> list[Unusual]:
-    """Return the most unusual items. Kinds take turns; items of a kind are sorted by score.
+    """Return the ``count`` most unusual items, with each object or image at most once.
 
-    An object or image appears only once.
+    The most unusual item of each kind comes first, then the second most unusual of each kind, and
+    so on.
     """
     ranked: dict[str, list[Unusual]] = {}
     for item in sorted(found, key=lambda item: (-item.score, item.split, item.image)):

@@ -173,7 +173,7 @@ def analyze_gates(
 
 
 def _predictor(loaded: LoadedModel) -> Predictor:
-    """Return the predictor for a model, with a single view per image."""
+    """Return the predictor for a model, without test-time augmentation or multiple crops."""
     if is_classification(loaded.cfg):
         predictor = ClassifierPredictor.of(loaded)
         predictor.transform = _transform(loaded)

@@ -56,7 +56,8 @@ class Summary:
         mean: Mean of all values.
         saturated: Fraction of values above 0.95.
         closed: Fraction of values below 0.05.
-        between: Standard deviation of the class means, corrected for the sampling of images.
+        between: Standard deviation of the class means, without the part that is explained by the
+            finite number of images per class.
         within: Standard deviation between images of the same class.
     """
 

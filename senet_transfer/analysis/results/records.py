@@ -94,7 +94,7 @@ def write_probe_record(
     Args:
         probe: The results of :func:`senet_transfer.engine.little_data.probe.run_probe`.
         path: The record to write, such as ``results/probe_cifar10_64px_r18/seed0.json``.
-        words: The words of the command line, for the record.
+        words: The command line, split into words, which is stored in the record.
         data: The evaluation data, as on the command line.
         seed: The seed for choosing the held-out images.
     """
@@ -129,7 +129,7 @@ def write_gates_record(
     Args:
         counts: Name and number of images of each class.
         path: The file to write, such as ``results/gates/cifar10.json``.
-        words: The words of the command line.
+        words: The command line, split into words, which is stored in the record.
         weights: The weights, as on the command line.
     """
     record = {

@@ -219,7 +219,8 @@ def _paper(records: Records) -> str:
         return "-"
     task, _, value = record["metric"].partition("/")
     tested = cfg.DATASETS.TEST[0]
-    # For the recompressed images, the paper's closest results are those on CIFAR-10.
+    # cifar10_jpeg contains the images of CIFAR-10, compressed as JPEG. The paper's closest results
+    # are those on CIFAR-10.
     row = paper_row(cfg, "cifar10_test" if tested == "cifar10_jpeg" else tested, task)
     return f"{row.values[value]:.2f}" if row else "-"
 

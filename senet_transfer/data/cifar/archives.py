@@ -48,7 +48,7 @@ _REMEDY = (
 
 @dataclass(frozen=True)
 class BinaryVersion:
-    """Files and checksums of a binary version. Attributes are named as in torchvision's classes.
+    """Files and checksums of CIFAR's binary version. Attribute names are those of torchvision.
 
     Each image is preceded by ``meta["label_bytes"]`` bytes, the last of which is the label.
     """

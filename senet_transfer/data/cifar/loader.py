@@ -53,8 +53,9 @@ class CifarTrainLoader:
             rank: Rank of this process.
             world_size: Number of processes.
             device: Device on which the data is stored (150 MB for CIFAR) and augmented.
-            planned: If True, iterate over plans, from which :meth:`assemble` builds batches on the
-                device, for example inside a CUDA graph.
+            planned: If True, yield the result of :meth:`plan` for each iteration instead of a
+                batch. :meth:`assemble` then builds the batch on the device, for example inside a
+                CUDA graph.
 
         Raises:
             UserError: If an argument is out of range.
@@ -103,11 +104,12 @@ class CifarTrainLoader:
         return self.assemble({key: to_device(value, device) for key, value in plan.items()})
 
     def plan(self, iteration: int) -> dict[str, Tensor]:
-        """Return a plan on the CPU with the random choices for this process's batch.
+        """Return the image indices and augmentation parameters for this process's batch.
 
         Returns:
-            A dictionary with the image indices ``"index"``, int64 ``(N,)``. With augmentation, it
-            also contains the attributes of :class:`~senet_transfer.data.cifar.transforms.Draws`.
+            A dictionary of CPU tensors with the image indices ``"index"``, int64 ``(N,)``. With
+            augmentation, it also contains the attributes of
+            :class:`~senet_transfer.data.cifar.transforms.Draws`.
         """
         rows = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         plan = {"index": torch.from_numpy(self.indices(iteration)[rows])}
@@ -122,7 +124,7 @@ class CifarTrainLoader:
         return plan | vars(draws.part(self.rank, self.batch_size))
 
     def assemble(self, plan: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Build a batch from a plan whose tensors are on the loader's device."""
+        """Build a batch from the result of :meth:`plan`, copied to the loader's device."""
         index = plan["index"]
         batch = {"image": self.images[index], "label": self.labels[index]}
         if self.augment is not None:

@@ -2,10 +2,10 @@
 
 Worker processes build complete uint8 batches, with a random crop and flip for each image. On each
 rank, worker `b % num_workers` builds batch `b` as its own batch number `b // num_workers`. The
-workers of all ranks are the `world_size * num_workers` consumers described in `sampling`: a worker
-has the consumer index `rank * num_workers + worker`. A batch therefore depends only on its index,
-and a run that is resumed with the same seed, ranks, workers and batch size gets the same batches as
-an uninterrupted run.
+training data is divided among the `world_size * num_workers` workers of all ranks, as described in
+`sampling`. Worker `w` of rank `r` has the index `r * num_workers + w` among them. A run that is
+resumed with the same seed, ranks, workers and batch size gets the same batches as an uninterrupted
+run.
 
 The rank and the world size are arguments because worker processes cannot query them.
 """
@@ -258,7 +258,10 @@ class _TrainBatches(IterableDataset):
             yield error
 
     def _samples(self, iteration: int) -> Iterator[tuple[int, RawSample]]:
-        """Return a worker's sample stream, starting at the batch for an iteration."""
+        """Return an iterator over (epoch, sample) pairs, from the batch for ``iteration`` on.
+
+        It contains only the samples for the worker that builds this batch.
+        """
         readers, order = self.readers, self.order
         if order.class_aware:
             # The ranks draw from one sequence, so the classes are balanced across their batches.

@@ -63,7 +63,7 @@ class ImageDataset(SingleImages):
 
 
 class ShardDataset(ClassificationDataset):
-    """Data set of tar shards with a manifest. Each shard is a unit."""
+    """Data set of tar shards with a manifest. Each shard is a unit, which is read sequentially."""
 
     def __init__(
         self,

@@ -1,11 +1,12 @@
-"""Resumable sampling, in which the seed, consumer and sample count determine the sample order.
+"""Resumable sampling of training and evaluation data for data loader workers.
 
-Training uses C = ranks x workers consumers. The U units (shards or single images) of all epochs
-form one infinite sequence: epoch e covers the positions e*U to (e+1)*U-1, in a random order that
-depends on the seed and e. Consumer c reads the positions g with g % C == c. As a result, every
-consumer gets data even if there are fewer shards than consumers, the consumers together read each
-epoch exactly once, and a consumer's state is determined by the number of samples it has read. Only
-this number is required to resume.
+In training, the data is read by C = ranks x workers data loader workers, which are called consumers
+and numbered across all ranks. The U units (shards or single images) of all epochs form one infinite
+sequence: epoch e covers the positions e*U to (e+1)*U-1, in a random order that depends on the seed
+and e. Consumer c reads the positions g with g % C == c. As a result, every consumer gets data even
+if there are fewer shards than consumers, the consumers together read each epoch exactly once, and a
+consumer's state is determined by the number of samples it has read. Only this number is required to
+resume.
 
 The samples of a shard are shuffled in blocks. Only one block of encoded images is kept in memory,
 and the position of every sample can be computed.
@@ -25,14 +26,14 @@ SHUFFLE_BLOCK = 1024
 def unit_positions(
     sizes: np.ndarray, *, seed: int, consumer: int, consumers: int, start: int = 0
 ) -> Iterator[tuple[int, int, int]]:
-    """Yield a consumer's infinite sequence of units.
+    """Yield the infinite sequence of shards or single images that one worker reads.
 
     Args:
-        sizes: Number of samples per unit, `(U,)`.
+        sizes: Number of samples per unit (shard or single image), `(U,)`.
         seed: Random seed of the order.
-        consumer: Index of the consumer, from 0 to `consumers` - 1.
-        consumers: Number of consumers.
-        start: Number of this consumer's samples to skip.
+        consumer: Index of the worker among the workers of all ranks.
+        consumers: Number of workers of all ranks.
+        start: Number of this worker's samples to skip.
 
     Yields:
         The epoch, the unit index, and the number of samples to skip at the start of the unit.
@@ -70,14 +71,14 @@ def train_stream(
     start: int = 0,
     block: int = SHUFFLE_BLOCK,
 ) -> Iterator[tuple[int, RawSample]]:
-    """Yield a consumer's infinite sequence of (epoch, sample) pairs.
+    """Yield the infinite sequence of (epoch, sample) pairs that one worker reads.
 
     Args:
         dataset: Training data.
         seed: Random seed of the order.
-        consumer: Index of the consumer, from 0 to `consumers` - 1.
-        consumers: Number of consumers.
-        start: Number of this consumer's samples to skip because they have already been read.
+        consumer: Index of the worker among the workers of all ranks.
+        consumers: Number of workers of all ranks.
+        start: Number of this worker's samples to skip because they have already been read.
         block: Number of samples of a shard that are shuffled together; 1 keeps their order.
     """
     positions = unit_positions(
@@ -139,7 +140,7 @@ def class_aware_stream(
 
 
 def share(total: int, consumer: int, consumers: int) -> tuple[int, int]:
-    """Return a consumer's range `[first, end)` when the samples are divided evenly."""
+    """Return one worker's sample range `[first, end)` when `total` samples are divided evenly."""
     return total * consumer // consumers, total * (consumer + 1) // consumers
 
 

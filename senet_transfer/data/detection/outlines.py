@@ -150,6 +150,9 @@ def _decode_counts(text: str) -> np.ndarray | None:
 
 
 def _are_pairs(runs: list[int]) -> bool:
-    """Return True if every second number increases, as start positions do."""
+    """Return True if a list seems to contain (start, length) pairs instead of run lengths.
+
+    In such a list, every second number is a start position, so these numbers increase.
+    """
     starts = runs[0::2]
     return len(starts) > 2 and all(a < b for a, b in zip(starts, starts[1:], strict=False))

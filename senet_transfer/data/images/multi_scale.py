@@ -1,4 +1,7 @@
-"""Transforms for evaluation at several scales, with one crop, ten crops or whole images."""
+"""Transforms for evaluation at several scales, with one crop, ten crops or whole images.
+
+Each crop or resized whole image on which the network is evaluated is called a view.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -19,7 +22,7 @@ CROPS = (1, 10)
 
 @dataclass(frozen=True)
 class MultiScaleTransform:
-    """Transform that returns the views of several transforms with the same crop size.
+    """Transform that applies several transforms to an image, and returns all crops or whole images.
 
     Attributes:
         parts: One transform per scale.
@@ -69,17 +72,17 @@ class WholeImageTransform(EvalTransform):
 
 
 def pack(images: Sequence[Sequence[Tensor]]) -> dict[str, Any]:
-    """Join views of different sizes in one tensor.
+    """Flatten and join resized images of different sizes in one tensor.
 
     A worker process uses a file descriptor for each tensor that it sends, and the number of file
     descriptors is limited.
 
     Args:
-        images: Views of each image, uint8 ``(C, H, W)``.
+        images: One list per image with the resized versions of the image, uint8 ``(C, H, W)``.
 
     Returns:
-        Dictionary with ``image``, the pixels of all views, uint8 ``(P,)``, and ``shapes``, a list
-        of the shapes of each image's views.
+        Dictionary with ``image``, the pixels of all resized images, uint8 ``(P,)``, and ``shapes``,
+        with one list of shapes per image.
     """
     return {
         "image": torch.cat([view.flatten() for views in images for view in views]),
@@ -89,7 +92,7 @@ def pack(images: Sequence[Sequence[Tensor]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ViewOptions:
-    """Options for the views of each image. Options that are not set default to the model's values.
+    """Options for the crops or whole images to evaluate. The defaults are the model's values.
 
     Attributes:
         mode: Evaluation mode, one of ``EVAL_MODES``.
@@ -128,7 +131,7 @@ class ViewOptions:
             )
 
     def transform(self, default: EvalTransform) -> EvalTransform | MultiScaleTransform:
-        """Return the transform that produces these views.
+        """Return the transform that produces these crops or whole images.
 
         Args:
             default: The model's transform, which provides the values of options that are not set.
@@ -160,7 +163,7 @@ class ViewOptions:
 
 
 def views_record(transform: EvalTransform | MultiScaleTransform) -> dict[str, Any]:
-    """Describe the views of each image as entries for the result file."""
+    """Describe the evaluated crops or whole images as entries for the result file."""
     dense = isinstance(transform, MultiScaleTransform) and transform.dense
     parts = transform.parts if isinstance(transform, MultiScaleTransform) else (transform,)
     crops = 10 if parts[0].mode == "ten_crop" else 1
