@@ -57,7 +57,7 @@ def formats() -> list[str]:
 
 
 def has_deep_colours(image: Image.Image, path: str) -> bool:
-    """Return whether an image has over 8 bits, but Pillow does not return the stored values."""
+    """Return whether an image has over 8 bits per channel, and Pillow changes its values."""
     if not getattr(image, "tile", ()):
         return False
     if image.format == "JPEG2000":  # The SIZ marker contains the number of bits.
@@ -83,7 +83,7 @@ def bits_per_sample(image: Image.Image) -> int:
 
 
 def scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Map the values from ``low`` to ``high`` to 0-255."""
+    """Convert values to 8 bits, mapping ``low`` to 0 and ``high`` to 255."""
     values = (values.astype(np.float64) - low) * (255 / (high - low))
     return np.rint(np.nan_to_num(values).clip(0, 255)).astype(np.uint8)
 

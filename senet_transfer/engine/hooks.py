@@ -201,8 +201,8 @@ class ModelEMA(HookBase):
         Args:
             model: The model to average, without a wrapper for distributed training.
             decay: The maximum decay, between 0 and 1.
-            guard: The guard that skips steps. Once it has halted the run on the device, the average
-                no longer changes, even before the host notices.
+            guard: The guard that skips steps with non-finite values. Once it has skipped more steps
+                than allowed, the average no longer changes, even before the host ends the run.
         """
         self.model = model
         self.decay = decay

@@ -103,7 +103,10 @@ class ModelSource:
         return replace(self, cfg=cfg, source=source)
 
     def build(self, device: str = "", *, backbone_only: bool = False) -> LoadedModel:
-        """Build the model with the geometry of its weight file, and load all of its weights.
+        """Build the model, and load all weights from its weight file.
+
+        The stride placement, stem pooling and preprocessing are those that the weights were trained
+        with.
 
         Args:
             device: The device, such as "cpu" or "cuda:1". If empty, ``MODEL.DEVICE`` is used. If
@@ -168,9 +171,10 @@ def find_model(
         model: A name in :func:`senet_transfer.list_models`. The model is the classifier built by
             ``create_classifier``.
         config_file: A config file, as an alternative to ``model``.
-        weights: A weight file, whose geometry overrides the config. If empty, ``MODEL.WEIGHTS`` is
-            used. If neither ``model`` nor ``config_file`` is given, the model is specified by the
-            ``config.yaml`` next to the weight file or, without one, by the weight file's metadata.
+        weights: A weight file, whose stride placement and stem pooling override the config. If
+            empty, ``MODEL.WEIGHTS`` is used. If neither ``model`` nor ``config_file`` is given, the
+            model is specified by the ``config.yaml`` next to the weight file or, without one, by
+            the weight file's metadata.
         family: The family of ``weights``, if its tensor names match several families.
         options: Alternating keys and values that override the config.
 
@@ -203,12 +207,12 @@ def find_model(
 
 
 def _with_stated(cfg: CfgNode, source: Source | None) -> Source | None:
-    """Return the source with the preprocessing and geometry that the user has set in the config."""
+    """Return the source with the preprocessing, strides and pooling that the user has set."""
     return source and with_stated(source, stated_values(cfg))
 
 
 def _weight_options(options: Sequence[str]) -> CfgNode:
-    """Return the default config with the options that describe the weight file."""
+    """Return the default config, with only the given ``MODEL.WEIGHTS_*`` options applied."""
     cfg = get_senet_config()
     pairs = zip(options[::2], options[1::2], strict=False)
     found = [pair for pair in pairs if pair[0].startswith("MODEL.WEIGHTS_")]

@@ -46,7 +46,7 @@ def metrics(results: dict[str, Any]) -> dict[str, float]:
 
 
 def with_diagnostics(cfg: CfgNode, results: dict[str, Any]) -> dict[str, Any]:
-    """Add the diagnostics of the last evaluation to the evaluation's results.
+    """Add diagnostics, such as error types, of the last evaluation to the evaluation's results.
 
     Args:
         cfg: The run's config.

@@ -77,9 +77,10 @@ class StepTrainer(SimpleTrainer):
                 function is ignored if the optimizer is not fused, because only a fused optimizer
                 can skip a step on the device.
             graphs: The source of graphs for capturing the step, or None to run the step eagerly. A
-                graph includes everything from the batch, or its assembly from a plan by the data
-                loader, to the update of the average. Capturing requires batches that are dicts,
-                and losses that are not read after each iteration.
+                graph contains the whole step, including the optimizer and the update of the weight
+                average. If the data loader augments batches on the device, the graph also contains
+                the augmentation. Capturing requires batches that are dicts, and losses that are
+                not read after each iteration.
 
         Raises:
             UserError: If ``dtype`` or ``micro_batches`` is invalid, or if the step can't be
@@ -162,8 +163,9 @@ class StepTrainer(SimpleTrainer):
         """Compute a step without reading from the device, so that it can be captured.
 
         Args:
-            inputs: The batch or a plan for assembling it, and a tensor with the learning rates of
-                the parameter groups, followed by the weight of the average.
+            inputs: The batch (or the image indices and random numbers from which the data loader
+                builds it), and a tensor with the learning rates of the parameter groups, followed
+                by the weight of the average.
 
         Returns:
             The step's values and gradient norms; see :class:`Step`.

@@ -1,4 +1,4 @@
-"""Paired timing of candidates, and ratios with 95% confidence intervals.
+"""Paired timing of several functions (candidates), and ratios with 95% confidence intervals.
 
 The speed of a machine can drift by more than the differences to be measured. Therefore, each
 candidate is timed once per round, and ratios are computed within each round. Even two instances of
@@ -63,7 +63,7 @@ def _outside(count: int) -> int:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Timings of several candidates.
+    """Timings of several functions, which are called candidates.
 
     Attributes:
         what: Description of the comparison.

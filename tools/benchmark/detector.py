@@ -121,7 +121,7 @@ def measure_detector(options: Options) -> Iterator[Row]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Provide the EventStorage that Detectron2's modules need during training."""
+    """Provide the ``EventStorage`` to which Detectron2's modules log during training."""
     from detectron2.utils.events import EventStorage
 
     with EventStorage():

@@ -83,7 +83,7 @@ def engine_loop(
     steps: int = STEPS,
     keys: Mapping[str, object] | None = None,
 ) -> Iterator[tuple[Callable[[], None], Trainer]]:
-    """Yield a pair: a function that runs training steps with the engine, and the trainer.
+    """Yield a function that runs training steps with this project's trainer, and the trainer.
 
     Args:
         name: Name of the network.
@@ -153,7 +153,7 @@ def _keys(name: str, data_file: Path) -> dict[str, object]:
 
 
 def measure_engine(options: Options) -> Iterator[Row]:
-    """Measure the training of ResNet-110 with the engine and with a plain loop."""
+    """Compare training ResNet-110 with this project's trainer and with a plain PyTorch loop."""
     name = "cifar_resnet110"
     # The batch size in the recipe, 128, would take minutes on a CPU. A smaller batch size increases
     # the relative overhead of the engine.

@@ -61,7 +61,7 @@ PREPARATIONS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the argument parser; each name has a separate parser for its options."""
+    """Return the argument parser; each subcommand has a separate parser."""
     listed = described({name: each.text for name, each in PREPARATIONS.items()})
     parser = argparse.ArgumentParser(
         description="Prepare, check or show a data set. For the options of a command, use NAME "

@@ -17,7 +17,7 @@ def fuse_boxes(
 
     The result is the same as with ``weighted_boxes_fusion`` in the package ensemble-boxes with
     equal weights and ``conf_type="avg"``. The score of a merged box is the mean score of its boxes,
-    multiplied by min(boxes, detectors) / detectors.
+    multiplied by ``min(B, D) / D`` for B merged boxes and D detectors.
 
     Args:
         boxes: Boxes ``(N, 4)`` of each detector, as (x0, y0, x1, y1).

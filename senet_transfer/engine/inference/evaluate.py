@@ -55,7 +55,8 @@ def run_evaluation(
         device: The device, such as "cuda:1". If empty, ``MODEL.DEVICE`` is used.
         data: The path of shards, a folder or an archive. If empty, the first data set in
             ``DATASETS.TEST`` is used.
-        views: The views of each image. If None, the model's default views are used.
+        views: The scales and crops to evaluate for each image. If None, the model's defaults are
+            used.
         batch_size: The number of images per batch.
         workers: The number of processes that read and decode images.
         output: The path of the JSON file to write. If empty, no JSON file is written.

@@ -141,7 +141,7 @@ def logistic_regression(
 def _held_out(labels: Tensor, num_classes: int, seed: int) -> Tensor:
     """Return a boolean mask ``(N,)`` of the held-out images.
 
-    At least one image of each class is held out, and at least one is kept.
+    In each class with two or more images, at least one image is held out and at least one is not.
     """
     generator = torch.Generator().manual_seed(seed)
     out = torch.zeros(len(labels), dtype=torch.bool)

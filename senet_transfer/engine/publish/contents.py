@@ -42,7 +42,7 @@ class Contents:
             :func:`senet_transfer.weights.save.model_metadata`.
         results: Metrics of the run's evaluation of this checkpoint, as in ``results.json``. Empty
             if they are unknown.
-        family: Family of the checkpoint, one of ``FAMILIES``.
+        family: Family of the checkpoint (the project whose tensor names it uses).
         run_cfg: Config of the run.
         sha256: SHA-256 of the checkpoint.
     """

@@ -167,7 +167,10 @@ def _classification(data: DataFacts, machine: MachineFacts, pretrained: bool) ->
 
 
 def _batch(machine: MachineFacts, fits: float, most: int) -> Choice:
-    """Return the number of images per step, given the number that fits in one process."""
+    """Return the batch size: ``fits`` images per process, but at most ``most`` images in total.
+
+    Each process receives at least one image.
+    """
     share = max(1, min(int(fits), most // machine.processes))
     reason = f"{machine.processes} process{'es' * (machine.processes > 1)} with {share} images"
     if machine.gpu_memory:

@@ -1,4 +1,4 @@
-"""Training of ResNet-110 and SE-ResNet-110 on small images with the engine."""
+"""Training of ResNet-110 and SE-ResNet-110 on small images with this project's trainer."""
 
 import contextlib
 import statistics
@@ -33,7 +33,7 @@ AUTO = dict.fromkeys(
 
 @contextlib.contextmanager
 def _loops(settings: Settings, ways: dict[str, tuple[str, str]]) -> Iterator[dict[str, Step]]:
-    """Yield functions that run steps with the engine.
+    """Yield functions that run training steps with this project's trainer.
 
     Args:
         settings: The settings of the GPU benchmark.
@@ -86,12 +86,12 @@ def _measure(settings: Settings, mode: str, *, seconds: float) -> Iterator[Found
 
 
 def measure_graph(settings: Settings) -> Iterator[Found]:
-    """Measure the engine with ``SOLVER.COMPILE graph``."""
+    """Measure training with ``SOLVER.COMPILE graph``."""
     yield from _measure(settings, "graph", seconds=5)
 
 
 def measure_eager(settings: Settings) -> Iterator[Found]:
-    """Measure the engine with ``SOLVER.COMPILE none``."""
+    """Measure training with ``SOLVER.COMPILE none``."""
     yield from _measure(settings, "none", seconds=8)
 
 
@@ -107,7 +107,7 @@ def _compiled_loop(settings: Settings, network: str) -> Step:
 
 
 def measure_compiled(settings: Settings) -> Iterator[Found]:
-    """Measure the engine with ``SOLVER.COMPILE default``, compiling both networks at once."""
+    """Measure training with ``SOLVER.COMPILE default``, compiling both networks at once."""
     builders = {
         name: partial(_compiled_loop, settings, network)
         for name, network in _networks(settings).items()

@@ -20,7 +20,7 @@ BATCH, STEPS = 128, 20
 
 
 def measure_images(settings: Settings) -> Iterator[Found]:
-    """Measure the engine and the loader alone with images of 256x256 pixels, as in Places365."""
+    """Measure training, and the loader by itself, with 256x256 images as in Places365."""
     batch, steps = settings.sized((BATCH, STEPS), (4, 2))
     size = settings.sized(224, 32)
     workers = settings.sized(max(len(os.sched_getaffinity(0)) - 2, 1), 1)

@@ -27,7 +27,7 @@ class Settings:
     Attributes:
         dry_run: Whether to run all code on a CPU with tiny sizes, which gives meaningless numbers.
         compiled: "bf16" compiles only the networks that have a target; "all" compiles all networks.
-        deadline: Value of ``time.monotonic()`` at which the part is stopped.
+        deadline: Value of ``time.monotonic()`` at which this part of the benchmark is stopped.
     """
 
     dry_run: bool = False
@@ -77,7 +77,7 @@ def compare_steps(
     pairs: list[tuple[str, str]] | None = None,
     timer: Callable[[Step], float] | None = None,
 ) -> Comparison:
-    """Compare steps with the step "plain", and with the control "plain again" if there is one."""
+    """Time steps; the baseline is "plain", and the control is "plain again" if it is given."""
     return compare(
         what,
         steps,
@@ -107,7 +107,7 @@ def quotient(values: Mapping[str, float], name: str, over: str) -> Result:
 
 
 def amounts(what: str, unit: str, values: Mapping[str, float]) -> Amounts:
-    """Return a row of amounts with "plain" as the baseline."""
+    """Return a result row with a value per network, and with "plain" as the baseline."""
     return Amounts(what, unit, "plain", values)
 
 

@@ -98,7 +98,7 @@ def start_all(settings: Settings, builders: Mapping[str, Callable[[], Step]]) ->
 
     Args:
         settings: The settings of the GPU benchmark.
-        builders: Functions that build a step.
+        builders: Functions that build a step, by the name of the step.
 
     Yields:
         The steps that are ready.

@@ -32,7 +32,7 @@ class Part:
 
     Attributes:
         module: Module in this package.
-        function: Function that yields rows and results.
+        function: Function that yields table rows, and the results that have target values.
         seconds: Maximum time in seconds.
     """
 
@@ -123,7 +123,7 @@ def _stop(*_: object) -> None:
 
 
 class Report:
-    """Rows, results and problems, which are printed and saved as soon as they are available."""
+    """Report whose rows, results and problems are printed and saved when they are available."""
 
     def __init__(self, output: str | None, command: str, dry_run: bool):
         self.output, self.dry_run = output, dry_run
