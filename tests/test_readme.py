@@ -107,7 +107,7 @@ def test_three_lines_load_weights_into_a_detectron2_model(tmp_path, zero_initial
         torch.nn.init.constant_(model.proposal_generator.rpn_head.conv.weight, 3)
         Checkpointer(model, str(tmp_path)).save("weights")
     else:
-        # Write weights whose geometry and preprocessing differ from Detectron2's defaults.
+        # Write weights whose stem pool and preprocessing differ from Detectron2's defaults.
         model = senet_transfer.create_backbone("se_resnet18", stem_pool="ceil")
         torch.nn.init.ones_(model.res4[1].conv2.weight)
         senet_transfer.save_weights(model, tmp_path / "weights.pth")

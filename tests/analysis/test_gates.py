@@ -97,7 +97,7 @@ def test_nothing_is_captured_after_the_context_ends():
 
 
 def observed(seed=0, classes=5, channels=7, between=0.1, within=0.05):
-    """Return random gates and labels. Classes have different sizes, and one is empty."""
+    """Return random gates and labels. Class sizes differ, and one class has no images."""
     random = np.random.default_rng(seed)
     labels = np.repeat(np.arange(classes), random.integers(3, 9, classes))
     labels = labels[labels != 1]

@@ -1,4 +1,4 @@
-"""Tests for records of runs, and for the tables in the documents."""
+"""Tests for the recorded results of training runs, and for the result tables in documents."""
 
 import hashlib
 import json

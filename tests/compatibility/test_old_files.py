@@ -163,7 +163,7 @@ def test_every_old_config_key_keeps_its_default():
 
 @pytest.fixture(scope="module")
 def interface(tmp_path_factory, run_python) -> dict:
-    """Return the old names that a new process can't import, and the help texts of all commands."""
+    """Return the public names of 394ad59 that can't be imported, and all commands' help texts."""
     output = tmp_path_factory.mktemp("interface") / "found.json"
     script = "tests/compatibility/dump_interface.py"
     done = run_python(script, FIXTURES / "public_names.json", output)

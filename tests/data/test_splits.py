@@ -36,7 +36,7 @@ def by_class(sizes, group=1):
 
 
 def count(images, part_of):
-    """Return the number of images per part, and per part and class."""
+    """Return the number of images per split or fold, in total and by class."""
     sizes = Counter(part_of.values())
     return sizes, Counter((part_of[name], label) for name in images for label in set(images[name]))
 

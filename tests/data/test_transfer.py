@@ -10,7 +10,7 @@ CPU = torch.device("cpu")
 
 
 class Recorder:
-    """Stand-in for a side stream. It records copies and joins, and returns negated copies."""
+    """Stand-in for a CUDA stream. It records copies and waits, and returns negated copies."""
 
     def __init__(self):
         self.copied, self.joined = [], []
@@ -69,7 +69,7 @@ def test_tensors_on_a_device_are_not_copied():
 
 @pytest.mark.gpu
 def test_on_a_gpu_computations_wait_for_the_copies():
-    """Transfer batches while the GPU is busy, and free each batch at once to provoke reuse."""
+    """Transfer batches while the GPU is busy. Free each one at once to provoke memory reuse."""
     device = torch.device("cuda")
     transfer = Transfer(device)
     large = torch.randn(2048, 2048, device=device)

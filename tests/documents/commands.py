@@ -167,7 +167,7 @@ class Command:
 
     @property
     def form(self) -> str:
-        """Command without model name and number of GPUs, so that all configs of a task match."""
+        """Command without model name and GPU count; it is equal for all configs of a task."""
         line = re.sub(r"configs/([a-z0-9]+)_\w+\.yaml", r"\1", " ".join(self.words))
         return re.sub(r"(--num-gpus|--nproc-per-node) \d+", r"\1", line)
 

@@ -1,4 +1,4 @@
-"""Tests that documented commands are valid and write the promised files."""
+"""Tests that documented commands are valid and write the output files that they name."""
 
 import argparse
 import ast

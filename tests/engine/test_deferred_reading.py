@@ -132,7 +132,7 @@ def test_losses_read_together_give_the_same_run(tmp_path, dtype, optimizer, kind
 
 
 def check_logged_metrics(rank=None):
-    """Compare metrics with those that Detectron2 logs, and check for a single gather."""
+    """Compare metrics with those that Detectron2 logs; check that ``gather`` is called once."""
     net, losses = Net(), []
     net.register_forward_hook(
         lambda *call: losses.append({k: v.detach() for k, v in call[2].items()})

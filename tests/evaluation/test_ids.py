@@ -33,7 +33,7 @@ RANGES = (
 
 
 class Drawn:
-    """Random ground truth, with ids from 1 to N and with hostile ids, and predictions for it."""
+    """Random predictions and ground truth, with ids from 1 to N and with unusual ids."""
 
     def __init__(self, seed: int):
         self.draw = np.random.default_rng(seed)
@@ -188,7 +188,7 @@ def evaluated(tmp_path, monkeypatch):
 
 
 def compared(drawn: Drawn, evaluated) -> int:
-    """Compare all metrics with pycocotools and return the number of nontrivial metrics."""
+    """Compare all metrics with pycocotools; return how many are neither -1, 0 nor 1."""
     plain = dict(enumerate(drawn.outputs, 1))
     hostile = dict(zip(drawn.image_ids, drawn.outputs, strict=True))
     expected = evaluated(COCOEvaluator, drawn.plain, plain)

@@ -15,7 +15,7 @@ _CALLS = ("fsync", "replace", "unlink", "truncate")
 
 
 def die_at_call(count: int) -> None:
-    """Kill the process at call number ``count`` of fsync, replace, unlink or truncate."""
+    """Kill the process at its ``count``-th call to any of fsync, replace, unlink and truncate."""
     left = [count]
 
     def counted(function):

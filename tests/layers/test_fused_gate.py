@@ -21,7 +21,7 @@ every_layout = pytest.mark.parametrize("layout", [torch.contiguous_format, torch
 
 
 class Sum(nn.Module):
-    """End of a residual block, computed by ``gated_sum`` or by the plain expression."""
+    """End of a residual block, computed by ``gated_sum`` or by separate PyTorch operators."""
 
     def __init__(self, norm: str, *, inputs: int = 6, channels: int = 8, kernel: int = 1, **se):
         super().__init__()
@@ -118,7 +118,7 @@ def test_gradients_equal_finite_differences(norm, node, few, monkeypatch):
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("learns", ["all", "all but x", "the gate", "x"])
 def test_small_and_large_maps_have_the_same_gradients(layout, count, learns, monkeypatch):
-    """Check different combinations of trainable and frozen parts."""
+    """Check different combinations of trainable and frozen parameters and inputs."""
     ours, theirs = both("FrozenBN")
     x, y = maps(layout, n=count)
     for model in (ours, theirs):
@@ -253,7 +253,7 @@ def test_a_second_derivative_is_an_error_and_not_wrong():
 @pytest.mark.parametrize(("name", "plain"), [("se_resnet50", "resnet50")])
 @pytest.mark.long
 def test_training_saves_at_most_2_percent_more_than_without_gates(name, plain, norm):
-    """Compare the memory saved for backward; an unfused product would save 20 to 50% more."""
+    """Compare bytes saved for backward; unfused multiplication would save 20 to 50% more."""
     kept = {}
     for model in (name, plain):
         backbone = create_backbone(model, norm=norm).train()

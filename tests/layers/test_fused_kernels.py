@@ -1,4 +1,4 @@
-"""Tests that compare the fused kernels with plain PyTorch expressions in float64.
+"""Tests that compare the fused kernels with PyTorch's own operators in float64.
 
 The tests run on a GPU or, with ``TRITON_INTERPRET=1``, in Triton's interpreter on a CPU. If there
 is no GPU and the variable is not set, `test_the_kernels_in_the_interpreter` runs this file in a
@@ -97,7 +97,7 @@ def test_the_kernels_in_the_interpreter(tests):
 
 
 class End(nn.Module):
-    """End of a block: norm, gate, sum and ReLU, each optional, with fused or plain operators."""
+    """End of a block: norm, gate, sum and ReLU, each optional, with or without fusion."""
 
     def __init__(self, channels: int, norm: str = "BN", gate: str = "sigmoid", **options):
         super().__init__()
@@ -186,9 +186,9 @@ def check(
     upstream: list | None = None,
     outputs: int = 1,
 ) -> None:
-    """Compare a model with its plain expression in float64, on the same inputs.
+    """Compare a fused model with the same model in float64 without fusion, on the same inputs.
 
-    In float32, errors of up to twice those of the plain float32 expression are also accepted.
+    In float32, errors of up to twice those of the unfused float32 model are also accepted.
     """
     dtype = maps[0].dtype
     model = model.to(DEVICE)
@@ -231,7 +231,7 @@ def kernels_run() -> Iterator[None]:
 
 @pytest.fixture
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Make each program of the large kernels process several tiles, as with large batches."""
+    """Make each Triton program process several tiles, as it does with large batches."""
     monkeypatch.setattr(launch, "_PROGRAMS", 1)
     launch._plan.cache_clear()
     yield
@@ -241,7 +241,8 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 NORMS = ["BN", "BN in evaluation", "FrozenBN", ""]
 
 # The shapes cover numbers of channels and positions that are not multiples of the block size, one
-# image, one position, one channel, more channels than in a block, and several chunks per image.
+# image, one position, one channel, more channels than in a block, and images whose positions are
+# divided among several Triton programs.
 SHAPES = [
     (2, 5, 3, 4),
     (1, 8, 5, 3),
@@ -445,7 +446,7 @@ def test_non_finite_numbers_are_not_hidden(norm):
 
 
 class PreAct(nn.Module):
-    """Gate, sum, norm and ReLU of a pre-activation block, with fused or plain operators."""
+    """Gate, sum, norm and ReLU of a pre-activation block, with or without fusion."""
 
     def __init__(self, channels: int, norm: str, gate: str):
         super().__init__()
@@ -713,7 +714,7 @@ def test_backward_again_and_activation_checkpointing(name):
 @runs_kernels
 @pytest.mark.parametrize("name", ["BN", "FrozenBN", "pre-activation"])
 def test_autocast(name):
-    """Compare results under autocast with the plain expression in float64."""
+    """Compare fused results under autocast with unfused results in float64."""
     model = MODELS[name]().to(DEVICE)
     model.dtype = HALF
     exact = copy.deepcopy(model).double()
@@ -759,7 +760,7 @@ def test_without_gradients_nothing_is_saved():
 
 
 class AllOperators(nn.Module):
-    """Network that uses all three operators."""
+    """Network that uses all three fused operators."""
 
     def __init__(self):
         super().__init__()
@@ -964,7 +965,7 @@ def test_the_check_fails_if_a_term_is_missing(name, tmp_path, monkeypatch):
     module = mutated_kernels(name, tmp_path)
     monkeypatch.setattr(fused, "kernels", module)
     worst = dict(WORST)
-    # With few programs, each program processes several tiles, and images have several chunks.
+    # With 8 programs, each program processes several tiles, and several programs share an image.
     monkeypatch.setattr(launch, "_PROGRAMS", 8)
     with pytest.raises(AssertionError):
         check_all()

@@ -66,13 +66,13 @@ def test_reduced_precision_stays_reduced(dtype):
 @pytest.mark.parametrize("placement", [None, "standard", "identity"])
 @pytest.mark.long
 def test_the_expectation_over_draws_equals_the_test_time_block(kind, placement):
-    """Compare with the mean over many draws, for sums that the final ReLU does not clip."""
+    """Check that the mean output over many random draws approaches the test-time output."""
     torch.manual_seed(0)
     se = SEOptions(placement=placement) if placement else None
     block = kind(16, 32, stride=2, se=se).eval()
     x = torch.randn(2, 16, 8, 8)
     if kind is ShakeBottleneckBlock:
-        block.shortcut.norm.bias.data.fill_(100.0)
+        block.shortcut.norm.bias.data.fill_(100.0)  # so that the final ReLU clips no values
     with torch.no_grad():
         expected = block(x)
         block.mix.train()  # only the mix, so that norms keep their statistics

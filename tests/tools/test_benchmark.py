@@ -31,7 +31,7 @@ def _narrower(ratio: Ratio) -> Ratio:
 
 
 def test_ratios_are_taken_within_a_round():
-    """Check that ratios do not change while the machine becomes ten times slower."""
+    """Check that ratios stay the same even if the machine becomes ten times slower."""
     drift = [1.0 + index for index in range(11)]
     found = Comparison("", "a", {"a": drift, "b": [1.1 * second for second in drift]})
     ratio = found.ratio("b")
@@ -109,7 +109,7 @@ def test_the_command_starts_from_any_folder(tmp_path):
     ["block", "trunk", "inference", "detector", "loader", "scaling", "startup", "engine"],
 )
 def test_every_benchmark_runs_from_the_command_line(part, tmp_path):
-    """Run a part as briefly as possible and check that all its candidates are reported."""
+    """Run one benchmark briefly; check that each implementation's speed ratio is reported."""
     output = tmp_path / "benchmark.json"
     command = ["tools/benchmark.py", part, "--seconds", "0", "--quiet", "--output", str(output)]
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)

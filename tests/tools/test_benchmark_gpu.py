@@ -1,4 +1,4 @@
-"""Tests for the GPU benchmark: targets, processes, archive, and a dry run of all its code."""
+"""Tests for the GPU benchmark: targets, processes, packing, and a dry run of all its code."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def test_the_document_lists_every_target():
 
 @pytest.fixture
 def parts(monkeypatch):
-    """Return a function that replaces the parts of the benchmark with the given functions."""
+    """Return a function that makes the benchmark run the given functions as its parts."""
 
     def use(**functions):
         module = types.ModuleType("benchmark.gpu.fakes")

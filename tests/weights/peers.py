@@ -48,7 +48,7 @@ def peer(package: str, name: str, seed: int = 0) -> nn.Module:
 
 
 def images(seed: int = 0, size: tuple[int, int] = (64, 96)) -> Tensor:
-    """Return two random images. For the default size, all geometries give the same shapes."""
+    """Return two random images. At the default size, both stem pools give the same output shape."""
     return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(seed))
 
 
@@ -104,7 +104,7 @@ def load_and_expect_no_change(model: nn.Module, path: Path) -> None:
 
 
 def geometry_options(model: Classifier) -> dict[str, object]:
-    """Return a classifier's options that may differ between weight families."""
+    """Return those architecture options of a classifier that differ between weight families."""
     block = model.backbone.res3[0]
     options: dict[str, object] = {"stem_pool": model.backbone.stem.pool}
     if hasattr(block, "conv3") and type(block).__name__ != "SENet154Block":
@@ -118,10 +118,11 @@ def geometry_options(model: Classifier) -> dict[str, object]:
 
 
 def check_traps(ours: str, right: Classifier, expected: dict, path: Path, **fixed: object) -> None:
-    """Check networks with the same tensors but a different geometry and therefore other outputs.
+    """Check that weights are rejected if a stride, pool or other option without tensors is wrong.
 
-    ``load_weights`` must raise an error for each of them. ``load_state_dict`` accepts the tensors.
-    The outputs must then differ from the peer's, which shows that comparisons detect such errors.
+    For each wrong option, ``load_weights`` must raise an error. ``load_state_dict`` accepts the
+    tensors, but the outputs must then differ from those of the original network. This shows that
+    comparisons of outputs detect such errors.
     """
     fixed["num_classes"] = right.linear.out_features
     options = {**geometry_options(right), **fixed}

@@ -242,7 +242,7 @@ def test_a_detector_of_the_model_zoo_has_msra_s_geometry(tmp_path):
 @pytest.mark.usefixtures("zero_initial_weights")
 @pytest.mark.long
 def test_own_files_contain_geometry_and_preprocessing(suffix, whole, tmp_path):
-    # The file contains geometry and preprocessing, which are restored together with the weights.
+    # The file's stride placement, stem pool and preprocessing are restored with its weights.
     path = tmp_path / f"own{suffix}"
     first = randomise(create_classifier("se_resnet50", 10, se_ratio=8, **AUTHORS))
     first.backbone.preprocessing = Preprocessing("BGR", (1.0, 2.0, 3.0), (4.0, 5.0, 6.0), 300, 299)

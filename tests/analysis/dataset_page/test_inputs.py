@@ -1,4 +1,4 @@
-"""Tests that the data page shows the same training inputs as the mapper and the loader."""
+"""Tests that a data set's HTML page shows the images that the mapper and the loader return."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""Tests for the data page, from the command line to the browser."""
+"""Tests for the HTML page about a data set, from the command line to the browser."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Tests that compare the data page's statistics with Detectron2 and with counts by hand."""
+"""Tests that compare data set statistics with Detectron2's results and with counts by hand."""
 
 import numpy as np
 import pytest

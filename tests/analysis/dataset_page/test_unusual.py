@@ -19,7 +19,7 @@ SIZE = (100, 80)
 
 
 def make(*images):
-    """Return the objects in images that are given as lists of (box, class) pairs."""
+    """Create the objects of several images. Each image is a list of (box, class) pairs."""
     rows = [(box, label, k) for k, image in enumerate(images) for box, label in image]
     boxes, labels, places = zip(*rows, strict=True)
     sizes = np.array([SIZE] * len(images))

@@ -1,4 +1,4 @@
-"""Tests that reports show the contents of run folders."""
+"""Tests that HTML reports show the results stored in the output folders of training runs."""
 
 import json
 import os

@@ -18,7 +18,7 @@ SMALL = EvalTransform(resize=24, crop=16)
 
 
 def evaluated(dataset, ranks=1, workers=0, transform=SMALL, batch_size=5):
-    """Return the image and label of each key from all ranks; fail if a key is delivered twice."""
+    """Load a data set on all ranks; map each key to its image and label. No key may repeat."""
     found = {}
     for rank in range(ranks):
         loader = build_classification_eval_loader(

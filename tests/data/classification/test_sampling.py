@@ -13,7 +13,10 @@ from senet_transfer.data.classification.sampling import (
 
 
 def row(sizes, consumers, epochs, seed=3):
-    """Return all consumers' (epoch, unit) pairs, merged in sampling order."""
+    """Return the order in which all consumers together process units, as (epoch, unit) pairs.
+
+    A unit is a group of samples, such as a shard. A consumer is one worker of one rank.
+    """
     merged = {}
     for consumer in range(consumers):
         positions = unit_positions(

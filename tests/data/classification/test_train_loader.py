@@ -27,7 +27,7 @@ def take(batches, count):
 
 
 def consumer_streams(dataset, ranks, workers, batches):
-    """Return the keys in the training batches of each consumer (each worker of each rank)."""
+    """Return the sample keys in training batches, separately for each worker of each rank."""
     each = max(workers, 1)
     streams = defaultdict(list)
     for rank in range(ranks):
@@ -56,7 +56,7 @@ def test_all_consumers_together_yield_each_sample_once_per_epoch(
         while keys:
             size = sizes[shard_of[keys[0]]]
             visit, keys = keys[:size], keys[size:]
-            if len(visit) == size:  # each consumer's last shard may be incomplete
+            if len(visit) == size:  # each worker's last shard may be incomplete
                 at_position[consumer + turn * consumers] = visit
             turn += 1
     complete = next(position for position in range(10**6) if position not in at_position)

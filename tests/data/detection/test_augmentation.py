@@ -1,4 +1,4 @@
-"""Tests for detectors' optional augmentation: geometry, seeding, copy-paste and errors."""
+"""Tests for detectors' optional augmentation: flips, rotations, seeding, copy-paste, errors."""
 
 import functools
 import itertools
@@ -60,7 +60,7 @@ def config(**options):
     return cfg
 
 
-# -------------------------------------------------------------- geometry of flips and rotations
+# -------------------------------------------------------------------------- flips and rotations
 
 
 @pytest.fixture

@@ -302,7 +302,7 @@ def as_instances(found, size):
 
 
 def evaluate(cfg, content, found):
-    """Evaluate detections, listed by image number from 1, with the evaluator that runs use."""
+    """Evaluate ``found``, which maps image numbers from 1 to detections, as in a training run."""
     evaluator = Trainer.build_evaluator(cfg, "own")
     evaluator.reset()
     for number, image in enumerate(content["images"], 1):

@@ -1,4 +1,4 @@
-"""Tests for classifiers' optional augmentation: geometry, values, seeding and errors."""
+"""Tests for classifiers' optional augmentation: flips, rotations, colours, seeding, errors."""
 
 import functools
 import io

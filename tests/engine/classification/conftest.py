@@ -85,7 +85,7 @@ def words(tree, tmp_path):
 
 @pytest.fixture
 def command(words):
-    """Return a function that takes the arguments of ``words`` and returns parsed run options."""
+    """Return a function that parses flags and config overrides, and returns run options."""
     return lambda *flags, **overrides: run_options(
         argument_parser().parse_args(words(*flags, **overrides))
     )

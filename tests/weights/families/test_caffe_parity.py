@@ -18,7 +18,7 @@ slow = pytest.mark.slow
 
 
 def _opencv(net: CaffeNet, folder) -> dict[str, torch.Tensor]:
-    """Return res2 to res5 and logits, computed image by image, as OpenCV's Axpy layer requires."""
+    """Run a network in OpenCV, image by image; return logits and the outputs of res2 to res5."""
     net.write(folder / "net.prototxt", folder / "net.caffemodel", for_opencv=True)
     runner = opencv_network(folder / "net.prototxt", folder / "net.caffemodel")
     # Fusion would remove the intermediate feature maps.

@@ -106,7 +106,7 @@ def test_detectron1_only_loads_into_frozen_norms(tmp_path):
 
 @pytest.mark.long
 def test_torchvision_weights_converted_by_detectron2(tmp_path):
-    # The names are Detectron2's. Only `__author__` shows that the geometry is torchvision's.
+    # The names are Detectron2's. Only `__author__` shows that the strides are torchvision's.
     model = peer("torchvision", "resnet50")
     renamed = {}
     for name, tensor in model.state_dict().items():

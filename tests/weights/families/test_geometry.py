@@ -1,4 +1,4 @@
-"""Tests that a config gets the geometry of its weight file, or that an error is raised."""
+"""Tests that a config adopts the architecture parameters of its weight file, or is rejected."""
 
 import math
 
@@ -33,7 +33,7 @@ def _places365(folder):
 
 
 def _own(folder):
-    """Save a backbone of this project with the geometry of the SENet authors' networks."""
+    """Save this project's SE-ResNet-50 with the strides and stem pool of the SENet authors."""
     backbone = randomise(create_backbone("se_resnet50", stem_pool="ceil", stride_in_1x1=True))
     save_weights(backbone, folder / "own.safetensors")
     return folder / "own.safetensors"
@@ -170,7 +170,7 @@ def test_the_given_family_decides_if_names_are_ambiguous(tmp_path):
     cfg = config("resnet50")
     cfg.MODEL.WEIGHTS = str(tmp_path / "unmarked.pth")
     cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
-    assert apply_file_geometry(cfg) == []  # the geometry is unknown, so the config is kept
+    assert apply_file_geometry(cfg) == []  # the file's stride placement is unknown
 
     cfg.MODEL.WEIGHTS_FAMILY = "detectron2"
     assert [c.key for c in apply_file_geometry(cfg)] == ["MODEL.RESNETS.STRIDE_IN_1X1"]

@@ -68,7 +68,7 @@ SLOW_PEERS = [
 def test_a_file_of_another_library_gives_that_librarys_outputs(
     package, theirs, ours, family, tmp_path
 ):
-    # Also check loading into an existing model, and networks with a wrong geometry.
+    # Also check loading into an existing model, and networks with wrong strides or stem pools.
     model = peer(package, theirs)
     path = save(model, tmp_path / "peer.pth")
     expected = outputs_of_peer(model, images())

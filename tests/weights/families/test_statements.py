@@ -1,4 +1,4 @@
-"""Tests that files are loaded according to their metadata, and that users can override it."""
+"""Tests that weight files are loaded as their metadata specifies, unless the user overrides it."""
 
 import math
 from argparse import Namespace

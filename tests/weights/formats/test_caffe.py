@@ -1,4 +1,4 @@
-"""Tests for Caffe files: outputs compared with OpenCV, geometry, old formats and broken files."""
+"""Tests for Caffe files: outputs, architecture parameters, old formats and broken files."""
 
 import os
 import time
