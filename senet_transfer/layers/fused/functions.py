@@ -4,8 +4,8 @@ A layer's option ``fused`` is "auto", True or False. True raises an error if the
 on the device. In eager mode on a GPU, "auto" fuses everything except batch norms in training mode
 without a gate. For these norms, the fused kernels run faster on the GPU than PyTorch's kernels, but
 the CPU needs longer to launch them. They are useful in CUDA graphs, for which the engine sets True.
-If a network is compiled or exported, PyTorch's operators are used, because the compiler fuses them
-itself. PyTorch's operators are also used for modules with hooks and for modules that the fused
+Under ``torch.compile``, "auto" uses PyTorch's operators, because the compiler fuses them itself.
+With any option, PyTorch's operators are used for modules with hooks and for modules that the fused
 operators do not support, such as SyncBN and gates without average pooling.
 """
 

@@ -2,11 +2,10 @@
 
 A feature map ``(N, C, H, W)`` is processed as ``N`` matrices of ``C`` channels and ``P = H * W``
 positions, in contiguous or channels-last layout (``LAST``). The positions of an image are divided
-into ``S`` chunks of ``CHUNK`` positions. In kernels that process
-a feature map, each program processes one chunk in tiles of ``BP`` positions by ``BC`` channels. It
-writes at most one row of partial sums, so no kernel needs atomics, and results do not depend on the
-order of programs. Row ``n * S + s`` of an
-array of partial sums belongs to chunk ``s`` of image ``n``.
+into ``S`` chunks of ``CHUNK`` positions. In kernels that process a feature map, each program
+processes one chunk in tiles of ``BP`` positions by ``BC`` channels. It writes at most one row of
+partial sums, so no kernel needs atomics, and results do not depend on the order of programs. Row
+``n * S + s`` of an array of partial sums belongs to chunk ``s`` of image ``n``.
 
 Kernels are not specialised for sizes that do not affect addresses, so fewer of them are compiled.
 
@@ -103,8 +102,8 @@ def moments(
 
     A chunk is a range of positions in one image. With ``SUM``, the statistics are those of
     ``x + shortcut`` or ``gate * x + shortcut``. This sum is written to ``sum_ptr``, and the gates
-    are written to ``gate_ptr``. Each position of a tile accumulates its values with Welford's
-    algorithm, and the results of all positions are merged at the end.
+    are written to ``gate_ptr``. For each of the ``BP`` positions in a tile, Welford's algorithm
+    accumulates the statistics over all tiles. The ``BP`` results are merged at the end.
     """
     row, c, inside = _locate(C, BC)
     image = row // S
@@ -482,7 +481,8 @@ def input_gradient(
     ``BATCH`` adds the gradients through the batch mean and variance, which are constants otherwise.
     ``GATE`` adds the gradient through the squeeze. ``RELU`` masks the gradient by the output, and
     ``KEEP`` writes the masked gradient. ``EXTRA`` adds another gradient of ``x``. ``DOT`` then
-    multiplies the result by the feature map ``branch`` and sums the products over each chunk.
+    multiplies the result by the feature map ``branch`` and sums the products over each chunk of
+    positions.
     """
     row, c, inside = _locate(C, BC)
     image = row // S

@@ -37,7 +37,7 @@ class _Plan(NamedTuple):
         rows: Total number of chunks in all images.
         sizes: Channels, positions, chunks per image and positions per chunk.
         tile: Compile-time arguments of the kernels that process a feature map.
-        kinds: For each size, the properties that determine which compiled kernel is used.
+        kinds: Properties of the sizes that determine which compiled kernel is used.
     """
 
     programs: int
@@ -353,7 +353,7 @@ class _Launcher:
         return total, aligned
 
     def _row_tile(self) -> dict[str, int]:
-        """Return the height and number of warps of a tile of chunk statistics with 16 channels."""
+        """Return the number of rows and warps per tile, for merging statistics of chunks."""
         rows = min(256, max(16, _power_of_2(self.plan.rows)))
         return {"BR": rows, "num_warps": 4 if rows <= 64 else 8}
 
@@ -420,7 +420,7 @@ class _Launcher:
         """Return the gradients of the pooled features and of the parameters.
 
         Args:
-            total: Sums of the gradient over each chunk; only needed with a norm.
+            total: Sums of the gradient over each chunk of positions; only needed with a norm.
             aligned: Sums of the gradient times the feature map over each chunk. The feature map is
                 centred if there is a norm.
             norm: The norm before the gate.
@@ -479,7 +479,7 @@ class _Launcher:
         extra: Maybe = None,
         branch: Maybe = None,
     ) -> tuple[Tensor, Maybe]:
-        """Return the gradient of the input of a norm or gate, and the sums for ``branch``.
+        """Return the gradient of the input of a norm or gate, and its product sums with ``branch``.
 
         Args:
             gradient: Gradient of the output.
@@ -490,7 +490,8 @@ class _Launcher:
             gated: The gates, and the gradients of the pooled features.
             masked: Output tensor for the masked gradient.
             extra: Another gradient of the input, which is added.
-            branch: Feature map whose product with the gradient is summed over each chunk.
+            branch: Feature map whose product with the gradient is summed over each chunk of
+                positions.
         """
         dx, dots = torch.empty_like(gradient), None if branch is None else self.rows()
         batch = affine[0] is not None
