@@ -132,7 +132,7 @@ def _use_one_schedule(cfg: CfgNode, stated: set[str]) -> None:
 
 
 def _schedule_keys(path: str) -> set[str]:
-    """Return the keys in a config file with a schedule, or in its nearest base config with one."""
+    """Return the keys of a config or, if it has no schedule, of its nearest base with one."""
     if "://" in path:
         return set()
     with open(path) as file:

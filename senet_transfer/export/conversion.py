@@ -201,7 +201,7 @@ def compare_files(first: Source, second: Source) -> FileDifference:
     known = [(source, arch) for source in (first, second) if (arch := _registered(source))]
     if len(known) < 2:
         return _difference("tensors", _comparable(first), _comparable(second))
-    # Random images reveal differences in geometry even if all tensor shapes are equal.
+    # Random images reveal differences in layer options even if all tensor shapes are equal.
     images = torch.randn(2, 3, 96, 160, generator=torch.Generator().manual_seed(0))
     outputs = []
     for source, architecture in known:

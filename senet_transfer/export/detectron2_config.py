@@ -27,7 +27,7 @@ def detectron2_config(cfg: CfgNode, weights: str) -> CfgNode:
     """Return a config that uses only Detectron2's own keys, for a detector with a plain ResNet.
 
     Args:
-        cfg: The detector's config, with the geometry and preprocessing of its weights.
+        cfg: The detector's config. Its architecture and preprocessing keys must match the weights.
         weights: The path of the weights in Detectron2's format, for ``MODEL.WEIGHTS``.
 
     Raises:

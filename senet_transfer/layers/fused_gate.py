@@ -1,7 +1,7 @@
-"""Sum of a gated residual branch and its shortcut on a CPU, hardly slower than a plain sum.
+"""CPU implementation of a residual block's end: the sum of the gated branch and the shortcut.
 
-For the plain expression ``gate(r) * r + y`` with ``r = norm(conv(x))``, autograd saves ``r`` for
-the backward pass, although a block without a gate does not need it. The functions in this module
+In the expression ``gate(r) * r + y`` with ``r = norm(conv(x))``, autograd saves ``r`` for the
+backward pass, although a block without a gate does not need it. The functions in this module
 compute the same result, up to rounding, and save only tensors that a block without a gate saves
 anyway:
 
@@ -16,9 +16,9 @@ anyway:
   squeeze can therefore read the convolution's input. In a bottleneck, the input has a quarter of
   the output's channels.
 
-The plain expression is used on other devices, with hooks, under compilers, tracers and dispatch
-modes, and for variants that these methods do not support. For the kernels used on GPUs, see
-:mod:`senet_transfer.layers.fused`.
+The expression is evaluated as written on other devices, for modules with hooks, under compilers,
+tracers and dispatch modes, and for variants that these methods do not support. For the kernels used
+on GPUs, see :mod:`senet_transfer.layers.fused`.
 """
 
 from collections.abc import Callable
@@ -42,8 +42,8 @@ _FEW_POSITIONS = 256
 def gated_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) -> Tensor:
     """Return ``se.gate_and_add(conv(x), shortcut)``, up to rounding.
 
-    The result is twice differentiable only if the plain expression ``gate(r) * r + shortcut`` is
-    used; see the module docstring.
+    The result is twice differentiable only if ``gate(r) * r + shortcut`` is evaluated as written;
+    see the module docstring.
 
     Args:
         conv: The last convolution of the residual branch, with its norm.
@@ -118,7 +118,7 @@ def _choose(
 
 
 def _needs_plain_calls(*modules: nn.Module) -> bool:
-    """Return whether hooks, compilers or dispatch modes require plain calls of these modules."""
+    """Return whether hooks, compilers or dispatch modes require that each module is called."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -346,7 +346,7 @@ class _LargeConvSum(torch.autograd.Function):
 def _by_image(
     gradient: Tensor, x: Tensor, folded: Tensor, gate: Tensor, learns: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return the gradients of the input, weights and gates, without those through the squeeze."""
+    """Return the gradients of input, weights and gates. Paths via the squeeze are excluded."""
     dx = torch.empty_like(x, memory_format=_layout(x)) if learns else None
     wide = torch.promote_types(folded.dtype, torch.float32)
     dfolded = torch.zeros_like(folded.flatten(1), dtype=wide)

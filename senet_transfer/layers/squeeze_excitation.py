@@ -10,7 +10,8 @@ Differences from other implementations:
 * ``fc1`` and ``fc2`` are linear layers on ``(N, C)``. On a CPU, they are faster than 1x1
   convolutions on 1x1 feature maps. The parameters are the same: when a weight file is loaded,
   weights of shape ``(O, I, 1, 1)`` are reshaped.
-* Gates can be initialised to be almost open; see :meth:`SqueezeExcitation.reset_parameters`.
+* Gates can be initialised to be almost open (close to 1); see
+  :meth:`SqueezeExcitation.reset_parameters`.
 """
 
 from dataclasses import dataclass

@@ -149,7 +149,8 @@ def build_classifier(
     Args:
         entry: Registered model.
         num_classes: Number of classes.
-        source: Weight file that determines the network's geometry. Its weights are not loaded.
+        source: Weight file that determines layer options of the network, such as the stride
+            placement. Its weights are not loaded.
         dropout: Dropout probability before the linear layer, in [0, 1); None uses the network's
             default.
         overrides: Options of :func:`~senet_transfer.models.registry.build_backbone`.

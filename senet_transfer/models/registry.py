@@ -194,7 +194,8 @@ def build_backbone(
 
     Args:
         entry: Registered model.
-        source: Weight file that determines the network's geometry. Its weights are not loaded.
+        source: Weight file that determines layer options of the network, such as the stride
+            placement. Its weights are not loaded.
         out_features: Names of the stages to return; None returns the last one.
         norm: Detectron2 norm name, such as "BN".
         fused: "auto", True or False; see :func:`create_backbone`.
@@ -280,10 +281,10 @@ def create_backbone(
     """Build a Detectron2 ``Backbone`` by name.
 
     Without weights, every residual backbone has stride 2 in the 3x3 convolution, a padded stem
-    pool, no frozen stages, and torchvision's preprocessing. With weights, the geometry and the
-    preprocessing follow the file. The paper's 3.86 GMACs for SE-ResNet-50 require
-    ``stride_in_1x1=True``. Inception-ResNet-v2 has unpadded convolutions by default, as published;
-    use ``padding="same"`` for detectors.
+    pool, no frozen stages, and torchvision's preprocessing. With weights, the stride placement, the
+    stem pool and the preprocessing are taken from the file. The paper's 3.86 GMACs for SE-ResNet-50
+    require ``stride_in_1x1=True``. Inception-ResNet-v2 has unpadded convolutions by default, as
+    published; use ``padding="same"`` for detectors.
 
     Args:
         name: Model name; see :func:`list_models`. "timm/NAME" selects a network built by timm.

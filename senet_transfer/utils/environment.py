@@ -34,7 +34,7 @@ def environment_report() -> str:
 
 
 def origin(*, on_gpu: bool = True) -> dict[str, Any]:
-    """Return the machine and the code's commit, to be stored in the record of a run.
+    """Return a description of the machine and the code's commit, for the record of a run.
 
     The commit ends with "-dirty" if a file outside ``docs`` and ``results`` differs from the
     commit. Changes in these folders don't count, because writing records and figures causes them.

@@ -18,9 +18,9 @@ _RESULTS: ContextVar[dict[Any, Any] | None] = ContextVar("results", default=None
 def read_once() -> Iterator[None]:
     """Cache the results of :func:`once_per_file` functions until the end of the block.
 
-    For example, a run verifies a weight file, reads its geometry and loads it into the model.
-    Within the block, only the first of these steps reads the file. The cache is cleared when the
-    block ends, so no tensors are kept in memory.
+    For example, a run verifies a weight file, infers the network's architecture from it and loads
+    it into the model. Within the block, only the first of these steps reads the file. The cache is
+    cleared when the block ends, so no tensors are kept in memory.
     """
     token = _RESULTS.set({})
     try:

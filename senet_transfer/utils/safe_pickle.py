@@ -34,7 +34,7 @@ UNREAD_ARRAY = "numpy.ndarray with a dtype other than text or numbers of up to 6
 # 100,000 reads.
 _MAX_STEPS = 2_000_000
 _MAX_NAME = 200
-# Maximum size of an integer in bytes. A larger one takes long to hash, each time it is a key.
+# Maximum size of an integer in bytes. A larger integer takes long to hash whenever it is a key.
 _MAX_INTEGER = 1024
 
 # Modules with functions that can affect the system.

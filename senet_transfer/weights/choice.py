@@ -22,7 +22,8 @@ class Choice(TypedDict, total=False):
             saved the file would do.
         head: "strict", or "ignore" to load only the backbone; see
             :func:`senet_transfer.load_weights`.
-        stated: Geometry and preprocessing set by the user, by field name.
+        stated: Values that the user has set for fields of :class:`Geometry` (such as the stride
+            placement) and :class:`Preprocessing`, by field name.
         network: Model name, such as "timm/regnety_002", if timm builds the network, so a file from
             timm contains its state dict. Empty for other networks.
     """
@@ -46,12 +47,15 @@ FILE_OPTIONS = {
 
 
 def kept_keys(cfg: CfgNode) -> tuple[str, ...]:
-    """Return the config keys whose values are kept unless the weight file contradicts them."""
+    """Return the config keys whose values must not be replaced by those in a weight file."""
     return FILE_KEYS if cfg.MODEL.WEIGHTS_PIN else tuple(cfg.MODEL.WEIGHTS_KEEP)
 
 
 def stated_values(cfg: CfgNode) -> tuple[tuple[str, Any], ...]:
-    """Return the geometry and preprocessing that the config keeps, by field name."""
+    """Return the config's values that a weight file must not replace, by field name.
+
+    The fields are those of :class:`Geometry` and :class:`Preprocessing`.
+    """
     if cfg.MODEL.BACKBONE.ARCH == WIDE_RESNET:
         return (*_kept_values(cfg), ("stem_pool", "none"))
     return tuple(_kept_values(cfg))

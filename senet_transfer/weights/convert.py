@@ -121,7 +121,7 @@ def family_of(to: str) -> str:
 
 
 def write_converted(source: Source, path: Path, to: str) -> list[str]:
-    """Write a weight file's tensors and origin in the target project's format.
+    """Write a weight file's tensors and a record of their origin in the target project's format.
 
     Args:
         source: Examined weight file.

@@ -1,4 +1,4 @@
-"""Transfer of geometry and preprocessing from a weight file to a config."""
+"""Transfer of layer options and preprocessing from a weight file to a config."""
 
 import logging
 import os

@@ -36,8 +36,8 @@ class LoadReport:
         notes: Sentences on other changes to the tensors.
         lookalikes: Other projects' networks with the same tensors but different outputs, unless the
             file rules them out.
-        geometry: Geometry of the file's network. Unknown fields are None and were assumed to be the
-            same as in the model.
+        geometry: Layer options of the file's network, such as the stride placement. Unknown options
+            are None and were assumed to be the same as in the model.
         preprocessing: Preprocessing that the model expects after loading.
     """
 
@@ -94,9 +94,9 @@ def load_weights(
     Every tensor of the backbone is loaded, including norm statistics, and every tensor in the file
     is used. The report lists the exceptions: a classifier or detector predictors for a different
     number of classes, SE layers if the file has none, and detector parts that a backbone file does
-    not contain. The backbone's ``preprocessing`` is set to that of the file. The geometry of the
-    file and the model must be equal. To build a model with the file's geometry, pass ``weights`` to
-    ``create_backbone`` or ``create_classifier``, or use a config.
+    not contain. The backbone's ``preprocessing`` is set to that of the file. The file's network and
+    the model must have the same stride placement and stem pool. To build a model that matches the
+    file, pass ``weights`` to ``create_backbone`` or ``create_classifier``, or use a config.
 
     Args:
         model: Backbone, classifier, or Detectron2 detector with one of this project's backbones.
@@ -185,7 +185,7 @@ def _check_norms(source: Source, target: Target) -> None:
 
 
 def _check_geometry(source: Source, target: Target) -> None:
-    """Raise UserError if the file's geometry or preprocessing differs from the model's."""
+    """Raise UserError if the file's layer options or preprocessing differ from the model's."""
     found = source.geometry.contradictions(target.geometry)
     pixels = target.pixels()
     if pixels and source.preprocessing:

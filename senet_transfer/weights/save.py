@@ -28,7 +28,7 @@ _MAX_CLASSES = 10_000
 
 
 def model_metadata(model: nn.Module, classes: Sequence[str] = ()) -> dict[str, Any]:
-    """Return a model's metadata: network, geometry, preprocessing, origin and classes.
+    """Return a model's metadata: network, layer options, preprocessing, origin and classes.
 
     Args:
         model: Backbone, classifier or detector.
@@ -68,7 +68,7 @@ def own_metadata(
     preprocessing: Preprocessing | None,
     source: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return a network's metadata, given its architecture, geometry, preprocessing and origin."""
+    """Return a network's metadata, given its architecture, options, preprocessing and origin."""
     metadata = {
         "version": _VERSION,
         "model": named_model(architecture, geometry),

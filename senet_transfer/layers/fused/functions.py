@@ -2,11 +2,11 @@
 
 A layer's option ``fused`` is "auto", True or False. True raises an error if the kernels cannot run
 on the device. In eager mode on a GPU, "auto" fuses everything except batch norms in training mode
-without a gate. For these norms, the fused kernels are also faster on the GPU, but take the host
-longer to launch than PyTorch's. They are useful in CUDA graphs, for which the engine sets True.
-Compilers get PyTorch's operators, which they fuse themselves. PyTorch's operators are also used for
-modules with hooks and for modules that the fused operators do not support, such as SyncBN and gates
-without average pooling.
+without a gate. For these norms, the fused kernels run faster on the GPU than PyTorch's kernels, but
+the CPU needs longer to launch them. They are useful in CUDA graphs, for which the engine sets True.
+Under ``torch.compile``, "auto" uses PyTorch's operators, because the compiler fuses them itself.
+With any option, PyTorch's operators are used for modules with hooks and for modules that the fused
+operators do not support, such as SyncBN and gates without average pooling.
 """
 
 import importlib.util
@@ -135,7 +135,9 @@ def residual_end(
     *,
     relu: bool = True,
 ) -> Tensor | None:
-    """Return ``relu(gate(r) * r + shortcut)`` with ``r = conv(x)``, or None if it is not fused.
+    """Return ``relu(gate(r) * r + shortcut)`` with ``r = conv(x)``, or None if fusion is off.
+
+    Fusion is off if the fused kernels are not selected or do not support the arguments.
 
     Args:
         conv: The last convolution of the residual branch, with its norm.
@@ -197,7 +199,9 @@ def gate_and_add(
 def gate_add_norm(
     se: SqueezeExcitation | None, norm: nn.Module, x: Tensor, shortcut: Tensor, fused: str | bool
 ) -> tuple[Tensor, Tensor] | None:
-    """Return ``s = gate(x) * x + shortcut`` and ``relu(norm(s))``, or None if it is not fused.
+    """Return ``s = gate(x) * x + shortcut`` and ``relu(norm(s))``, or None if fusion is off.
+
+    Fusion is off if the fused kernels are not selected or do not support the arguments.
 
     Args:
         se: The gate; None for a block without a gate.
@@ -290,7 +294,7 @@ _Statistics = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def _norm_values(norm: nn.Module | None) -> tuple[bool, _Statistics, float]:
-    """Return a norm's arguments: whether it uses batch statistics, its tensors and its epsilon."""
+    """Return operator arguments: whether a norm uses batch statistics, its tensors and epsilon."""
     if norm is None:
         return False, (None, None, None, None), 0.0
     eps = float(norm.eps)  # Triton would compile different code for an integer.

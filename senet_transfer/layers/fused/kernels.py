@@ -2,10 +2,10 @@
 
 A feature map ``(N, C, H, W)`` is processed as ``N`` matrices of ``C`` channels and ``P = H * W``
 positions, in contiguous or channels-last layout (``LAST``). The positions of an image are divided
-into ``S`` chunks of ``CHUNK`` positions. A program of the large kernels processes one chunk in
-tiles of ``BP`` positions by ``BC`` channels. It writes at most one row of partial sums, so no
-kernel needs atomics, and results do not depend on the order of programs. Row ``n * S + s`` of an
-array of partial sums belongs to chunk ``s`` of image ``n``.
+into ``S`` chunks of ``CHUNK`` positions. In kernels that process a feature map, each program
+processes one chunk in tiles of ``BP`` positions by ``BC`` channels. It writes at most one row of
+partial sums, so no kernel needs atomics, and results do not depend on the order of programs. Row
+``n * S + s`` of an array of partial sums belongs to chunk ``s`` of image ``n``.
 
 Kernels are not specialised for sizes that do not affect addresses, so fewer of them are compiled.
 
@@ -22,7 +22,7 @@ import triton.language as tl
 
 @triton.jit
 def _locate(C, BC: tl.constexpr):
-    """Return this program's row, its channels and their mask."""
+    """Return a program's row index, its channel indices, and a mask of those less than ``C``."""
     blocks = tl.cdiv(C, BC)
     pid = tl.program_id(0)
     c = pid % blocks * BC + tl.arange(0, BC)
@@ -100,9 +100,10 @@ def moments(
 ):  # fmt: skip
     """Compute the mean and the sum of squared deviations per chunk and channel.
 
-    With ``SUM``, these are the moments of ``x + shortcut`` or ``gate * x + shortcut``. This sum is
-    written to ``sum_ptr``, and the gates are written to ``gate_ptr``. Each lane uses Welford's
-    algorithm, and the lanes are merged at the end.
+    A chunk is a range of positions in one image. With ``SUM``, the statistics are those of
+    ``x + shortcut`` or ``gate * x + shortcut``. This sum is written to ``sum_ptr``, and the gates
+    are written to ``gate_ptr``. For each of the ``BP`` positions in a tile, Welford's algorithm
+    accumulates the statistics over all tiles. The ``BP`` results are merged at the end.
     """
     row, c, inside = _locate(C, BC)
     image = row // S
@@ -152,7 +153,10 @@ def merge(
     momentum, C, P, S, ROWS, CHUNK,
     RUNNING: tl.constexpr, ACC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Merge the moments of all chunks into a mean and variance per channel (Chan et al.).
+    """Merge the statistics of all chunks into a mean and variance per channel (Chan et al.).
+
+    The statistics of a chunk, which is a range of positions in one image, are the mean and the sum
+    of squared deviations.
 
     With ``RUNNING``, also update a batch norm's running statistics and batch counter.
     """
@@ -192,7 +196,7 @@ def merge(
 @triton.jit
 def _image_mean(means_ptr, n, c, inside, C, P, S, CHUNK, ACC: tl.constexpr, BS: tl.constexpr,
                 BC: tl.constexpr):  # fmt: skip
-    """Return an image's mean per channel from the means of its chunks."""
+    """Compute an image's mean per channel from the means over its chunks of positions."""
     summed = tl.zeros((BS, BC), ACC)
     for first in range(0, S, BS):
         s = first + tl.arange(0, BS)
@@ -206,7 +210,7 @@ def _image_mean(means_ptr, n, c, inside, C, P, S, CHUNK, ACC: tl.constexpr, BS: 
 @triton.jit
 def _image_sum(sums_ptr, n, c, inside, C, S, ACC: tl.constexpr, BS: tl.constexpr,
                BC: tl.constexpr):  # fmt: skip
-    """Return an image's sum per channel from the sums of its chunks."""
+    """Compute an image's sum per channel from the sums over its chunks of positions."""
     summed = tl.zeros((BS, BC), ACC)
     for first in range(0, S, BS):
         s = first + tl.arange(0, BS)
@@ -235,9 +239,10 @@ def hidden_units(
     NORM: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexpr,
     BS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Compute ``relu(fc1(squeeze))`` from the chunk means, for one image and one block of units.
+    """Compute hidden units ``relu(fc1(squeeze))`` from an image's means over chunks of positions.
 
-    Also write the mean per image and channel before the norm.
+    Each program computes one block of hidden units of one image. The image's mean per channel,
+    before the norm, is also written.
     """
     n = tl.program_id(0)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
@@ -307,7 +312,7 @@ def gradient_sums(
     NORM: tl.constexpr, RELU: tl.constexpr, KEEP: tl.constexpr,
     LAST: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Sum the gradient and its product with the centred feature map over each chunk.
+    """Sum the gradient and its product with the centred feature map over chunks of positions.
 
     With ``RELU``, the gradient is first masked by the block's output. With ``KEEP``, the masked
     gradient is written; it is the gradient of the shortcut.
@@ -401,11 +406,12 @@ def parameter_gradients(
     SUMS: tl.constexpr, SCALED: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr,
     BIAS: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Sum the gradients of the norm and gate parameters over rows or images.
+    """Sum the gradients of the norm and gate parameters over all chunks or images.
 
-    With ``SCALED``, the aligned sums were computed from the normalised feature map, otherwise from
-    the centred one. With ``NORM``, a norm precedes the gate. Program (i, j) computes block i of the
-    channels and block j of the hidden units.
+    ``total`` contains sums of the gradient, and ``aligned`` contains sums of its product with the
+    feature map. The feature map is normalised with ``SCALED``, and only centred otherwise. With
+    ``NORM``, a norm precedes the gate. Program (i, j) computes block i of the channels and block j
+    of the hidden units.
     """
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     inside = c < C
@@ -475,7 +481,8 @@ def input_gradient(
     ``BATCH`` adds the gradients through the batch mean and variance, which are constants otherwise.
     ``GATE`` adds the gradient through the squeeze. ``RELU`` masks the gradient by the output, and
     ``KEEP`` writes the masked gradient. ``EXTRA`` adds another gradient of ``x``. ``DOT`` then
-    multiplies the result by the feature map ``branch`` and sums the products over each chunk.
+    multiplies the result by the feature map ``branch`` and sums the products over each chunk of
+    positions.
     """
     row, c, inside = _locate(C, BC)
     image = row // S

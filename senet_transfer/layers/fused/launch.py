@@ -30,14 +30,14 @@ _Kind: TypeAlias = tuple[bool, bool, bool]
 
 
 class _Plan(NamedTuple):
-    """Division of a feature map into tiles and chunks; see :mod:`.kernels`.
+    """Division of a feature map into tiles and chunks of positions; see :mod:`.kernels`.
 
     Attributes:
-        programs: Number of programs in a launch of a large kernel.
+        programs: Number of programs in a launch of a kernel that processes a feature map.
         rows: Total number of chunks in all images.
         sizes: Channels, positions, chunks per image and positions per chunk.
-        tile: Compile-time arguments of the large kernels.
-        kinds: Properties of the sizes for which the kernels are specialised.
+        tile: Compile-time arguments of the kernels that process a feature map.
+        kinds: Properties of the sizes that determine which compiled kernel is used.
     """
 
     programs: int
@@ -85,7 +85,7 @@ def _plan(n: int, channels: int, positions: int, last: bool, dtype: torch.dtype)
 
 
 def _aligned(value: Any) -> Any:
-    """Return a tensor with an address aligned to 16 bytes, or any other value unchanged."""
+    """Copy a tensor if its address is not aligned to 16 bytes. Return other values unchanged."""
     if isinstance(value, Tensor) and value.data_ptr() % 16:
         return value.clone()
     return value
@@ -94,9 +94,9 @@ def _aligned(value: Any) -> Any:
 def _prepared(function: Callable[..., _Results]) -> Callable[..., _Results]:
     """Decorate a function that launches kernels, so it runs on the GPU of its arguments.
 
-    Unaligned tensors are copied. The decorated function gets a key for its launches as an
-    additional first argument. The key consists of the function's name, the device index and the
-    dtypes of the tensors.
+    Unaligned tensors are copied. The decorated function receives an additional first argument, a
+    key for the cache of compiled kernels. The key consists of the function's name, the device index
+    and the dtypes of the tensors.
 
     Raises:
         RuntimeError: If the tensors are on different devices.
@@ -141,7 +141,10 @@ class _Norm(NamedTuple):
 
 
 class _Gate(NamedTuple):
-    """Parameters of a gate with R hidden units: ``(R, C)``, ``(R,)``, ``(C, R)`` and ``(C,)``."""
+    """Weights and biases of a gate's two linear layers, with R hidden units.
+
+    The shapes are ``(R, C)``, ``(R,)``, ``(C, R)`` and ``(C,)``.
+    """
 
     w1: Tensor
     b1: Maybe
@@ -173,8 +176,8 @@ def _launch(
         kernel: The kernel.
         grid: Number of programs in each dimension.
         key: Everything that the compiled kernel depends on, except for ``kernel`` and ``flags``:
-            the device, the dtypes of the tensors, which must be aligned, and the kinds of the
-            integers. Other numbers must be floats.
+            the device, the dtypes of the tensors, which must be aligned, and the properties of the
+            integers for which Triton specialises kernels. Other numbers must be floats.
         arguments: Tensors, numbers and None, in the order of the kernel's parameters.
         flags: Compile-time arguments of the kernel and Triton options.
     """
@@ -192,7 +195,7 @@ def _launch(
 
 
 class _Gates(NamedTuple):
-    """Second layer of a gate, which the kernels that scale a feature map also compute.
+    """Arguments of a gate's second layer, for the kernels that compute and apply the gates.
 
     Attributes:
         hidden: Hidden units of all images; None for no gates.
@@ -215,11 +218,11 @@ class _Gates(NamedTuple):
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """The kernel arguments that describe the gates."""
+        """The arguments for the gates, in the order of the kernels' parameters."""
         return self.hidden, self.w2, self.b2, self.value, self.units
 
     def flags(self, launch: "_Launcher") -> dict[str, Any]:
-        """Return the compile-time arguments and the key for a kernel launch."""
+        """Return the gates' compile-time arguments and their part of the kernel's cache key."""
         return {
             "GATE": self.value is not None,
             "BIAS": self.b2 is not None,
@@ -239,7 +242,7 @@ class _Launcher:
         """
         Args:
             key: The key of the calling function; see :func:`_prepared`.
-            like: A feature map with this shape.
+            like: A feature map with the shape, dtype and device that the kernels will process.
             last: Whether the layout is channels-last; None for the layout of ``like``.
         """
         from senet_transfer.layers.fused import kernels
@@ -264,7 +267,7 @@ class _Launcher:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def rows(self) -> Tensor:
-        """Return an uninitialised tensor ``(chunks, C)`` for the sums over each chunk of pixels."""
+        """Return an uninitialised tensor ``(chunks, C)`` for sums over each chunk of positions."""
         return self.new(self.plan.rows, self.c)
 
     def run(self, kernel: Any, *arguments: Any, key: _Key | _Kind = (), **flags: Any) -> None:
@@ -285,7 +288,10 @@ class _Launcher:
         _launch(kernel, grid, (*self.key, *key), arguments, flags | {"ACC": self.acc})
 
     def moments(self, x: Tensor, *, square: bool) -> tuple[Tensor, Maybe]:
-        """Return the means and, if ``square``, the sums of squared deviations of all chunks."""
+        """Return the mean per chunk of positions and channel.
+
+        If ``square`` is True, also return the sums of squared deviations, otherwise None.
+        """
         means, squares = self.rows(), self.rows() if square else None
         self.run(
             self.kernels.moments, x, None, None, means, squares, *_NO_GATES.arguments,
@@ -296,13 +302,15 @@ class _Launcher:
     def add(
         self, x: Tensor, shortcut: Tensor, gates: "_Gates", *, moments: bool
     ) -> tuple[Tensor, Maybe, Maybe]:
-        """Return the sum of the gated feature map and the shortcut, and the moments of its chunks.
+        """Return ``gate * x + shortcut``, and its statistics per chunk of positions and channel.
+
+        The statistics are the mean and the sum of squared deviations.
 
         Args:
             x: The feature map.
             shortcut: The shortcut.
             gates: The gates for the feature map.
-            moments: Whether to compute the moments.
+            moments: Whether to compute the statistics. If False, they are None.
         """
         added = torch.empty_like(x)
         means, squares = (self.rows(), self.rows()) if moments else (None, None)
@@ -326,7 +334,7 @@ class _Launcher:
     def gradient_sums(
         self, gradient: Tensor, out: Maybe, x: Tensor, norm: _Norm, masked: Maybe
     ) -> tuple[Maybe, Tensor]:
-        """Return the sums of the gradient, and of its product with ``x``, over each chunk.
+        """Sum the gradient and its product with ``x`` over each chunk of positions.
 
         Args:
             gradient: Gradient of the output.
@@ -345,14 +353,17 @@ class _Launcher:
         return total, aligned
 
     def _row_tile(self) -> dict[str, int]:
-        """Return the numbers of rows and warps for a tile of chunk sums with 16 channels."""
+        """Return the number of rows and warps per tile, for merging statistics of chunks."""
         rows = min(256, max(16, _power_of_2(self.plan.rows)))
         return {"BR": rows, "num_warps": 4 if rows <= 64 else 8}
 
     def merge(
         self, means: Tensor, squares: Maybe, running: "Running | None"
     ) -> tuple[Tensor, Tensor]:
-        """Return the batch mean and variance, and update the running statistics if given."""
+        """Merge the statistics of all chunks into the batch mean and variance.
+
+        If ``running`` is not None, also update the running statistics.
+        """
         mean, var = self.new(self.c), self.new(self.c)
         channels, positions, splits, chunk = self.plan.sizes
         tensors = running[:3] if running else ()
@@ -368,7 +379,7 @@ class _Launcher:
         """Return the pooled features and the hidden units of all images.
 
         Args:
-            means: Means of the feature map's chunks.
+            means: Mean of the feature map per chunk of positions and channel.
             norm: The norm between the feature map and the gate.
             gate: The gate.
         """
@@ -409,7 +420,7 @@ class _Launcher:
         """Return the gradients of the pooled features and of the parameters.
 
         Args:
-            total: Sums of the gradient over each chunk; only needed with a norm.
+            total: Sums of the gradient over each chunk of positions; only needed with a norm.
             aligned: Sums of the gradient times the feature map over each chunk. The feature map is
                 centred if there is a norm.
             norm: The norm before the gate.
@@ -468,7 +479,7 @@ class _Launcher:
         extra: Maybe = None,
         branch: Maybe = None,
     ) -> tuple[Tensor, Maybe]:
-        """Return the gradient of the input of a norm or gate, and the sums for ``branch``.
+        """Return the gradient of the input of a norm or gate, and its product sums with ``branch``.
 
         Args:
             gradient: Gradient of the output.
@@ -479,7 +490,8 @@ class _Launcher:
             gated: The gates, and the gradients of the pooled features.
             masked: Output tensor for the masked gradient.
             extra: Another gradient of the input, which is added.
-            branch: Feature map whose product with the gradient is summed over each chunk.
+            branch: Feature map whose product with the gradient is summed over each chunk of
+                positions.
         """
         dx, dots = torch.empty_like(gradient), None if branch is None else self.rows()
         batch = affine[0] is not None
@@ -506,7 +518,7 @@ _NO_NORM = _Norm(None, None, None, None, 0.0)
 _NO_AFFINE = (None, None)
 
 
-# The implementations of the operators. Results that do not exist are None.
+# The implementations of the operators. Results that are not computed are None.
 
 
 @_prepared
@@ -529,10 +541,13 @@ def end_forward(
     relu: bool,
     running: Running | None = None,
 ) -> _Results:
-    """Return the output, batch mean, batch variance, pooled features, hidden units and gates.
+    """Run the forward pass of the operator ``norm_gate_add``.
 
     ``squeezed`` is the feature map that the gate reads. If it is None, the gate reads the norm's
     output.
+
+    Returns:
+        The output, batch mean, batch variance, pooled features, hidden units and gates.
     """
     launch, gate = _Launcher(key, x), _make_gate(w1, b1, w2, b2)
     x = launch.dense(x)
@@ -582,9 +597,11 @@ def end_backward(
     sums: bool,
     last: bool,
 ) -> _Results:
-    """Return the gradients of x, shortcut, weight, bias, w1, b1, w2 and b2.
+    """Run the backward pass of the operator ``norm_gate_add``.
 
-    The shortcut's gradient is None if it equals ``dout``.
+    Returns:
+        The gradients of x, shortcut, weight, bias, w1, b1, w2 and b2. The shortcut's gradient is
+        None if it equals ``dout``.
     """
     launch, gate = _Launcher(key, dout, last), _make_gate(w1, b1, w2, b2)
     gradient, norm = launch.dense(dout), _Norm(mean, var, weight, bias, eps)
@@ -630,7 +647,11 @@ def conv_forward(
     excitation: str,
     relu: bool,
 ) -> _Results:
-    """Return the output, the pooled features, the hidden units and the gates."""
+    """Run the forward pass of the operator ``conv_gate_add``.
+
+    Returns:
+        The output, the pooled features, the hidden units and the gates.
+    """
     norm = (mean, var, weight, bias)
     x = _convolve(inputs, kernel)
     found = end_forward(x, shortcut, None, *norm, w1, b1, w2, b2, eps, False, excitation, relu)
@@ -658,9 +679,12 @@ def conv_backward(
     eps: float,
     excitation: str,
 ) -> _Results:
-    """Return the gradients of inputs, kernel, shortcut, w1, b1, w2 and b2.
+    """Run the backward pass of the operator ``conv_gate_add``.
 
-    As in a block without a gate, the convolution's output is not saved, so it is recomputed.
+    The convolution's output is not saved in the forward pass, so it is recomputed.
+
+    Returns:
+        The gradients of inputs, kernel, shortcut, w1, b1, w2 and b2.
     """
     x = _convolve(inputs, kernel)
     norm, saved = (mean, var, weight, bias), (pooled, hidden, value)
@@ -696,7 +720,12 @@ def preact_forward(
     excitation: str,
     running: Running | None = None,
 ) -> _Results:
-    """Return the sum, ``relu(norm(sum))``, and the further results of :func:`end_forward`."""
+    """Run the forward pass of the operator ``gate_add_norm``.
+
+    Returns:
+        The sum, ``relu(norm(sum))``, batch mean, batch variance, pooled features, hidden units and
+        gates.
+    """
     launch, gate = _Launcher(key, x), _make_gate(w1, b1, w2, b2)
     x = launch.dense(x)
     found: tuple[Maybe, ...] = (None, None)
@@ -739,9 +768,11 @@ def preact_backward(
     excitation: str,
     sums: bool,
 ) -> _Results:
-    """Return the gradients of x, shortcut, weight, bias, w1, b1, w2 and b2.
+    """Run the backward pass of the operator ``gate_add_norm``.
 
-    The gradient of x is None if it equals the gradient of the shortcut.
+    Returns:
+        The gradients of x, shortcut, weight, bias, w1, b1, w2 and b2. The gradient of x is None if
+        it equals the gradient of the shortcut.
     """
     launch, gate = _Launcher(key, out), _make_gate(w1, b1, w2, b2)
     gradient, norm = launch.dense(dout), _Norm(mean, var, weight, bias, eps)

@@ -43,7 +43,7 @@ _SAVED = "Tensor? pooled, Tensor? hidden, Tensor? value"
 def _define(
     name: str, implementation: Callable[..., tuple[Maybe, ...]], arguments: str, results: int
 ) -> torch.library.CustomOpDef:
-    """Register a custom operator that returns empty tensors for results that do not exist."""
+    """Register a custom operator that returns empty tensors for results that are not computed."""
 
     def run(*values: Any) -> tuple[Tensor, ...]:
         return _existing(implementation(*values), values)
@@ -59,7 +59,7 @@ def _existing(found: Sequence[Maybe], values: Sequence[Any]) -> tuple[Tensor, ..
 
 
 def _needed(ctx: Any, found: Sequence[Maybe]) -> tuple[Maybe, ...]:
-    """Return the gradients, with None for those that are not needed."""
+    """Return the gradients of all inputs, with None for inputs that don't require a gradient."""
     found = (*found, *[None] * (len(ctx.needs_input_grad) - len(found)))
     return tuple(
         value if needed else None for value, needed in zip(found, ctx.needs_input_grad, strict=True)

@@ -3,7 +3,7 @@
 A builder is a function that takes only keyword arguments. All builders have the following
 arguments, with defaults:
 
-- ``se: SEOptions | None``: SE variant; None builds the plain network.
+- ``se: SEOptions | None``: SE variant; None builds the network without SE.
 - ``norm``: Detectron2 norm name, such as "BN".
 - ``in_channels``: Number of image channels.
 - ``out_features``: Names of the stages to return; None returns the last one.

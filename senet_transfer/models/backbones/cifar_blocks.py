@@ -244,7 +244,7 @@ def preact_parts(
         widths: Number of output channels of each stage.
         blocks: Number of blocks per stage.
         in_channels: Number of image channels.
-        se: SE variant; None builds the plain network.
+        se: SE variant; None builds the network without SE.
         norm: Detectron2 norm name, such as "BN".
         bottleneck: Whether the blocks are bottlenecks, whose 3x3 convolution has a quarter of the
             stage's channels.

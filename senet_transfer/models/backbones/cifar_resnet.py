@@ -46,7 +46,7 @@ def build_cifar_resnet(
         depth: Number of layers with weights: 6n + 2 with basic blocks, 9n + 2 with bottlenecks.
         block: Block type, "basic" or "bottleneck". None uses bottlenecks for depths 164 and 1001,
             and basic blocks for other depths.
-        se: SE variant; None builds the plain network.
+        se: SE variant; None builds the network without SE.
         norm: Detectron2 norm name, such as "BN".
         in_channels: Number of image channels.
         out_features: Names of the stages to return; None returns the last one.

@@ -198,7 +198,7 @@ def build_inception_resnet_v2(
     Args:
         padding: Padding of convolutions and pools: "valid", as in the published network, or "same",
             which aligns feature maps with the image.
-        se: SE variant; None builds the plain network.
+        se: SE variant; None builds the network without SE.
         norm: Detectron2 norm name, such as "BN".
         in_channels: Number of image channels.
         out_features: Names of the stages to return; None returns the last one.

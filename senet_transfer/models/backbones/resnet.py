@@ -60,7 +60,7 @@ def build_resnet(
         stem_out_channels: Number of output channels of the stem.
         res2_out_channels: Number of output channels of res2, which doubles in each later stage.
             None uses 256, or 64 for depths 18 and 34.
-        se: SE variant; None builds the plain network.
+        se: SE variant; None builds the network without SE.
         norm: Detectron2 norm name, such as "BN".
         in_channels: Number of image channels.
         out_features: Names of the stages to return; None returns the last one.

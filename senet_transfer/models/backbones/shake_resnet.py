@@ -219,7 +219,7 @@ def build_shake_shake26(
 
     Args:
         width: Number of channels in res2, which must be even and doubles in each later stage.
-        se: SE variant; None builds the plain network.
+        se: SE variant; None builds the network without SE.
         norm: Detectron2 norm name, such as "BN".
         in_channels: Number of image channels.
         out_features: Names of the stages to return; None returns the last one.

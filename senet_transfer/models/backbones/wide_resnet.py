@@ -37,7 +37,7 @@ def build_wide_resnet(
     Args:
         depth: Number of layers, 6n + 4, including the shortcut convolutions as in the paper.
         width: Widening factor k; the stages have 16k, 32k and 64k channels.
-        se: SE variant; None builds the plain network.
+        se: SE variant; None builds the network without SE.
         norm: Detectron2 norm name, such as "BN".
         in_channels: Number of image channels.
         out_features: Names of the stages to return; None returns the last one.

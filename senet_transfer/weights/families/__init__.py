@@ -1,4 +1,4 @@
-"""Families of pretrained weights, each with its tensor names, geometry and preprocessing."""
+"""Families of pretrained weights, each with its tensor names, layer options and preprocessing."""
 
 from senet_transfer.weights.families.registry import FAMILIES, Family
 

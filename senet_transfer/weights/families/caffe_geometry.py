@@ -1,8 +1,8 @@
-"""Geometry specified by the layer parameters in a Caffe file.
+"""Stride placement and stem pool specified by the layer parameters in a Caffe file.
 
 A ``.caffemodel`` usually contains layer parameters in addition to the weights. These parameters
-take precedence over the family's geometry, because some networks were trained with modified
-definitions.
+take precedence over the values for the file's family, because some networks were trained with
+modified definitions.
 """
 
 import re
@@ -21,7 +21,9 @@ _FIRST_3X3 = re.compile(r"conv[345]_1_3x3|res[345]a_branch2b")
 
 
 def stated_geometry(path: str | Path, layers: Iterable[CaffeLayer], expected: Geometry) -> Geometry:
-    """Return the geometry specified by the layers, with missing values taken from ``expected``.
+    """Return the stride placement and stem pool specified by the layers.
+
+    Values that the layers do not specify are taken from ``expected``.
 
     Raises:
         UserError: If no backbone of this project supports these strides or this stem pool.

@@ -1,4 +1,4 @@
-"""Network geometry: options that affect the outputs but not the tensor shapes."""
+"""Layer options, such as the stride placement, that affect outputs but not tensor shapes."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -18,10 +18,10 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Geometry:
-    """Network options that tensor shapes do not determine.
+    """Layer options of a network that tensor shapes do not determine.
 
-    Loading a file into a network with a different geometry causes no error but lowers the accuracy.
-    None means that an option is unknown or does not apply to the network.
+    Loading a file into a network with other options causes no error but lowers the accuracy. None
+    means that an option is unknown or does not apply to the network.
 
     Attributes:
         stride_in_1x1: Whether bottlenecks have their stride in the first 1x1 convolution instead of
@@ -49,7 +49,7 @@ class Geometry:
         return self.stem_pool != "none"
 
     def contradictions(self, model: "Geometry") -> list[str]:
-        """Return sentences on how a file's geometry (``self``) differs from a model's."""
+        """Return sentences on how a file's layer options (``self``) differ from a model's."""
         found = []
         for name, value in asdict(self).items():
             if value is None:
@@ -65,7 +65,7 @@ class Geometry:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Geometry":
-        """Create a geometry from the result of ``asdict``. Values of the wrong type become None."""
+        """Create an object from the result of ``asdict``. Values of the wrong type become None."""
         stride, pool, relu = (values.get(field.name) for field in fields(cls))
         return cls(
             stride_in_1x1=stride if isinstance(stride, bool) else None,
@@ -81,7 +81,7 @@ def _say(name: str, value: object) -> str:
 
 
 def built_geometry(backbone: nn.Module, stages: dict[str, nn.Module]) -> Geometry:
-    """Return the geometry of a built model.
+    """Return the layer options of a built model.
 
     Args:
         backbone: The model's backbone.

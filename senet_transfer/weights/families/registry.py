@@ -32,8 +32,8 @@ class Family:
         detect: Detection function, which takes a file's tensors and metadata.
         rename: Function that maps a tensor name in the file to this project's name, or to None if
             the name is unknown.
-        geometry: Function that maps an architecture to its geometry in this family. Fields that do
-            not apply to the network are None.
+        geometry: Function that maps an architecture to its layer options in this family, such as
+            the stride placement. Options that do not apply to the network are None.
         preprocessing: Function that maps an architecture to its preprocessing, or to None if it is
             unknown.
         affine_norms: Whether norm statistics are folded into the norms' weights and biases. Such
@@ -65,7 +65,7 @@ class Family:
 
 
 def _stride_in_3x3(arch: Architecture) -> Geometry:
-    """Return torchvision's geometry, which most PyTorch projects use."""
+    """Return torchvision's stride placement and stem pool, which most PyTorch projects use."""
     return Geometry(
         stride_in_1x1=None if arch.is_senet154 or not arch.bottleneck else False,
         stem_pool="pad",
@@ -74,7 +74,7 @@ def _stride_in_3x3(arch: Architecture) -> Geometry:
 
 
 def _authors(arch: Architecture) -> Geometry:
-    """Return the geometry of the SENet authors' network definitions and of their PyTorch ports.
+    """Return the layer options in the SENet authors' definitions and their PyTorch ports.
 
     SE-ResNets have the stride in the first 1x1 convolution. SE-ResNeXts and SENet-154 have it in
     the 3x3 convolution.
@@ -93,7 +93,7 @@ def _timm_legacy(arch: Architecture) -> Geometry:
 
 
 def _msra(arch: Architecture) -> Geometry:
-    """Return the geometry of Detectron's networks.
+    """Return the stride placement and stem pool of Detectron's networks.
 
     ResNets have the stride in the first 1x1 convolution, and ResNeXts in the 3x3 convolution.
     """

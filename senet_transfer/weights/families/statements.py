@@ -67,7 +67,7 @@ class Statements:
         confirmed: Whether the file names the network that the tensors suggest.
         wide: Whether the network is CSAIL's ``wideresnet18``.
         preprocessing: Channel order, mean and std; None if they are not specified.
-        timm: Content of timm's ``config.json``, which determines the geometry and all of the
+        timm: Content of timm's ``config.json``, which determines the layer options and all of the
             preprocessing; None if there is no such file.
     """
 
@@ -80,7 +80,7 @@ class Statements:
 
     @property
     def recorded(self) -> frozenset[str]:
-        """Return the names of the geometry and preprocessing fields that the file specifies."""
+        """Return the names of the layer options and preprocessing fields in the file."""
         pixels = {"format", "mean", "std"} if self.preprocessing or self.timm else set()
         geometry = {field.name for field in fields(Geometry)} if self.timm else set()
         return frozenset(pixels | geometry | ({"stem_pool"} if self.wide else set()))

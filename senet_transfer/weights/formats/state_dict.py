@@ -389,7 +389,7 @@ def _check_partitions(tree: dict, key: str, path: Path) -> None:
 
 
 def _model_entries(tree: dict) -> dict:
-    """Return a flat checkpoint without the objects and values stored next to the tensors."""
+    """Return a flat checkpoint's items, except for objects and values other than tensors."""
     return {
         key: value
         for key, value in tree.items()
@@ -475,7 +475,7 @@ def _is_trainer_state(key: str) -> bool:
 
 
 def _is_beside(key: str) -> bool:
-    """Return whether a key may denote averages or trainer state, stored next to a network."""
+    """Return whether a key may refer to averaged weights or trainer state, not to the network."""
     return any(part in key.lower() for part in _BESIDE)
 
 

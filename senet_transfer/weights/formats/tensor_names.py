@@ -105,7 +105,11 @@ def _drop_copies(selected: Selected) -> None:
 
 
 def _drop_counters(selected: Selected, sizes: Mapping[str, int]) -> None:
-    """Drop an averaged model's counters if all names next to them begin with a wrapper's name."""
+    """Drop the counters of averaged models, which are not part of the network.
+
+    Counters other than ``n_averaged`` are dropped only if all other names with the same parent
+    continue with the name of a wrapper.
+    """
     found: dict[str, list[str]] = {}
     for name, own in selected.kept.items():
         parent, _, leaf = name.rpartition(".")

@@ -122,7 +122,7 @@ def _entries(
     cache_prefix: str = "",
     view: dict[str, Any] | None = None,
 ) -> Iterator[Entry]:
-    """Yield the entries of a group in ``catalogue.yaml``. Its header describes the arguments."""
+    """Yield the entries of a group in ``catalogue.yaml``, whose header explains the arguments."""
     for name, path in files.items():
         file = cache_prefix + path.rpartition("/")[2]
         stated = _HASH.search(file)
@@ -235,7 +235,7 @@ def _check_once(path: Path, size: int, modified: int, sha256: str | None, remedy
 
 
 def published_entries(path: str | Path) -> list[Entry]:
-    """Return the catalogue entries for a file with a published name and hash.
+    """Return the catalogue entries whose file name and hash match those of a file.
 
     Several publishers may list the same file. A file without a hash in the catalogue is recognised
     only at its path in the cache.

@@ -1,4 +1,4 @@
-"""Examination of weight files to determine their family, tensors, architecture and geometry."""
+"""Examination of weight files to determine their family, tensors and network architecture."""
 
 import logging
 import math
@@ -58,7 +58,8 @@ class Source:
         outside: Names in ``unknown`` that do not have the prefix.
         notes: Sentences on changes made to the tensors.
         architecture: Backbone architecture; None if it is unknown.
-        geometry: Backbone geometry. Unknown fields are None.
+        geometry: Layer options of the backbone that tensor shapes do not determine, such as the
+            stride placement. Unknown fields are None.
         preprocessing: Preprocessing that the network expects; None if it is unknown.
         detector: Whether the file has tensors outside the backbone and the classifier.
         ignored: Names (in the file) of intentionally omitted tensors, and why each was omitted.
@@ -66,8 +67,8 @@ class Source:
             projection head.
         lookalikes: Other projects' networks with the same tensors but different outputs, unless the
             file rules them out.
-        recorded: Names of the geometry and preprocessing fields that the file itself or the
-            catalogue specifies. Other fields are inferred from the tensor names.
+        recorded: Names of the :class:`Geometry` and :class:`Preprocessing` fields that the file
+            itself or the catalogue specifies. Other fields are inferred from the tensor names.
         classes: Class names in the order of the network's outputs; empty if they are unknown.
         network: Model name, such as "timm/regnety_002", if timm builds the network; otherwise
             empty.
@@ -142,7 +143,7 @@ def examine(
     stated: tuple[tuple[str, Any], ...] = (),
     network: str = "",
 ) -> Source:
-    """Read a weight file and detect its family, architecture, geometry and preprocessing.
+    """Read a weight file and detect its family, network architecture and preprocessing.
 
     Args:
         path: Path of the file.
@@ -153,8 +154,8 @@ def examine(
             details of ``prefix``, ``ema`` and ``head``.
         ema: Whether to take the averaged weights.
         head: "strict" or "ignore".
-        stated: Names and values of geometry and preprocessing fields that the user has specified;
-            see :func:`with_stated`.
+        stated: Names and values of :class:`Geometry` and :class:`Preprocessing` fields that the
+            user has specified; see :func:`with_stated`.
         network: Model name, such as "timm/regnety_002", if timm builds the network; otherwise
             empty. Not used for files that this project wrote.
 
@@ -253,7 +254,7 @@ def _as_published(source: Source, published: Iterable[Entry]) -> Source:
 
 
 def with_stated(source: Source, stated: Iterable[tuple[str, Any]]) -> Source:
-    """Replace geometry and preprocessing inferred from tensor names by the user's values.
+    """Replace layer options and preprocessing inferred from tensor names by the user's values.
 
     Values that the file itself or the catalogue specifies are not replaced.
 
@@ -390,7 +391,7 @@ def _with_statements(
     geometry: Geometry,
     preprocessing: Preprocessing | None,
 ) -> tuple[Geometry, Preprocessing | None]:
-    """Complete the family's geometry and preprocessing with information in the file itself.
+    """Update a family's layer options and preprocessing with those stored in the file itself.
 
     Raises:
         UserError: If the information contradicts the tensors or describes an unsupported network.
@@ -529,18 +530,18 @@ def _drop_background(tensors: dict[str, Tensor]) -> list[str]:
 def _computes(
     file: WeightFile, family: Family, architecture: Architecture | None
 ) -> tuple[Geometry, Preprocessing | None, frozenset[str]]:
-    """Return a file's geometry and preprocessing from its metadata or, if missing, its family.
+    """Return layer options and preprocessing from a file's metadata or else from its family.
 
     Returns:
-        The geometry, the preprocessing, and the names of the fields that were not taken from the
-        family.
+        The layer options, the preprocessing, and the names of the fields that were not taken from
+        the family.
     """
     if OWN_METADATA in file.metadata:
         geometry, preprocessing = _own_word(file)
         return geometry, preprocessing, _GEOMETRY | _PIXELS
     if architecture is None:
         return Geometry(), None, frozenset()
-    # Only residual networks have geometry options that the tensor shapes do not determine.
+    # Only residual networks have layer options that the tensor shapes do not determine.
     geometry = Geometry() if architecture.network else family.geometry(architecture)
     recorded: frozenset[str] = frozenset()
     if file.layers and not architecture.network:
@@ -633,7 +634,7 @@ def _is_range(values: tuple[float, ...]) -> bool:
 
 
 def _difference(first: Source, other: Source) -> str:
-    """Describe how the geometry or preprocessing of two sources differs, or return "" if equal."""
+    """Describe how two sources' layer options or preprocessing differ, or return "" if equal."""
     parts = []
     for name, value in vars(other.geometry).items():
         if value != getattr(first.geometry, name):

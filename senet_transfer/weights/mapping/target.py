@@ -1,4 +1,4 @@
-"""Description of the model that weights are loaded into: backbone, tensors and geometry."""
+"""Description of the model that weights are loaded into: backbone, tensors, layer options."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +28,7 @@ class Target:
         own_names: Name of each tensor in the model, by its name in ``tensors``.
         outside: Names of the tensors outside the backbone and the classifier.
         architecture: Backbone architecture; None if it is unknown.
-        geometry: Backbone geometry.
+        geometry: Layer options of the backbone, such as the stride placement.
         unused: Names of a timm network's tensors that the backbone does not need.
     """
 
@@ -77,7 +77,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def target_of(model: nn.Module) -> Target:
-    """Return the backbone, tensors and geometry of a model.
+    """Return the backbone, tensors and layer options of a model.
 
     Args:
         model: Backbone, classifier or detector, optionally wrapped for distributed training.

@@ -1,4 +1,4 @@
-"""Layers of Caffe networks and their geometry."""
+"""Layers of Caffe networks, and the kernel sizes, strides and padding of these layers."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,7 +49,7 @@ class CaffeLayer:
 
 @dataclass(frozen=True)
 class Window:
-    """Geometry of a Convolution or Pooling layer, with defaults filled in.
+    """Kernel size, stride, padding etc. of a Convolution or Pooling layer, including defaults.
 
     Attributes:
         kernel: Kernel size (height, width) in pixels; (0, 0) for global pooling.
@@ -73,11 +73,11 @@ class Window:
 
 
 def window_of(layer: CaffeLayer) -> Window:
-    """Return the geometry of a Convolution or Pooling layer.
+    """Return the kernel size, stride, padding etc. of a Convolution or Pooling layer.
 
     Raises:
-        UserError: If the layer has a different type or an invalid geometry, or the file does not
-            specify the geometry because it contains only blobs.
+        UserError: If the layer has a different type or invalid values, or the file does not specify
+            these values because it contains only blobs.
     """
     key = {"Convolution": "convolution_param", "Pooling": "pooling_param"}.get(layer.type)
     if key is None or key not in layer.params:

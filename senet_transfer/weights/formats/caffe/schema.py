@@ -1,4 +1,4 @@
-"""Caffe's protobuf messages, reduced to the fields needed for weights and geometry.
+"""Caffe's protobuf messages, reduced to the fields for weights and layer settings.
 
 Field names, numbers and types are those of Caffe's public ``caffe.proto``. Protobuf skips other
 fields. Enumerations are declared as integers, so unknown values are kept instead of being dropped.
