@@ -122,9 +122,9 @@ def split_images(classes: Mapping[str, Collection[str]], split: Split) -> dict[s
     empty = sorted(set(parts).difference(part_of.values()))
     if empty:
         raise UserError(
-            f"The {len(classes)} images in {len(groups)} groups leave no images for "
-            f"{first_of(empty)}; expected more groups than parts, and two or more per class. Use "
-            "fewer parts or smaller groups, or add images."
+            f"Cannot split {len(classes)} images in {len(groups)} groups: they leave no images for "
+            f"{first_of(empty)}. Expected more groups than parts, and at least two groups per "
+            "class. Use fewer parts or smaller groups, or add images."
         )
     return part_of
 

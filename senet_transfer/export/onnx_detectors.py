@@ -207,7 +207,7 @@ def _runner(path: str | Path) -> Callable[[Tensor], Arrays]:
 def _compare(
     path: str | Path, expected: Arrays, found: Arrays, limit: int, compared: Comparison
 ) -> None:
-    """Compare the objects in an image, in any order, and add the results to ``compared``.
+    """Compare the objects that two detectors find, in any order; add the result to ``compared``.
 
     If a detector returns the maximum number of objects, those with the lowest scores may be missing
     from the other detector's results because of rounding.

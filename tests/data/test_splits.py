@@ -126,7 +126,7 @@ def test_single_frames_and_frames_of_videos_are_kept_together(caplog):
         ({"folds": 4}, "leave no images for fold3"),
         ({"group_by": "("}, "not a regular expression"),
         ({"group_by": "frame"}, "matches none of the 3 file names: 1.jpg"),
-        ({"group_by": "jpg"}, "3 images in 1 groups leave no images for val"),
+        ({"group_by": "jpg"}, "3 images in 1 groups: they leave no images for val"),
     ],
 )
 def test_a_split_that_is_impossible_is_rejected(options, complaint):

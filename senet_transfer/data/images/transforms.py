@@ -207,12 +207,12 @@ class EvalTransform:
         return self.view(decode_exact(data, self.reading))
 
     def view_of_channels(self, pixels: np.ndarray) -> Tensor:
-        """Return the same as :meth:`__call__` for decoded pixels, `(H, W, C)`."""
+        """Apply the transforms to decoded pixels `(H, W, C)`; see :meth:`__call__`."""
         bands = (Image.fromarray(band) for band in np.moveaxis(pixels, 2, 0).copy())
         return torch.cat([self.view(band) for band in bands], dim=-3)
 
     def view(self, image: Image.Image) -> Tensor:
-        """Return the same as :meth:`__call__` for a decoded RGB or grey image."""
+        """Apply the transforms to a decoded RGB or grey image; see :meth:`__call__`."""
         image = self.resized(image)
         square = [self.crop, self.crop]
         if self.mode == "ten_crop":

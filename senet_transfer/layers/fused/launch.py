@@ -222,7 +222,7 @@ class _Gates(NamedTuple):
         return self.hidden, self.w2, self.b2, self.value, self.units
 
     def flags(self, launch: "_Launcher") -> dict[str, Any]:
-        """Return the gates' compile-time arguments and their part of the kernel's cache key."""
+        """Return a kernel's compile-time arguments for the gates, and the cache key for them."""
         return {
             "GATE": self.value is not None,
             "BIAS": self.b2 is not None,

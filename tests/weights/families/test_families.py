@@ -100,7 +100,7 @@ def test_detectron1_only_loads_into_frozen_norms(tmp_path):
     path = published.write_detectron1(model, tmp_path / "R-50.pkl")
     created = check_peer(model, None, path, "resnet50", "detectron1", norm="FrozenBN")
     assert created.preprocessing.mean == (102.9801, 115.9465, 122.7717)
-    with pytest.raises(UserError, match="norms without running statistics.*FrozenBN"):
+    with pytest.raises(UserError, match="batch norms without running statistics.*FrozenBN"):
         create_classifier("resnet50", weights=path)
 
 
