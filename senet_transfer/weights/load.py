@@ -178,8 +178,8 @@ def load_source(model: nn.Module, source: Source, *, exact: bool = False) -> Loa
 def _check_norms(source: Source, target: Target) -> None:
     if source.family.affine_norms and not target.has_frozen_norms:
         raise UserError(
-            f"{source.path}, detected as {source.detected_as}, has batch norms without "
-            "running statistics. These layers can't be trained. Build the model with norm='FrozenBN' "
+            f"{source.path}, detected as {source.detected_as}, has batch norms without running "
+            "statistics. These layers can't be trained. Build the model with norm='FrozenBN' "
             "(MODEL.RESNETS.NORM), or use weights with running statistics."
         )
 
