@@ -41,6 +41,8 @@ demo-instant: ## smoke test: all steps of the demo in seconds, with almost no tr
 demo-instant: CONFIG := configs/instant/demo_faster_rcnn_se_r18.yaml
 demo-instant: OUT := output/demo_instant
 
+# The network is so small that a second thread would only compete with the data loader.
+demo demo-instant: export OMP_NUM_THREADS := 1
 demo demo-instant: $(READY)
 	$(PY) datasets/prepare_shapes.py
 	$(PY) tools/train_net.py --config-file $(CONFIG) --num-gpus 1 --overwrite \
