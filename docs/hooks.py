@@ -51,7 +51,7 @@ def relinked(markdown: str, document: str) -> str:
 
 
 def on_files(files, config):
-    """Add the documents outside `docs/`."""
+    """Add the documents outside `docs/` to the website."""
     for document, page in OUTSIDE.items():
         text = (ROOT / document).read_text()
         files.append(File.generated(config, page, content=text))
@@ -59,7 +59,7 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Replace the links of a page."""
+    """Adapt the links of a page to the site; see :func:`relinked`."""
     outside = {page: document for document, page in OUTSIDE.items()}
     return relinked(markdown, outside.get(page.file.src_uri, f"docs/{page.file.src_uri}"))
 

@@ -62,7 +62,7 @@ class Preprocessing:
 
 
 def channels_of(format: str) -> int | None:
-    """Return the number of channels in a format such as "C5"; None for RGB, BGR and L."""
+    """Return the number of channels of a format such as "C5", or None for RGB, BGR and L."""
     match = re.fullmatch(r"C([1-9][0-9]*)", format)
     return int(match[1]) if match else None
 

@@ -43,9 +43,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Escape bytes of file names that are not UTF-8 in captured output.
+    """Escape bytes in captured output that are not valid UTF-8, such as those of file names.
 
-    pytest-xdist can't send them to the main process, and would end the worker.
+    pytest-xdist can't send such bytes to the main process: its worker would crash.
     """
     report = yield
     report.sections = [

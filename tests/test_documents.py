@@ -162,4 +162,4 @@ def test_the_citation_is_complete():
 if __name__ == "__main__":
     head = TABLE.read_text().partition(f"## {next(iter(TASKS))}")[0]
     TABLE.write_text(head.rstrip() + "\n\n" + "\n\n".join(tables()) + "\n")
-    print(f"Written: {TABLE}")
+    print(f"Wrote {TABLE}")

@@ -1,4 +1,4 @@
-"""Tests for the package's architecture: allowed imports, and code that must be in one module."""
+"""Tests for the package's architecture: allowed imports, and code allowed in only one module."""
 
 import ast
 from collections import Counter
@@ -72,12 +72,12 @@ def _outside_functions(node: ast.AST):
 
 
 def part(module: str) -> str:
-    """Return the part of the package that contains a module, such as "models", or ""."""
+    """Return the subpackage or top-level module that contains a module; "" for the package."""
     return (module.split(".") + [""])[1]
 
 
 def circles(edges: dict[str, set[str]]) -> list[list[str]]:
-    """Return the strongly connected components of two or more nodes (Tarjan's algorithm)."""
+    """Return the strongly connected components with at least two nodes (Tarjan's algorithm)."""
     index, low, stack, found = {}, {}, [], []
 
     def visit(node):

@@ -7,7 +7,7 @@ intervals. A second instance of the baseline serves as the control.
     python tools/benchmark.py detector --output output/detector.json
 
 The part `gpu` compares training and inference on a GPU with target values, in at most six minutes.
-To run only some of its own parts, add their names.
+It has parts of its own. To run only some of them, add their names.
 
     python tools/benchmark.py gpu --output output/gpu.json
     python tools/benchmark.py gpu training inference
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--seconds", type=float, default=20.0, help="approximate seconds per comparison (20)")
     add("--device", default="cpu", help="device for the networks, cpu or cuda (cpu)")
-    add("--profile", action="store_true", help="profile the time and memory of each candidate")
+    add("--profile", action="store_true", help="profile time and memory of all compared candidates")
     add("--output", help="JSON file to write")
     add("--quiet", action="store_true", help="no progress bars")
     add = parser.add_argument_group("part gpu").add_argument

@@ -57,7 +57,7 @@ def formats() -> list[str]:
 
 
 def has_deep_colours(image: Image.Image, path: str) -> bool:
-    """Return whether an image has over 8 bits per channel, and Pillow changes its values."""
+    """Return True if an image has more than 8 bits per channel and Pillow rescales its values."""
     if not getattr(image, "tile", ()):
         return False
     if image.format == "JPEG2000":  # The SIZ marker contains the number of bits.
@@ -128,8 +128,8 @@ def read_image(
         )
     if value_range and deep_colours:
         raise SystemExit(
-            f"error: {path} is an image with more than 8 bits per channel, whose value range can't "
-            "be applied here. Convert it to 8 bits per channel."
+            f"error: {path} has more than 8 bits per channel; the model's value range can't be "
+            "applied to such images. Convert it to 8 bits per channel."
         )
     if value_range and (is_16_bit or image.mode in ("I", "F")):
         values = np.asarray(image)

@@ -88,7 +88,7 @@ def grid(config_file: str, options: Sequence[str] = (), axes: Sequence[str] = ()
     Returns:
         The network with the original config, the network without SE, and the variants for each key.
         Variants equal to the original network are omitted. If a variant can't be built, such as
-        "3x3" in basic blocks, ``refused`` contains the reason.
+        "3x3" in basic blocks, its attribute ``refused`` contains the reason.
 
     Raises:
         UserError: If a key is not in :data:`PAPER`, or if the config does not describe a classifier
@@ -193,8 +193,8 @@ def grid_table(
 ) -> str:
     """Format a table of the variants with their cost, measured error and error in the paper.
 
-    The number in parentheses is the variant's rank by error among the variants that differ in the
-    same key and the network with the original config.
+    The number in parentheses is a variant's rank by error. Variants of the same key are ranked
+    together with the original config.
     """
     errors = {
         variant.folder: mean_and_deviation(results[variant.folder])[METRIC]

@@ -114,9 +114,9 @@ def run_all(
             no others are started. SIGTERM and Ctrl-C have the same effect.
         on_finish: A function that is called in this thread with each finished run, including runs
             that were finished earlier.
-        arguments: ``flags``, other command-line arguments such as ``("--num-gpus", "8")``, which
-            may differ when a run is resumed; and ``quiet``: if True, write the log only to
-            ``log.txt``.
+        arguments: ``flags`` and ``quiet``. ``flags`` contains further command-line arguments, such
+            as ``("--num-gpus", "8")``, which may differ when a run is resumed. If ``quiet`` is
+            True, the log is only written to ``log.txt``.
 
     Returns:
         The contents of each run's ``results.json``, or None for a run that is not finished: metrics

@@ -13,7 +13,7 @@ _TIMM = {
 
 
 def is_se_layer(module: nn.Module) -> bool:
-    """Return whether a module is an SE layer."""
+    """Return whether a module is an SE layer of this project or of timm."""
     return isinstance(module, SqueezeExcitation) or timm_gate(module) is not None
 
 

@@ -152,7 +152,7 @@ def described(names: Mapping[str, str]) -> str:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Return the training parser with Detectron2's arguments and this project's options."""
+    """Return the argument parser for training, with Detectron2's and this project's arguments."""
     parser = Parser(
         description="Train and evaluate a detector or classifier, or only evaluate it.",
         epilog=_EPILOG,
@@ -185,7 +185,10 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def _add_detectron2_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --overwrite, and copies of Detectron2's arguments to avoid a slow import."""
+    """Add --overwrite and the arguments of Detectron2's parser.
+
+    Detectron2's arguments are repeated here because its import is slow.
+    """
     add = parser.add_argument
     add("--config-file", default="", metavar="FILE", help="a YAML file, or the name of a config")
     add("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
@@ -217,7 +220,10 @@ def start_process() -> None:
 
 
 def run_command(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
-    """Run a command in this process. If it raises a UserError, print the error and exit with 2."""
+    """Run a command in this process.
+
+    If the command raises a UserError, the error is printed and the exit status is 2.
+    """
     start_process()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # File names may contain characters that the terminal can't show.
@@ -245,14 +251,15 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--images",
         default="",
         metavar="FOLDER",
-        help="image folder for the annotations in --data and --val; default: the usual folders",
+        help="image folder for the annotations in --data and --val; default: the usual folder of "
+        "the annotation format",
     )
 
 
 def _with_image_folders(words: list[str]) -> list[str]:
-    """Add an empty image folder to each ``--dataset NAME JSON`` without one.
+    """Insert an empty image folder after each ``--dataset NAME JSON`` without an image folder.
 
-    The next word is the image folder, unless it is a flag or a config option.
+    The word after ``JSON`` is an image folder unless it is a flag or a config option.
     """
     found = []
     for index, word in enumerate(words):
@@ -321,7 +328,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, several: bool = Fals
 
 
 def add_running_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments shared by commands that run a model on images, and the config options."""
+    """Add config options and the arguments shared by all commands that run a model on images."""
     add = parser.add_argument
     add("--batch-size", type=int, default=32, help="number of images per batch (32)")
     add("--workers", type=int, default=2, help="number of processes that decode images (2)")

@@ -46,7 +46,8 @@ def parser() -> argparse.ArgumentParser:
         "--ema",
         choices=("auto", "true", "false"),
         default="auto",
-        help="whether to use the averaged (EMA) weights in IN; default: as in IN's project",
+        help="whether to use the averaged (EMA) weights in IN; default: as in the project "
+        "that wrote IN",
     )
     parser.add_argument(
         "--head",

@@ -61,13 +61,16 @@ def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--output", default="", help="JSON file to write")
     add("--crop-mode", choices=EVAL_MODES, help="default: the mode in the config, or short_side")
-    add("--resize", type=int, help="resize size in pixels; default: the model's size")
+    add("--resize", type=int, help="size in pixels after resizing; default: the model's size")
     add("--crop", type=int, help="crop size in pixels; default: the model's size")
     add(
         "--scales", type=int, action="append", default=[], help="one or several sizes of the "
         "shorter side in pixels; the predictions for all views of an image are combined",
     )  # fmt: skip
-    add("--crops", type=int, choices=CROPS, help="crops per scale; default: as in the crop mode")
+    add(
+        "--crops", type=int, choices=CROPS, help="crops per scale; default: 10 if the crop mode is "
+        "ten_crop, otherwise 1",
+    )  # fmt: skip
     add("--dense", action="store_true", help="apply the network to whole resized images")
     add(
         "--predictions",
@@ -137,7 +140,7 @@ def main(args: argparse.Namespace, published: Sequence[Any] = ()) -> dict[str, A
 
 
 def _check_saved(args: argparse.Namespace) -> None:
-    """Raise a UserError for arguments that have no effect on saved logits."""
+    """Raise a UserError if arguments that require a model are combined with --saved-logits."""
     names = ("model", "family", "weights", "config_file", "data", *_VIEWS, "scales", "batch_size")
     if given := _given(args, (*names, "opts")):
         raise UserError(
@@ -147,7 +150,10 @@ def _check_saved(args: argparse.Namespace) -> None:
 
 
 def _evaluate_detectors(args: argparse.Namespace, first: "ModelSource") -> dict[str, Any]:
-    """Evaluate one or several detectors with ``TEST.ENSEMBLE`` and ``TEST.AUG``."""
+    """Evaluate a detector, or the fused detections of several detectors.
+
+    The options are passed on as ``TEST.ENSEMBLE`` and ``TEST.AUG`` keys.
+    """
     from senet_transfer.engine.results import write_results
     from senet_transfer.engine.setup import RunOptions
     from senet_transfer.engine.train import main as evaluate

@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--draw",
         action=argparse.BooleanOptionalAction,
-        help="write drawings; default: only for detectors",
+        help="write images with the predictions drawn on them; default: only for detectors",
     )
     add(
         "--cam",
@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run the model on the images and videos, and print the results and the paths of the files."""
+    """Run the model on images and videos, and print the results and the paths of written files."""
     from senet_transfer.engine.predictor.cam import class_activation_map
     from senet_transfer.engine.predictor.files import predict_files, predict_video, video_stem
     from senet_transfer.engine.predictor.inputs import find_photos, is_video

@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--config-file", default="", help="default: the config.yaml next to the checkpoint")
     add("--private", action="store_true", help="make a new repository private")
-    add("--license", default="", help="licence of the weights for the model card")
+    add("--license", default="", help="licence of the weights, to be stated in the model card")
     add(
         "--data",
         action="append",
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
         help="folder with records (seed<N>.json) of all runs with the same config, for the model "
         "card",
     )
-    add("--half", action="store_true", help="store kernels and matrices in float16")
+    add("--half", action="store_true", help="store weights in float16, except biases and norms")
     add(
         "--evaluate",
         action="store_true",
@@ -110,18 +110,18 @@ def main(args: argparse.Namespace) -> None:
     }
     if args.card:
         write_card(args.model, args.card, args.repository, **options)
-        print(f"Wrote {args.card}.")
+        print(f"Wrote {args.card}")
         return
     options["half"] = args.half
     if args.bundle:
         path = bundle(args.model, args.repository, Path(args.folder or FOLDER), **options)
-        print(f"Wrote {path}. Load it with {args.repository}.")
+        print(f"Wrote {path}. To load it, use the name {args.repository}.")
     elif args.folder:
         write_repository(args.model, args.folder, args.repository, **options)
         print(f"Wrote the files of {args.repository} to {args.folder}; nothing was uploaded.")
     else:
         address = push(args.model, args.repository, private=args.private, **options)
-        print(f"Uploaded to {address}. Load it with hf-hub:{args.repository}.")
+        print(f"Uploaded to {address}. To load it, use the name hf-hub:{args.repository}.")
 
 
 def command(words: list[str] | None = None) -> None:

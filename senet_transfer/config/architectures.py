@@ -19,7 +19,7 @@ def predicts(cfg: CfgNode) -> set[str]:
 
 
 def box_head(cfg: CfgNode) -> CfgNode:
-    """Return the part of the config that describes the head that predicts a detector's boxes."""
+    """Return the config section of a detector's box head."""
     retinanet = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
     return cfg.MODEL.RETINANET if retinanet else cfg.MODEL.ROI_HEADS
 

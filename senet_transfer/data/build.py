@@ -289,7 +289,7 @@ def _open(cfg: CfgNode, name: str, split: str) -> ClassificationDataset | ImageA
 def _open_once(
     name: str, split: str, classes: tuple[str, ...], cache_dir: str, small: Reading | None
 ) -> ClassificationDataset | ImageArrays:
-    """Open a data set. ``small`` specifies how images that are kept in memory are read."""
+    """Open a data set. If ``small`` is given, load all images into memory with these settings."""
     if is_prepared(name) and not small:
         raise UserError(
             "A prepared file of small images requires INPUT.CLASSIFICATION.AUGMENT pad_crop. Set "

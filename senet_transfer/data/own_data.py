@@ -112,7 +112,10 @@ def divide(data: DataPart, folder: Path, *, upright: bool = True) -> tuple[DataP
 
 
 def _parts(path: str, image_dir: str) -> tuple[DataPart, DataPart | None]:
-    """Return the training data (or all data) at a path, and the validation data or None."""
+    """Return the training and validation data at a path.
+
+    Without a separate validation split, return all data and None.
+    """
     if is_remote(path):
         return DataPart(path), None
     path = os.path.expanduser(path)
@@ -124,7 +127,7 @@ def _parts(path: str, image_dir: str) -> tuple[DataPart, DataPart | None]:
 
 
 def _coco_parts(path: Path, image_dir: str) -> tuple[DataPart, DataPart | None] | None:
-    """Return the training and validation parts of COCO annotations, or None for other data."""
+    """Return the training and validation data; None if the path has no COCO annotations."""
     if path.is_dir():
         train, val = (_coco_file(path, names) for names in (_TRAIN_NAMES, _VAL_NAMES))
         if train:
@@ -136,7 +139,7 @@ def _coco_parts(path: Path, image_dir: str) -> tuple[DataPart, DataPart | None] 
 
 
 def _image_parts(path: str) -> tuple[DataPart, DataPart | None]:
-    """Return the training and validation parts of labelled images."""
+    """Return the training and validation data of a classification data set."""
     folder = Path(path)
     if folder.is_dir():
         train, val = (_subfolder(folder, names) for names in (_TRAIN_NAMES, _VAL_NAMES))
@@ -149,7 +152,10 @@ def _image_parts(path: str) -> tuple[DataPart, DataPart | None]:
 
 
 def _annotated(path: str, image_dir: str) -> tuple[DataPart, DataPart | None] | None:
-    """Return the training and validation parts of annotations in other formats, or None."""
+    """Return the training and validation data; None if the path has no annotations.
+
+    This function handles detection annotations in formats other than COCO.
+    """
     place, split = split_path(path)
     source = find_source(place)
     if source is None:
@@ -170,7 +176,7 @@ def _annotated(path: str, image_dir: str) -> tuple[DataPart, DataPart | None] | 
 
 
 def _coco_file(folder: Path, names: Sequence[str]) -> Path | None:
-    """Return the JSON file for one part of the data in a folder, or None."""
+    """Return the COCO file of a split with one of these names; None if there is none."""
     for name in names:
         annotations = folder / "annotations"
         listed = sorted(annotations.iterdir()) if annotations.is_dir() else []
@@ -183,16 +189,16 @@ def _coco_file(folder: Path, names: Sequence[str]) -> Path | None:
 
 
 def _subfolder(folder: Path, names: Sequence[str]) -> Path | None:
-    """Return the subfolder for one part of the data, ignoring the case of its name, or None."""
+    """Return the subfolder with one of these names in any case; None if there is none."""
     entries = {entry.name.lower(): entry.absolute() for entry in folder.iterdir() if entry.is_dir()}
     return next((entries[name] for name in names if name in entries), None)
 
 
 def _coco_part(file: Path, image_dir: str) -> DataPart:
-    """Return a JSON file and the folder to which its file names are relative.
+    """Return the paths of a JSON annotation file and of its image folder.
 
     Raises:
-        UserError: If the first image is in none of the usual folders.
+        UserError: If ``image_dir`` is empty and the first image is in none of the usual folders.
     """
     path = str(file.absolute())
     if image_dir:

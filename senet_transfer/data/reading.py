@@ -1,4 +1,4 @@
-"""Config settings for reading images, and a warning if they make images almost black."""
+"""Settings for reading images, and a warning about 16-bit images that would be almost black."""
 
 import logging
 from collections.abc import Callable

@@ -38,7 +38,7 @@ class _Source:
     """Data set to split.
 
     Attributes:
-        classes: Class names, in the order of the table.
+        classes: Class names, in their order in the printed table.
         objects: Number of objects of each class, by image file name.
         suffix: Extension of the files to write.
         write: Function that writes the annotations of the given images to a file.
@@ -115,7 +115,7 @@ def split_coco(
 
     Returns:
         A dictionary from the names of the new files, without extension, to their contents, and a
-        table with the number of objects per class and part.
+        table with the number of objects per class and part ("train", "val", "test" or a fold).
 
     Raises:
         UserError: If the content is invalid, or a part would be empty.
@@ -218,7 +218,7 @@ def _count(data: _Source, images: Collection[str]) -> Counter[str]:
 def _warn(
     data: _Source, images: Mapping[str, Collection[str]], fractions: Mapping[str, float]
 ) -> None:
-    """Warn if a class is missing from a part such as "val", or if a part has the wrong size."""
+    """Warn if a class is missing from a split such as "val", or if a split has the wrong size."""
     known = _count(data, data.objects)
     for part in fractions:
         counts = _count(data, images[part])
@@ -243,7 +243,10 @@ def _warn(
 
 
 def _table(data: _Source, images: Mapping[str, Collection[str]], parts: list[str]) -> str:
-    """Format the number of objects per class and part; the last row is the number of images."""
+    """Format a table with the number of objects of each class in each part of the data.
+
+    The last row contains the number of images in each part.
+    """
     counts = [_count(data, images[part]) for part in parts]
     rows: list[list[object]] = [
         [label, *(count[label] for count in counts), sum(count[label] for count in counts)]

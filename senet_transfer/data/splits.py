@@ -73,7 +73,10 @@ class Split:
             )
 
     def fractions(self) -> dict[str, float]:
-        """Return the fraction of the images in each part. With folds, "train" is not included."""
+        """Return the intended fraction of the images in each part, by the part's name.
+
+        With folds, the names are "fold0", "fold1", ... instead of "train" and "val".
+        """
         if self.folds:
             parts = {f"fold{i}": (1 - self.test) / self.folds for i in range(self.folds)}
         else:
@@ -123,15 +126,15 @@ def split_images(classes: Mapping[str, Collection[str]], split: Split) -> dict[s
     if empty:
         raise UserError(
             f"Cannot split {len(classes)} images in {len(groups)} groups: they leave no images for "
-            f"{first_of(empty)}. Expected more groups than parts, and at least two groups per "
-            "class. Use fewer parts or smaller groups, or add images."
+            f"{first_of(empty)}. Expected more groups than splits or folds, and at least two "
+            "groups per class. Use fewer splits or folds, use smaller groups, or add images."
         )
     return part_of
 
 
 @dataclass
 class _Group:
-    """Images that are kept together, and the number of images of each class."""
+    """Images that must be in the same part of a split, and their number per class."""
 
     names: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
@@ -158,7 +161,7 @@ def _shuffled(groups: list[_Group], seed: str) -> list[_Group]:
 
 
 def _group_keys(names: Iterable[str], pattern: str) -> dict[str, str]:
-    """Return the group of each file name.
+    """Return the group of each file name: the part that the pattern matches, or the whole name.
 
     Raises:
         UserError: If the pattern is invalid or matches none of the names.
@@ -188,7 +191,7 @@ def _group_keys(names: Iterable[str], pattern: str) -> dict[str, str]:
         )
     if others:
         logger.warning(
-            "--group-by %r doesn't match %d of %d file names, which are not grouped: %s",
+            "--group-by %r doesn't match %d of %d file names. These images are not grouped: %s",
             pattern,
             len(others),
             len(names),
@@ -216,8 +219,8 @@ class _Allocation:
         Args:
             groups: Groups in random order.
             fractions: Fraction of the images in each part.
-            levels: Parts by priority. If a class has fewer groups than there are parts, the parts
-                in the first list get its groups first.
+            levels: Lists of part indices, by priority. If a class has fewer groups than there are
+                parts, its groups are assigned to the parts in the first list first.
         """
         self.groups = groups
         self.fractions = fractions
@@ -235,7 +238,7 @@ class _Allocation:
         self._repair()
 
     def _distribute(self) -> None:
-        """Assign all groups of images to parts."""
+        """Assign each group of images to a part of the split, starting with the rarest class."""
         left = {name: len(members) for name, members in self._members.items()}
         largest = max((len(group.names) for group in self.groups), default=0)
         while left:
@@ -254,7 +257,10 @@ class _Allocation:
             left = {other: number for other, number in left.items() if number}
 
     def _choose(self, name: str, wanted: list[float], left: int) -> int:
-        """Choose the part for the next group of a class, of which `left` groups remain."""
+        """Return the index of the part for the next group that contains the class `name`.
+
+        `left` is the number of such groups that have not been assigned yet.
+        """
         counts = [counts[name] for counts in self._counts]
         parts = list(range(len(counts)))
         lacking = [part for part in parts if not counts[part]]
@@ -296,14 +302,17 @@ class _Allocation:
         return missing
 
     def _repair(self) -> None:
-        """Exchange or move groups to reduce the number of classes that are missing from parts."""
+        """Move or swap groups, so that fewer classes are missing from a part of the split."""
         for name in sorted(self.totals, key=lambda name: (len(self._members[name]), name)):
             for part in range(len(self.fractions)):
                 if self.missing([name]) and not self._counts[part][name]:
                     self._bring(name, part)
 
     def _bring(self, name: str, part: int) -> None:
-        """Move a group with a class to a part, if this reduces the number of missing classes."""
+        """Move a group that contains a class to a part, or swap it with a group of that part.
+
+        Only a change that reduces the penalty for missing classes is made.
+        """
         others = [index for index, place in enumerate(self.part_of) if place == part]
         for index in self._members[name]:
             size = len(self.groups[index].names)

@@ -10,10 +10,10 @@ class SideStream(Protocol):
     """Protocol for streams whose copies run in parallel with the computation."""
 
     def copy(self, tensor: Tensor) -> Tensor:
-        """Start to copy a tensor to the device, and return the copy."""
+        """Start copying a tensor to the device, and return the copy."""
 
     def join(self, copies: list[Tensor]) -> None:
-        """Make the computation wait for all copies, without making the host wait."""
+        """Make the device's computation wait for all copies, without making the host wait."""
 
 
 class CudaSideStream:
@@ -28,7 +28,7 @@ class CudaSideStream:
         self.stream = torch.cuda.Stream(device)
 
     def copy(self, tensor: Tensor) -> Tensor:
-        """Start to copy a tensor to the device, and return the copy.
+        """Start copying a tensor to the device, and return the copy.
 
         PyTorch keeps the source's pinned memory until the copy has finished.
         """

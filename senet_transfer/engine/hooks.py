@@ -71,9 +71,9 @@ class StepSeed(HookBase):
     def __init__(self, seed: int):
         """
         Args:
-            seed: The value of ``SEED`` in the config, which is the same in all processes. Each
-                process combines it with its rank. If it is negative, a random seed is drawn and
-                stored in the checkpoints.
+            seed: The value of ``SEED`` in the config, which is the same in all processes. A
+                negative value selects a random seed, which is stored in the checkpoints. Each
+                process combines the seed with its rank.
         """
         self._from_config = seed >= 0
         self.seed = seed if self._from_config else comm.shared_random_seed()
@@ -137,12 +137,12 @@ class DataWaits(HookBase):
         self._start = (0.0, 0.0)
 
     def before_train(self) -> None:
-        """Record the times at the start of training."""
+        """Store the elapsed time and the time spent waiting for data at the start of training."""
         self._start = self._now()
         self._seconds.append(self._start)
 
     def after_step(self) -> None:
-        """Log the fraction for the most recent steps."""
+        """Log the fraction of time spent waiting for data in the most recent steps."""
         self._seconds.append(self._now())
         share = _share(self._seconds[0], self._seconds[-1])
         self.trainer.storage.put_scalar("data_time_share", share, smoothing_hint=False)
@@ -218,7 +218,7 @@ class ModelEMA(HookBase):
             self.average = {k: v.detach().clone() for k, v in self._tensors().items()}
 
     def after_step(self) -> None:
-        """Update the average, unless the trainer does so."""
+        """Update the average, unless the training step has already updated it."""
         if not self.in_step:
             self.update(self.next_weight())
 
@@ -301,7 +301,7 @@ class _AfterEvaluation(HookBase, ABC):
 
     @abstractmethod
     def _observe(self, value: float) -> None:
-        """Process the metric's value, which is finite, after an evaluation."""
+        """React to an evaluation in which the metric has a finite value."""
 
     def _observe_none(self) -> None:
         """Log that the metric has no finite value after an evaluation."""
@@ -365,7 +365,7 @@ class BestModel(_AfterEvaluation):
         self.best: float | None = None
 
     def before_train(self) -> None:
-        """When resuming, read the best value so far from ``model_best.pth``."""
+        """Read the best value of the metric from ``model_best.pth`` if the run is resumed."""
         path = Path(self.checkpointer.save_dir, f"{BEST_NAME}.pth")
         if self.trainer.start_iter == 0 or not path.is_file():
             return
@@ -429,9 +429,9 @@ class EarlyStopping(_AfterEvaluation):
 
     def log(self) -> None:
         """Log why training ends."""
-        best = "has had no finite value" if self.best is None else f"was at best {self.best:.4f}"
+        best = "none was finite" if self.best is None else f"the best was {self.best:.4f}"
         logger.warning(
-            "Training ends early: %s has not improved for %d evaluations (TEST.PATIENCE). It %s.",
+            "Training ends early: %s has not improved for %d evaluations (TEST.PATIENCE); %s.",
             self.metric, self.waited, best,
         )  # fmt: skip
 

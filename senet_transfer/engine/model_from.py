@@ -65,8 +65,8 @@ class LoadedModel:
     def classes(self) -> list[str]:
         """Class names, or an empty list if they are unknown.
 
-        For published classifiers, whose files don't contain class names, this package has the
-        names.
+        The files of published classifiers don't contain class names, so their class names are part
+        of this package.
         """
         names = list(self.cfg.DATASETS.CLASSES)
         if names or not is_classification(self.cfg):
@@ -90,7 +90,7 @@ class ModelSource:
     config_file: str = ""
 
     def examined(self) -> "ModelSource":
-        """Return a copy with the contents and the class names of the weight file.
+        """Return a copy of this source that contains the weight file's contents and class names.
 
         Raises:
             UserError: If the weight file can't be read.
@@ -136,7 +136,7 @@ class ModelSource:
 
 
 def _check_backbone(report: LoadReport) -> None:
-    """Raise a UserError if any part of a classifier except its linear layer is not loaded."""
+    """Raise a UserError if weights are missing for any layer except the final linear layer."""
     random = {k: why for k, why in report.initialised.items() if not k.startswith("linear.")}
     if random:
         raise UserError(
@@ -207,7 +207,7 @@ def find_model(
 
 
 def _with_stated(cfg: CfgNode, source: Source | None) -> Source | None:
-    """Return the source with the preprocessing, strides and pooling that the user has set."""
+    """Return the source with the preprocessing and layer options that the user has set."""
     return source and with_stated(source, stated_values(cfg))
 
 

@@ -29,18 +29,19 @@ _LISTED = 20
 
 @dataclass
 class Step:
-    """Description of a training step, and its values, which the host has not read yet.
+    """Description of a training step, and its results, which are still on the device.
 
     Attributes:
         iteration: The number of the iteration.
         data_time: The seconds spent waiting for the batch.
-        batch: The keys and labels, or the file names and ids, of this process's images.
+        batch: The fields that identify this process's images; see :func:`describe_batch`.
         seed: The seed of the step, which determines all of its random numbers.
         problem: The error that the model raised, or "".
         losses: The names of this process's losses.
         gradients: The names of the parameters that have gradients.
-        values: A float64 tensor on the device: 1 if the step was skipped because of its own values,
-            otherwise 0; 1 if its gradients were checked, otherwise 0; then the losses.
+        values: A float64 tensor on the device. The first value is 1 if the step was skipped because
+            of non-finite values in any process, otherwise 0. The second value is 1 if the gradients
+            were checked, otherwise 0. The other values are the losses.
         norms: The norms of the gradients, on the device.
     """
 
@@ -214,7 +215,7 @@ class StepGuard:
 
         Args:
             step: The skipped step.
-            values: The step's values, as read by the host.
+            values: The elements of ``step.values``, copied to the host.
 
         Raises:
             RunError: If more than ``max_skips`` steps have been skipped.
@@ -278,7 +279,10 @@ def _report(problem: str, step: Step, gradients: list[str]) -> dict[str, Any]:
 
 
 def describe_batch(batch: Any) -> Any:
-    """Return the keys and labels, or the file names and ids, of a batch's images."""
+    """Return the fields that identify a batch's images.
+
+    For a classifier, these are keys, indices and labels; for a detector, file names and ids.
+    """
     if isinstance(batch, dict):
         return {key: value for key, value in batch.items() if key in ("key", "index", "label")}
     if isinstance(batch, list):

@@ -15,11 +15,12 @@ from senet_transfer.config import AUTO_KEYS, config_value, is_classification, se
 
 
 def resolve_auto(cfg: CfgNode, before: CfgNode | None = None) -> None:
-    """Replace "auto" in a config, in place.
+    """Replace the value "auto" of config keys with the setting for the device, in place.
 
     Args:
-        cfg: The config, with a device that exists.
-        before: The original config of a resumed run, whose values are used. None for a new run.
+        cfg: The config. The device must exist.
+        before: The saved config of the run to resume, which contains the values to use. None for a
+            new run.
     """
     on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
     choices = {

@@ -53,7 +53,8 @@ def with_diagnostics(cfg: CfgNode, results: dict[str, Any]) -> dict[str, Any]:
         results: The results of the evaluation, as returned by ``Trainer.evaluate``.
 
     Returns:
-        The results and, under the key ``diagnostics`` next to the tasks, the diagnostics by task.
+        The results, with the diagnostics of each task under the additional key ``diagnostics``. If
+        there are several test sets, each set's results contain this key.
     """
     several = len(cfg.DATASETS.TEST) > 1
     found = dict(results)

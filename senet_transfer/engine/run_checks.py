@@ -383,7 +383,7 @@ def _check_compile(cfg: CfgNode) -> None:
     if comm.get_world_size() > 1:
         raise UserError(
             "SOLVER.COMPILE is graph, which supports a single process, but this run has "
-            f"{comm.get_world_size()}. {remedy}"
+            f"{comm.get_world_size()} processes. {remedy}"
         )
     if cfg.SOLVER.UNFREEZE_ITERS or cfg.SOLVER.UNFREEZE_EPOCHS:
         raise UserError(
@@ -400,7 +400,7 @@ def _check_compile(cfg: CfgNode) -> None:
     if not is_classification(cfg) and cfg.SOLVER.MICRO_BATCHES > 1:
         raise UserError(
             f"SOLVER.COMPILE is graph and SOLVER.MICRO_BATCHES is {cfg.SOLVER.MICRO_BATCHES}, but "
-            "a detector's captured backbone does not support the accumulation of gradients. Set "
+            "a detector's captured backbone does not support gradient accumulation. Set "
             "SOLVER.MICRO_BATCHES to 1, or set SOLVER.COMPILE to none or default."
         )
 

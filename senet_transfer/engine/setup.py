@@ -132,7 +132,7 @@ def setup(options: RunOptions) -> CfgNode:
 
 
 def _start(cfg: CfgNode, options: RunOptions) -> None:
-    """Log and seed in the same way as Detectron2's default setup, but write files atomically."""
+    """Set up logging and random seeds like Detectron2's ``default_setup``, with atomic writes."""
     rank = comm.get_rank()
     _logger("fvcore", cfg, quiet=options.quiet)
     logger = _logger("detectron2", cfg, quiet=options.quiet)
@@ -172,7 +172,7 @@ def restarted() -> bool:
 
 
 def check_overwrite(options: RunOptions) -> None:
-    """Raise a UserError if a run that needs the files of an earlier run would delete them."""
+    """Raise a UserError if --overwrite is combined with --resume or --eval-only."""
     if options.overwrite and (options.resume or options.eval_only):
         raise UserError(
             "--overwrite deletes an earlier run, so it can't be combined with "
@@ -255,9 +255,10 @@ def _start_logging(cfg: CfgNode, *, quiet: bool) -> logging.Logger:
 
 
 def _logger(name: str, cfg: CfgNode, *, quiet: bool) -> logging.Logger:
-    """Return Detectron2's logger; if ``quiet``, print only warnings to the terminal.
+    """Return Detectron2's logger. If ``quiet``, it prints only warnings and errors.
 
-    The results that Detectron2 repeats for spreadsheets are written to ``log.txt`` only.
+    Detectron2 also logs all results in a format for spreadsheets. These lines are not printed, but
+    only written to ``log.txt``.
     """
     logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
     escape_names(logger)
@@ -270,7 +271,7 @@ def _logger(name: str, cfg: CfgNode, *, quiet: bool) -> logging.Logger:
 
 
 def escape_names(logger: logging.Logger) -> None:
-    """Make a logger's handlers escape characters of file names that can't be encoded."""
+    """Make a logger's handlers escape characters that can't be encoded, such as in file names."""
     for handler in logger.handlers:
         stream = getattr(handler, "stream", None)
         if isinstance(stream, io.TextIOWrapper) and not stream.closed:
@@ -348,7 +349,7 @@ def use_named_datasets(cfg: CfgNode, options: RunOptions, logger: logging.Logger
             continue
         if names and not given and configured and not registered.issuperset(configured):
             logger.info(
-                "DATASETS.%s is %s, the data set of --dataset, because the config's %s is not "
+                "DATASETS.%s is set to %s, the value of --dataset, because the config's %s is not "
                 "registered.",
                 key,
                 names[0],
@@ -419,7 +420,7 @@ def use_datasets(cfg: CfgNode, *, eval_only: bool = False, keep_classes: bool = 
 
 
 def _use_stuff(cfg: CfgNode, names: Sequence[str], *, keep_classes: bool) -> None:
-    """Copy the classes of a semantic segmentation to the config, if the model predicts them."""
+    """Copy the data's semantic segmentation classes to the config, if the model predicts them."""
     if PIXELS not in predicts(cfg):
         cfg.DATASETS.STUFF_CLASSES = []
         return
@@ -436,7 +437,7 @@ def _use_stuff(cfg: CfgNode, names: Sequence[str], *, keep_classes: bool) -> Non
 
 
 def _check_images(cfg: CfgNode, *, eval_only: bool) -> None:
-    """Check the images of the data sets in the main process, for all processes.
+    """Check the images of the data sets in the main process, and raise errors in all processes.
 
     The images of a classifier are only checked for dark 16-bit images.
 
@@ -468,16 +469,17 @@ def _check_images(cfg: CfgNode, *, eval_only: bool) -> None:
 
 
 def _use_mask_format(cfg: CfgNode, names: Sequence[str]) -> None:
-    """Check the objects' outlines, and set the mask format that they require.
+    """Check the `segmentation` of all objects, and set ``INPUT.MASK_FORMAT`` accordingly.
 
     Raises:
-        UserError: If an outline is missing or invalid, or a required package is not installed.
+        UserError: If a `segmentation` is missing or invalid, or a required package is not
+            installed.
     """
     check_choice("INPUT.MASK_FORMAT", cfg.INPUT.MASK_FORMAT, ("polygon", "bitmask"))
     if check_outlines(names) and cfg.INPUT.MASK_FORMAT == "polygon":
         cfg.INPUT.MASK_FORMAT = "bitmask"
         logging.getLogger(__name__).info(
-            "INPUT.MASK_FORMAT is set to bitmask, because outlines are run-length encodings."
+            "INPUT.MASK_FORMAT is set to bitmask, because some masks are run-length encoded."
         )
     crops = removes_parts(cfg) and cfg.INPUT.MASK_FORMAT == "polygon"
     if crops and importlib.util.find_spec("shapely") is None:

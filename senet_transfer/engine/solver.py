@@ -38,11 +38,11 @@ _MAY_BE_ZERO = ("SOLVER.WARMUP_EPOCHS", "SOLVER.FROZEN_BN_EPOCHS")
 def check_epochs(cfg: CfgNode) -> None:
     """Check that the config doesn't specify the schedule in both epochs and iterations.
 
-    If ``SOLVER.EPOCHS`` is None, the other keys in epochs are ignored. Setting this one key is
-    therefore enough to switch a recipe from epochs to iterations.
+    If ``SOLVER.EPOCHS`` is None, all other keys that are specified in epochs are ignored. Setting
+    this key to None is therefore enough to switch a recipe from epochs to iterations.
 
     Raises:
-        UserError: If both are specified, or if a number of epochs is not positive.
+        UserError: If the schedule is specified twice, or a number of epochs is invalid.
     """
     if cfg.SOLVER.EPOCHS is None:
         return
@@ -104,7 +104,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
     The learning rate of the backbone's parameters is multiplied by ``SOLVER.BACKBONE_MULTIPLIER``,
     and, in the backbone's stages, also by a power of ``SOLVER.LAYER_DECAY``. On a GPU, the
-    optimizer is fused, so it can skip a step without waiting for the host.
+    optimizer is fused, so it can skip a step without synchronising with the host.
 
     Raises:
         UserError: If ``SOLVER.OPTIMIZER`` is unknown, or if both the backbone and the biases have

@@ -76,11 +76,11 @@ class StepTrainer(SimpleTrainer):
                 checked after the given iteration. If None, they are read after each iteration. The
                 function is ignored if the optimizer is not fused, because only a fused optimizer
                 can skip a step on the device.
-            graphs: The source of graphs for capturing the step, or None to run the step eagerly. A
-                graph contains the whole step, including the optimizer and the update of the weight
-                average. If the data loader augments batches on the device, the graph also contains
-                the augmentation. Capturing requires batches that are dicts, and losses that are
-                not read after each iteration.
+            graphs: The backend that captures the step as a graph, or None to run the step eagerly.
+                A graph contains the whole step, including the optimizer and the update of the
+                weight average. If the data loader augments batches on the device, the graph also
+                contains the augmentation. Capturing requires batches that are dicts, and losses
+                that are not read after each iteration.
 
         Raises:
             UserError: If ``dtype`` or ``micro_batches`` is invalid, or if the step can't be
@@ -113,8 +113,8 @@ class StepTrainer(SimpleTrainer):
         if graphs is not None:
             if self._reads_after is None:
                 raise UserError(
-                    "SOLVER.COMPILE is graph, which needs an optimizer that skips a step on the "
-                    "device, such as fused SGD or AdamW. Set SOLVER.COMPILE to none or default."
+                    "SOLVER.COMPILE is graph, but this optimizer can't skip steps on the device; "
+                    "expected fused SGD or AdamW. Set SOLVER.COMPILE to none or default."
                 )
             modules = list(model.modules())
             self._captured = CapturedStep(
@@ -154,7 +154,7 @@ class StepTrainer(SimpleTrainer):
             self.read()
 
     def use_average(self, average: ModelEMA) -> None:
-        """Update the given average of the weights within captured steps."""
+        """If steps are captured, update an average of the weights inside the captured graph."""
         if self._captured is not None:
             self._average = average
             average.in_step = True
@@ -163,9 +163,10 @@ class StepTrainer(SimpleTrainer):
         """Compute a step without reading from the device, so that it can be captured.
 
         Args:
-            inputs: The batch (or the image indices and random numbers from which the data loader
-                builds it), and a tensor with the learning rates of the parameter groups, followed
-                by the weight of the average.
+            inputs: The tensors of the batch, and a tensor with the learning rate of each parameter
+                group. If the weights are averaged, the last element of this tensor is the weight of
+                the current model in the average. If the data loader builds batches on the device,
+                image indices and random numbers take the place of the batch.
 
         Returns:
             The step's values and gradient norms; see :class:`Step`.
@@ -185,7 +186,7 @@ class StepTrainer(SimpleTrainer):
         return step.values, step.norms
 
     def _compute(self, step: Step, batch: Any) -> None:
-        """Compute losses and gradients, update the parameters, and set the step's values."""
+        """Compute losses and gradients, update the parameters, and fill in ``step``."""
         self.optimizer.zero_grad()
         self.guard.remember()
         totals: dict[str, torch.Tensor] = defaultdict(float)

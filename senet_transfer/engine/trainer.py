@@ -66,7 +66,10 @@ logger = logging.getLogger(__name__)
 
 
 class _EndOfTraining(BaseException):
-    """Signal to leave Detectron2's training loop, which logs every Exception as an error."""
+    """Exception that ends Detectron2's training loop early, without an error.
+
+    It is not a subclass of Exception, because the loop logs such exceptions as errors.
+    """
 
 
 class Trainer(DefaultTrainer):
@@ -208,7 +211,7 @@ class Trainer(DefaultTrainer):
         saved = {**numerics, **state_dict.get("numerics", {})}
         if changed := [key for key in numerics if numerics[key] != saved[key]]:
             logger.warning(
-                "Resumed approximately: the numerical settings have changed: %s.",
+                "Resumed approximately, because the numerical settings have changed: %s.",
                 ", ".join(f"{key} {saved[key]} before, {numerics[key]} now" for key in changed),
             )
         now = self._division()
@@ -228,7 +231,10 @@ class Trainer(DefaultTrainer):
         return division
 
     def before_train(self) -> None:
-        """Run the hooks, and keep fewer past metric values than Detectron2's limit of a million."""
+        """Run the hooks, and limit the number of past values that are kept for each metric.
+
+        Detectron2 keeps up to a million values.
+        """
         limit_history(self.storage, _HISTORY)
         super().before_train()
 
@@ -262,13 +268,13 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_graphs(cls, cfg: CfgNode, device: torch.device) -> Graphs | None:
-        """Return the source of graphs for the training step, or None for eager steps."""
+        """Return the backend that captures the training step, or None to run the step eagerly."""
         captures = cfg.SOLVER.COMPILE == "graph" and is_classification(cfg)
         return CudaGraphs(device) if captures else None
 
     @classmethod
     def capture_backbone(cls, backbone: nn.Module) -> None:
-        """Replace the forward pass of a detector's backbone with a captured one."""
+        """Replace the forward pass of a detector's backbone with captured CUDA graphs."""
         CapturedBackbone(backbone)
 
     @classmethod
@@ -303,7 +309,7 @@ class Trainer(DefaultTrainer):
     def build_test_loader(
         cls, cfg: CfgNode, dataset_name: str
     ) -> RaisingLoader | ClassificationLoader | CifarEvalLoader:
-        """Build the data loader for an evaluation data set; it checks all images."""
+        """Build the data loader for an evaluation data set; broken images raise an error."""
         if is_classification(cfg):
             return classification.test_loader(cfg, dataset_name)
         mapper = CheckedDatasetMapper(cfg, is_train=False)
@@ -488,7 +494,10 @@ class Trainer(DefaultTrainer):
 
 
 def _reads_after(cfg: CfgNode, iteration: int) -> bool:
-    """Return whether losses are read after an iteration, for logging, saving or evaluation."""
+    """Return whether the host reads the losses after an iteration.
+
+    The losses are read before they are logged, and before a checkpoint or an evaluation.
+    """
     done = iteration + 1
     periods = (_WRITE_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD)
     due = any(period > 0 and done % period == 0 for period in periods)

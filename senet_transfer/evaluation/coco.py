@@ -87,7 +87,7 @@ class FastCOCOEvaluator(COCOEvaluator):
             self._diagnose([result for image in predictions for result in image["instances"]])
 
     def _diagnose(self, results: list[dict]) -> None:
-        """Compute the diagnostics for results with the category ids of the annotation file."""
+        """Compute the diagnostics for results that use the annotation file's category ids."""
         start = time.perf_counter()
         dataset = self._coco_api.dataset
         names = self._metadata.get("thing_classes") or [

@@ -119,13 +119,16 @@ def _mean(values: Floats) -> float:
 
 
 def _aps(curves: Floats) -> dict[str, float]:
-    """Compute AP, AP50 and AP75 in percent from curves by class, IoU threshold and recall."""
+    """Compute AP, AP50 and AP75 in percent from precisions per class, IoU threshold and recall."""
     one = {"AP50": curves[:, _IOU50], "AP75": curves[:, _IOU75]}
     return {name: 100 * _mean(values) for name, values in ({"AP": curves} | one).items()}
 
 
 def _curve(curves: Floats) -> list[float]:
-    """Return the mean of class curves ``(C, 101)``, or an empty list if there are no objects."""
+    """Return the mean of the classes' precision-recall curves ``(C, 101)``.
+
+    Classes without objects are ignored. If no class has objects, the list is empty.
+    """
     known = curves[np.isfinite(curves[:, 0])]
     return np.round(known.mean(0), _DIGITS).tolist() if len(known) else []
 
@@ -226,9 +229,9 @@ def _by_class(
 def _confusion(overlaps: Overlaps, matches: Matches, classes: int, score: float) -> Ints:
     """Return the confusion matrix at an IoU of 0.5, ``(C + 1, C + 1)``.
 
-    True positives are defined as in the COCO metrics. The other detections are processed by
-    decreasing score: each is matched with the unmatched object of a different class that has the
-    highest IoU. Detections in a crowd are not counted.
+    True positives are defined as in the COCO metrics. The other detections are processed in order
+    of decreasing score. Each is matched with an unmatched object of a different class, the one with
+    the highest IoU. Detections in a crowd are not counted.
     """
     kept = np.zeros(len(overlaps.scores), bool)
     kept[matches.considered] = True
@@ -268,8 +271,8 @@ def summary(found: dict[str, Any]) -> str:
 def _main_loss(found: dict[str, Any]) -> str:
     """Return a sentence about the main cause of lost AP.
 
-    The losses for the error types are compared at an IoU of 0.5. Losses at higher IoU thresholds
-    count as localisation errors.
+    The AP lost to each type of error is compared at an IoU of 0.5. AP that is only lost at higher
+    IoU thresholds counts as lost to localisation errors.
     """
     ap, ap50, ap75 = (found[name] for name in ("AP", "AP50", "AP75"))
     both = f"AP50 {ap50:.1f}, AP75 {ap75:.1f}"
@@ -311,7 +314,7 @@ def _confused(found: dict[str, Any]) -> str:
 
 
 def _worst_size(found: dict[str, Any]) -> str:
-    """Return a sentence about the size with the lowest AP, or "" if the APs are similar."""
+    """Return a sentence about the object size with the lowest AP, or "" if APs are similar."""
     # The AP of only a few objects is not meaningful.
     known = [row for row in found["by_size"] if row["objects"] >= _MANY]
     known.sort(key=lambda row: row["AP"])

@@ -92,7 +92,7 @@ class ErrorCosts:
 
 
 def classify_errors(overlaps: Overlaps, *, max_detections: int = 100) -> Errors:
-    """Determine the type of each error.
+    """Determine the error type of each false positive, and find missed objects.
 
     Args:
         overlaps: The detections and objects, with the IoU of each overlapping pair.
@@ -143,16 +143,17 @@ def classify_errors(overlaps: Overlaps, *, max_detections: int = 100) -> Errors:
 
 
 def _any(overlaps: Overlaps, pairs: Bools) -> Bools:
-    """Return a mask of the detections that are in at least one of the selected pairs."""
+    """Return a mask of the detections in at least one selected pair of detection and object."""
     found = np.zeros(len(overlaps.scores), bool)
     found[overlaps.detection[pairs]] = True
     return found
 
 
 def _best(overlaps: Overlaps, pairs: Bools) -> tuple[Ints, Floats]:
-    """Return the index and the IoU of each detection's best object among the selected pairs.
+    """Return the index of the object with the highest IoU for each detection, and this IoU.
 
-    For detections without a pair, the index is -1 and the IoU is 0.
+    Only the selected pairs are considered. For detections without a selected pair, the index is -1
+    and the IoU is 0.
     """
     rows = np.flatnonzero(pairs)
     detection, target, iou = overlaps.detection[rows], overlaps.object[rows], overlaps.iou[rows]

@@ -100,7 +100,7 @@ class Overlaps:
 def find_overlaps(
     objects: Sequence[ImageObjects], detections: Sequence[ImageDetections]
 ) -> Overlaps:
-    """Compute the IoU of all detections and objects in the same image.
+    """Compute the IoU of each detection with each object in the same image.
 
     Args:
         objects: The objects in each image.
@@ -222,7 +222,7 @@ def _starts(values: NDArray) -> Bools:
 
 @dataclass(frozen=True)
 class Matches:
-    """Matches of detections with objects of the same class at several IoU thresholds.
+    """Matches of D detections with G objects of the same class at T IoU thresholds.
 
     Attributes:
         hit: True for detections that are matched with an object, ``(T, D)``.
@@ -276,7 +276,7 @@ def match_by_class(
 
 
 def class_slices(classes: Ints, count: int) -> Iterator[slice]:
-    """Yield the range of each of ``count`` classes in an array sorted by class."""
+    """Yield the slice of each of ``count`` classes in an array sorted by class."""
     bounds = np.searchsorted(classes, np.arange(count + 1))
     for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
         yield slice(begin, end)

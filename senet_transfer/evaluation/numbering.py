@@ -48,11 +48,11 @@ class Numbering:
         }
 
     def image_numbers(self, ids: Sequence[Any]) -> list[int]:
-        """Return the numbers for image ids."""
+        """Return the numbers that replace the given image ids."""
         return [self._images[key] for key in ids]
 
     def results(self, results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Copy predictions in COCO results format, with ids replaced by numbers."""
+        """Copy COCO results and replace their image and category ids with consecutive numbers."""
         return [self._numbered(result) for result in results]
 
     def _numbered(self, item: dict[str, Any]) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def convert_file(
 
 
 def _write_checked(source: Source, out: Path, to: str) -> tuple[list[str], FileDifference]:
-    """Convert to a temporary file, and write it to ``out`` if its outputs equal the source's."""
+    """Convert a file, and write the result to ``out`` only if the outputs stay the same."""
     with tempfile.TemporaryDirectory() as folder:
         new = Path(folder, out.name)
         notes = write_converted(source, new, to)
@@ -197,7 +197,10 @@ def _check_complete(source: Source) -> None:
 
 @torch.no_grad()
 def compare_files(first: Source, second: Source) -> FileDifference:
-    """Compare the outputs of the networks in two files, or the tensors of unregistered models."""
+    """Compare the outputs of the networks in two files.
+
+    If a file's network is not a registered model, compare the tensors instead.
+    """
     known = [(source, arch) for source in (first, second) if (arch := _registered(source))]
     if len(known) < 2:
         return _difference("tensors", _comparable(first), _comparable(second))

@@ -68,7 +68,7 @@ def detectron2_config(cfg: CfgNode, weights: str) -> CfgNode:
 
 
 def _resnet_keys(entry: ModelEntry) -> dict[str, Any]:
-    """Return the numeric ``MODEL.RESNETS`` keys that describe a registered model."""
+    """Return the ``MODEL.RESNETS`` keys for a registered ResNet, or {} for other models."""
     if entry.build is not build_resnet:
         return {}
     defaults = {

@@ -232,7 +232,7 @@ def _check(name: str, eager: nn.Module, run: Run, images: Tensor) -> float:
     if not worst <= TOLERANCE:
         raise UserError(
             f"{name} does not give the same outputs as the network: the largest difference is "
-            f"{worst:.1e} of the largest output; expected at most {TOLERANCE:.0e}. Use a different "
-            "format."
+            f"{worst:.1e} times the largest output; expected at most {TOLERANCE:.0e}. Use a "
+            "different format."
         )
     return worst

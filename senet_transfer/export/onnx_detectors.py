@@ -130,7 +130,7 @@ def _arrays(model: nn.Module, image: Tensor, format: str) -> Arrays:
 
 
 def _detect(model: nn.Module, image: Tensor, format: str) -> Iterator[tuple[str, Tensor]]:
-    """Return the boxes, scores, classes and masks for an RGB image (3, H, W)."""
+    """Return the boxes, scores, classes and masks for an RGB image ``(3, H, W)``."""
     (ordered,) = normalise(image[None], torch.zeros(()), torch.ones(()), format)
     (found,) = infer(model, [{"image": ordered}])
     yield "boxes", found.pred_boxes.tensor

@@ -155,9 +155,9 @@ def _export_to_onnx(model: nn.Module, cfg: CfgNode, output: str, image: str) -> 
         unsupported = "keypoints"
     if unsupported:
         raise UserError(
-            f"The model predicts {unsupported}, but only detectors of boxes and masks can be "
-            "exported to ONNX. Choose a name that ends in .ts for TorchScript, or export only the "
-            "backbone with --backbone."
+            f"The model predicts {unsupported}, but only models that predict boxes or masks can "
+            "be exported to ONNX. Choose a name that ends in .ts for TorchScript, or export only "
+            "the backbone with --backbone."
         )
     if cfg.INPUT.FORMAT not in ("RGB", "BGR", "L"):
         raise UserError(

@@ -118,7 +118,7 @@ def _choose(
 
 
 def _needs_plain_calls(*modules: nn.Module) -> bool:
-    """Return whether hooks, compilers or dispatch modes require that each module is called."""
+    """Return whether hooks, a compiler or a dispatch mode rule out fusing these modules."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -260,9 +260,9 @@ def _conv_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) 
 
 
 class _SmallConvSum(torch.autograd.Function):
-    """Gated sum of a 1x1 convolution with a frozen norm, for small feature maps.
+    """``shortcut + gate * norm(conv(x))`` with a 1x1 convolution and a frozen norm.
 
-    The backward pass recomputes the convolution.
+    This variant is for small feature maps. The backward pass recomputes the convolution.
     """
 
     @staticmethod
@@ -300,10 +300,10 @@ class _SmallConvSum(torch.autograd.Function):
 
 
 class _LargeConvSum(torch.autograd.Function):
-    """Gated sum of a 1x1 convolution with a frozen norm, for large feature maps.
+    """``shortcut + gate * norm(conv(x))`` with a 1x1 convolution and a frozen norm.
 
-    The backward pass computes the weight gradient per image, which costs less than recomputing the
-    convolution.
+    This variant is for large feature maps. The backward pass computes the weight gradient per
+    image, which costs less than recomputing the convolution.
     """
 
     @staticmethod
@@ -346,7 +346,10 @@ class _LargeConvSum(torch.autograd.Function):
 def _by_image(
     gradient: Tensor, x: Tensor, folded: Tensor, gate: Tensor, learns: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return the gradients of input, weights and gates. Paths via the squeeze are excluded."""
+    """Return the gradients of ``x``, the folded weights and the gates, computed image by image.
+
+    The caller adds the gradients that flow back through the SE gate's pooled features.
+    """
     dx = torch.empty_like(x, memory_format=_layout(x)) if learns else None
     wide = torch.promote_types(folded.dtype, torch.float32)
     dfolded = torch.zeros_like(folded.flatten(1), dtype=wide)

@@ -75,7 +75,7 @@ def _near(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 
 
 def _pair_ious(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    """Return the IoU (P,) of pairs of rotated boxes (P, 5)."""
+    """Return the IoUs ``(P,)`` of pairs of rotated boxes ``(P, 5)``."""
     # Use coordinates relative to the first box, because differences of large coordinates are
     # inexact.
     origin = boxes1[:, None, :2].double()

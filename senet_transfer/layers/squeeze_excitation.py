@@ -93,8 +93,8 @@ class SEOptions:
             raise UserError(f"The SE divisor is {self.divisor!r}; expected an integer >= 1.")
         if self.relu_before and self.placement != "standard":
             raise UserError(
-                "A ReLU before the gate (relu_before) is only available with the standard SE "
-                f"placement, found {self.placement!r}. Set one of the two to its default."
+                f"The SE placement is {self.placement!r}, but a ReLU before the gate (relu_before) "
+                "requires the standard placement. Set one of the two to its default."
             )
         if not isinstance(self.bias, bool) or not isinstance(self.relu_before, bool):
             raise UserError(
@@ -242,7 +242,7 @@ class SqueezeExcitation(nn.Module):
         return x * gate if y is None else torch.addcmul(y, x, gate, value=scale)
 
     def extra_repr(self) -> str:
-        """Return the variant for the module's repr."""
+        """Return the squeeze and excitation variants, which the module's repr shows."""
         return f"squeeze={self.squeeze}, excitation={self.excitation}"
 
 
@@ -254,7 +254,7 @@ def mean_of_maps(x: Tensor) -> Tensor:
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Return ``layer(x)``, expressed as a sum of products if the compiler should generate loops."""
+    """Return ``layer(x)``, without a call to a matrix library if :func:`_generated` is True."""
     if not _generated(x) or x.dtype != layer.weight.dtype:
         return layer(x)
     out = (x[:, None] * layer.weight).sum(-1)

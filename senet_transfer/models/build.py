@@ -247,8 +247,8 @@ class SENetRes5ROIHeads(Res5ROIHeads):
         entry, options = backbone_from_config(cfg)
         if entry.network:
             raise UserError(
-                f"MODEL.BACKBONE.ARCH is {entry.name}, but a C4 head takes its last stage from one "
-                "of this project's networks. Use a detector with an FPN."
+                f"MODEL.BACKBONE.ARCH is {entry.name}, but a detector with a C4 head requires one "
+                "of this project's networks. Use such a network, or a detector with an FPN."
             )
         backbone = build_backbone(entry, out_features=["res5"], **{**options, "freeze_at": 0})
         return backbone.res5, backbone.output_shape()["res5"].channels

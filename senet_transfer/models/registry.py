@@ -245,7 +245,11 @@ def build_backbone(
 
 
 def _pixels(pixels: Preprocessing, channels: int, source: Source | None) -> Preprocessing:
-    """Return the weight file's preprocessing, or the default one adapted to the input channels."""
+    """Return the preprocessing of a model with the given number of input channels.
+
+    The weight file's preprocessing is used if it has this number of channels. Otherwise, ``pixels``
+    is adapted to it.
+    """
     own = source.preprocessing if source else None
     if own and channels_of(own.format) == channels:
         return own
@@ -337,7 +341,10 @@ def create_backbone(
 def examine_weights(
     weights: str | Path | None, family: str | None, **choice: Unpack[Choice]
 ) -> Source | None:
-    """Examine a model's weight file, or return None if no weights are specified."""
+    """Read a model's weight file and detect its network; see :func:`examine`.
+
+    If no weights are specified, return None.
+    """
     if weights is not None:
         path, family = locate_weights(weights, family)
         return examine(path, family, **choice)

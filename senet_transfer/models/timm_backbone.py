@@ -65,7 +65,8 @@ class TimmBackbone(Backbone):
         self._out_features = list(out_features or ["res5"])
         if POOLED in self._out_features and len(self._out_features) > 1:
             raise UserError(
-                f"out_features is {self._out_features}; expected feature maps or only {POOLED!r}."
+                f"out_features is {self._out_features}, but {POOLED!r} can't be combined with "
+                f"other names. Pass the names of feature maps, or only {POOLED!r}."
             )
         net: Any = import_timm().create_model(
             model_name.removeprefix(PREFIX), num_classes=0, in_chans=in_channels
@@ -95,7 +96,7 @@ class TimmBackbone(Backbone):
             self._check_sizes(in_channels)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Map ``(N, in_channels, H, W)`` to features by name."""
+        """Map ``(N, in_channels, H, W)`` to a dictionary from feature name to feature map."""
         if not self._maps:
             return {POOLED: self.net(x).flatten(1)[:, :, None, None]}
         found = self.net.forward_intermediates(
@@ -109,7 +110,7 @@ class TimmBackbone(Backbone):
         return {name: self._shapes[name] for name in self._out_features}
 
     def _check_sizes(self, in_channels: int) -> None:
-        """Raise UserError unless each feature map has the image's size divided by its stride."""
+        """Raise a UserError if a feature map's size is not the image size divided by the stride."""
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         empty = {name: tensor.to("meta") for name, tensor in tensors.items()}
         images = torch.empty(1, in_channels, _SIDE, _SIDE, device="meta")
@@ -167,11 +168,11 @@ def _feature_maps(model_name: str, net: Any) -> dict[str, dict[str, Any]]:
 
 
 def _stage_numbers(net: nn.Module, maps: list[dict[str, Any]]) -> dict[str, int]:
-    """Return the stage number of each module by path, or an empty dict if it is unknown.
+    """Return the stage number of each module by path, or an empty dict if the stages are unknown.
 
     timm names the module that produces each feature map, and a network's modules are in computation
     order. The stem ends with the last feature map that has a smaller stride than res2. If there is
-    none, the stem ends before the module that produces res2.
+    no such feature map, the stem ends before the module that produces res2.
     """
     paths = [path for path, _ in net.named_modules() if path]
 

@@ -111,7 +111,7 @@ class _DType:
 
 
 def _dtype(code: Any, *_: Any) -> "_DType | Placeholder":
-    """Return a dtype of numbers or text, or a placeholder for objects, dates and structures."""
+    """Return the dtype for a type code, or a placeholder unless it is a number or text type."""
     if isinstance(code, str) and re.fullmatch(r"[<>|=]?[biufcSU]\d{0,9}", code):
         return _DType(code)
     return Placeholder("numpy.dtype")
@@ -128,7 +128,7 @@ def _array(
         return Placeholder(UNREAD_ARRAY)
     raw, shape = raw.encode("latin-1") if isinstance(raw, str) else raw, check_sizes(shape)
     if not isinstance(dtype, _DType) or type(raw) is not bytes:
-        raise ValueError("an array has no valid dtype or no bytes")
+        raise ValueError("an array has an invalid dtype, or its data are not bytes")
     if math.prod(shape) * dtype.value.itemsize != len(raw):
         raise ValueError(f"an array of shape {shape} ({dtype.value}) has {len(raw)} bytes of data")
     array = np.frombuffer(raw, dtype.value).reshape(shape, order="F" if order == "F" else "C")
@@ -148,7 +148,10 @@ def _encode(text: str, codec: str = "latin1") -> bytes:
 
 
 def _reconstructed(kind: Any, _base: Any = None, state: Any = None) -> Any:
-    """Return an object that protocols 0 and 1 store as a class and, for a dictionary, its items."""
+    """Replace ``copyreg._reconstructor``, which pickle protocols 0 and 1 call to create objects.
+
+    If the object is a dictionary, ``state`` contains its items.
+    """
     if not isinstance(kind, Placeholder):
         return kind
     created = kind()
@@ -193,8 +196,9 @@ _NAMESPACE = re.compile(r"[\w.]+[.]((Simple)?Namespace|(Attr|Attribute|Easy)Dict
 class Placeholder:
     """Inert stand-in for a class or function that is not on the allow-list, and for its results.
 
-    It accepts arguments, items and attributes, but keeps only the name and, for a namespace, the
-    plain values.
+    It can be called, and items can be added to it, but only the name of the class or function is
+    kept. If the class is a namespace such as ``argparse.Namespace``, values of built-in types are
+    kept as well.
     """
 
     __slots__ = ("name", "values")
@@ -432,8 +436,9 @@ def load_plain(
     Args:
         stream: In-memory content of the file, so a wrong length can't cause a large allocation.
         path: Path of the file, for error messages.
-        allowed: Stand-in to call for each name that a pickle may contain. If the returned object
-            has a ``build`` method, this method is called with the pickled state.
+        allowed: Functions that are called in place of the classes and functions in the pickle, by
+            full name. If the returned object has a ``build`` method, this method is called with the
+            pickled state.
         persistent_load: Function that returns the object for a persistent id, such as a storage in
             a torch file; None rejects persistent ids.
 

@@ -18,14 +18,14 @@ class Choice(TypedDict, total=False):
 
     Attributes:
         prefix: Prefix of the network's tensor names; None for a file with a single network.
-        ema: Whether to load the averaged (EMA) weights. None or "auto" does what the project that
-            saved the file would do.
+        ema: Whether to load the averaged (EMA) weights. With None or "auto", the convention of the
+            project that saved the file applies.
         head: "strict", or "ignore" to load only the backbone; see
             :func:`senet_transfer.load_weights`.
         stated: Values that the user has set for fields of :class:`Geometry` (such as the stride
             placement) and :class:`Preprocessing`, by field name.
-        network: Model name, such as "timm/regnety_002", if timm builds the network, so a file from
-            timm contains its state dict. Empty for other networks.
+        network: Model name, such as "timm/regnety_002", if timm builds the network. Files from
+            timm then contain the network's state dict. Empty for other networks.
     """
 
     prefix: str | None
@@ -52,7 +52,7 @@ def kept_keys(cfg: CfgNode) -> tuple[str, ...]:
 
 
 def stated_values(cfg: CfgNode) -> tuple[tuple[str, Any], ...]:
-    """Return the config's values that a weight file must not replace, by field name.
+    """Return the config values that a weight file must not replace, as (field name, value) pairs.
 
     The fields are those of :class:`Geometry` and :class:`Preprocessing`.
     """
@@ -70,7 +70,7 @@ def _kept_values(cfg: CfgNode) -> Iterator[tuple[str, Any]]:
 
 
 def config_choice(cfg: CfgNode) -> Choice:
-    """Return the selection that a config specifies for ``MODEL.WEIGHTS``.
+    """Return the options with which a config selects a network in the file ``MODEL.WEIGHTS``.
 
     Raises:
         UserError: If a value is invalid.

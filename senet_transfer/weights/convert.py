@@ -215,7 +215,7 @@ def _keys_for_detectron2(source: Source) -> list[str]:
 
 
 def _keys_for_images(pixels: Preprocessing | None) -> list[str]:
-    """Return a note about the image reading keys, which other projects' files don't contain."""
+    """Return a note on the config keys for reading images, which the new file can't contain."""
     keys = []
     if pixels and pixels.upright:
         keys.append("INPUT.EXIF apply")

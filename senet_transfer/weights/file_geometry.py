@@ -77,7 +77,7 @@ def examine_config_weights(cfg: CfgNode, weights: str | None = None) -> Source |
         weights: File to use instead of ``MODEL.WEIGHTS``, such as the checkpoint of a resumed run.
 
     Returns:
-        The examined file, or None if the name is empty.
+        The result of :func:`examine`, or None if the name is empty.
 
     Raises:
         UserError: If the file can't be read, or its family is unknown.
@@ -99,19 +99,19 @@ def apply_file_geometry(cfg: CfgNode, weights: str | Source | None = None) -> li
     Call this function before building the model. The keys describe the stride placement, the stem
     pool, the channel order, the mean and std, and the SE layers (biases, rounding of the hidden
     widths, ReLU before the gate). Changes are logged as a table. Keys that the user has set
-    (``MODEL.WEIGHTS_KEEP``), or all keys if ``MODEL.WEIGHTS_PIN`` is True, are not changed.
+    (``MODEL.WEIGHTS_KEEP``), or all keys if ``MODEL.WEIGHTS_PIN`` is True, are never changed.
 
     Args:
         cfg: Config, which is changed in place even if it is frozen.
         weights: File to use instead of ``MODEL.WEIGHTS``, such as the last checkpoint of a resumed
-            run, as a name or an examined file. An empty name changes nothing.
+            run. Either a name or the result of :func:`examine`. If empty, nothing is changed.
 
     Returns:
         The changes made to the config.
 
     Raises:
         UserError: If the file can't be read, its family is unknown, or it specifies values that
-            contradict the user's keys.
+            contradict the keys that must not be changed.
     """
     source = weights if isinstance(weights, Source) else examine_config_weights(cfg, weights)
     changes = _changes(cfg, source) if source else []

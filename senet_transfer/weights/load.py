@@ -130,7 +130,7 @@ def load_source(model: nn.Module, source: Source, *, exact: bool = False) -> Loa
 
     Args:
         model: Backbone, classifier or detector.
-        source: Examined file.
+        source: Weight file, as returned by :func:`~.mapping.source.examine`.
         exact: Whether all tensors must match, including those that depend on the number of classes.
 
     Raises:
@@ -202,7 +202,7 @@ def _check_geometry(source: Source, target: Target) -> None:
 
 
 def pixel_contradictions(file: Preprocessing, model: Preprocessing) -> list[str]:
-    """Return sentences on how a file's channel order, mean and std differ from a model's."""
+    """Return sentences that describe differences in channel order, mean and std."""
     found = []
     for name, key in (
         ("format", "INPUT.FORMAT"),

@@ -207,7 +207,7 @@ def test_a_record_contains_what_is_needed_to_repeat_the_run(finished_run, tmp_pa
 
 
 def test_runs_of_different_settings_are_not_recorded_together(finished_run, tmp_path):
-    """Check a config that was edited after the first run was recorded."""
+    """Check that a second run is rejected if its config was edited after the first was recorded."""
     config = tmp_path / Path(CONFIG).name
     for rate, message in ((0.1, ""), (0.2, "different settings")):
         config.write_text(f"_BASE_: {ROOT / CONFIG}\nSOLVER:\n  BASE_LR: {rate}\n")

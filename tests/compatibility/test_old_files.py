@@ -48,7 +48,7 @@ def expected() -> dict:
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory, run_python) -> Path:
-    """Resume a copy of the old run until it ends, and return its output folder."""
+    """Resume the run in a copy of its folder until training ends, and return the copy."""
     work = tmp_path_factory.mktemp("resumed")
     shutil.copytree(FIXTURES / "run", work / "run")
     draw_images(work / "images")
@@ -163,7 +163,7 @@ def test_every_old_config_key_keeps_its_default():
 
 @pytest.fixture(scope="module")
 def interface(tmp_path_factory, run_python) -> dict:
-    """Return the public names of 394ad59 that can't be imported, and all commands' help texts."""
+    """Return the help texts of all commands, and the old public names that can't be imported."""
     output = tmp_path_factory.mktemp("interface") / "found.json"
     script = "tests/compatibility/dump_interface.py"
     done = run_python(script, FIXTURES / "public_names.json", output)

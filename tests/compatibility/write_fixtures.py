@@ -135,7 +135,7 @@ INPUT:
 
 
 def call(*words: object, folder: Path, status: int = 0, **environment: str) -> None:
-    """Run Python in a folder and check its exit status."""
+    """Run a Python command in a folder, and check the exit status of the command."""
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     line = [sys.executable, *(str(word) for word in words)]
     done = subprocess.run(line, cwd=folder, env=variables, capture_output=True, text=True)
@@ -151,14 +151,14 @@ def train_words() -> list[str]:
 
 
 def results(run: Path) -> dict:
-    """Return the sums of a run's final tensors and of its averaged tensors."""
+    """Return the sum of each tensor in a run's final weights and in their moving average."""
     names = {"model": "model_final.pth", "ema": "model_ema.pth"}
     found = {key: torch.load(run / name, weights_only=True) for key, name in names.items()}
     return {key: tensor_sums(checkpoint["model"]) for key, checkpoint in found.items()}
 
 
 def write_run(work: Path) -> dict:
-    """Train one run to the end and stop another one early; keep the output of the stopped run."""
+    """Save the output folder of an interrupted run, and return the results of a complete run."""
     draw_images(work / "images")
     words = train_words()
     call(*words, folder=work)
@@ -210,7 +210,11 @@ def pixel_values(model: torch.nn.Module) -> tuple:
 
 
 def write_detector_config(work: Path) -> dict:
-    """Train the demo's smoke-test config, keep its config.yaml, and return the expected values."""
+    """Run the smoke test of the demo detector, and copy the run's config.yaml to the fixtures.
+
+    Returns:
+        The expected config keys and the expected number of parameters.
+    """
     environment = {"DETECTRON2_DATASETS": "datasets"}
     words = ["--output", "datasets/shapes", "--train", "8", "--val", "4"]
     call(ROOT / "datasets/prepare_shapes.py", *words, folder=work)
@@ -266,7 +270,7 @@ def _is_own(module, name: str, value: object) -> bool:
 
 
 def write_interface(work: Path) -> None:
-    """Write public names, help texts, config names and default values."""
+    """Write the fixtures of the public interface: names, help texts, configs and default values."""
     path, output = FIXTURES / "public_names.json", work / "interface.json"
     path.write_text(json.dumps(public_names(), indent=1) + "\n")
     call(ROOT / "tests/compatibility/dump_interface.py", path, output, folder=ROOT)
@@ -296,7 +300,8 @@ def main() -> None:
     (FIXTURES / "empty.yaml").unlink()
     (FIXTURES / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
     text = (
-        f"Written by `write_fixtures.py` with the code of commit {COMMIT}. Keep them as they are.\n"
+        f"These fixtures were written by `write_fixtures.py` with the code of commit {COMMIT}. "
+        "Do not change them.\n"
     )
     (FIXTURES / "README.md").write_text(text)
 

@@ -1,4 +1,4 @@
-"""Tests for train/val/test splits and folds: properties on random data, and written files."""
+"""Property-based tests for train/val/test splits and folds, and tests of the written files."""
 
 import csv
 import itertools
@@ -30,7 +30,12 @@ repeated = settings(derandomize=True, deadline=None, database=None, max_examples
 
 
 def by_class(sizes, group=1):
-    """Return images with one class each, in groups of equal size; classes are interleaved."""
+    """Return the single class of each image, by file name. Consecutive images alternate in class.
+
+    Args:
+        sizes: Number of groups of each class.
+        group: Number of images per group.
+    """
     names = [(number, label) for label, size in enumerate(sizes) for number in range(size * group)]
     return {f"v{n // group}_{label}_{n}": [f"c{label}"] for n, label in sorted(names)}
 
@@ -114,7 +119,7 @@ def test_single_frames_and_frames_of_videos_are_kept_together(caplog):
     part_of = split_images(images, Split(val=0.25, group_by=r"cam\d+"))
     for video in range(4):
         assert len({part_of[f"cam{video}/{frame}.jpg"] for frame in range(3)}) == 1
-    assert "doesn't match 1 of 13 file names, which are not grouped: cover.jpg" in caplog.text
+    assert "doesn't match 1 of 13 file names. These images are not grouped: cover" in caplog.text
 
 
 @pytest.mark.parametrize(

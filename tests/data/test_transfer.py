@@ -1,4 +1,4 @@
-"""Tests for transferring batches to a device: on a CPU with a recorder, and on a GPU."""
+"""Tests of batch transfer to a device, with a stand-in for a CUDA stream and on a GPU."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ CPU = torch.device("cpu")
 
 
 class Recorder:
-    """Stand-in for a CUDA stream. It records copies and waits, and returns negated copies."""
+    """Stand-in for a CUDA stream that records copies and waits. Copies have negated values."""
 
     def __init__(self):
         self.copied, self.joined = [], []
@@ -69,7 +69,10 @@ def test_tensors_on_a_device_are_not_copied():
 
 @pytest.mark.gpu
 def test_on_a_gpu_computations_wait_for_the_copies():
-    """Transfer batches while the GPU is busy. Free each one at once to provoke memory reuse."""
+    """Check the values of batches that are transferred while the GPU is busy.
+
+    Each batch is freed immediately, to detect whether the allocator reuses its memory too early.
+    """
     device = torch.device("cuda")
     transfer = Transfer(device)
     large = torch.randn(2048, 2048, device=device)

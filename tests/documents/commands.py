@@ -35,7 +35,8 @@ NOT_RUN = {
     r"python tools/benchmark\.py gpu.*": "needs a GPU; test_benchmark_gpu.py runs all its code",
     r"senet (push|predict --weights hf-hub:).*": "needs the Hub; test_hub.py imitates its server",
     r"senet predict --weights COCO-.*": "downloads a detector; test_load.py imitates the server",
-    r"senet (data (import|split|show)|completion|features|predict|probe)": "is a command's name",
+    r"senet data (check|imagenet|import|manifest|split|show)": "is a command's name",
+    r"senet (completion|features|predict|probe|sweep)": "is a command's name",
     r"python .* configs/keypoint_rcnn.*": "needs COCO's keypoints; test_instant.py uses shapes",
     r"senet train --config-file lazy.py.*": "needs COCO; test_lazy_config.py trains on shapes",
     r"results/run\.sh .*": "trains for hours; test_records.py checks the configs and options",
@@ -159,7 +160,7 @@ class Command:
 
     @property
     def to_run(self) -> list[str]:
-        """Words of the command after all rules have been applied."""
+        """Words of the command that the tests run, with the replacements in RULES applied."""
         words = self.words
         for rule in RULES:
             words = rule.apply(words)
@@ -167,7 +168,10 @@ class Command:
 
     @property
     def form(self) -> str:
-        """Command without model name and GPU count; it is equal for all configs of a task."""
+        """Command without the GPU count, and with only the first word of the config name.
+
+        Commands that differ only in these parts have the same form.
+        """
         line = re.sub(r"configs/([a-z0-9]+)_\w+\.yaml", r"\1", " ".join(self.words))
         return re.sub(r"(--num-gpus|--nproc-per-node) \d+", r"\1", line)
 

@@ -35,7 +35,7 @@ TINY = "datasets/shapes/annotations/instances_tiny.json"
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Return environment variables that select this Python, this checkout and the sandbox."""
+    """Return environment variables for running this checkout with this Python in the sandbox."""
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     kept = {k: v for k, v in os.environ.items() if k not in ("DETECTRON2_DATASETS", "MAKEFLAGS")}
     return {**kept, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
@@ -257,7 +257,10 @@ def _detector_runs(root: Path) -> None:
 
 
 def _documents(root: Path) -> None:
-    """Copy configs/README.md, without its tables, and the script that writes them."""
+    """Copy the configs and the files that ``tests/test_documents.py`` needs to update documents.
+
+    configs/README.md has no tables, so that the command must write them.
+    """
     (root / "configs").unlink()
     shutil.copytree(ROOT / "configs", root / "configs")
     for name in ("tests/test_documents.py", "CONTRIBUTING.md"):

@@ -51,7 +51,7 @@ class WarmPython:
 
 
 def _become(words: list[str], printed: list[str]) -> None:
-    """Run ``python WORDS`` in this process, with a time limit."""
+    """Run a Python command line in this process, which is terminated after ``LIMIT`` seconds."""
     signal.alarm(LIMIT)
     for descriptor, path in enumerate([os.devnull, *printed]):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), descriptor)

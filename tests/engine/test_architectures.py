@@ -63,7 +63,7 @@ def forgotten():
 
 @pytest.fixture
 def options(tmp_path):
-    """Return a function that returns the options of a one-iteration run on the data set "drawn"."""
+    """Return a function that returns options for training one iteration on drawn images."""
 
     def make(*flags: str, **keys: str):
         keys = {**SMALL, "OUTPUT_DIR": str(tmp_path / "run"), "DATASETS.TRAIN": "('drawn',)",
@@ -247,7 +247,7 @@ def evaluate(keys: dict[str, str], outputs: list[dict], images, tmp_path) -> dic
 
 
 def truth(images, *, rotated: bool = False, first: int = 0) -> list[dict]:
-    """Return perfect predictions, except that the first images have no objects."""
+    """Return the ground truth as predictions, without objects in the first ``first`` images."""
     outputs = []
     for index, image in enumerate(images):
         boxes = torch.tensor(image.boxes, dtype=torch.float32)

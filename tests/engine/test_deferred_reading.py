@@ -1,6 +1,7 @@
-"""Tests for reading losses only every 20 steps, as on a GPU. These tests run on a CPU.
+"""Tests that training can read the losses only every 20 steps, as it does on a GPU.
 
-The run must be bit-for-bit equal to one that reads the losses after each step.
+The tests run on a CPU. Each run must be bit-for-bit equal to one that reads the losses after each
+step.
 """
 
 import json

@@ -36,7 +36,10 @@ def outputs_and_gradients(model: torch.nn.Module, images: torch.Tensor) -> dict[
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
 @pytest.mark.parametrize("name", ["se_resnet18", "se_resnet50", "se_mobilenet"])
 def test_features_and_gradients_equal_those_of_the_cpu(name, norm, layout):
-    """Compare in float64, for which the GPU uses only PyTorch's operators."""
+    """Compare a backbone on the GPU with its copy on the CPU, in float64.
+
+    In float64, the GPU uses PyTorch's operators instead of the fused kernels.
+    """
     torch.manual_seed(0)
     stages = ["res2", "res3", "res4", "res5"]
     on_cpu = create_backbone(name, out_features=stages, norm=norm).double()
@@ -60,7 +63,10 @@ def test_features_and_gradients_equal_those_of_the_cpu(name, norm, layout):
     ],
 )
 def test_fused_features_and_gradients_equal_those_of_the_cpu(name, norm, layout):
-    """Check that float32 errors are about as small as those of PyTorch's own operators."""
+    """Compare the errors of the fused operators with those of PyTorch's operators.
+
+    The errors of float32 outputs and gradients are relative to a float64 computation on the CPU.
+    """
     torch.manual_seed(0)
     # Open gates would hide errors, because they hardly depend on their input.
     net = create_backbone(name, norm=norm, se_init="random")

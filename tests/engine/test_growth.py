@@ -50,7 +50,7 @@ def usage() -> tuple[int, int]:
 
 
 def assert_flat(seen: Sequence[tuple[int, int]]) -> None:
-    """Assert that usage doesn't grow steadily. A single increase by the allocator is allowed."""
+    """Assert that memory and open files don't grow steadily. One jump in memory is allowed."""
     memory, files = zip(*seen, strict=True)
     growth = [after - before for before, after in itertools.pairwise(memory)]
     assert min(growth) * len(growth) < GROWTH, f"{[f'{part / 1e6:.1f} MB' for part in growth]}"
@@ -69,7 +69,7 @@ def tree(tmp_path):
 
 @pytest.fixture
 def loader(tree, tmp_path, request):
-    """Return a training data loader for the parameters: kind of data and number of workers."""
+    """Return a training data loader for the given kind of data and number of workers."""
     kind, workers = request.param
     if kind == "memory":
         images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)

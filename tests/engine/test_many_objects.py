@@ -17,7 +17,7 @@ from senet_transfer.engine.trainer import Trainer
 
 @pytest.fixture
 def dense(shared_data, command):
-    """Return an evaluation function for perfect detections, and the annotation file's path."""
+    """Return a function that evaluates perfect detections, and the path of their annotations."""
     folder = shared_data.parent / "cases" / "detection" / "dense"
 
     def evaluate(limit: str, *, output_dir) -> dict:

@@ -113,7 +113,7 @@ def asynchronous(monkeypatch):
 
 
 def waits_of_steps(trainer, waits):
-    """Return the number of waits in each training step, including those of hooks, by operator."""
+    """Return the number of waits for the device per training step, including hooks, by operator."""
     found = []
     with EventStorage() as trainer.storage:
         trainer.start_iter = 0
@@ -197,7 +197,7 @@ def test_a_cifar_network_waits_only_in_every_20th_step(tmp_path, asynchronous, d
 
 
 def waits_of_detectors(trainer, kind, waits, **options):
-    """Return the waits in three steps on the same batch with a trainer of class ``kind``."""
+    """Train for three steps on the same batch, and return the waits per step, by operator."""
     batch = next(iter(trainer._trainer.data_loader))
     model = copy.deepcopy(trainer.model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0025, momentum=0.9, fused=True)

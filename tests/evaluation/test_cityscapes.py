@@ -19,7 +19,10 @@ STEM = "aachen_000000_000019"
 
 @pytest.fixture
 def city(tmp_path, monkeypatch):
-    """Write annotations in Cityscapes' layout; yield their label ids, instance ids and record."""
+    """Write the annotations of one image in Cityscapes' layout.
+
+    Yield its label ids, its instance ids, and a dict with its ``file_name``.
+    """
     ids = np.full((64, 128), ROAD, np.uint8)
     ids[:20] = SKY
     ids[30:50, 20:60] = CAR

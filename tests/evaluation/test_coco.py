@@ -62,7 +62,10 @@ def truth(tmp_path_factory):
 
 
 def predictions(truth: list[dict], masks: bool) -> list[tuple[dict, dict]]:
-    """Return displaced and false detections with tied scores, more than 100 in some images."""
+    """Return shifted ground truth and random false detections, with tied scores.
+
+    Some images have more than 100 detections.
+    """
     draw = np.random.default_rng(1)
     found = []
     for image in range(1, IMAGES + 1):

@@ -1,4 +1,4 @@
-"""Tests that metrics do not depend on ids, even on ids that pycocotools cannot handle."""
+"""Tests that metrics don't depend on the values of ids, even if pycocotools can't handle them."""
 
 import copy
 import json
@@ -33,7 +33,10 @@ RANGES = (
 
 
 class Drawn:
-    """Random predictions and ground truth, with ids from 1 to N and with unusual ids."""
+    """Random predictions, and the same random ground truth with two numberings.
+
+    In ``plain``, the ids are 1 to N; in ``hostile``, they are unusual, such as negative or huge.
+    """
 
     def __init__(self, seed: int):
         self.draw = np.random.default_rng(seed)
@@ -188,7 +191,7 @@ def evaluated(tmp_path, monkeypatch):
 
 
 def compared(drawn: Drawn, evaluated) -> int:
-    """Compare all metrics with pycocotools; return how many are neither -1, 0 nor 1."""
+    """Compare all metrics with those of pycocotools, and count those other than -1, 0 and 1."""
     plain = dict(enumerate(drawn.outputs, 1))
     hostile = dict(zip(drawn.image_ids, drawn.outputs, strict=True))
     expected = evaluated(COCOEvaluator, drawn.plain, plain)
@@ -263,7 +266,10 @@ def from_1(data: dict) -> dict:
 
 
 def displaced(data: dict) -> dict:
-    """Return predictions by image id: displaced objects, some missing or with another class."""
+    """Return detections with typical errors, by image id.
+
+    The boxes are shifted at random. Some objects are missing, and some have a random class.
+    """
     draw = np.random.default_rng(0)
     classes = {key: n for n, key in enumerate(sorted(item["id"] for item in data["categories"]))}
     outlined = any(item.get("segmentation") for item in data["annotations"])

@@ -54,7 +54,7 @@ SLOW_ROUND_TRIPS = [
 
 
 def _again(package, name):
-    """Build a package's network with different weights, for tests that load a file into it."""
+    """Build another package's network with different random weights than the converted one."""
     return peer(package, name, seed=7)
 
 

@@ -144,7 +144,10 @@ def test_exporting_preserves_the_models_device_and_mode(classifier, tmp_path, mo
 
 
 def with_statistics(model: nn.Module, side: int) -> nn.Module:
-    """Compute norm statistics on random images, because arbitrary ones amplify rounding errors."""
+    """Set the running statistics of all norms from random images, and return the model.
+
+    Arbitrary statistics would amplify rounding errors.
+    """
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0

@@ -37,7 +37,7 @@ def images(tmp_path_factory) -> CalibrationImages:
 
 @pytest.fixture(scope="module")
 def exported(images, tmp_path_factory) -> Path:
-    """Fit a classifier's linear layer to the three colours, and export the classifier."""
+    """Export a classifier whose linear layer is fitted to the classes of ``images``."""
     model = randomised(create_classifier("se_cifar_resnet8", num_classes=3))
     with_statistics(model, 32)
     batch = torch.from_numpy(np.concatenate(list(images.batches(images.paths()))))

@@ -59,7 +59,7 @@ class Work:
     def start(
         self, *flags: str, harm: Callable[[], None] | None = None, **environment: str
     ) -> multiprocessing.Process:
-        """Start a process that calls ``harm`` (a module-level function) and then the script."""
+        """Start a process that calls the module-level function ``harm``, then runs the script."""
         words = [*flags, *self.words, "OUTPUT_DIR", str(self.folder)]
         process = _forks.Process(target=_run, args=(words, str(self.log), harm, environment))
         process.start()

@@ -43,7 +43,7 @@ pytestmark = pytest.mark.faults
 
 @pytest.fixture(autouse=True)
 def scratch(tmp_path, monkeypatch):
-    """Set SCRATCH to a folder that all examples of a test share."""
+    """Set SCRATCH to a folder that all Hypothesis examples of a test share."""
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(f"{__name__}.SCRATCH", tmp_path / "scratch")
 

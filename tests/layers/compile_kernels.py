@@ -32,7 +32,7 @@ HALVED = {"channels_last": {"BP": 16}, "contiguous": {"BC": 1}}
 GATES = {"GATE": True, "BIAS": True, "ACT": "sigmoid", "BR": 64}
 NO_GATES = {"GATE": False, "BIAS": False, "ACT": "", "BR": 1}
 
-# Kernel name, names of absent pointers (without ``_ptr``), and constants.
+# Kernel name, names of the pointers passed as None (without ``_ptr``), and constexpr arguments.
 TILED = [
     (
         "moments",
@@ -100,8 +100,8 @@ def compile_kernel(name: str, missing: str, constants: dict, warps: int, maps: s
 
     Args:
         name: Name of the kernel.
-        missing: Names of absent pointers, without ``_ptr``.
-        constants: Values of the kernel's constants, except ACC.
+        missing: Names of the pointers passed as None, without the suffix ``_ptr``.
+        constants: Values of the kernel's ``tl.constexpr`` arguments, except ``ACC``.
         warps: Number of warps per program.
         maps: Triton's name for the dtype of the feature maps, such as "bf16".
     """

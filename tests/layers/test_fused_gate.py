@@ -118,7 +118,7 @@ def test_gradients_equal_finite_differences(norm, node, few, monkeypatch):
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("learns", ["all", "all but x", "the gate", "x"])
 def test_small_and_large_maps_have_the_same_gradients(layout, count, learns, monkeypatch):
-    """Check different combinations of trainable and frozen parameters and inputs."""
+    """Compare both implementations with autograd, for several choices of trainable tensors."""
     ours, theirs = both("FrozenBN")
     x, y = maps(layout, n=count)
     for model in (ours, theirs):
@@ -253,7 +253,10 @@ def test_a_second_derivative_is_an_error_and_not_wrong():
 @pytest.mark.parametrize(("name", "plain"), [("se_resnet50", "resnet50")])
 @pytest.mark.long
 def test_training_saves_at_most_2_percent_more_than_without_gates(name, plain, norm):
-    """Compare bytes saved for backward; unfused multiplication would save 20 to 50% more."""
+    """Compare the bytes that backbones with and without SE save for the backward pass.
+
+    An unfused multiplication with the gate would save 20 to 50% more than the network without SE.
+    """
     kept = {}
     for model in (name, plain):
         backbone = create_backbone(model, norm=norm).train()

@@ -97,7 +97,10 @@ def test_the_kernels_in_the_interpreter(tests):
 
 
 class End(nn.Module):
-    """End of a block: norm, gate, sum and ReLU, each optional, with or without fusion."""
+    """End of a residual block: norm, SE gate, addition of the shortcut, and ReLU, each optional.
+
+    If ``plain`` is True, the operations are not fused.
+    """
 
     def __init__(self, channels: int, norm: str = "BN", gate: str = "sigmoid", **options):
         super().__init__()
@@ -392,7 +395,10 @@ def test_running_statistics_over_several_steps():
 
 @runs_kernels
 def test_tensors_that_a_hook_copies_until_the_backward_pass():
-    """Check hooks such as ``torch.autograd.graph.save_on_cpu``, whose copies are contiguous."""
+    """Compare with PyTorch's operators if a hook replaces saved tensors by contiguous copies.
+
+    An example of such a hook is ``torch.autograd.graph.save_on_cpu``.
+    """
     maps = [draw((2, 6, 3, 4), DOUBLE, True, seed) for seed in (1, 2)]
     with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.contiguous, lambda kept: kept):
         check(End(6), maps)
@@ -483,7 +489,7 @@ def test_the_end_of_a_pre_activation_block(shape, gate, norm):
 @runs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 def test_lower_precision_of_a_pre_activation_block(dtype):
-    """Check that norm statistics are those of the rounded sum, as in PyTorch."""
+    """Check that the norm computes its statistics from the rounded sum, as in PyTorch."""
     maps = [draw((3, 8, 6, 5), dtype, True, seed) for seed in (1, 2)]
     model = PreAct(8, "BN", "sigmoid")
     model.dtype = dtype
@@ -506,7 +512,7 @@ def test_one_of_the_outputs_of_a_pre_activation_block_is_unused(unused):
 
 
 class Branch(nn.Module):
-    """Last convolution of a residual branch, with the end of the block."""
+    """Last convolution of a residual branch, followed by the same operations as in ``End``."""
 
     def __init__(
         self,
@@ -676,7 +682,7 @@ def test_exported_it_computes_the_same(name):
 @runs_kernels
 @every_model
 def test_the_operators_pass_pytorch_s_checks(name, monkeypatch):
-    """Run ``opcheck`` on schema, fake implementation, registered gradient and AOT dispatch."""
+    """Check the schema, fake implementation, gradient and AOT dispatch with ``opcheck``."""
     calls = []
     for operator in ("norm_gate_add", "conv_gate_add", "gate_add_norm"):
         defined = getattr(operators, operator)
@@ -804,7 +810,7 @@ def test_gradients_of_two_processes_are_averaged(tmp_path):
 @runs_kernels
 @pytest.mark.parametrize("norm", NORMS[:3])
 def test_a_gate_saves_no_additional_feature_map(norm):
-    """Compare the bytes that autograd saves with those of a plain block without a gate."""
+    """Compare the size of autograd's saved tensors with that of a block without a gate."""
     inputs = draw((2, 4, 24, 24), DOUBLE, False, 1).requires_grad_()
     shortcut = draw((2, 8, 24, 24), DOUBLE, False, 2).requires_grad_()
     kept = {}
@@ -822,7 +828,11 @@ def test_a_gate_saves_no_additional_feature_map(norm):
 @runs_kernels
 @pytest.mark.parametrize("norm", NORMS[:3])
 def test_a_gate_saves_its_input_in_a_pre_activation_block(norm):
-    """Check saved tensors: the output, the norm's input (unless frozen) and the gate's input."""
+    """Check which feature maps are saved for the backward pass, and the memory that they use.
+
+    With a gate, its input is saved in addition to the output and, if the norm is not frozen, the
+    sum.
+    """
     shape = (2, 8, 24, 24)
     kept, saved = {}, {}
     for name, gate in (("plain", ""), ("fused", ""), ("gated", "sigmoid")):
@@ -929,7 +939,7 @@ FAST = {
 
 
 def check_all() -> None:
-    """Check two models that together use every term in every kernel."""
+    """Run :func:`check` on two models that together need every term of every kernel."""
     for shape, last in (((2, 5, 3, 4), False), ((2, 66, 7, 10), True)):
         maps = [draw(shape, DOUBLE, last, seed) for seed in (1, 2)]
         launch._plan.cache_clear()
@@ -938,7 +948,10 @@ def check_all() -> None:
 
 
 def mutated_kernels(name: str, folder: Path) -> object:
-    """Load the kernel module with a mutation, from a temporary file."""
+    """Return a copy of the kernel module in which a mutation changes one expression.
+
+    The changed source is written to a temporary file and imported from there.
+    """
     from senet_transfer.layers.fused import kernels
 
     old, new = MUTATIONS[name]
@@ -1189,7 +1202,10 @@ class FakeKernel:
 
 
 def test_a_kernel_is_compiled_once_for_each_key_and_flags(monkeypatch):
-    """Check that later launches pass addresses, numbers and flags in the kernel's order."""
+    """Check that a launch with a known key and flags reuses the compiled kernel.
+
+    The compiled kernel receives the tensor's address, the number and the flag, in this order.
+    """
     monkeypatch.setattr(launch, "_COMPILED", {})
     kernel, x = FakeKernel(), torch.zeros(4)
     for key, size, flag in (("a", 5, True), ("a", 7, True), ("a", 7, False), ("b", 7, True)):

@@ -172,7 +172,7 @@ def test_preprocessing_equals_that_of_the_pretrained_weights():
         ("timm/test_vit", {}, "have the strides 16; expected 4, 8, 16 and 32"),
         ("timm/test_coatnet", {}, "only accepts images of"),
         ("timm/regnety_02", {}, "Did you mean .*timm/regnety_002"),
-        ("timm/resnet18.xyz", {}, "Invalid pretrained tag .* It has: .*resnet18.a1_in1k"),
+        ("timm/resnet18.xyz", {}, "Invalid pretrained tag .* Available: .*resnet18.a1_in1k"),
         ("timm/test_resnet", {"norm": "GN"}, "The norm is GN"),
         ("timm/test_resnet", {"freeze_at": 6}, "freeze_at is 6"),
         ("timm/test_resnet", {"out_features": ["stem"]}, "expected a list of names from: res2"),

@@ -1,4 +1,4 @@
-"""Tests for the GPU benchmark: targets, processes, packing, and a dry run of all its code."""
+"""Tests for the GPU benchmark: targets, subprocesses, the archive, and a dry run of all parts."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def test_the_document_lists_every_target():
 
 @pytest.fixture
 def parts(monkeypatch):
-    """Return a function that makes the benchmark run the given functions as its parts."""
+    """Return a function that replaces the parts of the benchmark with the given functions."""
 
     def use(**functions):
         module = types.ModuleType("benchmark.gpu.fakes")

@@ -28,17 +28,17 @@ import yacs.config
 
 
 class Mode(enum.Enum):
-    """Enum like those in training scripts."""
+    """Enum, which training scripts may save in a checkpoint."""
 
     TRAIN = "train"
     TEST = "test"
 
 
 class Trainer:
-    """Class with a nested class and methods, which training scripts may save."""
+    """Class whose nested class and methods training scripts may save in a checkpoint."""
 
     class Mode(enum.Enum):
-        """Enum as defined inside a class."""
+        """Enum that is defined inside a class."""
 
         TRAIN = "train"
 
@@ -49,7 +49,7 @@ class Trainer:
 
     @classmethod
     def create(cls) -> "Trainer":
-        """Create a trainer."""
+        """Return a new trainer."""
         return cls()
 
 
@@ -160,7 +160,7 @@ class Python2Pickler(pickle._Pickler):
 
 
 def python2_pickle(value: Any, protocol: int = 2) -> bytes:
-    """Return a pickle like those written by Python 2 and NumPy versions of its time."""
+    """Return a pickle as written by Python 2 and NumPy 1."""
     file = io.BytesIO()
     Python2Pickler(file, protocol).dump(value)
     return file.getvalue().replace(b"cnumpy._core.", b"cnumpy.core.")

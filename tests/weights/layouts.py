@@ -126,7 +126,7 @@ def lightning(state: State) -> State:
 
 
 def lightning_averaging(state: State, ema: State) -> State:
-    """Return what Lightning saves with its WeightAveraging callback."""
+    """Return the content of a checkpoint from Lightning's WeightAveraging callback."""
     return lightning(ema) | {
         "current_model_state": state,
         "averaging_state": {"n_averaged": torch.tensor(5)},

@@ -54,7 +54,7 @@ def images(seed: int = 0, size: tuple[int, int] = (64, 96)) -> Tensor:
 
 @torch.no_grad()
 def outputs_of_peer(model: nn.Module, x: Tensor, stages: list[nn.Module] | None = None) -> dict:
-    """Return a network's logits and the outputs of its four stages."""
+    """Return the logits of another project's network and the outputs of its four stages."""
     found: dict[str, Tensor] = {}
     modules = stages or [getattr(model, f"layer{i}") for i in (1, 2, 3, 4)]
     hooks = [
@@ -76,7 +76,7 @@ def outputs_of_ours(model: Classifier, x: Tensor) -> dict[str, Tensor]:
 
 
 def worst(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
-    """Return the largest difference between outputs, relative to each output's largest value."""
+    """Return the maximum of ``max |first - second| / max |first|`` over all outputs."""
     assert first.keys() == second.keys()
     differences = []
     for name, value in first.items():

@@ -27,7 +27,7 @@ def se_r18(tmp_path_factory):
 
 
 def _changed(path, folder, change):
-    """Write a copy of a file whose state dict ``change`` has modified in place."""
+    """Write a copy of a file, after ``change`` has modified the state dict in place."""
     state = torch.load(path, weights_only=True)
     change(state)
     torch.save(state, folder / "changed.pth")
@@ -35,7 +35,7 @@ def _changed(path, folder, change):
 
 
 def _is_filled_from(model, prefix, path):
-    """Return whether a model's backbone has the tensors of a backbone created from the file."""
+    """Return whether a model's backbone equals a backbone with weights from the file."""
     backbone = create_backbone("se_resnet18", weights=path).state_dict()
     state = model.state_dict()
     return all(torch.equal(state[prefix + name], tensor) for name, tensor in backbone.items()

@@ -37,7 +37,10 @@ class Ratio:
 
     @classmethod
     def of(cls, ratios: list[float]) -> "Ratio":
-        """Compute the median and its interval, which is the full range for fewer than 6 values."""
+        """Compute the median of ratios and its confidence interval.
+
+        For fewer than 6 values, the interval is the full range, and its confidence is below 95%.
+        """
         ordered = sorted(ratios)
         skip = _outside(len(ordered))
         return cls(statistics.median(ordered), ordered[skip], ordered[-1 - skip])
@@ -51,7 +54,7 @@ class Ratio:
 
 
 def _outside(count: int) -> int:
-    """Return the number of values at each end to exclude from the median's 95% interval."""
+    """Return the number of lowest and of highest values outside the median's 95% interval."""
     tail, skip = 0.0, 0
     while skip < (count - 1) // 2:
         tail += math.comb(count, skip) / 2**count
@@ -90,7 +93,7 @@ class Comparison:
 
     @property
     def resolved(self) -> bool:
-        """True if there is a control and its interval is within the tolerance."""
+        """True if there is a control and the control's interval is within the tolerance."""
         return self.control is not None and self.ratio(self.control).within(self.tolerance)
 
     def as_dict(self) -> dict[str, Any]:
@@ -157,11 +160,11 @@ def compare(
         baseline: The name of the candidate in the denominator of all ratios.
         control: The name of a candidate that is a second instance of the baseline.
         seconds: The time budget in seconds, excluding the warm-up. The comparison ends after half
-            of this time if the control is within the tolerance. At least ``min_rounds`` are always
-            run.
-        tolerance: The maximum distance of the control's interval from 1.
+            of this time if the control is within the tolerance. At least ``min_rounds`` rounds are
+            always run.
+        tolerance: The tolerance around 1 for the confidence interval of the control's ratio.
         warm_up: The number of calls of each candidate before the first round.
-        min_rounds: The minimum number of rounds. A 95% interval requires 6.
+        min_rounds: The minimum number of rounds. A 95% confidence interval requires 6.
         pairs: Pairs of candidates whose ratio (first over second) is also reported.
         profile: If True, profile the time and memory of each candidate in one additional call, and
             add the profile to the notes.

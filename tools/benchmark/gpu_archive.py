@@ -113,7 +113,7 @@ def check_wheels(folder: Path) -> None:
         if not _is_known(Requirement(requirement), known)
     ]
     if problems:
-        raise PackError(f"Packages are missing in PACKED or PROVIDED: {'; '.join(problems)}.")
+        raise PackError(f"Some packages are in neither PACKED nor PROVIDED: {'; '.join(problems)}.")
 
 
 def _runs(tag: str) -> bool:

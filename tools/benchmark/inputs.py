@@ -1,4 +1,4 @@
-"""Benchmark ``loader``: JPEG training batches, compared with torchvision and webdataset."""
+"""Benchmark ``loader``: speed of loading JPEG images, compared with torchvision and webdataset."""
 
 import contextlib
 import itertools

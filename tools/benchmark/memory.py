@@ -63,7 +63,7 @@ def _allocations(profile: torch.profiler.profile) -> Iterable[int]:
 
 
 def highest_sum(steps: Iterable[int]) -> int:
-    """Return the largest partial sum of the steps, or 0 if none is positive."""
+    """Return the maximum of the running sum of ``steps``, but at least 0."""
     total = highest = 0
     for step in steps:
         total += step

@@ -72,7 +72,7 @@ def trained(model: nn.Module, device: str = "cpu") -> nn.Module:
 
 
 def measure_block(options: Options) -> Iterator[Row]:
-    """Measure a bottleneck block in each stage: step time, and memory saved for backward."""
+    """Measure the step time of a bottleneck block per stage, and the size of its saved tensors."""
     for norm in ("BN", "FrozenBN"):
         for stage, (width, side) in enumerate(((64, 56), (128, 28), (256, 14), (512, 7)), start=2):
             x = torch.randn(8, 4 * width, side, side, device=options.device, requires_grad=True)
@@ -105,7 +105,7 @@ def detection_backbone(name: str, device: str = "cpu", fused: str | bool = "auto
 
 
 def measure_backbone(options: Options) -> Iterator[Row]:
-    """Measure a detection backbone: step time, and memory saved for backward."""
+    """Measure the step time of a detection backbone, and the size of its saved tensors."""
     images = torch.randn(2, 3, 320, 480, device=options.device)
     names = {"plain": "resnet50", "plain again": "resnet50", "SE": "se_resnet50"}
     backbones = {key: detection_backbone(name, options.device) for key, name in names.items()}

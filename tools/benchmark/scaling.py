@@ -31,7 +31,7 @@ BATCH = 8
 
 
 def measure_scaling(options: Options) -> Iterator[Row]:
-    """Measure training with 1 and 2 processes, peak memory, and waiting time in evaluation."""
+    """Measure data-parallel training, peak memory, and the time an evaluation waits for images."""
     if options.device == "cpu":
         yield _processes(options)
     yield from _memory(options)

@@ -87,8 +87,9 @@ def engine_loop(
 
     Args:
         name: Name of the network.
-        data_file: Prepared file of small images, or other data if ``keys`` contains the settings
-            for the data. Logs are written to the file's folder.
+        data_file: Training data: a file of 32x32 images, as written by ``senet data cifar``, or
+            other data if ``keys`` contains its input settings. Logs are written to the parent
+            folder.
         batch_size: Number of images per step.
         device: Device of the network and the images.
         steps: Number of steps per call. Metrics are written in the last step.
@@ -184,7 +185,7 @@ def measure_engine(options: Options) -> Iterator[Row]:
 
 
 def measure_augment(options: Options) -> Iterator[Row]:
-    """Measure sampling, augmentation and normalisation for batches of 128 CIFAR-sized images."""
+    """Time sampling, augmentation and normalisation for batches of 128 CIFAR-sized images."""
     data, batches = random_images(50_000), 10
 
     def augmented(augment: CifarAugment) -> Callable[[], None]:

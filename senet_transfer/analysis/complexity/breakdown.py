@@ -32,7 +32,7 @@ class Report:
 
     @property
     def total(self) -> Cost:
-        """Total cost of all parts."""
+        """Total cost of the model."""
         return sum(self.parts.values(), Cost())
 
 
@@ -68,7 +68,10 @@ def report(model: nn.Module, cfg: CfgNode, size: tuple[int, int] | None = None) 
 
 
 class _Whole(nn.Module):
-    """Wrapper for the part of a model that processes whole images, without preprocessing."""
+    """Wrapper for the part of a model that runs once per image, without the preprocessing.
+
+    For a detector, this part is the backbone and the RPN head or the head of a dense detector.
+    """
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -86,7 +89,7 @@ class _Whole(nn.Module):
 
 
 class _Box(nn.Module):
-    """Wrapper for the part of a detector that processes the pooled features of one region."""
+    """Wrapper for a detector's ROI heads. The input is the pooled features of one region."""
 
     def __init__(self, heads: nn.Module):
         super().__init__()

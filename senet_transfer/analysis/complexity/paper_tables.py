@@ -121,7 +121,10 @@ class Compared:
 
     @property
     def gflops_off(self) -> float | None:
-        """Relative difference between counted and published GFLOPs. None if not published."""
+        """Relative difference between counted and published GFLOPs.
+
+        None if the paper doesn't report GFLOPs.
+        """
         stated = self.row.gflops
         return None if stated is None else self.report.total.macs / (1e9 * stated) - 1
 
@@ -149,7 +152,10 @@ def _without_gates(cost: Cost) -> int:
 
 
 def _inception_resnet_v2(model: nn.Module, found: Report) -> str:
-    """Explain a difference in GFLOPs by the number of residual blocks in published networks."""
+    """Return an explanation of the difference in GFLOPs from the paper.
+
+    Published versions of this network have different numbers of residual blocks.
+    """
     blocks: dict[str, list[float]] = {}
     for name, module in model.named_modules():
         if isinstance(module, InceptionResidualBlock):
@@ -168,7 +174,10 @@ def _inception_resnet_v2(model: nn.Module, found: Report) -> str:
 
 
 def _shufflenet_g3(model: nn.Module, found: Report) -> str:
-    """Explain a difference in GFLOPs by the number of groups in the pointwise convolutions."""
+    """Return an explanation of the difference in GFLOPs from the paper.
+
+    The ShuffleNet paper reports numbers for 2 and for 3 groups in the pointwise convolutions.
+    """
     two, three = (_shufflenet_macs(groups, width) / 1e6 for groups, width in ((2, 200), (3, 240)))
     return (
         "The ShuffleNet paper (Table 1) reports 140 MFLOPs for 2 groups in the pointwise "
@@ -199,10 +208,10 @@ _REASONS: dict[str, Callable[[nn.Module, Report], str]] = {
 
 
 def compare_with_paper(rows: tuple[Row, ...] = ROWS, *, quiet: bool = False) -> list[Compared]:
-    """Count the cost of the networks in the paper's tables.
+    """Count the parameters and operations of the networks in the paper's tables.
 
     Args:
-        rows: The rows to compare with.
+        rows: The table rows whose networks are counted.
         quiet: If True, show no progress bar. The bar is also hidden if stderr isn't a terminal.
     """
     # Some networks appear in several tables. Each is counted only once.

@@ -136,7 +136,10 @@ def _image_views(cfg: CfgNode, loader: Iterable[dict[str, Any]]) -> Iterator[lis
 
 
 def _as_rgb(image: torch.Tensor, image_format: str) -> np.ndarray:
-    """Return an image (C, H, W), or its first three channels, as RGB, uint8 ``(H, W, 3)``."""
+    """Convert an image ``(C, H, W)`` to RGB, uint8 ``(H, W, 3)``, for display.
+
+    If the image has more than three channels, the first three are shown as red, green and blue.
+    """
     channels = image if len(image) >= 3 else image[:1].expand(3, -1, -1)
     rgb = channels[:3].permute(1, 2, 0)
     if len(image) == 3 and image_format not in ("L", "RGB"):

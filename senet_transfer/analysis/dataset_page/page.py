@@ -1,4 +1,4 @@
-"""Writer for the data set page."""
+"""Writer for the HTML page about a data set, as shown by ``senet data show``."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -70,7 +70,7 @@ class _Content:
 
     @cached_property
     def labels(self) -> list[np.ndarray]:
-        """Labels of the images in each data set. For detection data, they are meaningless."""
+        """Labels of the images in each data set. For detection data, all labels are 0."""
         return [split.images.labels() for split in self.splits]
 
     def is_shared(self, group: Duplicates) -> bool:
@@ -200,7 +200,11 @@ def _find_unusual(splits: list[Split], prints: list[Fingerprints]) -> list[Unusu
 
 
 def _sorted_groups(content: _Content) -> list[Duplicates]:
-    """Return the groups to show, starting with those that span several labels or data sets."""
+    """Return the groups of duplicates to show.
+
+    Groups with different labels come first, followed by groups that contain images from both the
+    training and the evaluation data.
+    """
     return sorted(
         content.groups,
         key=lambda group: (not content.is_contradictory(group), not content.is_shared(group)),
@@ -273,7 +277,7 @@ def _anchor_values(content: _Content) -> dict[str, Any] | None:
 
 
 def _kinds(content: _Content) -> list[tuple[str, list[int]]]:
-    """Return each check for unusual annotations, with its number of findings in each data set."""
+    """Return each kind of unusual item as text, with the number of such items per data set."""
     counts = Counter((item.kind, item.split) for item in content.unusual)
     kinds = IMAGE_KINDS if is_classification(content.cfg) else KINDS
     numbers = range(len(content.splits))

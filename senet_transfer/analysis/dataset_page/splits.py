@@ -1,4 +1,4 @@
-"""Config and data sets of the data set page, with access to images, labels and objects."""
+"""Config and data sets that ``senet data show`` describes: their images, labels and objects."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,7 +75,7 @@ class Split:
     objects: Objects | None = None
 
     def name_of(self, index: int) -> str:
-        """Return a short name for an image."""
+        """Return an image's file name in detection, or the end of its path in classification."""
         if self.files:
             return self.files[index].rpartition("/")[2]
         sample = self.images.read_sample(index)
@@ -146,7 +146,7 @@ def open_splits(cfg: CfgNode) -> list[Split]:
 
 
 def read_objects(records: Sequence[dict]) -> Objects:
-    """Collect the objects in Detectron2's records. Rotated boxes become their bounding boxes."""
+    """Collect the objects in dataset dicts. Rotated boxes are replaced by axis-aligned boxes."""
     rows, classes, images = [], [], []
     for index, record in enumerate(records):
         for item in record.get("annotations", ()):

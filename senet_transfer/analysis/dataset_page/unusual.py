@@ -98,7 +98,7 @@ def select(found: Sequence[Unusual], count: int) -> list[Unusual]:
 
 
 def unusual_annotations(objects: Objects, classes: Sequence[str]) -> list[Unusual]:
-    """Find unusual annotations in detection data."""
+    """Return the annotations in detection data that match one of :data:`KINDS`."""
     return [
         *_degenerate(objects, classes),
         *_outside(objects, classes),

@@ -50,7 +50,7 @@ class Excitations:
 
     @property
     def units(self) -> str:
-        """Plural of ``unit``."""
+        """Word for several classes in figures, "classes" or "sizes"."""
         return "sizes" if self.unit == "size" else "classes"
 
 
@@ -88,8 +88,8 @@ def choose_classes(
     missing = [name for name in names if name not in there]
     if missing:
         raise UserError(
-            f"{sample.origin} has no images of {', '.join(missing)}. Classes with "
-            f"images: {first_of(there)}."
+            f"{sample.origin} has no images of {', '.join(missing)}; expected classes "
+            f"that have images, such as {first_of(there)}."
         )
     return {there[name]: name for name in names}
 
@@ -172,7 +172,7 @@ def _batches(
 def _whole_images(
     predictor: Predictor, gates: dict[str, nn.Module], sample: ClassSample
 ) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
-    """Yield the same as :func:`_batches`, but for single images processed by the predictor."""
+    """Yield the label ``(1,)`` and the gate values of each image, using the predictor."""
     with capture_gates(gates) as values:
         for index, label in enumerate(sample.labels()):
             predictor(sample.read_sample(index).path)

@@ -20,7 +20,7 @@ _ALL = "#000000"
 
 
 def channels_to_draw(block: GateStatistics, count: int, *, seed: int = 0) -> np.ndarray:
-    """Select channels uniformly at random, and sort them by their mean over all classes."""
+    """Select channels uniformly at random, and sort them by their mean gate value."""
     mean = block.mean_of_classes
     drawn = np.array(draw(range(len(mean)), count, seed=seed))
     return drawn[np.argsort(mean[drawn], kind="stable")]
@@ -76,7 +76,9 @@ def _finish(axes: Axes, block: GateStatistics, channels: np.ndarray) -> None:
 def write_blocks(
     found: Excitations, folder: str, *, channels: int = 50, seed: int = 0
 ) -> list[str]:
-    """Write one PNG file per block with the class means and the spread within two classes.
+    """Plot the gates of each block: the class means, and the spread within two of the classes.
+
+    One PNG file per block is written.
 
     Args:
         found: The statistics returned by :func:`~.collect.collect_excitations`.

@@ -138,7 +138,7 @@ def without_gates(
 
 
 def _convolution_before(pruned: nn.Module, backbone: nn.Module, path: str) -> nn.Module | None:
-    """Return the convolution directly before a removed gate, or None."""
+    """Return the convolution directly before a removed gate, or None if there is none."""
     block_path, _, _ = path.rpartition(".")
     block, plain = backbone.get_submodule(block_path), pruned.get_submodule(block_path)
     names = next((names for kind, names in _LAST.items() if isinstance(block, kind)), None)

@@ -75,7 +75,7 @@ class Summary:
 
     @property
     def verdict(self) -> str:
-        """``"open"`` or ``"constant"`` for a gate with little effect, or ``""``."""
+        """Reason why the gate has little effect: ``"open"`` or ``"constant"``; otherwise ``""``."""
         if self.saturated >= 0.9:
             return "open"
         # If a gate has the same value for all images, it can be folded into a norm or convolution.

@@ -243,7 +243,10 @@ def _f1(image: dict[str, Any], found: Found) -> float:
 
 
 def _worst_and_best(quality: np.ndarray, budget: int) -> list[int]:
-    """Return all image indices or, if over the budget, equal numbers of the worst and the best."""
+    """Return the indices of the images to show, sorted by quality.
+
+    If there are more than ``budget`` images, these are the worst and the best images, half each.
+    """
     order = np.argsort(quality, kind="stable")
     if len(order) > budget:
         half = budget - budget // 2

@@ -34,8 +34,9 @@ def detection_diagnostics(runs: list[Run], say: Callable[[str], None]) -> list[d
         say: A function that is called with a message if a file can't be read.
 
     Returns:
-        One dict per data set and IoU type with ``data`` and ``task`` (their labels) and ``runs``,
-        the results of :func:`~senet_transfer.evaluation.diagnostics.diagnose` by run index, reduced
+        One dict per data set and IoU type. ``data`` is the label of the data set, ``task`` the
+        label of the IoU type, and ``errors`` describes the types of errors. ``runs`` maps run
+        indices to the results of :func:`~senet_transfer.evaluation.diagnostics.diagnose`, reduced
         to what the page shows.
     """
     groups: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}

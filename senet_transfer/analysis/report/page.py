@@ -101,7 +101,7 @@ def _curves(runs: list[Run]) -> dict[str, dict[int, list[list[float]]]]:
 
 
 def _constants(runs: list[Run]) -> dict[str, float | None]:
-    """Return the metrics whose logged values are all equal, with the value or None for NaN."""
+    """Return the metrics that never change, with their values; None stands for NaN or infinity."""
     values: dict[str, set[float | None]] = {}
     for run in runs:
         for name, points in run.curves.items():
@@ -164,7 +164,7 @@ def _version(run: Run, package: str) -> str:
 
 
 def _results(run: Run) -> list[dict[str, Any]]:
-    """Return one row per data set and task with the run's and the paper's results."""
+    """Return table rows that compare the run with the paper, one per data set and task."""
     rows = []
     kinds = dict.fromkeys((data, task) for data, task, _ in run.results)
     for data, task in kinds:

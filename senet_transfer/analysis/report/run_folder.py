@@ -179,7 +179,10 @@ def _read_metrics(run: Run) -> None:
 
 
 def _total_seconds(path: Path) -> float:
-    """Return a run's total time; the elapsed time starts at 0 whenever the run is resumed."""
+    """Return the total training time of a run in seconds, including the time before each resume.
+
+    The logged ``elapsed_seconds`` start at 0 whenever the run is resumed.
+    """
     before, elapsed = 0.0, 0.0
     for row in _rows(path):
         now = row.get("elapsed_seconds")

@@ -159,7 +159,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _difference(found: dict[str, Any], record: dict[str, Any], *, steps: bool) -> str:
-    """Return the first key except the seed in which two records differ, or "" if there is none."""
+    """Return the first training setting in which two records differ, or "". Seeds may differ."""
     if unlike := training_difference([found], [record], steps=steps):
         return unlike
     keys = ("settings", "initial_weights_sha256")
@@ -246,13 +246,13 @@ def _record(run: Run, config: str, cfg: CfgNode) -> dict[str, Any]:
 
 
 def _quoted(word: str) -> str:
-    """Quote a word for a shell, preferably with double quotes: options contain single quotes."""
+    """Quote a word for a shell, if possible in double quotes: options can contain single quotes."""
     quoted = shlex.quote(word)
     return quoted if quoted == word or re.search(r'["$`\\]', word) else f'"{word}"'
 
 
 def _data(tested: str, images: float | None) -> str:
-    """Return the display name of a data set in the config or on the command line."""
+    """Return the display name of a data set, given its name or path."""
     if tested.endswith("places365/val"):
         if images == 36_500:
             return "Places365"

@@ -96,7 +96,7 @@ def full_tables(records: dict[str, Records]) -> str:
 
 
 def baselines(records: dict[str, Records]) -> list[str]:
-    """Return the configs without SE, including those where only the SE counterpart has records."""
+    """Return the configs without SE that have records, or whose SE counterparts have records."""
     return sorted({name.replace("_se_", "_") for name in records})
 
 
@@ -243,7 +243,7 @@ def _machine(found: Sequence[Records]) -> str:
 
 
 def _minutes(records: Records) -> str:
-    """Return the mean time of the runs, or "-" if it is not known for all of them."""
+    """Return the mean training time in minutes, or "-" if the time of any run is unknown."""
     times = [record["training"]["minutes"] for record in records]
     return f"{statistics.fmean(times):.1f}" if times and None not in times else "-"
 

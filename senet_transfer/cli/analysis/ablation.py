@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
         quiet=args.quiet,
     )
     print(grid_table(variants, results))
-    print(f"Written: {write_grid(variants, results, args.output)}")
+    print(f"Wrote {write_grid(variants, results, args.output)}")
     if unfinished:
         print(f"{unfinished} runs are unfinished. Repeat the command to continue.")
         raise SystemExit(STATUS)

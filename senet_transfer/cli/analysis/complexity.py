@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Count the models and print the results."""
+    """Count the parameters and multiply-accumulates of the models, and print the results."""
     from tabulate import tabulate
 
     from senet_transfer.analysis.complexity.breakdown import report

@@ -115,13 +115,14 @@ def main(args: argparse.Namespace) -> None:
     print(f"{excitations.images} images of {excitations.classes} {kind} from {dataset.origin}")
     if left_out := getattr(dataset, "left_out", 0):
         few = counted(left_out, "image")
-        print(f"Left out {few}: no {args.group_by} has more than half of the objects")
+        by = args.group_by
+        print(f"Left out {few}, in which no {by} applies to more than half of the objects")
     print(block_table(excitations))
     print(f"{len(found.files)} figures and tables in {args.output}")
     if found.pruned:
         print(f"Without the gates of stage {', '.join(map(str, args.prune_stage))}:")
         print(pruning_table(found.pruned))
-        print(f"Written: {found.pruned_file}")
+        print(f"Wrote {found.pruned_file}")
 
 
 def command(words: list[str] | None = None) -> None:

@@ -85,8 +85,8 @@ def parser() -> argparse.ArgumentParser:
         "--curves",
         default="",
         metavar="FOLDER",
-        help="draw the evaluations during training that are recorded in --results: one figure per "
-        "data set and network, with and without SE",
+        help="plot the results of evaluations during training from the records in --results; each "
+        "figure compares a network with and without SE on one data set",
     )
     add("--quiet", action="store_true", help="write the runs' logs only to their log.txt files")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
@@ -114,7 +114,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raise a UserError if the arguments don't fit together."""
+    """Raise a UserError if arguments are missing, out of range or incompatible."""
     documents = args.update or args.curves
     if not args.config_file and not documents:
         raise UserError("There is nothing to do. Pass --config-file, or --update with --results.")
@@ -159,7 +159,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _runs(args: argparse.Namespace, config: str) -> "list[Run]":
-    """Return the runs of a config."""
+    """Return the runs of a config, one per fold or seed."""
     from senet_transfer.analysis.repeated_runs import fold_options, fold_runs, seed_runs
 
     several = len(args.config_file) > 1

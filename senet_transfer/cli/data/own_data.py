@@ -74,13 +74,13 @@ def run_check(args: argparse.Namespace) -> None:
         check_outlines([name])
     mode = "header" if args.headers_only else "decode"
     images = check_dataset_images(dataset, mode=mode, reading=reading, quiet=args.quiet)
-    print(f"{args.json_file}: no errors in the annotations and {counted(images, 'image')}")
+    print(f"{args.json_file}: the annotations and {counted(images, 'image')} have no errors")
 
 
 def split_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Split a data set into training, validation and test data with equal fractions "
-        "of each class. One file per part is written; the images stay where they are."
+        "of each class. One file per split is written; the images are not moved."
     )
     parser.add_argument(
         "source",
@@ -99,7 +99,7 @@ def _add_split_arguments(parser: argparse.ArgumentParser, val: float | None = 0.
     parts = parser.add_mutually_exclusive_group()
     shown = "no split" if val is None else val
     parts.add_argument(
-        "--val", type=float, default=val, help=f"fraction of images in val ({shown})"
+        "--val", type=float, default=val, help=f"fraction of images for val ({shown})"
     )
     parts.add_argument(
         "--folds",
@@ -109,7 +109,7 @@ def _add_split_arguments(parser: argparse.ArgumentParser, val: float | None = 0.
         help="write K pairs of train and val data for cross-validation; each image is in exactly "
         "one val set",
     )
-    add("--test", type=float, default=0.0, help="fraction of images in test (0)")
+    add("--test", type=float, default=0.0, help="fraction of images for test (0)")
     add("--seed", type=int, default=0, help="seed for the random split (0)")
     add(
         "--group-by",
@@ -148,7 +148,7 @@ def import_parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         required=True,
-        help="output folder for the JSON files, without files of an earlier import",
+        help="output folder for the JSON files; must not contain files of an earlier import",
     )
     add("--images", type=Path, help="folder with the images; default: the format's usual folder")
     _add_exif_argument(parser)
@@ -219,12 +219,17 @@ def show_parser() -> argparse.ArgumentParser:
         help="data in any form that senet train --data accepts, or the name of a registered data "
         "set",
     )
-    add("--val", default="", metavar="PATH", help="evaluation data; default: found in --data")
+    add(
+        "--val",
+        default="",
+        metavar="PATH",
+        help="evaluation data; default: the validation data in --data",
+    )
     add(
         "--images",
         default="",
         metavar="FOLDER",
-        help="image folder for the annotations; default: the usual folders",
+        help="image folder for the annotations; default: the usual folder of the format",
     )
     add_dataset_argument(parser)
     add(

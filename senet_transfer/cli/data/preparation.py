@@ -92,12 +92,14 @@ def run_folder(args: argparse.Namespace) -> None:
 def manifest_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Write manifest.json and indices next to shards that another program has "
-        "written in WebDataset's layout. Without these files, the shards can be used "
-        "too, but their samples are counted at each start."
+        "written in WebDataset's layout. The shards can also be used without these files, "
+        "but then their samples are counted at each start."
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder with .tar files")
     parser.add_argument(
-        "--classes", metavar="FILE", help="file with one class name per line; default: numbers"
+        "--classes",
+        metavar="FILE",
+        help="file with one class name per line; default: the classes are named by their numbers",
     )
     return parser
 

@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     add("--output", required=True, help="output folder for the classifier and the results")
     add("--neighbours", type=int, default=20, metavar="K", help="number of neighbours (20)")
     add("--seed", type=int, default=0, help="seed for the held-out part of --train (0)")
-    add("--record", default="", metavar="FILE", help="also write a record, as senet sweep does")
+    add("--record", default="", metavar="FILE", help="write a record of the run, as senet sweep")
     add_backbone_arguments(parser)
     add_running_arguments(parser)
     return parser

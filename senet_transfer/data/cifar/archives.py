@@ -81,7 +81,7 @@ FORMS: tuple[type[CIFAR10] | BinaryVersion, ...] = (
 
 
 def download_cifar(name: str, root: Path) -> Path:
-    """Download the Python version with torchvision, which verifies and unpacks it.
+    """Download CIFAR's official "python version" with torchvision, which verifies and unpacks it.
 
     Args:
         name: Key in :data:`DOWNLOADS`.
@@ -150,7 +150,11 @@ def read_official(path: Path, *, verify: bool = True) -> dict[str, ImageArrays] 
 def _verify_checksums(
     form: type[CIFAR10] | BinaryVersion, path: Path, files: dict[str, bytes]
 ) -> None:
-    """Verify checksums. Raise an error for an archive, but log a warning for unpacked files."""
+    """Verify the MD5 checksums of official files.
+
+    If a checksum is wrong, raise an error for an archive, but only log a warning for unpacked
+    files.
+    """
     if path.is_file():
         if (md5 := calculate_md5(path)) != form.tgz_md5:
             raise UserError(

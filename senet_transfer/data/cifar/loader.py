@@ -124,7 +124,7 @@ class CifarTrainLoader:
         return plan | vars(draws.part(self.rank, self.batch_size))
 
     def assemble(self, plan: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Build a batch from the result of :meth:`plan`, copied to the loader's device."""
+        """Build a batch from the result of :meth:`plan`, which must be on the loader's device."""
         index = plan["index"]
         batch = {"image": self.images[index], "label": self.labels[index]}
         if self.augment is not None:

@@ -84,7 +84,10 @@ def is_prepared(path: str | Path) -> bool:
 def _open_split(
     path: Path, split: str, classes: list[str] | None, reading: Reading
 ) -> ImageArrays | None:
-    """Open data in a format specific to small images; return None for other formats."""
+    """Open prepared images, official CIFAR files or a folder with a split in memory.
+
+    Return None for data in other formats.
+    """
     if is_prepared(path):
         return load_images(path)
     if is_label_csv(path):

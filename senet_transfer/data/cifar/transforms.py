@@ -46,7 +46,7 @@ class Draws:
     centre: Tensor
 
     def part(self, rank: int, size: int) -> "Draws":
-        """Return the parameters for one process's `size` images."""
+        """Return the parameters for the `size` images of the process with this rank."""
         rows = slice(rank * size, (rank + 1) * size)
         return Draws(self.flip[rows], self.offset[rows], self.centre[rows])
 

@@ -63,7 +63,7 @@ class ImageDataset(SingleImages):
 
 
 class ShardDataset(ClassificationDataset):
-    """Data set of tar shards with a manifest. Each shard is a unit, which is read sequentially."""
+    """Data set of tar shards that are listed in a manifest. Each shard is read sequentially."""
 
     def __init__(
         self,
@@ -340,8 +340,8 @@ def _open_places365(path: Path, split: str, size: str | None) -> ImageDataset | 
     """Open the official Places365 distribution; return None for other data.
 
     Raises:
-        UserError: If the folder may contain either of the two train splits, but `split` is another
-            split.
+        UserError: If the name of the folder fits both train splits, and `split` is neither of
+            them.
     """
     sizes = places365.SIZES if size is None else (size,)
     known = [

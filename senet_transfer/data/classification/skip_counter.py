@@ -42,12 +42,12 @@ class SkipCounter:
         return int(self._counts[:, 1].sum())
 
     def count(self, worker: int, broken: int, total: int) -> None:
-        """Add to a worker's counts."""
+        """Add ``total`` samples, of which ``broken`` are broken, to a worker's counts."""
         self._counts[worker, 0] += total
         self._counts[worker, 1] += broken
 
     def check(self, last: str, remedy: str = _VERIFY) -> None:
-        """Raise a UserError if too many samples are broken; `last` describes the latest one."""
+        """Raise a UserError if too many samples are broken; `last` is the last broken sample."""
         if self.skipped > self.max_ratio * max(self.seen, RATIO_OVER):
             raise UserError(
                 f"{self.skipped} of {self.seen} images cannot be decoded; expected at most "

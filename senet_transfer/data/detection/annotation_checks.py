@@ -344,7 +344,10 @@ def _check_annotations(
 
 
 def _is_usual(item: dict, sizes: dict, id_map: dict) -> bool:
-    """Return True if an annotation passes a fast check for regular, valid annotations."""
+    """Return True if a fast check shows that an annotation is valid.
+
+    Otherwise, the annotation may be valid or invalid; see :func:`_annotation_problem`.
+    """
     try:
         x, y, w, h = item["bbox"]
         width, height = sizes[item["image_id"]]
@@ -479,7 +482,10 @@ def _check_folder(image_dir: str, json_file: str) -> None:
 
 
 def _find_files(json_file: str, names: list[str], image_dir: str) -> dict[str, str]:
-    """Return the existing file names of images that are listed with a different spelling.
+    """Check that all listed images exist, and find those with a different spelling on disk.
+
+    Returns:
+        A dict from the listed name to the name on disk, for names that are spelled differently.
 
     Raises:
         UserError: If listed images are missing from the folder.

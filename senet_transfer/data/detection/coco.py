@@ -71,7 +71,7 @@ class CocoDataset:
         return records
 
     def image_records(self) -> list[dict]:
-        """Return the path, size and id of each image, as in Detectron2's records."""
+        """Return Detectron2's dataset dicts with the path, size and id of each image."""
         summary = self.refresh()
         return [
             {
@@ -87,7 +87,7 @@ class CocoDataset:
         """Read and validate the annotation file, unless it is unchanged since the last call.
 
         Args:
-            outlines: Whether to also examine the outlines of the objects, which masks require.
+            outlines: Whether to also check the `segmentation` entries, which mask heads require.
 
         Returns:
             The file's summary.

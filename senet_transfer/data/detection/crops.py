@@ -101,7 +101,8 @@ class CocoImages(SingleImages):
             upright: Whether the annotations refer to the images with EXIF orientation applied.
 
         Raises:
-            UserError: If the annotation file is invalid or no image has a majority.
+            UserError: If the annotation file is invalid, or if there is no image in which more than
+                half of the objects have the same class or size.
         """
         self.by = by
         summary = read_coco_summary(json_file, image_dir, upright=upright)

@@ -179,10 +179,10 @@ def check_outlines(names: Sequence[str]) -> bool:
             (found.num_missing, found.first_missing),
         ):
             if count:
-                what = "an invalid `segmentation`" if first == found.first_problem else "none"
+                what = "an invalid mask" if first == found.first_problem else "no mask"
                 raise UserError(
                     f"{first}. {count} of {summary.num_annotations} annotations have {what}, but "
-                    "MODEL.MASK_ON requires a valid one for each object. Correct the file, or set "
+                    "MODEL.MASK_ON requires a valid mask for each object. Correct the file, or set "
                     "MODEL.MASK_ON to False to train on boxes only."
                 )
         has_rle = has_rle or found.num_rle > 0

@@ -97,12 +97,12 @@ class ChannelResizeShortestEdge(T.ResizeShortestEdge):
 
 
 def with_channel_resize(augmentations: Sequence[T.Augmentation]) -> list[T.Augmentation]:
-    """Replace `ResizeShortestEdge` with a class that supports any number of channels."""
+    """Replace each `ResizeShortestEdge` with a resize that supports any number of channels."""
     return [_resized_by(ChannelResizeShortestEdge, augmentation) for augmentation in augmentations]
 
 
 def with_fast_resize(augmentations: Sequence[T.Augmentation]) -> list[T.Augmentation]:
-    """Replace `ResizeShortestEdge` with a faster class."""
+    """Replace each `ResizeShortestEdge` with a faster implementation."""
     return [_resized_by(FastResizeShortestEdge, augmentation) for augmentation in augmentations]
 
 

@@ -119,7 +119,7 @@ def _loose(name: str) -> str:
 
 
 def _by_key(image_dir: str, key: Callable[[str], str]) -> dict[str, list[str]]:
-    """Return the files in a folder and its subfolders, grouped by a function of their names."""
+    """Return the relative paths of all files in a folder tree, grouped by ``key(path)``."""
     found: dict[str, list[str]] = defaultdict(list)
     for folder, _, names in os.walk(image_dir):
         for name in names:

@@ -165,11 +165,14 @@ def _tell_passes(cfg: CfgNode, images: int) -> None:
     passes = solver.MAX_ITER * solver.IMS_PER_BATCH / images
     facts = (solver.MAX_ITER, solver.IMS_PER_BATCH, passes, images)
     if passes <= MANY_PASSES:
-        logger.info("%d steps with %d images each: %.3g passes over %d images.", *facts)
+        logger.info(
+            "Training for %d steps with %d images each makes %.3g passes over %d images.", *facts
+        )
         return
     logger.warning(
-        "%d steps with %d images each are %.0f passes over only %d images; the paper's schedule on "
-        "COCO has 24 passes. Reduce SOLVER.MAX_ITER and SOLVER.STEPS to shorten training.", *facts
+        "Training for %d steps with %d images each makes %.0f passes over only %d images; the "
+        "paper's schedule makes 24 passes over COCO. Reduce SOLVER.MAX_ITER and SOLVER.STEPS to "
+        "shorten training.", *facts
     )  # fmt: skip
 
 
@@ -213,9 +216,11 @@ class PlannedBatches(Sampler[list[SampledIndex]]):
     ):
         """
         Args:
-            sampler: Sampler that yields the same infinite sequence of image indices each time.
+            sampler: Sampler that yields an infinite sequence of image indices. The sequence must be
+                the same in each iteration over the sampler.
             batch_size: Number of images per step in this process.
-            is_wide: Function that returns the group of an image index; None to disable grouping.
+            is_wide: Function that returns whether the image with an index is wide; None to disable
+                grouping.
             start_iter: Index of the first batch to yield.
         """
         self.sampler, self.batch_size, self.is_wide = sampler, batch_size, is_wide

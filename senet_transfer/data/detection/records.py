@@ -1,6 +1,6 @@
-"""Conversion of COCO annotations to Detectron2's records.
+"""Conversion of COCO annotations to Detectron2's dataset dicts.
 
-The records equal the output of Detectron2's `load_coco_json`, with three differences. An object
+The dicts equal the output of Detectron2's `load_coco_json`, with three differences. An object
 with an invalid outline is kept without the outline. Different spellings of a file name are
 resolved. Files with a byte order mark and null values are supported.
 """

@@ -30,9 +30,9 @@ def stuff_classes(names: Sequence[str]) -> tuple[list[str], int]:
     for name, other in found.items():
         if other != expected:
             raise UserError(
-                f"The data sets {first} and {name} have different pixel classes or ignored labels: "
-                f"{expected} and {other}. All data sets of a run must have the same classes and "
-                "ignored label."
+                f"The data sets {first} and {name} have different semantic segmentation classes or "
+                f"ignored labels: {expected} and {other}. All data sets of a run must have the "
+                "same classes and ignored label."
             )
     return expected
 
@@ -52,9 +52,9 @@ def _stuff(name: str) -> tuple[list[str], int]:
     lacking = [str(path) for path in paths if not path or not os.path.isfile(path)]
     if lacking or not records:
         raise UserError(
-            f"{len(lacking)} of {len(records)} images of the data set {name} have no label image; "
-            "expected the path of an existing single-channel image in `sem_seg_file_name` of every "
-            f"record. Found: {', '.join(lacking[:_SHOWN]) or 'no images'}."
+            f"{len(lacking)} of {len(records)} images of the data set {name} have no label image "
+            f"({', '.join(lacking[:_SHOWN]) or 'no images'}); expected the path of an existing "
+            "single-channel image in `sem_seg_file_name` of every record. Correct the records."
         )
     return list(metadata.stuff_classes), metadata.get("ignore_label", _DEFAULT_IGNORED)
 

@@ -40,9 +40,9 @@ def build_augmentation(cfg: CfgNode) -> Callable[[Tensor], Tensor] | None:
         key = enabled[0]
         raise UserError(
             f"INPUT.CLASSIFICATION.{key} is {options[key]!r}, which requires AUGMENT region, but "
-            f"AUGMENT is {options.AUGMENT}, which keeps the images in memory and augments them on "
-            f"the device. Remove {key}. To use it with small images, store them in one folder per "
-            "class and set AUGMENT to region."
+            f"AUGMENT is {options.AUGMENT}. With {options.AUGMENT}, the images are kept in memory "
+            f"and augmented on the device. Remove {key}. To use {key} with small images, store the "
+            "images in one folder per class and set AUGMENT to region."
         )
     if not enabled:
         return None
@@ -68,7 +68,7 @@ def build_augmentation(cfg: CfgNode) -> Callable[[Tensor], Tensor] | None:
 
 
 def _mean_colour(cfg: CfgNode) -> list[float]:
-    """Return the mean pixel in RGB order. Normalisation maps it to 0, except for rounding."""
+    """Return the mean pixel in RGB order, rounded to integers. Normalisation maps it to about 0."""
     mean = [round(value) for value in cfg.MODEL.PIXEL_MEAN]
     if cfg.INPUT.FORMAT == "L" and len(mean) == 1:
         return mean * 3

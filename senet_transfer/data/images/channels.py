@@ -47,7 +47,7 @@ def decode_channels(data: bytes, reading: Reading) -> np.ndarray:
 
     Raises:
         BrokenImageError: If the data is damaged, too large or not an image, has a different number
-            of channels, or requires a value range.
+            of channels, or requires a value range and none is set.
     """
     try:
         with warnings.catch_warnings():
@@ -68,7 +68,8 @@ def to_channels(values: np.ndarray, reading: Reading) -> np.ndarray:
         reading: See :func:`decode_channels`.
 
     Raises:
-        BrokenImageError: If the number of channels is wrong, or a value range is required.
+        BrokenImageError: If the number of channels is wrong, or if the data type requires a value
+            range and none is set.
     """
     values = values[..., None] if values.ndim == 2 else values
     if values.ndim != 3 or values.shape[2] != reading.channels:
@@ -89,7 +90,7 @@ def to_channels(values: np.ndarray, reading: Reading) -> np.ndarray:
 
 
 def _values(data: bytes, reading: Reading) -> np.ndarray:
-    """Return the values of an image in the file's data type."""
+    """Decode an image to numbers, without converting the data type stored in the file."""
     if data.startswith(_NPY):
         values = np.load(io.BytesIO(data), allow_pickle=False)
     elif data.startswith(_TIFF):

@@ -61,7 +61,7 @@ class BrokenImageError(Exception):
 
 
 def bits_of(image: Image.Image) -> int:
-    """Return the number of bits per value of an opened image: 8, 16 or 32; 1-bit images have 8."""
+    """Return the bits per value of an opened image: 8, 16 or 32. For 1-bit images, return 8."""
     # Pillow opens 16-bit PGM files in its mode for 32-bit integers.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         return 16
@@ -158,7 +158,7 @@ def has_deep_colours(image: Image.Image, data: bytes) -> bool:
     """Return whether Pillow reduces an image to 8 bits per channel when decoding it.
 
     Args:
-        image: Opened image. Only a PNG image may have been decoded already.
+        image: Opened image. It must not have been decoded yet, unless it is a PNG image.
         data: The encoded image.
     """
     if bits_of(image) > 8:
@@ -218,9 +218,9 @@ def deep_colours(image: Image.Image, data: bytes) -> np.ndarray:
 
 
 def _tiff_colours(data: bytes) -> np.ndarray | None:
-    """Return a TIFF file's first three channels; None if tifffile doesn't read them.
+    """Return the first three channels of a TIFF file, or None if tifffile can't decode them.
 
-    As in Pillow, the orientation is applied.
+    The orientation is applied, as in Pillow.
     """
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         page = file.pages.first
@@ -261,7 +261,7 @@ def _white_is_zero(image: Image.Image) -> bool:
 
 
 def _tile_arguments(image: Image.Image) -> tuple:
-    """Return the decoder arguments of an opened image, such as its mode in the file."""
+    """Return the arguments of Pillow's decoder for an opened image, such as the raw mode."""
     tiles = getattr(image, "tile", ())
     arguments = tiles[0][3] if tiles else ()
     return arguments if isinstance(arguments, tuple) else (arguments,)
@@ -328,7 +328,10 @@ def decode_exact(data: bytes, reading: Reading = AS_STORED) -> Image.Image:
 
 
 def largest_of_16_bits(data: bytes) -> int | None:
-    """Return the largest value of a 16-bit image, scaled to 0-65535; None for other images.
+    """Return the maximum pixel value of a 16-bit image, on a scale from 0 to 65535.
+
+    Returns:
+        The maximum, or None if the image does not have 16 bits or stores white as 0.
 
     Raises:
         BrokenImageError: If the image cannot be decoded.

@@ -140,7 +140,7 @@ def _check_splits(found: list[str], root: Path, classes: list[str] | None) -> No
 
 
 def _splits(found: list[str]) -> list[str]:
-    """Return the top folders that are splits, or an empty list if the folders are classes.
+    """Return the top-level folders that are splits, or an empty list if they are classes.
 
     The folders are splits if all of them have the names of splits, or if one has the name of a
     training split and another contains mostly the same class folders.

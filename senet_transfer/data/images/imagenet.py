@@ -57,8 +57,8 @@ def open_imagenet(
     source = Path(source)
     if split not in SPLITS or not source.is_dir():
         raise UserError(
-            f"The split is {split!r}, in {source}; expected one of {', '.join(SPLITS)}, and a "
-            "folder with the ImageNet archives. Check the path."
+            f"Cannot open the split {split!r} in {source}; expected one of the splits "
+            f"{', '.join(SPLITS)} in a folder with the ImageNet archives. Check the path."
         )
     place = _images_of(source, split)
     if place is None:

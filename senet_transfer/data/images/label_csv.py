@@ -46,7 +46,8 @@ def read_label_csv(path: str | Path) -> dict[str, tuple[str, int]]:
         if known != label:
             raise UserError(
                 f"{path}, line {line}: {shown(name)} has the label {shown(label)}, but in line "
-                f"{first} {shown(known)}; expected one label per image. Correct one of the lines."
+                f"{first} it has the label {shown(known)}; expected one label per image. Correct "
+                "one of the lines."
             )
         repeated += first != line
     if not rows:
@@ -113,8 +114,8 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UserError(
-            f"{path}, line {line}: not UTF-8 ({error.reason}). {_EXAMPLE}. Save the file again "
-            "with UTF-8 encoding."
+            f"{path}, line {line}: the text is not UTF-8 ({error.reason}). {_EXAMPLE}. Save the "
+            "file again with UTF-8 encoding."
         ) from error
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error}. {_EXAMPLE}.") from error

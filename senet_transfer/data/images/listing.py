@@ -69,7 +69,7 @@ def read_image_bytes(root: Path, name: str, size: int, offset: int | None) -> by
     if len(data) != size:
         raise UserError(
             f"{name} in {root} is {len(data)} bytes; expected {size}, the size when it was "
-            "listed. Run again, and do not change the source in the meantime."
+            "listed. Run the command again, and do not change the images while it runs."
         )
     return data
 
@@ -145,15 +145,15 @@ def walk(
                     files.append(entry.name)
                 elif entry.is_symlink() and _inode(entry.path) in parents:
                     logger.warning(
-                        "Ignoring the link %s, because it leads to a folder that contains it",
+                        "Ignoring the link %s, because it points to one of its parent folders.",
                         entry.path,
                     )
                 else:
                     folders.append(entry.name)
     except OSError as error:
         raise UserError(
-            f"Cannot read the folder {path}: {error}. Images would be missing and labels could "
-            "differ. Make it readable, for example with chmod u+rx, or remove it."
+            f"Cannot read the folder {path}: {error}. Without its images, the data set would be "
+            "incomplete. Make the folder readable, for example with chmod u+rx, or remove it."
         ) from error
     yield folder, sorted(folders), sorted(files)
     for name in sorted(folders):

@@ -34,7 +34,7 @@ class MultiScaleTransform:
 
     @property
     def output_shape(self) -> tuple[int, ...] | None:
-        """Output shape ``(V, C, crop, crop)`` for one sample; None for images of any size."""
+        """Shape ``(V, C, crop, crop)`` of an image's V crops at all scales; None if dense."""
         if self.dense:
             return None
         shapes = [part.output_shape for part in self.parts]
@@ -42,11 +42,11 @@ class MultiScaleTransform:
         return (views, *shapes[0][-3:])
 
     def __call__(self, data: bytes) -> Any:
-        """Return the views of an encoded image, uint8.
+        """Decode an image, and return its crops or its resized copies for all scales.
 
         Returns:
-            A tensor ``(V, C, crop, crop)`` or, if ``dense``, a list with one tensor ``(C, H, W)``
-            per scale.
+            The crops as a tensor ``(V, C, crop, crop)``. If ``dense`` is set, the resized images
+            as a list with one tensor ``(C, H, W)`` per scale. The dtype is uint8.
 
         Raises:
             BrokenImageError: If the image cannot be decoded.
@@ -72,17 +72,17 @@ class WholeImageTransform(EvalTransform):
 
 
 def pack(images: Sequence[Sequence[Tensor]]) -> dict[str, Any]:
-    """Flatten and join resized images of different sizes in one tensor.
+    """Flatten resized images of different sizes and concatenate them into one tensor.
 
-    A worker process uses a file descriptor for each tensor that it sends, and the number of file
-    descriptors is limited.
+    A worker process needs one file descriptor per tensor that it sends, so sending a single tensor
+    avoids exceeding the limit on open files.
 
     Args:
         images: One list per image with the resized versions of the image, uint8 ``(C, H, W)``.
 
     Returns:
-        Dictionary with ``image``, the pixels of all resized images, uint8 ``(P,)``, and ``shapes``,
-        with one list of shapes per image.
+        Dictionary with ``image``, a one-dimensional uint8 tensor with the values of all resized
+        images, and ``shapes``, with one list of shapes per image.
     """
     return {
         "image": torch.cat([view.flatten() for views in images for view in views]),
@@ -163,7 +163,7 @@ class ViewOptions:
 
 
 def views_record(transform: EvalTransform | MultiScaleTransform) -> dict[str, Any]:
-    """Describe the evaluated crops or whole images as entries for the result file."""
+    """Return the entries of the result file that describe the evaluated scales and crops."""
     dense = isinstance(transform, MultiScaleTransform) and transform.dense
     parts = transform.parts if isinstance(transform, MultiScaleTransform) else (transform,)
     crops = 10 if parts[0].mode == "ten_crop" else 1

@@ -197,7 +197,11 @@ class EvalTransform:
         return (10, *shape) if self.mode == "ten_crop" else shape
 
     def __call__(self, data: bytes, rng: random.Random | None = None) -> Tensor:
-        """Return the crop, uint8 `(C, crop, crop)`; `(10, C, crop, crop)` for mode "ten_crop".
+        """Decode, resize and crop an image.
+
+        Returns:
+            The crop, uint8 `(C, crop, crop)`, or ten crops `(10, C, crop, crop)` for the mode
+            "ten_crop".
 
         Raises:
             BrokenImageError: If the image cannot be decoded.

@@ -84,7 +84,7 @@ def make_shapes(
     except OSError as error:
         raise UserError(
             f"Cannot write the shapes data set to {output_dir}: {error}. Expected a writable "
-            "location with a few megabytes of free space. Free space or choose a different folder."
+            "location with a few megabytes of free space. Free up space or choose another folder."
         ) from error
     logger.info("Wrote the shapes data set to %s (%s)", output_dir, _listed(settings))
     return output_dir
@@ -126,7 +126,10 @@ def _is_present(target: Path, settings: dict[str, int]) -> bool:
 
 
 def _difference(target: Path, settings: dict[str, int]) -> str | None:
-    """Describe how a non-empty folder differs from the data set; None if it does not differ."""
+    """Describe how a non-empty folder differs from the data set.
+
+    The result is None if there is no difference.
+    """
     try:
         found = json.loads((target / "shapes.json").read_text())
     except FileNotFoundError:

@@ -149,7 +149,7 @@ def _contrasting_colour(rng: np.random.Generator, taken: list[np.ndarray]) -> np
 
 
 def _outline(category: str) -> np.ndarray:
-    """Return a class's upright outline, centred on the origin, float64 (points, 2)."""
+    """Return a shape class's outline, upright and centred on the origin, float64 `(points, 2)`."""
     if category == "cross":
         arm = np.array([[1, -0.34], [1, 0.34], [0.34, 0.34]])
         turn = np.array([[0, 1], [-1, 0]])
@@ -190,7 +190,7 @@ def _place(rng: np.random.Generator, category: str, height: int, width: int) -> 
 def _arrange(
     rng: np.random.Generator, categories: list[str], height: int, width: int
 ) -> list[_Layer]:
-    """Place shapes one after the other, from bottom to top."""
+    """Place shapes at random. Each shape is drawn on top of the previous ones."""
     layers: list[_Layer] = []
     for category in categories:
         overlap = rng.random() < OVERLAPPING

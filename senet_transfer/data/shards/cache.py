@@ -53,7 +53,7 @@ class ShardCache:
         except OSError as error:
             raise UserError(
                 f"Cannot cache {url} in {self.folder}: {error}. Expected a writable folder with "
-                f"{shard.bytes / 1e6:.0f} MB of free space. Free space, choose a different "
+                f"{shard.bytes / 1e6:.0f} MB of free space. Free up space, choose a different "
                 "folder, or read without a cache."
             ) from error
         return path

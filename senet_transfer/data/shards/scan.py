@@ -119,8 +119,9 @@ def is_shard_name(name: str) -> bool:
 def find_shards(folder: Path) -> list[Path]:
     """Return the tar files in a folder that has no class folders, sorted by name.
 
-    Compressed files whose names differ from those of the uncompressed ones in more than numbers,
-    such as ``annotations.tar.gz``, are ignored with a warning.
+    If there are uncompressed tar files, compressed files with a different name pattern, such as
+    ``annotations.tar.gz``, are ignored with a warning. Names that differ only in their numbers have
+    the same pattern.
 
     Raises:
         UserError: If the folder cannot be read, or the tar files are those of several splits.
@@ -163,7 +164,7 @@ def write_manifest(folder: str | Path, classes: list[str] | None = None) -> Mani
 
     Args:
         folder: Folder with tar files.
-        classes: Class names in label order, or None for numbers.
+        classes: Class names in label order; None uses the numbers of the classes as names.
 
     Raises:
         UserError: If the folder already has a manifest, or its files are not shards of labelled
@@ -215,7 +216,7 @@ def _check_uncompressed(paths: Sequence[Path]) -> None:
 
 
 def _scan(path: Path) -> np.ndarray:
-    """Return the index of a tar file."""
+    """Read a tar file. Return its index, int64 `(n, 3)`: offset, size and label of each image."""
     rows = []
     try:
         size = path.stat().st_size

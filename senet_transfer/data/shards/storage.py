@@ -84,7 +84,7 @@ def is_remote(url: str) -> bool:
 
 
 def local_path(url: str) -> Path:
-    """Return the path of a local address, with or without the prefix `file:`."""
+    """Return the path in a local address, which may start with `file:`."""
     return Path(re.sub(r"^file:(//(localhost)?)?", "", url, flags=re.IGNORECASE)).expanduser()
 
 

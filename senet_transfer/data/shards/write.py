@@ -47,7 +47,7 @@ class ShardPlan:
 
     Attributes:
         name: File name of the shard.
-        plan: Hash of the plan of all shards.
+        plan: Hash of everything that determines the content of all shards.
         root: Folder or archive with the images.
         names: Image names, in order.
         indices: Image indices in the list of all images, `(n,)`.
@@ -117,7 +117,7 @@ def convert(
             return _convert(images, output, plans, (split, seed, workers, skip_broken), quiet)
     except OSError as error:
         raise UserError(
-            f"Cannot write shards to {output}: {error}. Free space or choose a different folder. "
+            f"Cannot write shards to {output}: {error}. Free up space or choose another folder. "
             "The next run will keep the complete shards."
         ) from error
 
@@ -185,7 +185,7 @@ def _good_samples(plan: ShardPlan, skipped: list[dict[str, str]]) -> Iterator[Ra
 
 
 def _on_disk(lines: Sequence[str]) -> bytes:
-    """Encode lines that contain image names. Bytes that are not valid UTF-8 are kept."""
+    """Join lines and encode them as UTF-8. File names that are not UTF-8 keep their bytes."""
     return "\n".join(lines).encode("utf-8", "surrogateescape")
 
 
@@ -237,7 +237,7 @@ def _finished(output: Path, plans: list[ShardPlan]) -> dict[str, dict[str, Any]]
     """Return the JSON content of every complete shard, keyed by shard name.
 
     Raises:
-        UserError: If the folder contains shards whose contents differ from the plan.
+        UserError: If the folder contains shards of other images or settings.
     """
     for path in output.glob(".*.tmp"):
         path.unlink()  # left by a killed run; the lock prevents concurrent runs
@@ -277,7 +277,7 @@ def _check_space(output: Path, pending: list[ShardPlan]) -> None:
     if free < needed:
         raise UserError(
             f"{output} has {free / 1e9:.1f} GB of free space; expected {needed / 1e9:.1f} GB for "
-            f"{len(pending)} shards. Free space, or choose a folder on a different disk."
+            f"{len(pending)} shards. Free up space, or choose a folder on a different disk."
         )
 
 

@@ -46,7 +46,7 @@ class CapturedStep:
             function: The step function. It takes a dict of tensors on the device and returns
                 tensors. It must not read values from the device. Among the host values that change
                 between steps, it may depend only on those returned by ``state``.
-            graphs: The source of graphs.
+            graphs: The backend that captures the step, such as CUDA graphs.
             state: A function that returns the host values that the step depends on, such as the
                 training modes of the modules.
             warm_up: The number of eager calls before a capture.
@@ -128,7 +128,7 @@ def _pinned(value: Tensor, target: Tensor) -> Tensor:
 
 
 def _random_state(device: torch.device) -> Hashable:
-    """Return the states of the host's random number generators, which a graph can't advance."""
+    """Return the states of the CPU's random number generators; CUDA graphs don't advance them."""
     name, keys, *rest = np.random.get_state()
     own = b"" if device.type == "cpu" else torch.get_rng_state().numpy().tobytes()
     return random.getstate(), name, np.asarray(keys).tobytes(), tuple(rest), own

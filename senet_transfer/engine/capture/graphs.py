@@ -38,7 +38,7 @@ class Graphs(Protocol):
         """Call a function under the same conditions as during a capture, and return its results."""
 
     def capture(self, function: Function) -> Graph:
-        """Capture a function without computing anything."""
+        """Record a function's operations as a graph, without executing them."""
 
 
 class CudaGraphs:
@@ -59,7 +59,10 @@ class CudaGraphs:
         self._stream = torch.cuda.Stream(device)
 
     def warm_up(self, function: Function) -> Outputs:
-        """Call a function on the stream that is used for captures."""
+        """Call a function on the stream that is used for captures, and return its results.
+
+        Workspaces that libraries allocate on the first call then exist before the capture.
+        """
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):

@@ -111,10 +111,10 @@ class Checkpointer(DetectionCheckpointer):
         return bool(history.checkpoints(self.save_dir))
 
     def get_checkpoint_file(self) -> str:
-        """Return the newest intact checkpoint. All processes of a job must call this method.
+        """Return the newest intact checkpoint, and write its name to ``last_checkpoint``.
 
-        ``last_checkpoint`` then names this checkpoint. When the next one is saved, damaged newer
-        ones are removed from the list of checkpoints, but not deleted.
+        All processes of a job must call this method. When the run saves another checkpoint, newer
+        damaged checkpoints are removed from the list of checkpoints, but their files are kept.
         """
         path = history.newest_whole(self.save_dir)
         if self.save_to_disk:

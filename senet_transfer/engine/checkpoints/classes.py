@@ -123,7 +123,8 @@ def apply_file_classes(cfg: CfgNode, source: Source) -> None:
         return
     if stated:
         logger.warning(
-            "DATASETS.CLASSES is %s, but the classes of the model are %s, which are used.",
+            "DATASETS.CLASSES is %s, but the model was trained on the classes %s. The model's "
+            "classes are used.",
             first_of(stated),
             first_of(names),
         )

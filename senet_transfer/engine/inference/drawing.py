@@ -63,7 +63,7 @@ class ClassNames:
 
     @classmethod
     def of(cls, things: Sequence[str], stuff: Sequence[str] = ()) -> "ClassNames":
-        """Find fonts for class names; see :func:`~.fonts.drawable_names`."""
+        """Replace names that can't be drawn, and find fonts; see :func:`~.fonts.drawable_names`."""
         drawn, families = drawable_names([*things, *stuff])
         return cls(drawn[: len(things)], drawn[len(things) :], families)
 
@@ -263,7 +263,7 @@ def free_corner(
 
 
 def _connection(rect: Rect, label: Rect) -> list[tuple[float, float]] | None:
-    """Return the ends of a line from a label to its object, or None if they touch."""
+    """Return the end points of a line from an object to its label, or None if the two touch."""
     ends = []
     for low, high in ((0, 2), (1, 3)):
         gap_before, gap_after = rect[low] - label[high], label[low] - rect[high]
@@ -281,7 +281,7 @@ def _connection(rect: Rect, label: Rect) -> list[tuple[float, float]] | None:
 
 
 def _extent(mask: np.ndarray) -> Rect:
-    """Return the rectangle around a mask (H, W)."""
+    """Return the bounding box of a mask (H, W)."""
     rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
     if not len(rows):
         return 0.0, 0.0, 0.0, 0.0
@@ -289,7 +289,10 @@ def _extent(mask: np.ndarray) -> Rect:
 
 
 def _bounds(boxes: Any) -> np.ndarray:
-    """Return boxes as rectangles (N, 4). For rotated boxes, return their topmost corners."""
+    """Return the rectangles next to which labels are drawn, ``(N, 4)``.
+
+    For a rotated box, the rectangle is the topmost corner of the box and has no area.
+    """
     boxes = boxes.tensor.numpy()
     if boxes.shape[1] == 4:
         return boxes

@@ -177,7 +177,7 @@ def _written(
 def _common_transform(
     loaded: Sequence[LoadedModel], views: ViewOptions
 ) -> EvalTransform | MultiScaleTransform:
-    """Return the evaluation transform of all models.
+    """Return the evaluation transform, which must be the same for all models.
 
     Raises:
         UserError: If the models require different transforms.
@@ -191,9 +191,10 @@ def _common_transform(
             ]
             raise UserError(
                 f"The preprocessing of {loaded[0].cfg.MODEL.WEIGHTS} and {one.cfg.MODEL.WEIGHTS} "
-                f"differs: {', '.join(differing)}. In one pass, all models see the same views. Set "
-                "--scales, --crop and --crop-mode, or evaluate each model with --predictions and "
-                "--logits, and average them with --saved-logits."
+                f"differs: {', '.join(differing)}. Models that are evaluated together must have "
+                "the same preprocessing. Set --scales, --crop and --crop-mode for all models, or "
+                "evaluate each model with --predictions and --logits, and average the files with "
+                "--saved-logits."
             )
     return found[0]
 
@@ -248,7 +249,7 @@ def _with_classes(found: ModelSource, count: int) -> ModelSource:
 
 
 def _open_data(sources: Sequence[ModelSource], data: str) -> ClassificationDataset | ImageArrays:
-    """Open the evaluation data, with the class order of the weights if it is known."""
+    """Open the evaluation data. Labels follow the class order of the weights if it is known."""
     cfg = sources[0].cfg
     if not data and not cfg.DATASETS.TEST:
         raise UserError("There is no evaluation data: DATASETS.TEST is empty. Pass --data.")

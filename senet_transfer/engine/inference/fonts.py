@@ -83,5 +83,5 @@ def _covered(entry: FontEntry, characters: set[str]) -> set[str]:
 
 
 def clear_cache() -> None:
-    """Clear the cache of each font's characters. This is needed after installing fonts."""
+    """Clear the cache of font families, so that newly installed fonts are found."""
     _families.cache_clear()

@@ -40,8 +40,8 @@ class FusedDetector(nn.Module):
         Args:
             cfg: The config of the first model.
             models: Detectors with the same classes.
-            views: A function that returns the views of an image. If None, only the image itself is
-                used.
+            views: A function that returns augmented copies of an image, called views. If None,
+                only the image itself is used.
         """
         super().__init__()
         self.models = nn.ModuleList(models)
@@ -81,7 +81,7 @@ class FusedDetector(nn.Module):
         )
 
     def _views(self, item: dict[str, Any]) -> list[tuple[dict[str, Any], Transform]]:
-        """Return the views of an image, each with the transform from the view to the image."""
+        """Return the augmented copies of an image, and the transforms from each to the image."""
         if self.views is None:
             return [(item, NoOpTransform())]
         found = []
@@ -93,7 +93,7 @@ class FusedDetector(nn.Module):
 
 
 def _restored(output: dict[str, Any], inverse: Transform, size: tuple[int, int]) -> Instances:
-    """Move the boxes predicted in a view to the CPU, in coordinates of the original image."""
+    """Return the boxes of an augmented image on the CPU, in coordinates of the original image."""
     found = output.get("instances")
     fields = {} if found is None else found.get_fields()
     others = sorted((output.keys() - {"instances"}) | (fields.keys() - _FIELDS))

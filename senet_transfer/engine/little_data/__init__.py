@@ -1,1 +1,1 @@
-"""Methods for small data sets: features, probes, and stage-wise fine-tuning of the backbone."""
+"""Methods for small data sets: frozen features, linear probes, k-NN and stage-wise fine-tuning."""

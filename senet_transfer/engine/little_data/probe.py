@@ -121,7 +121,7 @@ def run_probe(
 
 
 def _check_output(output: str) -> None:
-    """Create the output folder; raise a UserError if it contains a run other than a probe."""
+    """Create the output folder, or raise a UserError if it contains a training run."""
     if Path(output, "config.yaml").is_file() and not Path(output, RESULTS).is_file():
         raise UserError(
             f"{output} contains a training run, whose config.yaml would be replaced. Choose a "

@@ -53,7 +53,7 @@ class GradualUnfreezing(HookBase):
 
     The weights of a frozen stage do not change, its batch norms use their running statistics and do
     not update them, and no gradients are computed for it. The frozen stages depend only on the
-    iteration, so a resumed run continues exactly.
+    iteration, so a resumed run freezes the same stages as an uninterrupted one.
     """
 
     def __init__(self, model: nn.Module, starts: Sequence[int], wrap: Callable[[], Any]):
@@ -61,13 +61,13 @@ class GradualUnfreezing(HookBase):
         Args:
             model: The model, without a wrapper for distributed training.
             starts: The iterations at which the last stage, the stage before it, and so on are
-                unfrozen. Stages without a number stay frozen.
+                unfrozen. If there are fewer iterations than stages, the other stages stay frozen.
             wrap: A function that wraps the model for distributed training again. The wrapper only
                 supports the parameters that required gradients when it was created.
 
         Raises:
-            UserError: If the numbers are not in ascending order, or if there are more numbers than
-                stages.
+            UserError: If the iterations are not in ascending order, or if there are more of them
+                than stages.
         """
         stages = [
             (name, stage, parameters)

@@ -39,7 +39,7 @@ class ActivationMap:
 
     @property
     def added(self) -> np.ndarray | None:
-        """Change ``(h, w)`` caused by the last gate, ``cam - plain``, or None without gates."""
+        """Change caused by the last gate: ``cam - plain``. None if the network has no gates."""
         return None if self.plain is None else self.cam - self.plain
 
     def plot(self) -> Image.Image:
@@ -114,7 +114,7 @@ def class_activation_map(
 
 
 def _scale_equally(gate: SqueezeExcitation, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    """Scale all channels by the mean of the gate's values. This is a forward hook."""
+    """Replace the gates of an SE layer by their mean over the channels, as a forward hook."""
     x, shortcut, scale = (*inputs, None, 1.0)[:3]
     gated = scale * x * gate.gate(x).mean(1, keepdim=True)
     return gated if shortcut is None else gated + shortcut

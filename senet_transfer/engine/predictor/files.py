@@ -59,7 +59,8 @@ def predict_files(
         output_dir: The output folder for ``predictions.json`` (or ``.csv``, or the folder
             ``labels`` for YOLO) and the drawings. A drawing has the relative path of its image.
         form: One of :data:`FORMATS`; by default "coco" for detectors and "json" for classifiers.
-        draw: If True, write drawings. By default, drawings are written only for detectors.
+        draw: If True, write images with the predictions drawn on them. The default is True for
+            detectors and False for classifiers.
         batch_size: See :meth:`Predictor.stream`.
         workers: See :meth:`Predictor.stream`.
         quiet: If True, show no progress bar.
@@ -140,7 +141,7 @@ def predict_video(
     make_output_folder(output_dir)
     path, drawn = (os.path.join(output_dir, video_stem(name) + end) for end in (".jsonl", ".mp4"))
     if os.path.abspath(drawn) == os.path.abspath(name):
-        raise UserError(f"The video {name} would be overwritten by its drawing. Change --output.")
+        raise UserError(f"The video {name} would be overwritten by the output. Change --output.")
     count, out = 0, None
     with Video(name) as video, _opened(path) as lines:
         try:
@@ -202,7 +203,7 @@ def check_all_read(broken: list[str], images: int, path: str) -> None:
 
 
 def output_names(photos: Sequence[Photo], output_dir: str, suffix: str = ".jpg") -> dict[str, str]:
-    """Return the path of each image's drawing or other output file, by the image's name.
+    """Return a dict from the name of each image to the path of its output file.
 
     Raises:
         UserError: If two output files would have the same path, or one would replace its image.
@@ -262,7 +263,7 @@ def _opened(path: str) -> IO[str]:
 
 
 class _Writer:
-    """Base class for writers of results. It writes nothing itself."""
+    """Base class for writers of results in a given format."""
 
     def __init__(self, output_dir: str, photos: Sequence[Photo]):
         self.path = os.path.join(output_dir, "predictions.json")
@@ -291,7 +292,7 @@ class _Json(_Writer):
 
 
 class _Coco(_Writer):
-    """Writer of a file in COCO format, in which image ids are image numbers."""
+    """Writer of a file in COCO format. The id of an image is its position in the input."""
 
     def __init__(self, output_dir: str, photos: Sequence[Photo]):
         super().__init__(output_dir, photos)
@@ -317,7 +318,7 @@ _BOXES = {0: (), 4: ("x1", "y1", "x2", "y2"), 5: ("x", "y", "width", "height", "
 
 
 class _Csv(_Writer):
-    """Writer of a CSV table with one row per object, or per class of an image."""
+    """Writer of a CSV table with one row per detected object or per predicted class."""
 
     def __init__(self, output_dir: str, photos: Sequence[Photo]):
         self.path = os.path.join(output_dir, "predictions.csv")

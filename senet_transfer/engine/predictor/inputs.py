@@ -197,7 +197,7 @@ def _photos(name: str) -> Iterator[Photo]:
 
 
 def _listed(path: str) -> Iterator[Photo]:
-    """Yield the images in a list file. Their relative paths are the paths in the list."""
+    """Yield the images in a list file; ``relative`` is the path as it is written in the list."""
     try:
         lines = Path(path).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -57,7 +57,7 @@ class Classes:
 
     @functools.cached_property
     def outdoors(self) -> np.ndarray | None:
-        """True for each outdoor class, bool ``(C,)``; None if the classes are not Places365's."""
+        """Bool array ``(C,)``, True for outdoor classes; None if a class is not in Places365."""
         known = places365_classes()
         if not self.things or not known.keys() >= set(self.things):
             return None
@@ -212,7 +212,7 @@ class Detections(_Shown):
 
     @property
     def names(self) -> list[str]:
-        """Class names."""
+        """Class name of each object."""
         return [self.classes.things[label] for label in self.labels]
 
     @property

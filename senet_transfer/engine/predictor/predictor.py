@@ -176,7 +176,7 @@ class Predictor(ABC, Generic[Result]):
             return Prepared(photo, problem=UserError(reason))
 
     def _results(self, batch: list[Prepared], broken: list[str] | None) -> Iterator[Result]:
-        """Yield the results for a batch. If it fails, process its images one by one."""
+        """Yield the results for a batch. If the batch fails, process its images one by one."""
         try:
             for item in batch:
                 if item.problem:
@@ -205,7 +205,7 @@ class Predictor(ABC, Generic[Result]):
 
     @abstractmethod
     def predict(self, batch: list[Prepared]) -> list[Result]:
-        """Return the results for a batch."""
+        """Run the model on a batch of prepared images, and return one result per image."""
 
 
 class ClassifierPredictor(Predictor[Classification]):
@@ -333,7 +333,7 @@ class DetectorPredictor(Predictor[Detections]):
 
 
 class Resize(ResizeShortestEdge):
-    """Detectron2's resizing, but very elongated images keep sides of at least 1 pixel."""
+    """Detectron2's resizing with a minimum side of 1 pixel, for very elongated images."""
 
     def get_transform(self, image: np.ndarray) -> Transform:
         """Return the transform for an image."""

@@ -40,7 +40,7 @@ def bundle(
         name: The name under which the model is loaded, "senet_transfer/NAME".
         folder: The folder to write to.
         config_file: The config of a weight file; see :func:`senet_transfer.load`.
-        half: If True, store kernels and matrices in float16.
+        half: If True, store tensors with two or more dimensions in float16.
         **statements: Fields of :class:`~senet_transfer.engine.publish.model_card.Card`.
 
     Returns:
@@ -100,8 +100,8 @@ def index(folder: Path) -> str:
     lines = [
         "# Weights in this package",
         "",
-        "`senet push --bundle` writes the files in this folder, including this one. A network is",
-        "loaded by its name (`--weights`, `MODEL.WEIGHTS` and others), without a download.",
+        "`senet push --bundle` writes the files in this folder, including this README. To load a",
+        "network without a download, specify its name as weights (`--weights` or `MODEL.WEIGHTS`).",
         "",
     ]
     if not bundled_files(folder):

@@ -83,8 +83,8 @@ def contents_of(
         source: The output folder of a run, a checkpoint, or another source of a complete model; see
             :func:`senet_transfer.load`.
         config_file: The config of a weight file; see :func:`senet_transfer.load`.
-        half: If True, store kernels and matrices in float16, and vectors (biases, and the
-            parameters and statistics of norms) in float32.
+        half: If True, store tensors with two or more dimensions in float16. Biases and the
+            parameters and statistics of norms remain in float32.
 
     Raises:
         UserError: If the model can't be loaded, or a value exceeds the range of float16.

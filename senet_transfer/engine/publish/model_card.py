@@ -112,7 +112,7 @@ class Card:
 
 
 def _provenance(contents: Contents, runs: Sequence[dict[str, Any]]) -> Iterable[str]:
-    """Yield sentences about the runs of a config, one of which is published."""
+    """Yield sentences about the runs of the published model's config, including its own run."""
     if not runs:
         return
     seeds = first_of(str(run.get("seed", "unknown")) for run in runs)
@@ -128,12 +128,18 @@ def _provenance(contents: Contents, runs: Sequence[dict[str, Any]]) -> Iterable[
         if run.get("weights_sha256") == contents.sha256:
             yield f"The weights are from the run with seed {run['seed']}."
     machines = dict.fromkeys(
-        ", ".join(f"{key} {value}" for key, value in run["machine"].items())
+        ", ".join(f"{key}: {value}" for key, value in run["machine"].items())
         for run in runs
         if isinstance(run.get("machine"), dict)
     )
     commits = dict.fromkeys(str(run.get("commit", "unknown")) for run in runs)
-    yield f"Machine: {first_of(map(_escaped, machines)) or 'unknown'}. Commit: {first_of(commits)}."
+    yield _table(
+        ("training environment", "value"),
+        (
+            ("machine", first_of(map(_escaped, machines)) or "unknown"),
+            ("commit of the code", first_of(map(_escaped, commits))),
+        ),
+    )
 
 
 def read_runs(folder: str | Path) -> list[dict[str, Any]]:

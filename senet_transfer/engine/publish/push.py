@@ -76,7 +76,7 @@ def write_repository(
         folder: The folder to write to.
         name: The name of the repository, "owner/name".
         config_file: The config of a weight file; see :func:`senet_transfer.load`.
-        half: If True, store kernels and matrices in float16.
+        half: If True, store tensors with two or more dimensions in float16.
         **statements: Fields of :class:`~senet_transfer.engine.publish.model_card.Card`.
 
     Raises:
@@ -107,7 +107,7 @@ def write_card(
 ) -> None:
     """Write the model card for a model whose weights are not published.
 
-    The card describes the checkpoint in place of a published weight file.
+    The card describes the checkpoint, because there is no published weight file.
 
     Args:
         source: The model, as in :func:`push`.

@@ -1,1 +1,1 @@
-"""Recipes for a user's data and machine, used by the training command's option ``--data``."""
+"""Training recipes chosen for a user's data and machine, as used by ``senet train --data``."""

@@ -60,7 +60,7 @@ class MachineFacts:
 
 
 def describe_data(train: DataPart, val: DataPart, *, upright: bool = True) -> DataFacts:
-    """Determine the facts about a data set.
+    """Collect the facts about a data set that determine the recipe.
 
     Args:
         train: Training data.
@@ -113,7 +113,7 @@ def describe_data(train: DataPart, val: DataPart, *, upright: bool = True) -> Da
 
 
 def describe_machine(device: str) -> MachineFacts:
-    """Determine the facts about the machines of a run on a device such as "cuda" or "cpu"."""
+    """Collect the facts about the machines of a run on a device such as "cuda" or "cpu"."""
     memory = 0.0
     if device.startswith("cuda") and torch.cuda.is_available():
         gpus = range(torch.cuda.device_count())

@@ -47,7 +47,7 @@ def use_recipe(options: "RunOptions", *, resume: bool) -> Iterator["RunOptions"]
     All processes of a job must call this function together. The main process makes the recipe.
 
     Args:
-        options: The run's options. Without data, they are not changed.
+        options: The run's options. They are not changed if ``data`` is empty.
         resume: If True, the recipe of the original run is used.
 
     Raises:
@@ -182,7 +182,7 @@ def choose_settings(
 
 
 def _published_weights(name: str) -> tuple[str, str]:
-    """Return the name of the weights, or "" and the reason if they can't be downloaded."""
+    """Return ``(name, "")``, or ``("", reason)`` if the weights can't be downloaded."""
     try:
         resolve(name)
     except UserError as error:

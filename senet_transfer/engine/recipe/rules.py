@@ -49,7 +49,7 @@ class Choice(NamedTuple):
 
 
 def backbone(machine: MachineFacts) -> tuple[str, str]:
-    """Return the names of a backbone that fits a machine and of its published ImageNet weights."""
+    """Return a backbone and its published ImageNet weights, chosen according to the GPU memory."""
     if machine.gpu_memory >= LARGE_GPU:
         return "se_resnet50", "cadene/se_resnet50"
     return "se_resnet18", "timm_legacy/seresnet18"

@@ -188,7 +188,7 @@ def gate_and_add(
         x: Output of the residual branch, ``(N, C, H, W)``.
         shortcut: Output of the shortcut, ``(N, C, H, W)``.
         fused: The block's ``fused`` option.
-        scale: Factor of the gated branch; only 1 is fused.
+        scale: Factor of the gated branch. The fused kernels are used only if it is 1.
     """
     fits = scale == 1 and x.dtype == shortcut.dtype and x.shape == shortcut.shape
     if not fits or se.takes_input or not _is_selected(fused, x, None, se):
@@ -274,7 +274,7 @@ def _learns(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor | N
 def _repeats_conv(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) -> bool:
     """Return whether the backward pass repeats the convolution instead of saving its output.
 
-    A frozen norm saves nothing, so a block without a gate does not save this output either.
+    With a frozen norm, a block with a gate therefore saves no more feature maps than one without.
     """
     one = (1, 1)
     is_pointwise = conv.kernel_size == conv.stride == one and conv.padding == (0, 0)
@@ -294,7 +294,10 @@ _Statistics = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def _norm_values(norm: nn.Module | None) -> tuple[bool, _Statistics, float]:
-    """Return operator arguments: whether a norm uses batch statistics, its tensors and epsilon."""
+    """Return the arguments of the fused operators for a norm.
+
+    The arguments are a flag that is True for batch statistics, the norm's tensors, and epsilon.
+    """
     if norm is None:
         return False, (None, None, None, None), 0.0
     eps = float(norm.eps)  # Triton would compile different code for an integer.

@@ -22,7 +22,7 @@ import triton.language as tl
 
 @triton.jit
 def _locate(C, BC: tl.constexpr):
-    """Return a program's row index, its channel indices, and a mask of those less than ``C``."""
+    """Return a program's row index, its channel indices, and a mask of indices less than ``C``."""
     blocks = tl.cdiv(C, BC)
     pid = tl.program_id(0)
     c = pid % blocks * BC + tl.arange(0, BC)
@@ -74,7 +74,7 @@ def _excite(
     hidden_ptr, w2_ptr, b2_ptr, gate_ptr, image, store, c, inside, C, R,
     BIAS: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Return the gates ``excitation(fc2(hidden))`` of an image, and write them if ``store``."""
+    """Return an image's gates ``excitation(fc2(hidden))``, and store them if ``store`` is True."""
     summed = tl.zeros((BC, BR), ACC)
     for first in range(0, R, BR):
         r = first + tl.arange(0, BR)
@@ -196,7 +196,7 @@ def merge(
 @triton.jit
 def _image_mean(means_ptr, n, c, inside, C, P, S, CHUNK, ACC: tl.constexpr, BS: tl.constexpr,
                 BC: tl.constexpr):  # fmt: skip
-    """Compute an image's mean per channel from the means over its chunks of positions."""
+    """Compute the mean of each channel of an image from the means of the image's chunks."""
     summed = tl.zeros((BS, BC), ACC)
     for first in range(0, S, BS):
         s = first + tl.arange(0, BS)
@@ -210,7 +210,7 @@ def _image_mean(means_ptr, n, c, inside, C, P, S, CHUNK, ACC: tl.constexpr, BS: 
 @triton.jit
 def _image_sum(sums_ptr, n, c, inside, C, S, ACC: tl.constexpr, BS: tl.constexpr,
                BC: tl.constexpr):  # fmt: skip
-    """Compute an image's sum per channel from the sums over its chunks of positions."""
+    """Compute the sum of each channel of an image from the sums of the image's chunks."""
     summed = tl.zeros((BS, BC), ACC)
     for first in range(0, S, BS):
         s = first + tl.arange(0, BS)
@@ -274,7 +274,7 @@ def apply(
     BIAS: tl.constexpr, ACT: tl.constexpr, BR: tl.constexpr, LAST: tl.constexpr, ACC: tl.constexpr,
     BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Compute ``relu(gate * norm(x) + shortcut)``, in which each part is optional.
+    """Compute ``relu(gate * norm(x) + shortcut)``, in which each operation is optional.
 
     The gates are also written to ``gate_ptr``.
     """
@@ -312,10 +312,11 @@ def gradient_sums(
     NORM: tl.constexpr, RELU: tl.constexpr, KEEP: tl.constexpr,
     LAST: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Sum the gradient and its product with the centred feature map over chunks of positions.
+    """Sum the product of the gradient and the feature map over each chunk of positions.
 
-    With ``RELU``, the gradient is first masked by the block's output. With ``KEEP``, the masked
-    gradient is written; it is the gradient of the shortcut.
+    ``NORM`` first subtracts the mean from the feature map, and also sums the gradient itself.
+    ``RELU`` first masks the gradient by the block's output. ``KEEP`` also writes the masked
+    gradient, which is the gradient of the shortcut.
     """
     row, c, inside = _locate(C, BC)
     base = (row // S).to(tl.int64) * C * P
@@ -406,12 +407,14 @@ def parameter_gradients(
     SUMS: tl.constexpr, SCALED: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr,
     BIAS: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Sum the gradients of the norm and gate parameters over all chunks or images.
+    """Compute the gradients of the norm's and the gate's parameters.
 
-    ``total`` contains sums of the gradient, and ``aligned`` contains sums of its product with the
-    feature map. The feature map is normalised with ``SCALED``, and only centred otherwise. With
-    ``NORM``, a norm precedes the gate. Program (i, j) computes block i of the channels and block j
-    of the hidden units.
+    A row of ``total`` or ``aligned`` belongs to a chunk or an image, and the gradients of the
+    norm's parameters are sums over the rows. ``total`` contains sums of the output gradient, and
+    ``aligned`` contains sums of the product of this gradient and the feature map. The feature map
+    is normalised if ``SCALED`` is True, and only centred otherwise. If ``NORM`` is True, a norm
+    precedes the gate. Program (i, j) computes block i of the channels and block j of the hidden
+    units.
     """
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     inside = c < C

@@ -131,7 +131,7 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 class _Norm(NamedTuple):
-    """Statistics and parameters of a norm, each ``(C,)``; all are None for no norm."""
+    """Statistics and parameters of a norm, each ``(C,)``. All are None if there is no norm."""
 
     mean: Maybe
     var: Maybe
@@ -175,10 +175,12 @@ def _launch(
     Args:
         kernel: The kernel.
         grid: Number of programs in each dimension.
-        key: Everything that the compiled kernel depends on, except for ``kernel`` and ``flags``:
-            the device, the dtypes of the tensors, which must be aligned, and the properties of the
-            integers for which Triton specialises kernels. Other numbers must be floats.
-        arguments: Tensors, numbers and None, in the order of the kernel's parameters.
+        key: Key of the cache, in addition to ``kernel`` and ``flags``. It contains the device, the
+            dtypes of the tensors, and the properties of integers for which Triton specialises
+            kernels.
+        arguments: Tensors, numbers and None, in the order of the kernel's parameters. The addresses
+            of tensors must be aligned. A number whose properties are not in ``key`` must be a
+            float.
         flags: Compile-time arguments of the kernel and Triton options.
     """
     key = (id(kernel), key, *flags, *flags.values())
@@ -198,7 +200,7 @@ class _Gates(NamedTuple):
     """Arguments of a gate's second layer, for the kernels that compute and apply the gates.
 
     Attributes:
-        hidden: Hidden units of all images; None for no gates.
+        hidden: Activations of the hidden units, ``(N, R)``. None if the kernel computes no gates.
         w2: Weights ``(C, R)``.
         b2: Biases ``(C,)``, or None.
         value: Output tensor for the gates, ``(N, C)``.
@@ -241,7 +243,7 @@ class _Launcher:
     def __init__(self, key: _Key, like: Tensor, last: bool | None = None):
         """
         Args:
-            key: The key of the calling function; see :func:`_prepared`.
+            key: Key for the cache of compiled kernels; see :func:`_prepared`.
             like: A feature map with the shape, dtype and device that the kernels will process.
             last: Whether the layout is channels-last; None for the layout of ``like``.
         """
@@ -288,9 +290,10 @@ class _Launcher:
         _launch(kernel, grid, (*self.key, *key), arguments, flags | {"ACC": self.acc})
 
     def moments(self, x: Tensor, *, square: bool) -> tuple[Tensor, Maybe]:
-        """Return the mean per chunk of positions and channel.
+        """Compute statistics of each channel over each chunk of positions.
 
-        If ``square`` is True, also return the sums of squared deviations, otherwise None.
+        Returns:
+            The means and, if ``square`` is True, the sums of squared deviations.
         """
         means, squares = self.rows(), self.rows() if square else None
         self.run(
@@ -302,9 +305,10 @@ class _Launcher:
     def add(
         self, x: Tensor, shortcut: Tensor, gates: "_Gates", *, moments: bool
     ) -> tuple[Tensor, Maybe, Maybe]:
-        """Return ``gate * x + shortcut``, and its statistics per chunk of positions and channel.
+        """Return ``gate * x + shortcut`` and its statistics.
 
-        The statistics are the mean and the sum of squared deviations.
+        The statistics are the mean and the sum of squared deviations of each channel over each
+        chunk of positions.
 
         Args:
             x: The feature map.
@@ -334,15 +338,17 @@ class _Launcher:
     def gradient_sums(
         self, gradient: Tensor, out: Maybe, x: Tensor, norm: _Norm, masked: Maybe
     ) -> tuple[Maybe, Tensor]:
-        """Sum the gradient and its product with ``x`` over each chunk of positions.
+        """Return the sums of the gradient and of its product with ``x``.
+
+        Each sum is over the positions of one chunk and channel; see :mod:`.kernels`.
 
         Args:
             gradient: Gradient of the output.
-            out: Output of the ReLU, which masks the gradient; None for no ReLU.
+            out: Output of the ReLU, which masks the gradient. None if there is no ReLU.
             x: The feature map.
-            norm: The norm, whose mean is subtracted from ``x``. Without a norm, the gradient sums
-                are None.
-            masked: Output tensor for the masked gradient.
+            norm: The norm, whose mean is subtracted from ``x``. If there is no norm, nothing is
+                subtracted, and None is returned for the sums of the gradient.
+            masked: Tensor to which the masked gradient is written, or None.
         """
         has_norm = norm.mean is not None
         total, aligned = self.rows() if has_norm else None, self.rows()
@@ -360,7 +366,7 @@ class _Launcher:
     def merge(
         self, means: Tensor, squares: Maybe, running: "Running | None"
     ) -> tuple[Tensor, Tensor]:
-        """Merge the statistics of all chunks into the batch mean and variance.
+        """Merge the statistics of all chunks of positions into the batch mean and variance.
 
         If ``running`` is not None, also update the running statistics.
         """
@@ -479,7 +485,7 @@ class _Launcher:
         extra: Maybe = None,
         branch: Maybe = None,
     ) -> tuple[Tensor, Maybe]:
-        """Return the gradient of the input of a norm or gate, and its product sums with ``branch``.
+        """Compute the gradient of the input of a norm or gate.
 
         Args:
             gradient: Gradient of the output.
@@ -490,8 +496,11 @@ class _Launcher:
             gated: The gates, and the gradients of the pooled features.
             masked: Output tensor for the masked gradient.
             extra: Another gradient of the input, which is added.
-            branch: Feature map whose product with the gradient is summed over each chunk of
-                positions.
+            branch: Feature map for the second result; None if the sums are not needed.
+
+        Returns:
+            The gradient, and the sums of the gradient times ``branch`` over each chunk of
+            positions, ``(chunks, C)``.
         """
         dx, dots = torch.empty_like(gradient), None if branch is None else self.rows()
         batch = affine[0] is not None

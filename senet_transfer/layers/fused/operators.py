@@ -136,8 +136,9 @@ def _save_end(ctx: Any, inputs: tuple[Any, ...], output: tuple[Maybe, ...]) -> N
 def _end_gradients(ctx: Any, dout: Maybe, backward: _Backward) -> tuple[Maybe, ...]:
     if ctx.is_squeezed_given:
         raise RuntimeError(
-            "norm_gate_add computes no gradients if the gate reads another feature map (squeezed). "
-            "Use the original network instead of the result of deploy(), or set fused to False."
+            "norm_gate_add can't compute gradients if the gate is computed from another feature "
+            "map (squeezed). Use the original network instead of the result of deploy(), or set "
+            "fused to False."
         )
     if dout is None:
         return _needed(ctx, ())

@@ -52,7 +52,7 @@ class PlainBottleneckBlock(Fusable, BottleneckBlock):
 def _plain_end(
     block: PlainBasicBlock | PlainBottleneckBlock, x: Tensor, inner: Tensor, last: Conv2d
 ) -> Tensor:
-    """Compute a block's output from its input and the input of its last convolution."""
+    """Compute a block's output from the block's input and the last convolution's input."""
     shortcut = x if block.shortcut is None else conv_norm(block.shortcut, x, block.fused)
     out = residual_end(last, None, inner, shortcut, block.fused)
     return F.relu_(last(inner) + shortcut) if out is None else out
@@ -87,7 +87,7 @@ class SEBlock(Fusable, CNNBlockBase):
             fold_squeeze(self.conv3, self.se)
 
     def _end(self, x: Tensor, inner: Tensor, last: Conv2d) -> Tensor:
-        """Compute the block's output from its input and the input of its last convolution."""
+        """Compute the block's output from the block's input and the last convolution's input."""
         shortcut = x if self.shortcut is None else conv_norm(self.shortcut, x, self.fused)
         out = None
         if self.placement != "identity" and not self.relu_before:
@@ -98,7 +98,13 @@ class SEBlock(Fusable, CNNBlockBase):
         return self.se(out) if self.placement == "post" else out
 
     def _sum(self, shortcut: Tensor, inner: Tensor, last: Conv2d) -> Tensor:
-        """Return the sum of the shortcut and the branch, whose last convolution reads ``inner``."""
+        """Apply the last convolution, and return the sum of the branch and the shortcut.
+
+        Args:
+            shortcut: The output of the shortcut.
+            inner: The input of the last convolution.
+            last: The last convolution of the residual branch.
+        """
         if self.placement == "identity":
             return self.se.gate_and_add(shortcut, last(inner))
         if self.placement != "standard":

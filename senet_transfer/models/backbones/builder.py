@@ -55,11 +55,11 @@ def build_backbone(
 def trunk_builder(
     features: tuple[str, ...] = FEATURES,
 ) -> Callable[[Callable[..., StemAndStages]], Callable[..., ResNet]]:
-    """Decorate a builder from version 0.1, which returns a stem and stages.
+    """Return a decorator for builders written for version 0.1, which return a stem and stages.
 
-    Deprecated: this decorator will be removed in version 0.3. Write a builder that has all keyword
-    arguments and returns the result of :func:`build_backbone` instead. Additional arguments of the
-    decorated function can only be set when the model is registered.
+    Deprecated: this decorator will be removed in version 0.3. Instead, write a builder that has all
+    keyword arguments and returns the result of :func:`build_backbone`. If the decorated function
+    has additional arguments, pass them to :func:`senet_transfer.models.registry.register_model`.
 
     Args:
         features: Names of the stem and the stages.

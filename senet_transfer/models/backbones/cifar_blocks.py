@@ -70,11 +70,15 @@ class NormReLU(Fusable, CNNBlockBase):
 
     @property
     def first_norm(self) -> nn.Module:
-        """The norm, which the preceding block can apply; see :meth:`PreActBlock.link`."""
+        """This block's norm. The preceding block can apply it; see :meth:`PreActBlock.link`."""
         return self.norm
 
     def forward(self, x: Tensor | SumAndOutput) -> Tensor:
-        """Apply norm and ReLU to ``(N, C, H, W)``, unless the preceding block has applied them."""
+        """Apply norm and ReLU to ``(N, C, H, W)``.
+
+        If the preceding block has already applied them, ``x`` is a tuple of the sum and the output,
+        and the output is returned.
+        """
         return x[1] if isinstance(x, tuple) else norm_relu(self.norm, x, self.fused)
 
 
@@ -169,8 +173,8 @@ class PreActBlock(GatedBlock):
     def forward(self, x: Tensor | SumAndOutput) -> Tensor | SumAndOutput:
         """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``.
 
-        With fused kernels, a linked block also returns the output of the next block's first norm
-        and ReLU.
+        With fused kernels and after :meth:`link`, the block also returns the output of the next
+        block's first norm and ReLU.
         """
         x, out = x if isinstance(x, tuple) else (x, None)
         if self.shared:
@@ -189,7 +193,7 @@ class PreActBlock(GatedBlock):
         return self._linked_end(out, shortcut) or self._leave(self._sum(out, shortcut))
 
     def _linked_end(self, residual: Tensor, shortcut: Tensor) -> SumAndOutput | None:
-        """Return the sum and the next block's ``relu(norm(sum))``, or None if not fused."""
+        """Return the sum and the next block's ``relu(norm(sum))``; None if they can't be fused."""
         if not self._following or self.placement == "post":
             return None
         (following,) = self._following

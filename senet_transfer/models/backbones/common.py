@@ -99,7 +99,7 @@ class Chain(CNNBlockBase):
 
 
 class MaxPool(CNNBlockBase):
-    """Max pool with stride 2, as a block of a stage."""
+    """Max pooling with stride 2 that can be used as a block in a stage."""
 
     def __init__(self, channels: int, *, kernel: int = 3, padding: int = 0, ceil: bool = False):
         """
@@ -135,7 +135,11 @@ class GatedBlock(Fusable, CNNBlockBase):
         return self.se(x) if self.se is not None and self.placement == "pre" else x
 
     def _sum(self, residual: Tensor, shortcut: Tensor, scale: float = 1.0) -> Tensor:
-        """Compute ``scale * residual + shortcut`` with the SE gate, whose input is not scaled."""
+        """Compute ``scale * residual + shortcut``, and apply the SE gate to one of the summands.
+
+        The placement determines which one, if any. The input of a gate on the residual branch is
+        not scaled.
+        """
         if self.se is not None and self.placement in ("standard", "mixture"):
             return gate_and_add(self.se, residual, shortcut, self.fused, scale)
         if self.se is not None and self.placement == "identity":

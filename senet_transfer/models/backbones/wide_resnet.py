@@ -1,8 +1,8 @@
 """Wide ResNets for CIFAR: WRN-16-8 and any other depth and width.
 
-Networks: Zagoruyko and Komodakis 2016, "Wide Residual Networks", and their released code:
-pre-activation blocks with two 3x3 convolutions, without dropout. A shortcut that changes the shape
-is a 1x1 convolution and starts after the first norm and ReLU of its block.
+The networks follow Zagoruyko and Komodakis 2016, "Wide Residual Networks", and their released code.
+They consist of pre-activation blocks with two 3x3 convolutions, without dropout. If a block changes
+the shape, its shortcut is a 1x1 convolution that follows the block's first norm and ReLU.
 
 With SE (Tables IV and V of the SENet paper), every block gates its residual branch; for other
 placements, see :mod:`senet_transfer.models.backbones.cifar_blocks`. SE adds

@@ -61,7 +61,10 @@ class Architecture:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "Architecture | None":
-        """Infer the architecture from tensors with this project's names, or return None."""
+        """Infer the architecture from tensors that have this project's names.
+
+        The result is None if the architecture is unknown.
+        """
         linear = _shape(tensors, "linear.weight")
         classes = linear[0] if linear else 0
         for network, pattern in _OTHERS.items():
@@ -91,7 +94,7 @@ class Architecture:
 
     @property
     def is_senet154(self) -> bool:
-        """Return whether the blocks and the stem are those of SENet-154 instead of a ResNeXt."""
+        """Return whether the blocks and the stem are those of SENet-154, not of a ResNeXt."""
         return self.deep_stem and self.groups == 64 and self.bottleneck
 
     @property
@@ -113,7 +116,7 @@ class Architecture:
         return f"se_{name}" if self.se_stages and depth else name
 
     def differences(self, other: "Architecture") -> list[str]:
-        """Return sentences on how a file's architecture (``self``) differs from a model's."""
+        """Return sentences that describe how a file (``self``) differs from a model (``other``)."""
         found = []
         if self.name.removeprefix("se_") != other.name.removeprefix("se_"):
             found.append(f"The file contains {self.name}, but the model is {other.name}.")

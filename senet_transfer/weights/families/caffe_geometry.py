@@ -43,8 +43,8 @@ def stated_geometry(path: str | Path, layers: Iterable[CaffeLayer], expected: Ge
         raise UserError(
             f"{path}: The first 1x1 convolutions of its stages have strides "
             f"{sorted(strides['1x1'])}, and the first 3x3 convolutions have strides "
-            f"{sorted(strides['3x3'])}. Expected stride 2 in one kind and stride 1 in the other, "
-            "in all stages. Use weights of a supported network."
+            f"{sorted(strides['3x3'])}. In all stages, one of them must have stride 2 and the "
+            "other stride 1. Use weights of a supported network."
         )
     return replace(geometry, stride_in_1x1=strides["1x1"] == {2})
 

@@ -74,7 +74,7 @@ cadene_like = having(r"layer0\.(conv|bn)\d\.weight", r"layer\d\.\d+\.se_module\.
 
 
 def cadene(tensors: Tensors, metadata: Metadata) -> bool:
-    """Detect files of Cadene's pretrainedmodels, in which all SE networks have bottlenecks."""
+    """Detect files of Cadene's pretrainedmodels, whose SE ResNets all have bottleneck blocks."""
     if _inception_resnet(tensors, metadata):
         return "classif.weight" not in tensors
     with_se = cadene_like(tensors, metadata) and _bottlenecks(tensors, metadata)
@@ -95,7 +95,7 @@ own_of_another_kind = having(r".*\.norm\.running_var", r"linear\.weight")
 
 
 def own(tensors: Tensors, metadata: Metadata) -> bool:
-    """Detect this project's files."""
+    """Detect weight files of this project, with or without metadata."""
     if OWN_METADATA in metadata:
         return True
     if metadata.get("__author__"):
@@ -104,13 +104,13 @@ def own(tensors: Tensors, metadata: Metadata) -> bool:
 
 
 def detectron1(tensors: Tensors, metadata: Metadata) -> bool:
-    """Detect Detectron's files, which have folded norms."""
+    """Detect weight files of the first Detectron, which store a batch norm as scale and bias."""
     folded = having(r"res\d_\d+_branch2a_w", r"res\d_\d+_branch2a_bn_s")
     return folded(tensors, metadata) and not detectron2(tensors, metadata)
 
 
 def detectron2(tensors: Tensors, metadata: Metadata) -> bool:
-    """Detect Detectron2's files, which have either Caffe2's names or those of a saved model."""
+    """Detect Detectron2's weight files, which use the tensor names of Caffe2 or of Detectron2."""
     if OWN_METADATA in metadata:
         return False
     caffe2 = having(r"res\d_\d+_branch2a_w", r"res\d_\d+_branch2a_bn_(gamma|riv|running_var)")

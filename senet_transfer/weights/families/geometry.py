@@ -49,7 +49,7 @@ class Geometry:
         return self.stem_pool != "none"
 
     def contradictions(self, model: "Geometry") -> list[str]:
-        """Return sentences on how a file's layer options (``self``) differ from a model's."""
+        """Return sentences that describe how a file's layer options differ from a model's."""
         found = []
         for name, value in asdict(self).items():
             if value is None:

@@ -177,7 +177,10 @@ _msra_ends = renamer(
 
 
 def msra_caffe(name: str) -> str | None:
-    """Rename a tensor of He et al.'s Caffe models, with blocks a, b, c, ... or a, b1, b2, ..."""
+    """Rename a tensor of He et al.'s Caffe models.
+
+    The blocks of a stage are named a, b, c and so on, or a, b1, b2 and so on.
+    """
     if match := _MSRA.fullmatch(name):
         kind, stage, letter, number, branch, tensor = match.groups()
         index = int(number) if number else ord(letter) - ord("a")
@@ -238,7 +241,10 @@ def backbone_prefix(names: Iterable[str]) -> str:
 
 
 def canonical(name: str, prefix: str) -> str:
-    """Remove the backbone's prefix from a name, or the C4 head's prefix from a name in res5."""
+    """Return the name of a detector's tensor in a backbone.
+
+    The prefix of the backbone is removed, or, for res5 in a C4 head, the prefix of the head.
+    """
     if name.startswith(_RES5):
         return name.removeprefix("roi_heads.")
     return name.removeprefix(prefix)

@@ -13,8 +13,8 @@ def _by_layer(layers: Mapping[str, str], norm: str) -> Rename:
 
     Args:
         layers: Mapping from the other project's layer names to this project's.
-        norm: Pattern for the text between the layer name and the tensor name. The pattern has a
-            single group, which is empty except for the tensors of norms.
+        norm: Regular expression for the text between the layer name and the tensor name. Its only
+            group matches a non-empty string only for tensors of norms.
     """
     pattern = re.compile(rf"(.+?){norm}{_TENSOR}")
 

@@ -62,9 +62,9 @@ class Statements:
     Attributes:
         contradiction: Sentence on how the information contradicts the tensors or the supported
             networks; empty if there is no contradiction, or only those in ``notes``.
-        notes: Sentences on entries that contradict the tensors in a file that also names the
-            network that the tensors suggest.
-        confirmed: Whether the file names the network that the tensors suggest.
+        notes: Sentences on tolerated contradictions: entries that contradict the tensors, while
+            another entry confirms the network.
+        confirmed: Whether the file names the network that was detected from the tensors.
         wide: Whether the network is CSAIL's ``wideresnet18``.
         preprocessing: Channel order, mean and std; None if they are not specified.
         timm: Content of timm's ``config.json``, which determines the layer options and all of the
@@ -80,7 +80,7 @@ class Statements:
 
     @property
     def recorded(self) -> frozenset[str]:
-        """Return the names of the layer options and preprocessing fields in the file."""
+        """Return the names of the layer options and preprocessing fields given in the file."""
         pixels = {"format", "mean", "std"} if self.preprocessing or self.timm else set()
         geometry = {field.name for field in fields(Geometry)} if self.timm else set()
         return frozenset(pixels | geometry | ({"stem_pool"} if self.wide else set()))
@@ -89,7 +89,13 @@ class Statements:
 def statements_of(
     metadata: Mapping[str, Any], architecture: Architecture | None, timm: TimmConfig | None = None
 ) -> Statements:
-    """Compare the information in and next to a file with the architecture of its tensors."""
+    """Compare the names and configs stored with weights with the architecture of the tensors.
+
+    Args:
+        metadata: Values stored with the tensors.
+        architecture: Architecture detected from the tensors, or None if it is unknown.
+        timm: Content of timm's ``config.json`` next to the file, if there is one.
+    """
     if architecture is None:
         return Statements()
     found = _from_names(metadata, architecture, timm)
@@ -106,11 +112,12 @@ def statements_of(
 def _from_names(
     metadata: Mapping[str, Any], architecture: Architecture, timm: TimmConfig | None
 ) -> Statements:
-    """Compare the names of the network in and next to a file with the architecture.
+    """Compare the network names that a file and its ``config.json`` contain with the architecture.
 
-    An entry that contradicts the tensors may describe another part of a run, such as a teacher, if
-    another entry names the network. This does not apply to networks that can have the same tensors,
-    nor to ``config.json``, which also determines the preprocessing.
+    An entry that contradicts the tensors may describe another network of the training run, such as
+    a teacher. It is therefore tolerated if another entry names the architecture. Entries in
+    ``config.json``, which also determines the preprocessing, and names of networks that can have
+    the same tensors are not tolerated.
     """
     confirmed = wide = False
     errors: list[str] = []
@@ -133,7 +140,7 @@ def _from_names(
 
 
 def named_model(architecture: Architecture | None, geometry: Geometry) -> str:
-    """Return the model name or a description of a network, or an empty string if it is unknown."""
+    """Return a network's model name or description, or "" if the network is unknown."""
     if architecture is None:
         return ""
     return architecture.name if geometry.has_pool else WIDE_RESNET
@@ -147,7 +154,7 @@ def lookalikes(architecture: Architecture | None) -> tuple[str, ...]:
 def stated_names(
     metadata: Mapping[str, Any], timm: TimmConfig | None = None
 ) -> Iterator[tuple[str, str]]:
-    """Yield each name of the network that is stored in or next to a file, preceded by its key.
+    """Yield the network names stated in a file or in timm's config, as pairs of key and name.
 
     Args:
         metadata: Plain values in the file.

@@ -1,4 +1,4 @@
-"""Descriptions of folders that a user specified instead of a weight file."""
+"""Error messages for a user who specified a folder instead of a weight file."""
 
 from pathlib import Path
 

@@ -203,8 +203,8 @@ def _from_safetensors(
             if names is not None and found != names:
                 odd = first_of(map(shown, sorted(found ^ names)), _LISTED)
                 raise UserError(
-                    f"{file} does not contain the tensors listed in {path.name} (different: "
-                    f"{odd}). Download all files again."
+                    f"{file} does not contain the tensors listed in {path.name}. Missing or "
+                    f"unexpected tensors: {odd}. Download all files again."
                 )
             place |= dict.fromkeys(opened.keys(), opened)
             metadata |= opened.metadata() or {}

@@ -30,7 +30,7 @@ def shard_files(path: Path) -> dict[Path, set[str]]:
     files: dict[Path, set[str]] = {}
     for name, file in names.items():
         if not isinstance(file, str) or Path(file).name != file or "\\" in file:
-            raise ValueError(f"the file of {shown(name)} is not in the folder of the index")
+            raise ValueError(f"the file listed for {shown(name)} is not in the folder of the index")
         files.setdefault(path.parent / file, set()).add(name)
     other = [file.name for file in files if file.suffix != ".safetensors"]
     if other:

@@ -162,7 +162,14 @@ def _named_tensors(tree: dict, path: Path) -> dict[str, _Source]:
 
 
 class _Choice(NamedTuple):
-    """Selected key of a checkpoint, the rest of the wanted prefix, and notes for the user."""
+    """Choice of the entry of a checkpoint that contains the model.
+
+    Attributes:
+        key: Key of the entry.
+        prefix: Prefix of the wanted tensor names within the entry.
+        averaged: Whether the entry contains EMA weights.
+        notes: Remarks for the user.
+    """
 
     key: str
     prefix: str
@@ -171,7 +178,10 @@ class _Choice(NamedTuple):
 
 
 class _Pair(NamedTuple):
-    """Keys of plain and averaged weights that a project swaps when it saves a checkpoint."""
+    """Keys in the checkpoints of a project that swaps plain and averaged weights when saving.
+
+    For example, mmengine saves the averaged weights as "state_dict".
+    """
 
     plain: str
     averaged: str
@@ -220,7 +230,10 @@ def _by_prefix(tree: dict, prefix: str, ema: bool | None) -> _Choice | None:
 
 
 def _plain_and_averaged(tree: dict, ema: bool | None) -> tuple[str | None, str | None]:
-    """Return the keys of the plain and the averaged weights, with None for missing weights."""
+    """Return the keys of the weights without averaging and of the averaged weights.
+
+    A key is None if there are no such weights, or if they can't be identified.
+    """
     if pair := _swapped(tree):
         return pair.plain, pair.averaged
     plain = _wrapper(tree)
@@ -243,8 +256,9 @@ def _only_plain(tree: dict, plain: str, prefix: str, ema: bool | None, path: Pat
     unread = tuple(_unreadable_averages(tree))
     if ema and unread:
         raise UserError(
-            f"The EMA weights in {path} can't be loaded: {'; '.join(unread)}. Load the file where "
-            "it was saved, copy the EMA weights to the model, and save model.state_dict()."
+            f"The EMA weights in {path} can't be loaded: {'; '.join(unread)}. Load the file with "
+            "the code that saved it, copy the EMA weights to the model, and save "
+            "model.state_dict()."
         )
     return _Choice(plain, prefix, notes=(*unread, *_others(tree, plain)))
 
@@ -358,7 +372,10 @@ def _is_network(value: Any, budget: list[int] | None = None) -> bool:
 
 
 def _is_timm(tree: dict, plain: str, averaged: str) -> bool:
-    """Return whether timm wrote a checkpoint. timm's own loader uses the EMA weights."""
+    """Return whether timm wrote a checkpoint.
+
+    By default, the EMA weights of such a checkpoint are used, as in timm's own loader.
+    """
     if (plain, averaged) != ("state_dict", "state_dict_ema"):
         return False
     names = [{_bare(name) for name, _ in _leaves(tree[key])} for key in (plain, averaged)]
@@ -389,7 +406,10 @@ def _check_partitions(tree: dict, key: str, path: Path) -> None:
 
 
 def _model_entries(tree: dict) -> dict:
-    """Return a flat checkpoint's items, except for objects and values other than tensors."""
+    """Return a flat checkpoint's items, without unsupported objects and dicts without tensors.
+
+    Items whose key contains a dot are always returned.
+    """
     return {
         key: value
         for key, value in tree.items()
@@ -398,7 +418,7 @@ def _model_entries(tree: dict) -> dict:
 
 
 def _is_object(value: Any) -> bool:
-    """Return whether a value is neither a tensor, in any format, nor a dictionary with tensors."""
+    """Return whether a value is a dict without tensors or a placeholder for another object."""
     if isinstance(value, dict):
         return not _has_tensors(value)
     value = _as_leaf(value)
@@ -406,7 +426,10 @@ def _is_object(value: Any) -> bool:
 
 
 def _as_leaf(value: Any) -> Any:
-    """Return a value, or a placeholder for an array of objects, dates or 128-bit numbers."""
+    """Replace an array of objects, dates or 128-bit numbers with a placeholder.
+
+    Other values are returned unchanged.
+    """
     if isinstance(value, np.ndarray) and value.dtype.kind not in "SU" and not is_numeric(value):
         return Placeholder(UNREAD_ARRAY)
     return value
@@ -431,7 +454,7 @@ def _is_nested(value: dict) -> bool:
 
 
 def _candidates(tree: dict) -> list[str]:
-    """Return the keys of dictionaries that may contain the model or one of its parts."""
+    """Return the keys of dictionaries that may contain the weights of the model or a submodule."""
     budget = [_MAX_TOTAL]
     keys = [k for k, v in tree.items() if isinstance(k, str) and not _is_averaged(k, v, budget)]
     found = [k for k in keys if not _is_trainer_state(k) and _has_parameters(tree[k], budget)]
@@ -459,9 +482,10 @@ def _is_deepspeed(tree: dict) -> bool:
 
 
 def _is_flat(tree: dict) -> bool:
-    """Return whether the direct tensors of ``tree`` are a network's, not metrics or random states.
+    """Return whether ``tree`` is a state dict: its tensors are those of a network.
 
-    Tensors with unusual names are accepted if no dictionary in ``tree`` contains a network.
+    Otherwise, they are, for example, metrics or random states. Tensors with unusual names are
+    accepted if no dictionary in ``tree`` contains a network.
     """
     direct = [key for key, value in tree.items() if isinstance(key, str) and is_numeric(value)]
     if any(map(_names_parameter, direct)):
@@ -484,13 +508,13 @@ def _has_tensors(value: Any) -> bool:
 
 
 class _TooManyEntries(ValueError):  # noqa: N818 - only used in this file
-    """Exception for dictionaries with too many entries, some of which may occur several times."""
+    """Exception for nested dictionaries with too many entries, including repeated ones."""
 
 
 def _leaves(
     tree: dict, depth: int = _MAX_DEPTH, prefix: str = "", budget: list[int] | None = None
 ) -> Iterator[tuple[str, _Source | Placeholder]]:
-    """Yield the tensors and placeholders in nested dictionaries, with their joined keys."""
+    """Yield the tensors and placeholders in nested dictionaries, with names such as "a.b.c"."""
     # A dictionary can contain the same dictionary many times, so both the depth and the number of
     # entries are limited.
     budget = [_MAX_ENTRIES] if budget is None else budget
@@ -521,13 +545,16 @@ def _take_plain(metadata: dict[str, Any], values: dict) -> None:
 
 
 class _NotPlain(Exception):  # noqa: N818 - only used in this file
-    """Exception for values that are too large or not plain, so they are not kept as metadata."""
+    """Exception for values that are too large for metadata or have no plain Python type."""
 
 
 def _plain(value: Any, budget: list[int], depth: int = 0) -> Any:
-    """Return a small plain value, with one-element tensors as numbers, or raise _NotPlain.
+    """Convert a small value in a checkpoint to plain Python types.
 
-    Dictionary items that are not plain are left out.
+    One-element tensors become numbers. Dictionary items that can't be converted are left out.
+
+    Raises:
+        _NotPlain: If the value is too large or can't be converted.
     """
     budget[0] -= 1
     if budget[0] < 0 or depth > 2 * _MAX_DEPTH:

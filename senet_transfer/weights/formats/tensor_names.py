@@ -37,8 +37,8 @@ class Wanted:
     Attributes:
         prefix: Prefix of the network's tensor names, or the key of its state dict, with or without
             a dot at the end. Empty for a file with a single network.
-        ema: Whether to take the averaged (EMA) weights if the file contains both averaged and plain
-            weights. None does what the project that saved the file would do.
+        ema: Whether to use the EMA weights if the file also contains weights without averaging. If
+            None, the choice is the same as in the project that saved the file.
     """
 
     prefix: str = ""
@@ -91,14 +91,21 @@ def select(sizes: Mapping[str, int], prefix: str, path: Path) -> Selected:
 
 
 def _without_inserted(names: Iterable[str]) -> dict[str, str]:
-    """Map names with inserted parts removed to the original names, unless they would collide."""
+    """Remove the parts that wrappers have inserted into tensor names.
+
+    The result maps the shortened names to the original names. If two shortened names would be
+    equal, no name is shortened.
+    """
     names = list(names)
     kept = {_INSERTED.sub("", name): name for name in names}
     return kept if len(kept) == len(names) else {name: name for name in names}
 
 
 def _drop_copies(selected: Selected) -> None:
-    """Drop plain copies that mmcv's EMAHook registers under names such as ``ema_conv1_weight``."""
+    """Drop the buffers with copies of the weights that mmcv's EMAHook adds to a model.
+
+    Their names are those of the weights, such as ``ema_conv1_weight`` for ``conv1.weight``.
+    """
     copies = {f"ema_{name.replace('.', '_')}" for name in selected.kept if "." in name}
     for name in copies & selected.kept.keys():
         selected.dropped[selected.kept.pop(name)] = MMCV_COPY
@@ -107,8 +114,8 @@ def _drop_copies(selected: Selected) -> None:
 def _drop_counters(selected: Selected, sizes: Mapping[str, int]) -> None:
     """Drop the counters of averaged models, which are not part of the network.
 
-    Counters other than ``n_averaged`` are dropped only if all other names with the same parent
-    continue with the name of a wrapper.
+    ``n_averaged`` is dropped if other tensors have the same parent. Counters with other names, such
+    as ``step``, are dropped only if these tensors are all inside wrappers such as ``ema_model``.
     """
     found: dict[str, list[str]] = {}
     for name, own in selected.kept.items():
@@ -133,7 +140,7 @@ def _drop_counters(selected: Selected, sizes: Mapping[str, int]) -> None:
 
 
 def has_prefix(names: Iterable[str], prefix: str) -> bool:
-    """Return whether tensor names have a prefix, possibly after those that wrappers have added."""
+    """Return whether any tensor name has a prefix, ignoring prefixes that wrappers have added."""
     kept = _without_inserted(names)
     start = prefix.removesuffix(".") + "."
     return any(n.startswith(start) for state in (kept, _stripped(kept)) for n in state)

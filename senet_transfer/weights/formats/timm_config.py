@@ -128,7 +128,10 @@ def _is_number(value: Any, low: float) -> bool:
 
 
 def _preprocessing(stated: Mapping[str, Any]) -> Preprocessing:
-    """Convert timm's config. As in timm, the shorter side is resized to ``crop / crop_pct``."""
+    """Convert the preprocessing in timm's config to this project's settings.
+
+    As in timm, the shorter side is resized to ``crop / crop_pct``.
+    """
     channels, height, width = stated["input_size"]
     mean, std = (
         tuple(round(255 * float(value), 4) for value in stated[key]) for key in ("mean", "std")

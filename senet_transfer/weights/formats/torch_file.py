@@ -102,12 +102,12 @@ def _untyped_tensor(
 def _device(*parts: Any) -> str:
     """Return a device such as "cuda:0" as text, because this machine may not support it."""
     if not all(type(part) in (str, int) for part in parts):
-        raise ValueError("a device is neither text nor an index")
+        raise ValueError("a device is neither a string nor an index")
     return ":".join(map(str, parts))
 
 
 def _unchanged(data: Any, *_: Any) -> Any:
-    """Return the data of a parameter or of a tensor that was moved to another device."""
+    """Return the wrapped tensor; replaces torch functions such as ``_rebuild_parameter``."""
     return data
 
 
@@ -149,10 +149,16 @@ ALLOWED: Mapping[str, Any] = {
 
 
 class _Storages(dict[Any, Storage]):
-    """Storages in a file by key. The pickle must describe each storage consistently."""
+    """Storages in a file, by key. All references to a storage must agree on its dtype and size."""
 
     def named(self, identity: tuple, read: Callable[[Any, int], bytearray]) -> Storage:
-        """Return the storage for a persistent id. ``read`` takes the key and length in bytes."""
+        """Return the storage for a persistent id in the pickle.
+
+        Args:
+            identity: The persistent id.
+            read: A function that reads the data of a storage, given the storage's key and its
+                length in bytes.
+        """
         kind, storage_type, key, _, numel = identity
         dtype = storage_type.value if isinstance(storage_type, Named) else None
         if kind != "storage" or not isinstance(dtype, torch.dtype) or type(key) not in (str, int):
@@ -211,7 +217,7 @@ def _check_records(archive: zipfile.ZipFile, path: Path) -> str:
     root = next((n.removesuffix("/data.pkl") for n in names if n.endswith("/data.pkl")), None)
     if any(PurePosixPath(name).name in _EXPORTED for name in names):
         raise UserError(
-            f"{path} is a program of torch.export, not a weight file. Save its tensors: "
+            f"{path} is a torch.export program, not a weight file. Save its tensors: "
             f'torch.save(torch.export.load("{path.name}").state_dict, "weights.pth").'
         )
     if root is None and names and all(name.endswith(".npy") for name in names):
@@ -266,7 +272,7 @@ def read_legacy(stream: io.BytesIO, path: Path, wanted: Wanted) -> Checkpoint:
     tree = load_plain(stream, path, ALLOWED, persistent_load)
     keys = load_plain(stream, path)
     if not all(type(key) in (str, int) for key in keys) or sorted(keys) != sorted(storages):
-        raise ValueError("its storages are not those that its tensors use")
+        raise ValueError("the list of storages differs from the storages of the tensors")
     for key in keys:
         starts[key] = _skip_data(stream, storages[key])
     return collect(tree, path, length_of(stream), wanted)
@@ -325,7 +331,9 @@ def _tar_tensors(
         key, storage, _kind = load_plain(stream, path, ALLOWED)
         (dimensions,) = struct.unpack("<q", stream.read(8))
         if dimensions > MAX_DIMENSIONS:
-            raise ValueError(f"a tensor has {dimensions} dimensions")
+            raise ValueError(
+                f"a tensor has {dimensions} dimensions; expected at most {MAX_DIMENSIONS}"
+            )
         *numbers, offset = struct.unpack(
             f"<{2 * dimensions + 1}q", stream.read(16 * dimensions + 8)
         )

@@ -22,12 +22,12 @@ _FILE = re.compile(r"(?P<name>\w+)-(?P<sha256>[0-9a-f]{8,64})\.safetensors")
 
 
 def is_bundled_name(name: object) -> bool:
-    """Return whether a name has the form used for weights in this package."""
+    """Return whether a name has the prefix of the weights in this package, "senet_transfer/"."""
     return isinstance(name, str) and name.startswith(f"{PUBLISHER}/")
 
 
 def bundled_files(folder: Path | None = None) -> dict[str, tuple[Path, str]]:
-    """Return each weight file's path and first SHA-256 digits, by network name."""
+    """Return a dictionary from network name to the weight file's path and first SHA-256 digits."""
     found = {}
     for path in sorted((folder or FOLDER).glob("*.safetensors")):
         if match := _FILE.fullmatch(path.name):

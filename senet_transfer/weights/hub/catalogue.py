@@ -86,7 +86,7 @@ class Entry:
 
 @lru_cache(maxsize=1)
 def load_catalogue() -> dict[str, Entry]:
-    """Return the entries for all published weights by name. ``catalogue.yaml`` is read once."""
+    """Return the entries of all published weights as a dict by name. The result is cached."""
     text = (package_files(__package__) / "catalogue.yaml").read_text(encoding="utf-8")
     listed = (entry for group in yaml.safe_load(text) for entry in _entries(**group))
     return {entry.name: entry for entry in (*_bundled_entries(), *listed)}
@@ -122,7 +122,7 @@ def _entries(
     cache_prefix: str = "",
     view: dict[str, Any] | None = None,
 ) -> Iterator[Entry]:
-    """Yield the entries of a group in ``catalogue.yaml``, whose header explains the arguments."""
+    """Yield the entries of a group in ``catalogue.yaml``. The file describes the arguments."""
     for name, path in files.items():
         file = cache_prefix + path.rpartition("/")[2]
         stated = _HASH.search(file)
@@ -141,7 +141,7 @@ def _entries(
 
 
 def own_model(name: str) -> str:
-    """Convert a publisher's network name to this project's name."""
+    """Return this project's name of a published network, such as "resnet50" for "R-50"."""
     name = name.partition(".")[0]
     return _RENAMED.get(name) or name.replace("R-", "resnet").replace("seres", "se_res")
 
@@ -197,7 +197,8 @@ def names_published(weights: str | Path) -> bool:
 def only_in_timm(name: str) -> bool:
     """Return whether a name refers to weights that timm provides but the catalogue does not.
 
-    A network name without a tag is ambiguous if the catalogue contains weights for the network.
+    The result is also False for a network name without a tag if the catalogue contains weights for
+    this network, because such a name is ambiguous.
     """
     known = any(other == name or other.startswith(f"{name}.") for other in load_catalogue())
     return names_published(name) and not known and timm_publishes(name)

@@ -177,7 +177,7 @@ def _transfer(url: str, file: BinaryIO) -> None:
 
 
 def _open(url: str, done: int, tag: str) -> http.client.HTTPResponse:
-    """Request the bytes from ``done`` on if the ETag is still ``tag``, otherwise the whole file."""
+    """Request a file from byte ``done``, or from byte 0 if its ETag is no longer ``tag``."""
     request = urllib.request.Request(url, headers={"User-Agent": "senet_transfer"})
     if done and tag and not tag.startswith("W/"):  # weak ETags do not guarantee equal bytes
         request.add_header("Range", f"bytes={done}-")

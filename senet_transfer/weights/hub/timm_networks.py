@@ -72,14 +72,14 @@ def pretrained_config(name: str) -> dict[str, Any]:
     except RuntimeError as error:
         tags = ", ".join(timm.list_models(f"{arch}.*", pretrained=True))
         raise UserError(
-            f"timm {timm.__version__} has no weights called {short!r} ({error}). It has: {tags}."
+            f"timm {timm.__version__} has no weights called {short!r} ({error}). Available: {tags}."
         ) from error
     # A few architectures are registered without a configuration.
     return found.to_dict() if found else {"architecture": arch}
 
 
 def timm_preprocessing(name: str) -> Preprocessing:
-    """Return the preprocessing that timm specifies for a network, with pixels from 0 to 255."""
+    """Return timm's preprocessing for a network, with mean and std for pixels from 0 to 255."""
     data = import_timm().data.resolve_data_config(pretrained_cfg=pretrained_config(name))
     side = data["input_size"][-1]
     mean, std = (tuple(round(255 * v, 3) for v in data[key]) for key in ("mean", "std"))

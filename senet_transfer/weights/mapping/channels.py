@@ -20,7 +20,7 @@ def adapt_channels(source: Source, target: Target) -> Source:
     adaptation.
 
     Args:
-        source: Examined file.
+        source: Weight file, as returned by :func:`~.source.examine`.
         target: Model to load the file into.
     """
     pixels = target.pixels() or target.backbone_preprocessing()

@@ -50,7 +50,7 @@ class Match:
 
     @property
     def fits(self) -> bool:
-        """Return whether the file fits the model."""
+        """Return whether no tensor is missing, left over, or different in shape or dtype."""
         return not (self.missing or self.left_over or self.misfits)
 
 
@@ -58,7 +58,7 @@ def match(source: Source, target: Target, *, exact: bool = False) -> Match:
     """Match file tensors with model tensors by name, shape and dtype.
 
     Args:
-        source: Examined file.
+        source: Weight file, as returned by :func:`~.source.examine`.
         target: Model to load the file into.
         exact: Whether every tensor must be loaded and used, as when a run is resumed.
     """
@@ -108,7 +108,10 @@ def _not_in_file(result: Match, source: Source, target: Target, name: str, exact
 
 
 def _other_classes(source: Source, target: Target, name: str) -> str | None:
-    """Return the reason why a tensor of another shape may keep its initial values, or None."""
+    """Return why a tensor keeps its initial values although the file has one of the same name.
+
+    The only valid reason is a different number of classes. In all other cases, None is returned.
+    """
     found, expected = source.tensors[name], target.tensors[name]
     if not found.is_floating_point() or found.shape[1:] != expected.shape[1:]:
         return None
@@ -164,7 +167,10 @@ def check_match(result: Match, source: Source, target: Target) -> None:
     lines = "\n".join(f"  {line}" for line in [*filter(None, wrong), *problems])
     start = f"{source.path}, detected as {source.detected_as}, "
     if classes := _classes(result, source, target):
-        raise UserError(f"{classes}\n{start}does not fit the model, which is unchanged:\n{lines}")
+        raise UserError(
+            f"{classes}\n{start}does not fit the model. The model's weights are unchanged. The "
+            f"file differs from the model as follows:\n{lines}"
+        )
     if source.head and set(result.left_over) <= set(source.head) and not result.missing:
         classifier = ""
         if source.num_classes and set(result.left_over) <= set(source.outside):
@@ -175,11 +181,12 @@ def check_match(result: Match, source: Source, target: Target) -> None:
         raise UserError(
             f"{start}contains the model's backbone and other tensors, such as a head for "
             f"pretraining. {classifier}To load only the backbone, set head='ignore' "
-            f"(MODEL.WEIGHTS_HEAD ignore). The model is unchanged:\n{lines}"
+            f"(MODEL.WEIGHTS_HEAD ignore). The model's weights are unchanged. The file differs "
+            f"from the model as follows:\n{lines}"
         )
     raise UserError(
-        f"{start}does not fit the model, which is unchanged:\n{lines}\n"
-        f"{_remedy(result, source, target)}"
+        f"{start}does not fit the model. The model's weights are unchanged. The file differs from "
+        f"the model as follows:\n{lines}\n{_remedy(result, source, target)}"
     )
 
 
@@ -213,7 +220,7 @@ def _remedy(result: Match, source: Source, target: Target) -> str:
 
 
 def _classes(result: Match, source: Source, target: Target) -> str:
-    """Return advice for a classifier that differs only in the number of classes."""
+    """Return advice if the file and the model differ only in the number of classes, or ""."""
     pair = [tensors.get("linear.weight") for tensors in (source.tensors, target.tensors)]
     only = result.misfits and not result.missing and not result.left_over
     if not only or any(weight is None or not weight.ndim for weight in pair):

@@ -1,4 +1,4 @@
-"""Search for networks whose tensor names have a prefix, as in files that store several parts."""
+"""Search for networks in weight files whose tensor names have prefixes, such as ``backbone.``."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -48,7 +48,7 @@ class Network(NamedTuple):
 
 
 def only_network(file: WeightFile, timm: str = "") -> Network:
-    """Find the network in a file that contains one, and remove the prefix of its tensor names.
+    """Return the only network in a file, without the prefix of its tensor names.
 
     If no network is found, the content is returned unchanged.
 
@@ -89,7 +89,7 @@ def contains_network(names: Iterable[str], timm: str = "") -> bool:
 
     Args:
         names: Tensor names.
-        timm: Name of a network that timm builds, which is also searched for.
+        timm: Name of a timm model whose tensor names are searched for as well; empty for none.
     """
     tensors = dict.fromkeys(names, torch.empty(0))
     found = bool(timm) and bool(_prefixes(tensors, {}, timm))
@@ -126,7 +126,7 @@ def _prefixes(tensors: dict[str, Tensor], metadata: Mapping[str, Any], timm: str
 def _networks(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], prefix: str = "", depth: int = 0
 ) -> Iterator[str]:
-    """Yield the prefixes of all networks that the tensors contain, outer ones first."""
+    """Yield the tensor-name prefix of each network in a file, outer networks first."""
     if _own(tensors, {}):
         yield prefix
         return

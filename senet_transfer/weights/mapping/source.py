@@ -44,7 +44,7 @@ _PIXELS = frozenset({"format", "mean", "std"})
 
 @dataclass(frozen=True)
 class Source:
-    """Examined weight file.
+    """Weight file, with the network that :func:`examine` detected in it.
 
     Attributes:
         path: Path of the file.
@@ -152,7 +152,7 @@ def examine(
             if their preprocessing differs.
         prefix: Prefix of the network's tensor names. See :func:`senet_transfer.load_weights` for
             details of ``prefix``, ``ema`` and ``head``.
-        ema: Whether to take the averaged weights.
+        ema: Whether to use the averaged weights.
         head: "strict" or "ignore".
         stated: Names and values of :class:`Geometry` and :class:`Preprocessing` fields that the
             user has specified; see :func:`with_stated`.
@@ -241,7 +241,7 @@ def _with_train_options(source: Source, file: WeightFile) -> Source:
 
 
 def _as_published(source: Source, published: Iterable[Entry]) -> Source:
-    """Add the catalogue's information about a published file to its source."""
+    """Return the source of a published file with the catalogue's information added."""
     entry = next((entry for entry in published if entry.family == source.family.name), None)
     if entry is None or source.preprocessing is None:
         return source
@@ -259,7 +259,7 @@ def with_stated(source: Source, stated: Iterable[tuple[str, Any]]) -> Source:
     Values that the file itself or the catalogue specifies are not replaced.
 
     Args:
-        source: Examined file.
+        source: Weight file, as returned by :func:`examine`.
         stated: Names of :class:`Geometry` and :class:`Preprocessing` fields, and their values.
     """
     notes = []
@@ -619,7 +619,7 @@ def _preprocessing(file: WeightFile, values: Mapping[str, Any]) -> Preprocessing
 
 
 def _described(alternatives: dict[str, str]) -> str:
-    """Return a list of other families and how they differ, as text for a message."""
+    """Return text that lists families and their differences, for an error message."""
     return " or ".join(
         f"{name} (with {difference})" if difference else name
         for name, difference in alternatives.items()
@@ -627,7 +627,7 @@ def _described(alternatives: dict[str, str]) -> str:
 
 
 def _is_range(values: tuple[float, ...]) -> bool:
-    """Return whether values are finite limits (low, high), or empty."""
+    """Return True for two finite values in increasing order, and for an empty tuple."""
     return not values or (
         len(values) == 2 and all(map(math.isfinite, values)) and values[0] < values[1]
     )

@@ -13,7 +13,7 @@ MANY = 20_000
 
 
 def chi_square(counts: torch.Tensor) -> float:
-    """Return how far counts deviate from a uniform distribution, in standard deviations."""
+    """Return the chi-square statistic for a uniform distribution, with mean 0 and variance 1."""
     mean = counts.double().mean()
     freedom = counts.numel() - 1
     return float((((counts - mean) ** 2 / mean).sum() - freedom) / (2 * freedom) ** 0.5)

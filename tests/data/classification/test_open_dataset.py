@@ -23,7 +23,7 @@ def tree(tmp_path):
 
 @pytest.fixture
 def train(tmp_path):
-    """Write a Places365 train split with nested classes and torchvision's folder name."""
+    """Write a Places365 train split with nested classes to the folder that torchvision uses."""
     root = write_val(tmp_path / "places", 4)
     lines = []
     for label, name in enumerate(CLASSES):

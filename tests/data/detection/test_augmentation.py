@@ -214,7 +214,7 @@ def test_large_scale_jitter_equals_detectron2s(records):
 
 
 def picture(colour, size, *boxes):
-    """Return a mapped single-colour image with an object in each box (x0, y0, x1, y1)."""
+    """Return a single-colour image with an object in each box, as a dataset mapper returns it."""
     masks = torch.zeros(len(boxes), *size, dtype=torch.bool)
     for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True):
         mask[y0:y1, x0:x1] = True

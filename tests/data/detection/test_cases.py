@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("catalogs")
 
 
 def paths(cases, case):
-    """Return the annotation file and the image folder of a case."""
+    """Return the paths of a test case's annotation file and image folder."""
     folder = cases / case
     json_file = folder / ("train.json" if (folder / "train.json").exists() else "val.json")
     if (folder / "images").is_dir():
@@ -302,7 +302,10 @@ def as_instances(found, size):
 
 
 def evaluate(cfg, content, found):
-    """Evaluate ``found``, which maps image numbers from 1 to detections, as in a training run."""
+    """Evaluate detections with the evaluator of a training run, and return the metrics.
+
+    ``found`` maps the number of each image, starting at 1, to its detections.
+    """
     evaluator = Trainer.build_evaluator(cfg, "own")
     evaluator.reset()
     for number, image in enumerate(content["images"], 1):

@@ -92,7 +92,7 @@ def test_an_unknown_name_error_suggests_similar_names_and_registration(ask):
 
 @pytest.fixture
 def coco_root(tmp_path, monkeypatch):
-    """Make Detectron2's built-in COCO data sets use a folder, as ``$DETECTRON2_DATASETS`` does."""
+    """Set the root of Detectron2's built-in COCO data sets, as ``$DETECTRON2_DATASETS`` does."""
     monkeypatch.setattr(builtin, "_root", str(tmp_path / "data"))
     for name in ("coco_2017_train", "coco_2017_val"):
         values = vars(MetadataCatalog.get(name))

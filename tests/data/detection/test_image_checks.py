@@ -146,7 +146,7 @@ def test_the_command_reports_the_same_as_a_run(flags, error, damaged, capsys):
 
 def test_the_command_counts_the_images(data, files, capsys):
     command(["check", *map(str, files(data)), "--quiet"])
-    assert "no errors in the annotations and 3 images" in capsys.readouterr().out
+    assert "the annotations and 3 images have no errors" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------- unreadable images in training

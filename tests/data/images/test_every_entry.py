@@ -45,7 +45,7 @@ def encoded(image: Image.Image, form: str, **options: object) -> bytes:
 
 
 def deep(suffix: str) -> bytes:
-    """Return the 16-bit test image in colour, encoded by OpenCV for a file extension."""
+    """Return the 16-bit colour test image, encoded by OpenCV in the format of a file suffix."""
     return cv2.imencode(suffix, COLOUR[:, :, ::-1].astype(np.uint16))[1].tobytes()
 
 
@@ -58,7 +58,7 @@ def transparent() -> Image.Image:
 
 @functools.cache
 def files() -> dict[str, bytes]:
-    """Return the content of one image file of each kind by file name."""
+    """Return encoded images of different formats, modes and variants, by file name."""
     jpeg = encoded(RGB, "JPEG", quality=95)
     whole = {
         "rgb.jpg": jpeg,
@@ -189,7 +189,7 @@ def expected(name: str, value_range: tuple[float, ...], upright: bool) -> np.nda
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder that contains files of all kinds, and shards made from them."""
+    """Return a folder with all image files of :func:`files`, and with shards made from them."""
     folder = tmp_path_factory.mktemp("kinds")
     for name in ("c", "d"):
         (folder / "images" / name).mkdir(parents=True)

@@ -17,7 +17,7 @@ from tests.data.drawn_places import command, jpeg
 
 
 def write_tar(path: Path, *names: str) -> Path:
-    """Write a tar file with an image or the label 1 for each name."""
+    """Write a tar file with the given files. Files other than images contain the label 1."""
     path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for number, name in enumerate(names):

@@ -91,7 +91,7 @@ def fused(parameters, kind):
 
 
 class Small(nn.Module):
-    """Small network with shake-shake, which is fast on a CPU even in float16."""
+    """Small shake-shake network. Unlike a ResNet, it is fast on a CPU even in float16."""
 
     def __init__(self):
         super().__init__()
@@ -131,7 +131,7 @@ def batches(device, bad, sizes):
 
 
 def train(name, graphs, *, device="cpu", bad=(), sizes=(4,) * 10, kind="SGD", **options):
-    """Train for ten steps, and return all changed state and the losses."""
+    """Train for ten steps. Return the state of the trainer, model and average, and the losses."""
     net = Classifier(name).to(device)
     optimizer = fused(net.parameters(), kind)
     solver_options = {"max_skips": 3, "reads_after": lambda done: done == 9, **options}

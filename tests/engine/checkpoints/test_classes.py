@@ -29,10 +29,11 @@ def cases(shared_data) -> Path:
 
 @pytest.fixture
 def run(cases, command, tmp_path, zero_initial_weights):
-    """Return a function that sets up a run, and the path of a checkpoint.
+    """Set up runs that start from a checkpoint.
 
-    The run trains on `base` and evaluates on the given file. The checkpoint has the classes of
-    `base`.
+    Returns:
+        A function that sets up a run, and the path of a checkpoint with the classes of `base`. The
+        run trains on `base` and evaluates on the annotation file passed to the function.
     """
     base = ("--dataset", "base", str(cases / "base/train.json"), str(cases / "base/images"))
 
@@ -50,7 +51,7 @@ def run(cases, command, tmp_path, zero_initial_weights):
 
 
 def perfect(val: Path) -> list[tuple[dict, dict]]:
-    """Return a detection for each object in an annotation file, with class indices of `base`."""
+    """Return a correct detection of each object. Class indices follow the order of `base`."""
     truth = json.loads(val.read_text())
     names = {item["id"]: item["name"] for item in truth["categories"]}
     found = []

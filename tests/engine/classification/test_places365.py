@@ -55,7 +55,7 @@ def torchvisions_se_resnet18(tensors: dict[str, torch.Tensor]) -> nn.Module:
 
 @torch.inference_mode()
 def plain_loop(model: nn.Module, places: Path, resize: int, crop: int) -> torch.Tensor:
-    """Return logits in the order of places365_val.txt, computed with Pillow and torchvision."""
+    """Compute logits in the order of places365_val.txt, only with Pillow and torchvision."""
     steps = [transforms.Resize(resize), transforms.CenterCrop(crop)]
     view = transforms.Compose([*steps, transforms.ToTensor(), NORMALISE])
     names = [line.split()[0] for line in (places / "places365_val.txt").read_text().splitlines()]

@@ -76,7 +76,13 @@ def logits_of(photos: Path, out: Path, *words: str) -> tuple[dict, torch.Tensor]
 
 @torch.inference_mode()
 def plain_loop(network, photos: Path, view) -> torch.Tensor:
-    """Return each image's mean logits over all scales and crops; ``view`` crops a resized image."""
+    """Return the logits of each image, averaged over all scales and crops.
+
+    Args:
+        network: The classifier.
+        photos: Folder with the images.
+        view: Function that returns a list of crops of a resized image.
+    """
     logits = []
     for path in sorted(photos.rglob("*.png")):
         image = Image.open(path).convert("RGB")

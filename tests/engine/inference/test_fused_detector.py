@@ -1,4 +1,4 @@
-"""Tests that compare merged detections with ensemble-boxes, Detectron2 and plain loops."""
+"""Tests that compare merged detections with ensemble-boxes, Detectron2 and reference loops."""
 
 import json
 from pathlib import Path

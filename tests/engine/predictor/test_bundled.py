@@ -162,7 +162,7 @@ def test_a_card_states_the_metrics_of_the_file_and_of_all_seeds(classifier, phot
     assert "| classification/top1_error | 66.67 | 31.00 ± 1.41 |" in card
     assert "with the seeds 2, 10. The first run was started with `senet train SEED 2`." in card
     assert "from the run with seed 10." in card
-    assert "Machine: device a GPU, cores 2." in card
+    assert "| machine | device: a GPU, cores: 2 |" in card
     assert "AP-cat" not in card
     assert "| `SOLVER.BASE_LR` | `0.0005` |" in card
     with pytest.raises(UserError, match="contains no run records"):

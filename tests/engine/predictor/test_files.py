@@ -23,7 +23,7 @@ from senet_transfer.engine.predictor.predictor import DetectorPredictor
 
 
 class Answers(nn.Module):
-    """Model that calls a function with the original height and width, and returns its result."""
+    """Model that returns the result of a function of the original image's height and width."""
 
     def __init__(self, answer):
         super().__init__()

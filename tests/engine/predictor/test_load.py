@@ -172,7 +172,7 @@ INPUT: {{MIN_SIZE_TEST: 64, MAX_SIZE_TEST: 96}}
 def test_a_detector_of_the_model_zoo_is_downloaded_and_predicts_as_in_detectron2(
     stride, std, photos, tmp_path, monkeypatch
 ):
-    """Replace the zoo's config with a small one, and its server with a local server."""
+    """Compare with Detectron2's predictor, using a small config and weights on a local server."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     name = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x"
     base = Path(model_zoo.get_config_file(f"{name}.yaml")).parents[1] / "Base-RCNN-FPN.yaml"
@@ -230,7 +230,7 @@ def test_an_exported_detector_finds_the_same_objects(detector, photos, turned, t
 
 @pytest.fixture
 def turned(photos, tmp_path):
-    """Return a JPEG with an EXIF orientation, and PNGs with its stored and its upright pixels."""
+    """Return paths of a rotated JPEG file and two PNG copies, without and with EXIF rotation."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     Image.open(photos / "a.jpg").save(tmp_path / "turned.jpg", exif=exif, quality=95)
@@ -443,7 +443,10 @@ def test_a_class_activation_map_sums_to_the_logit(classifier, photos, tmp_path):
 def test_prediction_is_at_least_0_9_times_as_fast_as_the_evaluation(
     kind, classifier, detector, shared_data, tmp_path
 ):
-    """Compare CPU times, which depend little on other programs on the machine."""
+    """Compare the CPU times of `predictor.stream` and an evaluation of the same 64 images.
+
+    CPU time depends little on other programs on the machine.
+    """
     paths = sorted(map(str, (shared_data / "coco128").rglob("*.jpg")))[:64]
     if kind == "classifier":
         key = "INPUT.CLASSIFICATION.TEST_"

@@ -72,7 +72,7 @@ def test_every_frame_of_a_video_has_the_detections_of_the_same_image(count, dete
 
 
 def test_memory_does_not_grow_with_the_length_of_a_video(classifier, tmp_path):
-    """Check that peak memory is far below the 23 MB of all frames together."""
+    """Check that peak memory is far below the 23 MB that all frames would occupy."""
     predictor = senet_transfer.load(classifier)
     write_video(tmp_path / "square.mp4", 100, (320, 240))
     count = 0

@@ -47,7 +47,7 @@ def is_residual(name: str) -> bool:
 
 
 def aligned(name: str) -> dict[str, str]:
-    """Return options that align a model's feature maps with the image, whatever its size."""
+    """Return options that align a model's feature maps with images of any size."""
     return {"padding": "same"} if "inception_resnet" in name else {}
 
 
@@ -58,7 +58,7 @@ DEEPER = [name for name in list_models() if name.endswith(("t101", "t152", "101_
 
 
 def mostly_fast(names: list[str], slow: list[str] = ()) -> list:
-    """Return test parameters; deeper networks and those in ``slow`` are marked as slow."""
+    """Return test parameters. Networks in ``DEEPER`` and ``slow`` are marked as slow."""
     marks = dict.fromkeys([*DEEPER, *slow], pytest.mark.slow)
     return [pytest.param(name, marks=marks.get(name, ())) for name in names]
 
@@ -73,7 +73,7 @@ def stages_of(name: str) -> list[str]:
 
 @functools.cache
 def structure(name: str, **options: object) -> Backbone:
-    """Return a backbone on the meta device, which has modules and shapes but no values."""
+    """Return a backbone on the meta device. Its tensors have shapes but no values."""
     with torch.device("meta"):
         return create_backbone(name, **options)
 

@@ -44,7 +44,7 @@ def gated(se: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def stated_block(
     block: nn.Module, x: torch.Tensor, strides: list[int], groups: int = 1, gated=gated
 ):
-    """Compute a block with two or three convolutions, as in the paper's Figure 5 and Table XV."""
+    """Compute the output of a residual block, as defined in the paper's Figure 5 and Table XV."""
     placement = block.placement
     out = gated(block.se, x) if placement == "pre" else x
     convs = [block.conv1, block.conv2] + ([block.conv3] if hasattr(block, "conv3") else [])
@@ -96,7 +96,7 @@ def test_a_bottleneck_computes_the_papers_figure(placement, in_1x1):
 
 @pytest.mark.parametrize("placement", ["standard", "pre", "post", "identity", "3x3"])
 def test_without_squeeze_the_gates_are_1x1_convolutions_of_every_position(placement):
-    """Check the variant NoSqueeze in Table XVI of the SENet paper."""
+    """Compare SE without squeeze (NoSqueeze in the paper's Table XVI) with 1x1 convolutions."""
     se = SEOptions(placement=placement, squeeze="none", ratio=4)
     block = SEBottleneckBlock(64, 128, bottleneck_channels=32, stride=2, se=se)
     randomise(block)

@@ -121,7 +121,7 @@ def gate(state, key: str, x: Tensor) -> Tensor:
 
 
 def stated_mobilenet(state, x: Tensor, placement: str | None) -> dict[str, Tensor]:
-    """Compute the network in Table 1 of the MobileNet paper."""
+    """Return the stage outputs of the network in Table 1 of the MobileNet paper."""
     x = conv_norm(state, "stem.conv1", x, stride=2)
     strides = {"res2": (1, 2, 1), "res3": (2, 1), "res4": (2, 1, 1, 1, 1, 1), "res5": (2, 1)}
     features = {}
@@ -136,7 +136,7 @@ def stated_mobilenet(state, x: Tensor, placement: str | None) -> dict[str, Tenso
 
 
 def stated_shufflenet(state, x: Tensor, placement: str | None) -> dict[str, Tensor]:
-    """Compute ShuffleNet (Table 1 and Figure 2 of its paper) with SE (Figure 5, SENet paper)."""
+    """Return the outputs of ShuffleNet (its Table 1, Figure 2) with SE (SENet paper, Figure 5)."""
 
     def gated(x: Tensor, key: str, where: str) -> Tensor:
         return gate(state, f"{key}.se", x) if placement == where else x
@@ -281,11 +281,10 @@ def test_the_other_placements_in_an_inception_residual_block(placement, relu):
 
 @pytest.mark.long
 def test_padding_changes_only_values_near_the_border():
-    """Check that the same weights work for classification and, with padding, for detection.
+    """Compare the feature maps of networks with and without padding that have the same weights.
 
-    Without padding, the feature map lacks its outermost positions. If the first 3 rows and columns
-    of the image are removed, the other positions equal those of the padded network at an offset
-    of 3, except near the border.
+    The network without padding gets the image without its first 3 rows and columns. Its values at
+    ``(i, j)`` equal those of the padded network at ``(i + 3, j + 3)``, except near the border.
     """
     valid = create_backbone("inception_resnet_v2", out_features=["res2"])
     same = create_backbone("inception_resnet_v2", out_features=["res2"], padding="same")

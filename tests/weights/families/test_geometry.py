@@ -33,7 +33,7 @@ def _places365(folder):
 
 
 def _own(folder):
-    """Save this project's SE-ResNet-50 with the strides and stem pool of the SENet authors."""
+    """Save this project's SE-ResNet-50, built with the SENet authors' strides and stem pooling."""
     backbone = randomise(create_backbone("se_resnet50", stem_pool="ceil", stride_in_1x1=True))
     save_weights(backbone, folder / "own.safetensors")
     return folder / "own.safetensors"

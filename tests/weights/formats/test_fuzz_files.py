@@ -25,7 +25,7 @@ _KILOBYTES = 400_000
 
 
 def _tensors() -> dict[str, torch.Tensor]:
-    """Return the tensors of an SE block so small that files consist mostly of structure."""
+    """Return the tensors of a tiny SE block, so that files consist mostly of headers."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -104,7 +104,7 @@ def _folder(tmp_path, monkeypatch):
 
 
 def _read(path: Path, data: bytes, what: str) -> WeightFile | None:
-    """Read a damaged file; return None if it raises a valid UserError."""
+    """Read a damaged file. If reading raises a UserError, check its message and return None."""
     path.write_bytes(data)
     start = time.process_time()
     try:
@@ -144,7 +144,10 @@ def _is_sound(file: WeightFile, damaged: bytes, what: str) -> None:
 
 
 def _is_unchanged(file: WeightFile, _: bytes, what: str) -> None:
-    """Check that the tensors are undamaged, because the format has checksums."""
+    """Check that a damaged file was read without changes to its tensors.
+
+    The format has checksums, so changed data must be detected when the file is read.
+    """
     assert list(file.tensors) == list(_tensors()), what
     assert all(torch.equal(file.tensors[k], v) for k, v in _tensors().items()), what
 

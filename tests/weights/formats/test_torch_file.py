@@ -200,7 +200,7 @@ def test_objects_that_weights_only_allows_are_accepted_next_to_the_model(name, z
 
 
 class _OnDevice:
-    """Tensor as torch_xla saves it for a TPU, moved to the CPU."""
+    """Stand-in for a TPU tensor, which torch_xla saves as a call that rebuilds the tensor."""
 
     def __init__(self, function: str, data):
         self.call = getattr(torch._utils, function), (data, torch.float32, "cpu", False)

@@ -1,4 +1,4 @@
-"""Training step of ResNet-50 and SE-ResNet-50: as a CUDA graph, eager and compiled."""
+"""Benchmark of training ResNet-50 with and without SE: CUDA graph, eager and compiled steps."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -80,7 +80,7 @@ def build(settings: Settings, name: str) -> nn.Module:
 
 
 def measure_training(settings: Settings) -> Iterator[Found]:
-    """Measure the step as a CUDA graph, its memory and kernels, and the eager step."""
+    """Measure the time of the training step, as a CUDA graph and eager, its memory and kernels."""
     images = images_of(settings)
     models = {name: build(settings, name) for name in NETWORKS}
     yield from _as_graphs(settings, models, images, "bfloat16")
@@ -123,7 +123,7 @@ def _as_graphs(
 
 
 def measure_precisions(settings: Settings) -> Iterator[Found]:
-    """Measure the step as a CUDA graph in float32 and float16."""
+    """Measure the training step as a CUDA graph in float32 and float16."""
     images = images_of(settings)
     for precision in ("float16", "float32"):
         models = {name: build(settings, name) for name in NETWORKS}
@@ -137,7 +137,7 @@ def compiled_step(settings: Settings, name: str, precision: str) -> Step:
 
 
 def measure_compiled(settings: Settings) -> Iterator[Found]:
-    """Measure the compiled step. All networks are compiled at the same time."""
+    """Measure the compiled training step. Each network is compiled in its own process."""
     names: dict[str, tuple[str, ...]] = {"bfloat16": (PLAIN, SE)}
     if settings.compiled == "all":
         every = (PLAIN, "plain again", FUSED, SE, TIMM_SE)

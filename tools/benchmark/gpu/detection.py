@@ -74,7 +74,7 @@ def _backbone_step(
 
 
 def measure_backbone(settings: Settings) -> Iterator[Found]:
-    """Measure the FPN backbone with frozen norms: busy time, kernels, memory and step time."""
+    """Measure the GPU time, kernels, memory and step time of the FPN backbone with frozen norms."""
     images = torch.randn(settings.sized((2, 3, 800, 1216), (1, 3, 32, 64)), device=settings.device)
     name = settings.sized("resnet50", "resnet18")
     build = {
@@ -163,7 +163,7 @@ def batch(settings: Settings, shape: tuple[int, int], seed: int) -> list[dict]:
 
 
 def trainer(settings: Settings, name: str, batches: list[list[dict]]) -> TrainerBase:
-    """Build this project's or Detectron2's own trainer, which repeats the given batches."""
+    """Build a trainer that repeats the given batches: this project's or Detectron2's own."""
     cfg = recipe(settings, name)
     model = keep_finite(trained(build_model(cfg), settings.device))
     if DETECTORS[name][2]:

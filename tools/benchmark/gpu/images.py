@@ -1,4 +1,4 @@
-"""Training of SE-ResNet-50 from JPEG files, and the share of time spent waiting for images."""
+"""Speed of training SE-ResNet-50 from JPEG files, and the time spent waiting for images."""
 
 import os
 import tempfile
@@ -20,7 +20,7 @@ BATCH, STEPS = 128, 20
 
 
 def measure_images(settings: Settings) -> Iterator[Found]:
-    """Measure training, and the loader by itself, with 256x256 images as in Places365."""
+    """Measure the images per second in training and data loading (256x256, as in Places365)."""
     batch, steps = settings.sized((BATCH, STEPS), (4, 2))
     size = settings.sized(224, 32)
     workers = settings.sized(max(len(os.sched_getaffinity(0)) - 2, 1), 1)
@@ -60,7 +60,7 @@ def measure_images(settings: Settings) -> Iterator[Found]:
 
 
 def _loader_rate(settings: Settings, folder: Path, batch: int, workers: int, size: int) -> float:
-    """Return the loader's speed in images per second, without using the batches."""
+    """Return the speed of the loader in images per second. The batches are discarded."""
     loader = build_classification_train_loader(
         open_dataset(folder),
         batch_size=batch,

@@ -77,7 +77,10 @@ def compare_steps(
     pairs: list[tuple[str, str]] | None = None,
     timer: Callable[[Step], float] | None = None,
 ) -> Comparison:
-    """Time steps; the baseline is "plain", and the control is "plain again" if it is given."""
+    """Time steps in alternation, and compare them with the step "plain".
+
+    If ``steps`` contains "plain again", which repeats "plain", it measures the noise.
+    """
     return compare(
         what,
         steps,
@@ -92,7 +95,7 @@ def compare_steps(
 
 
 def ratio_of(found: Comparison, name: str, over: str | None = None) -> Result:
-    """Return the ratio of two candidates, with the spread of the control."""
+    """Return the ratio of two candidates' times, and the noise that the control measures."""
     spread = None
     if found.control is not None:
         pairs = zip(found.seconds[found.control], found.seconds[found.baseline], strict=True)
@@ -107,7 +110,7 @@ def quotient(values: Mapping[str, float], name: str, over: str) -> Result:
 
 
 def amounts(what: str, unit: str, values: Mapping[str, float]) -> Amounts:
-    """Return a result row with a value per network, and with "plain" as the baseline."""
+    """Return a result with one value per network; the network "plain" is the baseline."""
     return Amounts(what, unit, "plain", values)
 
 

@@ -71,7 +71,7 @@ def _serve(connection: Connection, build: Callable[[], Step], settings: Settings
 
 @dataclass
 class Started:
-    """Steps that have been built in other processes.
+    """Benchmark steps that have been built in other processes.
 
     Attributes:
         steps: Steps that are ready to be called.
@@ -84,7 +84,7 @@ class Started:
     errors: dict[str, RemoteError] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raise an error if a step could not be built."""
+        """Raise an error if any process could not build its step."""
         if self.errors:
             text = "; ".join(f"{name}: {error}" for name, error in self.errors.items())
             raise RemoteError(text)
@@ -101,7 +101,7 @@ def start_all(settings: Settings, builders: Mapping[str, Callable[[], Step]]) ->
         builders: Functions that build a step, by the name of the step.
 
     Yields:
-        The steps that are ready.
+        The steps that were built, and the errors of the others.
     """
     context = multiprocessing.get_context("fork")
     started, remotes, processes = Started(), {}, []

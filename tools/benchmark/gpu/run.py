@@ -123,7 +123,7 @@ def _stop(*_: object) -> None:
 
 
 class Report:
-    """Report whose rows, results and problems are printed and saved when they are available."""
+    """Report of a benchmark, printed and saved incrementally while the benchmark runs."""
 
     def __init__(self, output: str | None, command: str, dry_run: bool):
         self.output, self.dry_run = output, dry_run
@@ -139,7 +139,10 @@ class Report:
         }
 
     def add(self, part: str, row: dict[str, Any], text: str, results: dict[str, Result]) -> None:
-        """Print and save a row and its results. A dry run has no results."""
+        """Print a measurement as text, and save it as a row of the report.
+
+        In a dry run, the results are not compared with the targets.
+        """
         print(text, flush=True)
         self.content["rows"].append({"part": part, **row})
         if not self.dry_run:
@@ -151,12 +154,12 @@ class Report:
         self.content["machine"] = found
 
     def problem(self, part: str, text: str) -> None:
-        """Print and save the reason why a part is incomplete."""
+        """Print and save the reason why a part of the benchmark is incomplete."""
         self.problems.append(part)
         self.note(part, text)
 
     def note(self, part: str, text: str) -> None:
-        """Print and save a remark about a part, such as an option that does not exist."""
+        """Print and save a note about a part of the benchmark, such as a missing option."""
         print(f"{part}: {text}", flush=True)
         self.content["notes"][part] = text
         self._save()
@@ -165,7 +168,7 @@ class Report:
         """Print the table of targets.
 
         Raises:
-            RunError: If a part is incomplete.
+            RunError: If a part of the benchmark is incomplete.
         """
         self.content["seconds"] = seconds
         self._save()
@@ -182,7 +185,10 @@ class Report:
 
 
 def run_part(name: str, settings: Settings, report: Report) -> None:
-    """Run a part of the benchmark in its own process until its deadline; report its results."""
+    """Run a part of the benchmark in a separate process, and report the results.
+
+    The process is stopped when the part's time limit or the budget is exceeded.
+    """
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_serve, args=(there, name, settings))

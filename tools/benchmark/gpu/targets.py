@@ -22,7 +22,7 @@ class Target:
 
     @property
     def text(self) -> str:
-        """The bound as text."""
+        """The bound in words, such as "at most 1.1"."""
         return f"at {'least' if self.at_least else 'most'} {self.bound:,g}"
 
     def is_met_by(self, value: float) -> bool:

@@ -115,7 +115,7 @@ def _read_frames(
 def _read_shape(
     shape: Element, where: str, size: tuple[int, int], data: ImportedData
 ) -> list[ImportedObject]:
-    """Return a list with a shape's object, or an empty list for an unsupported shape."""
+    """Convert a shape to an object. Return an empty list if the shape is skipped."""
     if shape.tag in _SKIPPED:
         data.notes[f"shapes of type {shape.tag} are skipped"] += 1
         return []

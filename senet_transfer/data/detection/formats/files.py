@@ -102,7 +102,7 @@ def number(value: object, name: str, where: str) -> float:
 
 
 def numbers(values: Any, name: str, where: str) -> list[float]:
-    """Return a list of finite numbers; see :func:`number`."""
+    """Convert each value of a list to a finite number; see :func:`number`."""
     if not isinstance(values, list | tuple):
         raise UserError(
             f"{where} has the {name} {shown(values)}; expected a list of numbers. Correct the file."
@@ -111,7 +111,7 @@ def numbers(values: Any, name: str, where: str) -> list[float]:
 
 
 def points(values: Any, name: str, where: str) -> list[tuple[float, float]]:
-    """Return a non-empty list of points, which are stored as lists of two numbers."""
+    """Return points as tuples, after checking that they are a non-empty list of `[x, y]` lists."""
     pairs = [numbers(pair, name, where) for pair in values] if isinstance(values, list) else []
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise UserError(
@@ -192,7 +192,7 @@ class ImageFolder:
         return os.path.isfile(os.path.join(self.root, name))
 
     def with_stem(self, stem: str) -> str | None:
-        """Return the relative path of the image whose path without extension is `stem`, or None."""
+        """Return an image's relative path from its path without extension, or None if missing."""
         if self._by_stem is None:
             names = list_files(self.root, is_image_name)
             self._by_stem = {os.path.splitext(name)[0]: name for name in reversed(names)}

@@ -39,7 +39,7 @@ _POLYGONS = ("polygon", "oriented_rectangle", "rotation", "", None)
 
 
 def image_folder(location: Path) -> Path:
-    """Return a data set's image folder."""
+    """Return the folder that contains both the JSON files and the images."""
     return location if location.is_dir() else location.parent
 
 
@@ -64,7 +64,7 @@ def read(location: Path, images: ImageFolder) -> ImportedData:
         content = read_json(path)
         if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
             if len(paths) == 1:
-                raise UserError(f"{path} has no list `shapes`; expected a file in LabelMe format.")
+                raise UserError(f"{path} has no `shapes` list; expected a file in LabelMe format.")
             data.notes["JSON files are not in LabelMe format and are skipped"] += 1
             continue
         data.splits["train"].append(_read_image(path, content, images, data))
@@ -155,8 +155,8 @@ def _read_mask(
         found = f"that can't be read ({error})"
     raise UserError(
         f"{where} has a mask {found}; expected a base64-encoded PNG image of {expected[0]} x "
-        f"{expected[1]} pixels, the size of the region between its two points, inside the image. "
-        "Correct or remove the shape."
+        f"{expected[1]} pixels. This is the size of the region between the shape's two points, "
+        "which must be inside the image. Correct or remove the shape."
     )
 
 

@@ -65,7 +65,7 @@ def _regions(task: dict[str, Any], where: str, data: ImportedData) -> list[dict]
         return [{"value": part, **part} for part in found]
     annotations = task.get("annotations", task.get("completions"))
     if not isinstance(annotations, list) or not all(isinstance(a, dict) for a in annotations):
-        raise UserError(f"{where} has no list `annotations`; expected Label Studio's JSON export.")
+        raise UserError(f"{where} has no `annotations` list; expected Label Studio's JSON export.")
     valid = [a for a in annotations if not a.get("was_cancelled") and not a.get("skipped")]
     if not valid:
         return None
@@ -74,7 +74,7 @@ def _regions(task: dict[str, Any], where: str, data: ImportedData) -> list[dict]
     last = max(reversed(valid), key=lambda a: str(a.get("updated_at") or a.get("created_at") or ""))
     regions = last.get("result")
     if not isinstance(regions, list) or not all(isinstance(r, dict) for r in regions):
-        raise UserError(f"{where} has an annotation without a list `result`. Export it again.")
+        raise UserError(f"{where}: an annotation has no `result` list. Export the data again.")
     return regions
 
 

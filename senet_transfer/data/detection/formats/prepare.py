@@ -41,13 +41,13 @@ def import_dataset(
     path = Path(path).expanduser()
     source = find_source(path, name)
     if source is None:
-        found = "found no such files" if os.path.exists(path) else "this path does not exist"
+        found = "no such files were found" if os.path.exists(path) else "the path does not exist"
         other = find_source(path) if os.path.exists(path) else None
         if other is not None:
-            found = f"found files in the format {other.format!r}"
+            found = f"the files have the format {other.format!r}"
         raise UserError(
-            f"Expected data in {FORMATS[name].title} format in {path}, but {found}. Check the path "
-            "and the format."
+            f"{path} can't be read as data in {FORMATS[name].title} format: {found}. Check the "
+            "path and the format."
         )
     folder = os.path.abspath(image_dir or source.image_folder())
     data = source.read(folder, upright=upright)

@@ -24,7 +24,7 @@ def box_of(points: Sequence[Sequence[float]]) -> Box:
 
 
 def polygon(points: Sequence[Sequence[float]]) -> tuple[Box, Outline]:
-    """Return the box and outline of a polygon."""
+    """Return the bounding box of a polygon, and its outline as in COCO's ``segmentation``."""
     return box_of(points), [[float(value) for point in points for value in point]]
 
 

@@ -114,7 +114,7 @@ class Source:
 
 
 def find_source(path: str | os.PathLike, name: str | None = None) -> Source | None:
-    """Return the annotations at a path; None if their format is not in :data:`FORMATS`.
+    """Return the annotations at a path, or None if no format in :data:`FORMATS` matches.
 
     Args:
         path: A file or folder. A folder may contain one folder per split.
@@ -202,7 +202,10 @@ def annotations_exist(path: str) -> bool:
 
 
 def default_image_folder(path: str) -> str:
-    """Return the default image folder for annotations."""
+    """Return the folder to which image names are relative if no folder is specified.
+
+    For a file in COCO format, it is the folder of the file. Otherwise, it depends on the format.
+    """
     location, _ = split_path(path)
     source = find_source(location)
     return source.image_folder() if source else os.path.dirname(os.path.abspath(location))
@@ -267,7 +270,7 @@ def _read(location: str, image_dir: str, upright: bool) -> tuple[ImportedData, o
 
 
 def _state(paths: list[str]) -> tuple[int, int, int]:
-    """Return the number, last modification time and total size of files."""
+    """Return the number of files, their latest modification time (in ns) and their total size."""
     found = []
     for path in dict.fromkeys(paths):
         try:

@@ -33,7 +33,7 @@ _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 def image_folder(location: Path) -> Path:
-    """Return a data set's image folder."""
+    """Return the image subfolder, such as "JPEGImages", or the folder itself if it has none."""
     return first_folder(location, "JPEGImages", "images", "Images")
 
 

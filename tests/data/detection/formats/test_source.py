@@ -201,7 +201,7 @@ def test_the_command_writes_nothing_if_an_image_is_missing(tmp_path, voc, capsys
     assert not (tmp_path / "out").exists()
     with pytest.raises(SystemExit, match="2"):
         prepare("import", ["--from", "cvat", *words[2:]])
-    assert "Expected data in CVAT format" in capsys.readouterr().err
+    assert "can't be read as data in CVAT format" in capsys.readouterr().err
     shutil.rmtree(voc)
     with pytest.raises(SystemExit, match="2"):
         prepare("import", words)
@@ -237,7 +237,7 @@ def test_the_command_checks_a_folder_with_a_slash_at_the_end(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     for path in (f"{tmp_path}/", "."):
         prepare("check", [path, "--quiet"])
-        assert "no errors in the annotations and 1 image\n" in capsys.readouterr().out
+        assert "the annotations and 1 image have no errors\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
