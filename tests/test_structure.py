@@ -72,7 +72,7 @@ def _outside_functions(node: ast.AST):
 
 
 def part(module: str) -> str:
-    """Return the subpackage or top-level module that contains a module; "" for the package."""
+    """Return the subpackage or top-level module that contains a module, or "" for the package."""
     return (module.split(".") + [""])[1]
 
 

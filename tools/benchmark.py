@@ -7,7 +7,7 @@ intervals. A second instance of the baseline serves as the control.
     python tools/benchmark.py detector --output output/detector.json
 
 The part `gpu` compares training and inference on a GPU with target values, in at most six minutes.
-It has parts of its own. To run only some of them, add their names.
+It consists of several measurements. To run only some of them, add their names.
 
     python tools/benchmark.py gpu --output output/gpu.json
     python tools/benchmark.py gpu training inference
@@ -44,13 +44,18 @@ def parser() -> argparse.ArgumentParser:
         metavar="PART",
         help=f"{', '.join(PARTS)}, or gpu; default: all except gpu",
     )
-    add("--seconds", type=float, default=20.0, help="approximate seconds per comparison (20)")
-    add("--device", default="cpu", help="device for the networks, cpu or cuda (cpu)")
+    add(
+        "--seconds",
+        type=float,
+        default=20.0,
+        help="approximate seconds per comparison (default: 20)",
+    )
+    add("--device", default="cpu", help="device for the networks, cpu or cuda (default: cpu)")
     add("--profile", action="store_true", help="profile time and memory of all compared candidates")
     add("--output", help="JSON file to write")
     add("--quiet", action="store_true", help="no progress bars")
     add = parser.add_argument_group("part gpu").add_argument
-    add("--budget", type=float, default=340.0, help="maximum total time in seconds (340)")
+    add("--budget", type=float, default=340.0, help="maximum total time in seconds (default: 340)")
     add(
         "--compiled",
         choices=["bf16", "all"],

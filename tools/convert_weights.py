@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Convert a weight file of any family; see --help for examples."""
+"""Convert a weight file to another format; see --help for examples."""
 
 from senet_transfer.cli.convert import command
 

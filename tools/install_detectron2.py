@@ -90,19 +90,19 @@ def download(folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if pip.returncode != 0 or len(wheels) != 1:
         said = "\n".join(f"    {line}" for line in pip.stdout.strip().splitlines()[-6:])
-        raise InstallError(f"Tried: {' '.join(command)}\nThe command failed with:\n{said}")
+        raise InstallError(f"{' '.join(command)}\nThis command failed with:\n{said}")
     return wheels[0]
 
 
 def check_hash(wheel: Path, expected: str) -> None:
     """Raise an error if the file is missing or is not the tested wheel."""
     if not wheel.is_file():
-        raise InstallError(f"Tried: the wheel {wheel}\nThis file does not exist.")
+        raise InstallError(f"The wheel {wheel} does not exist.")
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if found != expected:
         raise InstallError(
-            f"Tried: the wheel {wheel}\nExpected sal-detectron2 {VERSION}, sha256 {expected},\n"
-            f"found sha256 {found}. The file is a different release or is corrupted."
+            f"The wheel {wheel} has the SHA-256 hash\n{found}; expected sal-detectron2 {VERSION} "
+            f"with the hash\n{expected}. The file is a different release or is corrupted."
         )
 
 

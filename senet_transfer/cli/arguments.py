@@ -198,8 +198,13 @@ def _add_detectron2_arguments(parser: argparse.ArgumentParser) -> None:
         help="delete the files of an earlier run in OUTPUT_DIR, and train from scratch",
     )
     add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS instead of training")
-    add("--num-gpus", type=int, default=1, help="number of processes per machine, one per GPU (1)")
-    add("--num-machines", type=int, default=1, help="number of machines (1)")
+    add(
+        "--num-gpus",
+        type=int,
+        default=1,
+        help="number of processes per machine, one per GPU (default: 1)",
+    )
+    add("--num-machines", type=int, default=1, help="number of machines (default: 1)")
     add("--machine-rank", type=int, default=0, help="index of this machine, from 0")
     # As in Detectron2, the port depends on the user id. A process left over from an earlier job of
     # the same user therefore causes the error "address already in use".
@@ -271,7 +276,7 @@ def _with_image_folders(words: list[str]) -> list[str]:
 
 
 def _with_repeated_flags(words: list[str], flags: Sequence[str]) -> list[str]:
-    """Repeat flags before each of their values: ``--scales 224 --scales 256``."""
+    """Replace ``--scales 224 256`` with ``--scales 224 --scales 256``, for each of the flags."""
     found: list[str] = []
     flag = ""
     for word in words:
@@ -330,8 +335,10 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, several: bool = Fals
 def add_running_arguments(parser: argparse.ArgumentParser) -> None:
     """Add config options and the arguments shared by all commands that run a model on images."""
     add = parser.add_argument
-    add("--batch-size", type=int, default=32, help="number of images per batch (32)")
-    add("--workers", type=int, default=2, help="number of processes that decode images (2)")
+    add("--batch-size", type=int, default=32, help="number of images per batch (default: 32)")
+    add(
+        "--workers", type=int, default=2, help="number of processes that decode images (default: 2)"
+    )
     add("--device", default="", help="device, such as cpu or cuda:1; default: a GPU if available")
     add("--quiet", action="store_true", help="no progress bar")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")

@@ -145,7 +145,7 @@ def _check_saved(args: argparse.Namespace) -> None:
     if given := _given(args, (*names, "opts")):
         raise UserError(
             f"--saved-logits evaluates files without a model, so {given} can't be used as well. "
-            "Remove one of them."
+            "Remove --saved-logits or the other options."
         )
 
 
@@ -162,8 +162,8 @@ def _evaluate_detectors(args: argparse.Namespace, first: "ModelSource") -> dict[
     if given := _given(args, names):
         raise UserError(
             f"{given} can't be used for a detector, such as the model in {args.weights[0]}. "
-            "Remove them; to select the data of a detector, set DATASETS.TEST. Detectors are "
-            "evaluated one image at a time."
+            "Remove these options. To select the data of a detector, set DATASETS.TEST. The batch "
+            "size of detectors is always 1."
         )
     options = ["DATALOADER.NUM_WORKERS", str(args.workers), *args.opts]
     options += ["MODEL.WEIGHTS", args.weights[0]]
@@ -190,7 +190,7 @@ def _evaluate_detectors(args: argparse.Namespace, first: "ModelSource") -> dict[
 
 
 def _given(args: argparse.Namespace, names: Sequence[str]) -> str:
-    """Return the names of the options that the user has set, as text."""
+    """Return a comma-separated list of the options in ``names`` that the user has set."""
     flags = {name: f"--{name.replace('_', '-')}" for name in names}
     flags["opts"] = " ".join(args.opts)
     return ", ".join(flags[name] for name in names if getattr(args, name))

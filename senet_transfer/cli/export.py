@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--image",
         default="",
-        help="image that shows objects, for tracing and comparing a detector; required for .ts",
+        help="image with objects, used to trace and compare a detector; required for .ts",
     )
     add(
         "--precision",
@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Export the model, and print the result of the comparison and the file size."""
+    """Export a model. Print how it compares with the original model, and the file size."""
     from senet_transfer.engine.model_from import find_model
     from senet_transfer.engine.predictor.load import take_classes
     from senet_transfer.export.write import export_model, format_of

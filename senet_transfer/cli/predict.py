@@ -39,17 +39,21 @@ def parser() -> argparse.ArgumentParser:
         help="one or several image files, folders, patterns, .txt lists of images, HTTP(S) URLs, "
         "video files, streams (rtsp://...) or the index of a camera",
     )
-    add("--output", default="predictions", help="output folder (predictions)")
+    add("--output", default="predictions", help="output folder (default: predictions)")
     add(
         "--format",
         choices=FORMATS,
         default="",
         help="format of the results for images; default: coco for detectors, json for classifiers",
     )
-    add("--threshold", type=float, default=0.5, help="minimum score, between 0 and 1 (0.5)")
+    add(
+        "--threshold", type=float, default=0.5, help="minimum score, between 0 and 1 (default: 0.5)"
+    )
     add("--limit", type=int, help="use only the first LIMIT images, or frames of a video")
-    add("--batch-size", type=int, default=1, help="number of images per batch (1)")
-    add("--workers", type=int, default=0, help="number of processes that decode images (0)")
+    add("--batch-size", type=int, default=1, help="number of images per batch (default: 1)")
+    add(
+        "--workers", type=int, default=0, help="number of processes that decode images (default: 0)"
+    )
     add("--device", default="", help="device, such as cpu or cuda:1; default: a GPU if available")
     add("--half", action="store_true", help="compute in half precision")
     add("--tta", action="store_true", help="use test-time augmentation")
@@ -61,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--cam",
         action="store_true",
-        help="draw a classifier's class activation maps and what the last SE gate adds to them",
+        help="draw a classifier's class activation maps and their change due to the last SE gate",
     )
     add("--quiet", action="store_true", help="no progress bar")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")

@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
         "--bundle",
         action="store_true",
         help="write the files to --folder or the folder of weights in this package, and upload "
-        "nothing; the model can then be loaded as OWNER/NAME, with the owner senet_transfer",
+        "nothing; OWNER must be senet_transfer, and the model can then be loaded by its name",
     )
     add(
         "--opts",

@@ -195,7 +195,7 @@ def _add_data_config(cfg: CfgNode) -> None:
 
 
 def _add_detection_input(cfg: CfgNode) -> None:
-    """Add the keys for a detector's inputs. Augmentation is used in training only."""
+    """Add the keys for a detector's inputs, including the augmentation of training images."""
     # [minimum, maximum] of the factor by which the brightness, contrast or saturation of an image
     # is multiplied, such as [0.8, 1.2]. If empty, that property is not changed.
     cfg.INPUT.BRIGHTNESS = ()

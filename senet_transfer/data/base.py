@@ -83,7 +83,7 @@ class ClassificationDataset(ABC):
 
 
 class SingleImages(ClassificationDataset):
-    """Data set in which each image can be read individually and is a unit of its own."""
+    """Data set whose images can be read individually, so each unit is a single image."""
 
     def __init__(self, classes: list[str], count: int, origin: str):
         super().__init__(classes, np.ones(count, np.int64), origin)

@@ -289,10 +289,13 @@ def _open(cfg: CfgNode, name: str, split: str) -> ClassificationDataset | ImageA
 def _open_once(
     name: str, split: str, classes: tuple[str, ...], cache_dir: str, small: Reading | None
 ) -> ClassificationDataset | ImageArrays:
-    """Open a data set. If ``small`` is given, load all images into memory with these settings."""
+    """Open a data set.
+
+    If ``small`` is not None, all images are loaded into memory, with these reading settings.
+    """
     if is_prepared(name) and not small:
         raise UserError(
-            "A prepared file of small images requires INPUT.CLASSIFICATION.AUGMENT pad_crop. Set "
+            "Files written by prepare_cifar.py require INPUT.CLASSIFICATION.AUGMENT pad_crop. Set "
             "AUGMENT to pad_crop and CROP, TEST_RESIZE and TEST_CROP to 32, or start from "
             "configs/base/cifar10."
         )

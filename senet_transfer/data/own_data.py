@@ -40,8 +40,8 @@ class DataPart(NamedTuple):
     """Training or validation data.
 
     Attributes:
-        path: Path of detection annotations, as in `DATASETS.REGISTER`, or path or address of
-            labelled images, as in `DATASETS.TRAIN` for a classifier.
+        path: For detection, the path of the annotations, as in `DATASETS.REGISTER`. For
+            classification, the path or address of the labelled images, as in `DATASETS.TRAIN`.
         image_dir: Folder with the images for detection annotations; empty for labelled images.
     """
 
@@ -53,10 +53,11 @@ def find_parts(path: str, val: str = "", image_dir: str = "") -> tuple[DataPart,
     """Find training and validation data for detection or classification.
 
     Args:
-        path: JSON file in COCO format; folder with such files for each part, such as `train.json`,
-            `train/_annotations.coco.json` or `annotations/instances_train*.json`; annotations in
-            another supported format; labelled images as in `DATASETS.TRAIN` for a classifier; or
-            folder with labelled images in its subfolders `train` and `val`.
+        path: One of the following: a JSON file in COCO format; a folder with one such file per
+            split, such as `train.json`, `train/_annotations.coco.json` or
+            `annotations/instances_train*.json`; annotations in another supported format; labelled
+            images as in `DATASETS.TRAIN` for a classifier; a folder with labelled images in its
+            subfolders `train` and `val`.
         val: Path of the validation data, in the same form as `path`; empty to search in `path`.
         image_dir: Image folder for detection annotations; empty to search for this folder.
 
@@ -64,7 +65,8 @@ def find_parts(path: str, val: str = "", image_dir: str = "") -> tuple[DataPart,
         The training data, and the validation data or None if there is none.
 
     Raises:
-        UserError: If no data is found, or only one of the two parts is for detection.
+        UserError: If no data is found, or if one split is for detection and the other for
+            classification.
     """
     train, found = _parts(path, image_dir)
     if val:
@@ -189,7 +191,7 @@ def _coco_file(folder: Path, names: Sequence[str]) -> Path | None:
 
 
 def _subfolder(folder: Path, names: Sequence[str]) -> Path | None:
-    """Return the subfolder with one of these names in any case; None if there is none."""
+    """Return the subfolder with one of these names, ignoring case; None if there is none."""
     entries = {entry.name.lower(): entry.absolute() for entry in folder.iterdir() if entry.is_dir()}
     return next((entries[name] for name in names if name in entries), None)
 

@@ -91,8 +91,8 @@ def writing_parts(output: Path, existing: Collection[Path]) -> Iterator[None]:
     """
     if existing:
         raise UserError(
-            f"{first_of(map(str, existing), 3)} already exist. Choose a different --output, or "
-            "delete them."
+            f"Output files already exist: {first_of(map(str, existing), 3)}. Choose a different "
+            "--output, or delete these files."
         )
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -286,10 +286,11 @@ class _Allocation:
         self.part_of[index] = part
 
     def missing(self, names: Iterable[str]) -> int:
-        """Return a penalty for classes that are missing from parts despite having enough groups.
+        """Return a penalty for classes that are missing from parts of the split.
 
-        Each missing class counts as 1000 in the last level, and 1000 times more in each earlier
-        level.
+        A class is expected in as many parts as it has groups, beginning with the parts in the first
+        level. Each part without an expected class adds 1000 to the penalty in the last level, and
+        1000 times more in each earlier level.
         """
         missing = 0
         for name in names:
@@ -309,9 +310,10 @@ class _Allocation:
                     self._bring(name, part)
 
     def _bring(self, name: str, part: int) -> None:
-        """Move a group that contains a class to a part, or swap it with a group of that part.
+        """Move a group with images of the class ``name`` into the split ``part``.
 
-        Only a change that reduces the penalty for missing classes is made.
+        The group is moved, or swapped with a group in ``part``, only if this reduces the penalty
+        for missing classes.
         """
         others = [index for index, place in enumerate(self.part_of) if place == part]
         for index in self._members[name]:

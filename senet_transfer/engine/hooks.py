@@ -148,7 +148,7 @@ class DataWaits(HookBase):
         self.trainer.storage.put_scalar("data_time_share", share, smoothing_hint=False)
 
     def after_train(self) -> None:
-        """Log the fraction for the complete run."""
+        """Log the fraction of time spent waiting for data in the complete run."""
         share = _share(self._start, self._now())
         logger.info("%.1f%% of the training time was spent waiting for data.", 100 * share)
 
@@ -232,7 +232,8 @@ class ModelEMA(HookBase):
         """Update the average without waiting for the device.
 
         Args:
-            weight: The weight of the model, as a number or as a tensor ``()`` on the device.
+            weight: The factor ``1 - d`` for the model's current weights, as a number or as a tensor
+                ``()`` on the device.
         """
         pairs = [(self.average[name], value) for name, value in self._tensors().items()]
         floats = [pair for pair in pairs if pair[1].is_floating_point()]
@@ -450,7 +451,7 @@ class EarlyStopping(_AfterEvaluation):
         return {"metric": self.metric, "best": self.best, "waited": self.waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state from a checkpoint, unless the metric has changed."""
+        """Restore the state from a checkpoint, unless it belongs to a different metric."""
         if state["metric"] == self.metric:
             self.best, self.waited = state["best"], state["waited"]
 

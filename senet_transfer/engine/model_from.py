@@ -142,7 +142,7 @@ def _check_backbone(report: LoadReport) -> None:
         raise UserError(
             f"{report.path} has no weights for {len(random)} tensors of the model: "
             f"{first_of(list(random), 3)} ({next(iter(random.values()))}). Use weights for this "
-            "network, or build the file's network."
+            "network, or build the network that the file contains."
         )
 
 
@@ -265,7 +265,7 @@ def _check_mode(name: str, mode: str) -> None:
 
 
 def _named(name: str, weights: str, family: str, choice: Choice) -> tuple[CfgNode, Source | None]:
-    """Return the config and the weights of the classifier built by ``create_classifier``."""
+    """Return a config and the weights for a classifier that is specified without a config file."""
     if name:
         model_entry(name)  # Reject an unknown name before reading a large file.
     source = None

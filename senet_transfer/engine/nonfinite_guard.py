@@ -151,7 +151,7 @@ class StepGuard:
         If they are not, restore the model's buffers. All processes must call this method together.
 
         Args:
-            step: The step's description, whose values are set.
+            step: The description of the step, in which the results are stored.
             losses: This process's losses by name.
             scale: The loss scale, or 1 without a gradient scaler. If the scale is above 1, only the
                 losses are checked: scaled gradients may overflow, and the scaler then skips the
@@ -186,7 +186,8 @@ class StepGuard:
     def _norms(self) -> tuple[list[str], Tensor]:
         """Return the names of parameters with gradients, and the norms of these gradients.
 
-        Each norm is an L2 norm or a maximum norm, and is finite if the gradient is finite.
+        A norm is finite if and only if its gradient is finite. The norms are L2 norms or maximum
+        norms.
         """
         named = [(n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
         if not named:

@@ -112,7 +112,7 @@ def scratch_hint(cfg: CfgNode) -> str:
 
 
 def check_augmentation(cfg: CfgNode) -> None:
-    """Raise a UserError if ``TEST.AUG`` or ``TEST.ENSEMBLE`` does not support the model."""
+    """Raise a UserError if ``TEST.AUG`` or ``TEST.ENSEMBLE`` can't be used with this config."""
     several = bool(cfg.TEST.ENSEMBLE.WEIGHTS)
     if not cfg.TEST.AUG.ENABLED and not several:
         return
@@ -307,7 +307,7 @@ def check_batch_norms(cfg: CfgNode, model: nn.Module) -> None:
                 "larger crop, or set MODEL.RESNETS.NORM to GN or FrozenBN."
             ) from error
     except RuntimeError:
-        logger.debug("The shapes of the network can't be computed.", exc_info=True)
+        logger.debug("The network's shapes can't be computed on the meta device.", exc_info=True)
 
 
 def _check_solver(cfg: CfgNode) -> None:
@@ -327,8 +327,9 @@ def _check_solver(cfg: CfgNode) -> None:
             )
     if cfg.TEST.PATIENCE > 0 and not cfg.TEST.BEST_METRIC:
         raise UserError(
-            f"TEST.PATIENCE is {cfg.TEST.PATIENCE}, but TEST.BEST_METRIC is empty. Set it to the "
-            "metric that must improve, such as classification/top1_error or bbox/AP."
+            f"TEST.PATIENCE is {cfg.TEST.PATIENCE}, but TEST.BEST_METRIC is empty. Set "
+            "TEST.BEST_METRIC to the metric that must improve, such as classification/top1_error "
+            "or bbox/AP."
         )
     check_metric(cfg, "TEST.BEST_METRIC", cfg.TEST.BEST_METRIC)
     if plateau:

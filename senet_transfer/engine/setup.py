@@ -132,7 +132,7 @@ def setup(options: RunOptions) -> CfgNode:
 
 
 def _start(cfg: CfgNode, options: RunOptions) -> None:
-    """Set up logging and random seeds like Detectron2's ``default_setup``, with atomic writes."""
+    """Start a run like Detectron2's ``default_setup``, but write the config file atomically."""
     rank = comm.get_rank()
     _logger("fvcore", cfg, quiet=options.quiet)
     logger = _logger("detectron2", cfg, quiet=options.quiet)
@@ -255,7 +255,7 @@ def _start_logging(cfg: CfgNode, *, quiet: bool) -> logging.Logger:
 
 
 def _logger(name: str, cfg: CfgNode, *, quiet: bool) -> logging.Logger:
-    """Return Detectron2's logger. If ``quiet``, it prints only warnings and errors.
+    """Return a logger set up by Detectron2. If ``quiet``, it prints only warnings and errors.
 
     Detectron2 also logs all results in a format for spreadsheets. These lines are not printed, but
     only written to ``log.txt``.
@@ -271,7 +271,7 @@ def _logger(name: str, cfg: CfgNode, *, quiet: bool) -> logging.Logger:
 
 
 def escape_names(logger: logging.Logger) -> None:
-    """Make a logger's handlers escape characters that can't be encoded, such as in file names."""
+    """Make a logger's handlers escape characters of file names that can't be encoded."""
     for handler in logger.handlers:
         stream = getattr(handler, "stream", None)
         if isinstance(stream, io.TextIOWrapper) and not stream.closed:
@@ -437,9 +437,9 @@ def _use_stuff(cfg: CfgNode, names: Sequence[str], *, keep_classes: bool) -> Non
 
 
 def _check_images(cfg: CfgNode, *, eval_only: bool) -> None:
-    """Check the images of the data sets in the main process, and raise errors in all processes.
+    """Check a run's images in the main process. Errors are raised in all processes.
 
-    The images of a classifier are only checked for dark 16-bit images.
+    For a classifier, only warn about 16-bit images that would be almost black.
 
     Raises:
         UserError: If images are unreadable, or if their sizes differ from the annotations.

@@ -117,7 +117,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
             # Detectron2 would use the same learning rate for all biases, including the backbone's.
             raise UserError(
                 f"SOLVER.{key} is {solver[key]:g} and SOLVER.BIAS_LR_FACTOR is "
-                f"{solver.BIAS_LR_FACTOR:g}, but only one of the two can differ from 1."
+                f"{solver.BIAS_LR_FACTOR:g}, but only one of the two can differ from 1. "
+                "Set one of them to 1."
             )
     of_stage = layer_factors(model, solver.LAYER_DECAY) if solver.LAYER_DECAY != 1 else None
 
@@ -170,8 +171,8 @@ def fill_momentum(optimizer: torch.optim.SGD) -> None:
 def tensor_rates(optimizer: Optimizer, rates: Sequence[Tensor]) -> Iterator[None]:
     """Temporarily replace the learning rates with scalar tensors, one per parameter group.
 
-    A graph of the optimizer's step reads these tensors in each replay, whereas a number would be
-    constant. The scheduler and the checkpoints use numbers.
+    A CUDA graph of the optimizer's step reads the current value of a tensor in each replay, whereas
+    a number keeps its value from the capture. The scheduler and the checkpoints use numbers.
     """
     groups = optimizer.param_groups
     captures = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -74,7 +74,7 @@ def main(options: RunOptions) -> dict[str, Any]:
 
 
 def _has_traceback(record: logging.LogRecord) -> bool:
-    """Return False for errors whose message is printed when the run ends, without a traceback."""
+    """Return False, as a log filter, for records with the traceback of a UserError or RunError."""
     return not (record.exc_info and isinstance(record.exc_info[1], UserError | RunError))
 
 

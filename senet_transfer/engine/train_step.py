@@ -160,13 +160,13 @@ class StepTrainer(SimpleTrainer):
             average.in_step = True
 
     def _step_on_device(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Compute a step without reading from the device, so that it can be captured.
+        """Compute a step without reading from the device, so that a CUDA graph can capture it.
 
         Args:
             inputs: The tensors of the batch, and a tensor with the learning rate of each parameter
                 group. If the weights are averaged, the last element of this tensor is the weight of
                 the current model in the average. If the data loader builds batches on the device,
-                image indices and random numbers take the place of the batch.
+                ``inputs`` contains image indices and random numbers instead of the batch.
 
         Returns:
             The step's values and gradient norms; see :class:`Step`.

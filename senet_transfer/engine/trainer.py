@@ -211,7 +211,8 @@ class Trainer(DefaultTrainer):
         saved = {**numerics, **state_dict.get("numerics", {})}
         if changed := [key for key in numerics if numerics[key] != saved[key]]:
             logger.warning(
-                "Resumed approximately, because the numerical settings have changed: %s.",
+                "Resumed approximately: %s. These settings affect rounding, so the results differ "
+                "from those of an uninterrupted run.",
                 ", ".join(f"{key} {saved[key]} before, {numerics[key]} now" for key in changed),
             )
         now = self._division()

@@ -128,7 +128,10 @@ class Evaluation:
                     best = [row["key"], label, self.classes[label], *row["top"]]
                     writer.writerow([*best, *logits, row["path"]])
         except OSError as error:
-            raise UserError(f"Cannot write predictions to {path}: {error}.") from error
+            raise UserError(
+                f"Cannot write predictions to {path}: {error}. Free up space or choose another "
+                "folder."
+            ) from error
 
 
 def evaluate_classifier(

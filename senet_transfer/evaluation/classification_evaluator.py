@@ -155,4 +155,7 @@ class ClassificationEvaluator(DatasetEvaluator):
             with atomic_file(Path(path)) as file:
                 file.write(json.dumps(columns, separators=(",", ":")).encode())
         except OSError as error:
-            raise UserError(f"Cannot write predictions to {path}: {error}.") from error
+            raise UserError(
+                f"Cannot write predictions to {path}: {error}. Free up space or choose another "
+                "folder."
+            ) from error

@@ -143,7 +143,7 @@ def classify_errors(overlaps: Overlaps, *, max_detections: int = 100) -> Errors:
 
 
 def _any(overlaps: Overlaps, pairs: Bools) -> Bools:
-    """Return a mask of the detections in at least one selected pair of detection and object."""
+    """Return a mask of the detections that are in at least one of the selected pairs."""
     found = np.zeros(len(overlaps.scores), bool)
     found[overlaps.detection[pairs]] = True
     return found

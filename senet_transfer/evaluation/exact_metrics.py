@@ -11,11 +11,11 @@ _FIRST = 1 / (1 + np.spacing(1))
 
 
 def recalls_of_two(counts: np.ndarray) -> np.ndarray:
-    """Return recalls that are reached by two correct detections but not by one.
+    """Return recall thresholds that two correct detections reach but one does not.
 
-    The result has one recall for each number of objects in `counts`. The recalls are powers of two,
-    so a few different values are sufficient. For fewer than two objects, the result is 2, which
-    can't be reached.
+    There is one threshold for each number of objects in `counts`. All thresholds are powers of two,
+    so there are few different values. For fewer than two objects, the threshold is 2, which no
+    recall reaches.
     """
     _, exponents = np.frexp(np.maximum(counts, 1) - 1)
     return np.ldexp(1.0, 1 - exponents)
@@ -24,7 +24,7 @@ def recalls_of_two(counts: np.ndarray) -> np.ndarray:
 class ExactCOCOeval(COCOeval_faster):
     """COCO metrics computed in C++ that are bitwise identical to those of pycocotools.
 
-    Two differences of faster-coco-eval are corrected: the last bit of a precision of 1 that is
+    This class corrects two deviations of faster-coco-eval: the last bit of a precision of 1 that is
     based on a single detection, and the omission of classes without objects in keypoint evaluation.
     """
 

@@ -35,7 +35,7 @@ class Comparison:
 
     Attributes:
         threshold: The minimum score of the compared objects.
-        objects: The number of objects in an image and in a crop of it.
+        objects: The total number of objects in an image and a crop of the image.
         box: The largest difference between box coordinates, in pixels.
         score: The largest difference between scores or between mask probabilities.
     """

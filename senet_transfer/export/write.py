@@ -65,10 +65,10 @@ def export_model(
     network = is_classification(cfg) or backbone_only
     if precision != "float32" and not (network and form == "onnx" and calibration):
         raise UserError(
-            f"--precision {precision} is available for classifiers and backbones in ONNX files "
-            f"(.onnx), and requires a folder of images (--calibration). The output is {output}, "
-            f"the architecture is {cfg.MODEL.META_ARCHITECTURE}, and the calibration folder is "
-            f"{calibration!r}."
+            f"--precision is {precision}, the architecture is {cfg.MODEL.META_ARCHITECTURE}, the "
+            f"output is {output}, and --calibration is {calibration!r}. This precision is only "
+            "available for classifiers and backbones in ONNX files (.onnx), and requires a folder "
+            "of images. Change these options, or omit --precision."
         )
     if network:
         preprocessing = preprocessing_of(cfg)

@@ -178,7 +178,10 @@ def _norm_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) 
 
 
 class _NormSum(torch.autograd.Function):
-    """Gated sum computed from the input of a batch norm."""
+    """Autograd function for ``gate(r) * r + shortcut`` with ``r = norm(x)``.
+
+    The backward pass computes all gradients from ``x``, so ``r`` is not saved.
+    """
 
     @staticmethod
     def forward(

@@ -78,8 +78,8 @@ def backbone_name(cfg: CfgNode) -> str:
     """Return the name of the backbone that a config specifies.
 
     If the config describes a ResNet or ResNeXt, this is the network's name, such as
-    ``"se_resnext50_32x4d"``. The name is not validated, so a registered model with this name may
-    not exist.
+    ``"se_resnext50_32x4d"``. The name is not validated, and there may be no registered model with
+    this name.
     """
     has_se, name = bool(cfg.MODEL.SE.ENABLED), cfg.MODEL.BACKBONE.ARCH
     if name:
@@ -236,8 +236,8 @@ def _check_fpn_features(backbone: Backbone, names: list[str]) -> None:
 class SENetRes5ROIHeads(Res5ROIHeads):
     """Detectron2's C4 head, with res5 built from the config's backbone.
 
-    Detectron2's ``Res5ROIHeads`` always builds res5 from plain bottlenecks, which would silently
-    drop the gates in the last stage of an SE backbone.
+    Detectron2's ``Res5ROIHeads`` always builds res5 from bottlenecks without SE. With an SE
+    backbone, the last stage would therefore have no gates, and no error would be raised.
     """
 
     @classmethod

@@ -356,11 +356,11 @@ def examine_weights(
 
 
 def stated_options(entry: ModelEntry, overrides: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Return the options that override values inferred from a weight file's tensor names.
+    """Return the network options that take precedence over values inferred from a weight file.
 
     Args:
-        entry: Registered model.
-        overrides: Options specified by the user.
+        entry: The registered model.
+        overrides: The network options specified by the user.
     """
     if entry.name == WIDE_RESNET:
         return (("stem_pool", "none"),)
@@ -392,7 +392,8 @@ def _with_file_options(
         given = overrides.get(key, value)
         if (tuple(given) if key == "se_stages" else given) != value:
             raise UserError(
-                f"{key}={given!r} contradicts {source.path}, detected as {source.detected_as}, "
-                f"whose network has {value!r}. Remove the option, or use different weights."
+                f"{key}={given!r} contradicts the network in {source.path}, for which it is "
+                f"{value!r}. The file was detected as {source.detected_as}. Remove the option, or "
+                "use different weights."
             )
     return {**overrides, **stated}

@@ -135,8 +135,8 @@ class TimmBackbone(Backbone):
         """
         if freeze_at and not self.stages:
             raise UserError(
-                f"freeze_at is {freeze_at}, but timm does not name the stages of "
-                f"{self.model_name}. Set it to 0 (MODEL.BACKBONE.FREEZE_AT)."
+                f"freeze_at is {freeze_at}, but it is unknown which layers of {self.model_name} "
+                "belong to which stage. Set freeze_at to 0 (MODEL.BACKBONE.FREEZE_AT)."
             )
         freeze_norm = import_timm().layers.freeze_batch_norm_2d
         for path, module in list(self.net.named_modules()):

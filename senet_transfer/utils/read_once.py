@@ -1,4 +1,4 @@
-"""Cache for files that several steps of a task read."""
+"""Cache for files that a command reads several times."""
 
 import functools
 import os

@@ -111,7 +111,7 @@ class _DType:
 
 
 def _dtype(code: Any, *_: Any) -> "_DType | Placeholder":
-    """Return the dtype for a type code, or a placeholder unless it is a number or text type."""
+    """Return the dtype for a type code. Types other than numbers and text become a placeholder."""
     if isinstance(code, str) and re.fullmatch(r"[<>|=]?[biufcSU]\d{0,9}", code):
         return _DType(code)
     return Placeholder("numpy.dtype")
@@ -130,7 +130,10 @@ def _array(
     if not isinstance(dtype, _DType) or type(raw) is not bytes:
         raise ValueError("an array has an invalid dtype, or its data are not bytes")
     if math.prod(shape) * dtype.value.itemsize != len(raw):
-        raise ValueError(f"an array of shape {shape} ({dtype.value}) has {len(raw)} bytes of data")
+        raise ValueError(
+            f"an array has {len(raw)} bytes of data, which does not match its shape {shape} and "
+            f"its dtype {dtype.value}"
+        )
     array = np.frombuffer(raw, dtype.value).reshape(shape, order="F" if order == "F" else "C")
     return array if axes is None else array.transpose(check_sizes(axes))
 
@@ -311,8 +314,12 @@ class _PlainUnpickler(_Unpickler):
     def _union(self, name: str, *arguments: Any) -> Placeholder:
         """Return a placeholder for a type such as ``int | None``.
 
-        The type is stored as a call to ``functools.reduce``, or to ``__builtin__.reduce`` by
-        protocols before 3 (``name`` is the name in the pickle). The call is not executed.
+        The type is stored as a call to ``functools.reduce``, or in pickle protocols before 3 to
+        ``__builtin__.reduce``. The call is not executed.
+
+        Args:
+            name: Name of the called function in the pickle.
+            arguments: Arguments of the call.
         """
         function = arguments[0] if len(arguments) == 2 else None
         if not (isinstance(function, Placeholder) and function.name.endswith("operator.or_")):

@@ -215,7 +215,7 @@ def _keys_for_detectron2(source: Source) -> list[str]:
 
 
 def _keys_for_images(pixels: Preprocessing | None) -> list[str]:
-    """Return a note on the config keys for reading images, which the new file can't contain."""
+    """Return a note with the settings for reading images, because the new file can't store them."""
     keys = []
     if pixels and pixels.upright:
         keys.append("INPUT.EXIF apply")

@@ -156,7 +156,8 @@ def load_source(model: nn.Module, source: Source, *, exact: bool = False) -> Loa
     notes = list(source.notes)
     if source.preprocessing is None and not source.geometry.options():
         notes.append(
-            "the file specifies neither geometry nor preprocessing, so those of the model are kept"
+            "the file specifies neither layer options, such as strides, nor preprocessing; the "
+            "model's values are kept"
         )
     report = LoadReport(
         path=source.path,
@@ -202,7 +203,7 @@ def _check_geometry(source: Source, target: Target) -> None:
 
 
 def pixel_contradictions(file: Preprocessing, model: Preprocessing) -> list[str]:
-    """Return sentences that describe differences in channel order, mean and std."""
+    """Return a message for each difference in channel order, mean or std from the file."""
     found = []
     for name, key in (
         ("format", "INPUT.FORMAT"),

@@ -208,5 +208,5 @@ def test_files_other_than_models_are_rejected_with_a_clear_error(arguments, said
 
 def test_an_invalid_image_size_is_rejected():
     cfg = model_config("resnet18")
-    with pytest.raises(UserError, match="expected 1 or more"):
+    with pytest.raises(UserError, match="expected at least 1 x 1"):
         report(build_to_count(cfg), cfg, (0, 224))

@@ -240,7 +240,7 @@ def test_existing_files_and_other_data_are_rejected(tree, tmp_path, capsys):
     (tmp_path / "blank" / "a ").mkdir(parents=True)
     (tmp_path / "blank" / "a " / "1.jpg").write_bytes(b"x")
     for source, complaint in {
-        tree: "val.csv already exist",
+        tree: f"already exist: {tmp_path / 'val.csv'}",
         tmp_path / "missing": "(missing); expected a JSON file",
         tmp_path / "list.json": "list.json contains an empty `images` list",
         tmp_path / "val.csv": "line 1: the header has 0 columns named path",

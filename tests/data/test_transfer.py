@@ -10,7 +10,7 @@ CPU = torch.device("cpu")
 
 
 class Recorder:
-    """Stand-in for a CUDA stream that records copies and waits. Copies have negated values."""
+    """Stand-in for a CUDA stream that records all calls and returns negated copies."""
 
     def __init__(self):
         self.copied, self.joined = [], []

@@ -218,7 +218,10 @@ def test_a_hole_is_left_out_of_the_polygons():
 
 
 def test_any_mask_has_valid_polygons_that_cover_it():
-    """Check random masks, whose shapes range from scattered pixels to areas with many holes."""
+    """Compare random masks with their polygons, rasterised by pycocotools.
+
+    The masks range from scattered pixels to areas with many holes.
+    """
     rng = np.random.default_rng(0)
     for density in np.linspace(0.02, 0.98, 60):
         mask = rng.random((12, 14)) < density

@@ -177,7 +177,7 @@ class Command:
 
     @property
     def reason_not_run(self) -> str | None:
-        """Reason why the command is not run, or None if it is."""
+        """Reason why the command is not run, or None if it is run."""
         line = shlex.join(self.words)
         for pattern, reason in NOT_RUN.items():
             if re.fullmatch(pattern, line):

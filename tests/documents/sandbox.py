@@ -57,7 +57,7 @@ def _shapes(root: Path) -> None:
 
 
 def _coco(root: Path) -> None:
-    """Write the shapes data set as COCO, with the first COCO classes in place of its own."""
+    """Write the shapes data set as if it were COCO 2017, with COCO's classes."""
     content = json.loads((root / TINY).read_text())
     keys = ("id", "name", "supercategory")
     things = [entry for entry in COCO_CATEGORIES if entry["isthing"]]
@@ -259,7 +259,7 @@ def _detector_runs(root: Path) -> None:
 def _documents(root: Path) -> None:
     """Copy the configs and the files that ``tests/test_documents.py`` needs to update documents.
 
-    configs/README.md has no tables, so that the command must write them.
+    The tables are omitted from configs/README.md, so the command must write them.
     """
     (root / "configs").unlink()
     shutil.copytree(ROOT / "configs", root / "configs")

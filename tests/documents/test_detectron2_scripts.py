@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def expected(folder, one_thread, monkeypatch):
-    """Change to the folder, and return the detections of this project's predictor."""
+    """Change to ``folder``, and return the detections of this project's predictor on its image."""
     monkeypatch.chdir(folder)
     found = load("output/model_final.pth", device="cpu", threshold=0.0)("image.png")
     assert len(found.scores) > 5

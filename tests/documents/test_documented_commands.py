@@ -188,7 +188,11 @@ MEASURES = ("complexity.py", "benchmark.py", "eval_classifier.py", "eval_places3
 
 
 def _promised(words: list[str], printed: str) -> list[str]:
-    """Return the output paths in a command, and the last word of its output if it is a path."""
+    """Return the paths that a command should have written.
+
+    These are the output paths among its arguments, and the last word that it prints if this word
+    is the path of a file.
+    """
     found = [b for a, b in zip(words, words[1:], strict=False) if a in ("--output", "OUTPUT_DIR")]
     if "tools/convert_weights.py" in words:
         found.append(words[words.index("tools/convert_weights.py") + 2])

@@ -68,7 +68,7 @@ def _become(words: list[str], printed: list[str]) -> None:
 
 
 def main() -> None:
-    """Run the command in each line of stdin and print its exit status."""
+    """Run the commands read from stdin, one JSON object per line, and print each exit status."""
     import torch.multiprocessing as mp
 
     import senet_transfer.analysis.report

@@ -1,4 +1,4 @@
-"""Drawn images of rectangles in two classes, and functions that register them for many tasks."""
+"""Synthetic images of rectangles, and functions that register them as data sets for many tasks."""
 
 import json
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Tests for Detectron2's other meta-architectures and evaluators, on a few drawn images."""
+"""Tests for Detectron2's other meta-architectures and evaluators, on a few synthetic images."""
 
 import importlib.util
 import itertools
@@ -63,7 +63,7 @@ def forgotten():
 
 @pytest.fixture
 def options(tmp_path):
-    """Return a function that returns options for training one iteration on drawn images."""
+    """Return a function that returns options for training one iteration on synthetic images."""
 
     def make(*flags: str, **keys: str):
         keys = {**SMALL, "OUTPUT_DIR": str(tmp_path / "run"), "DATASETS.TRAIN": "('drawn',)",

@@ -10,7 +10,7 @@ from senet_transfer.engine import launch
 
 @pytest.fixture
 def one_gpu(monkeypatch):
-    """Simulate one GPU, and return a list of ``$CUDA_VISIBLE_DEVICES`` for each launched job."""
+    """Simulate one GPU. Return a list of each launched job's value of ``$CUDA_VISIBLE_DEVICES``."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     jobs = []

@@ -17,7 +17,10 @@ from senet_transfer.engine.trainer import Trainer
 
 @pytest.fixture
 def dense(shared_data, command):
-    """Return a function that evaluates perfect detections, and the path of their annotations."""
+    """Return a function that evaluates perfect detections of an image, and the annotation file.
+
+    The function sets ``TEST.DETECTIONS_PER_IMAGE`` to its argument.
+    """
     folder = shared_data.parent / "cases" / "detection" / "dense"
 
     def evaluate(limit: str, *, output_dir) -> dict:

@@ -113,7 +113,7 @@ def asynchronous(monkeypatch):
 
 
 def waits_of_steps(trainer, waits):
-    """Return the number of waits for the device per training step, including hooks, by operator."""
+    """Return how often each operator waits for the device in each step, including the hooks."""
     found = []
     with EventStorage() as trainer.storage:
         trainer.start_iter = 0
@@ -197,7 +197,17 @@ def test_a_cifar_network_waits_only_in_every_20th_step(tmp_path, asynchronous, d
 
 
 def waits_of_detectors(trainer, kind, waits, **options):
-    """Train for three steps on the same batch, and return the waits per step, by operator."""
+    """Train for three steps on the same batch, and count the device reads of each step.
+
+    Args:
+        trainer: Trainer with the model and the data.
+        kind: Class of the trainer that runs the steps.
+        waits: Counter of reads.
+        **options: Further arguments for ``kind``.
+
+    Returns:
+        One counter per step, by operator or method.
+    """
     batch = next(iter(trainer._trainer.data_loader))
     model = copy.deepcopy(trainer.model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0025, momentum=0.9, fused=True)

@@ -1,4 +1,4 @@
-"""Tests that compare diagnostics with pycocotools, tidecv and counts by hand."""
+"""Tests that compare diagnostics with pycocotools, tidecv and manual counts."""
 
 import json
 import math
@@ -61,7 +61,7 @@ def box(*region, label, score=1.0, crowd=False):
 
 @pytest.fixture(scope="module")
 def by_hand():
-    """Return the diagnostics of an image with one detection of each kind, and a missed object."""
+    """Return the diagnostics of an image with each type of detection, and of a missed object."""
     objects = [
         box(0, 0, 10, 10, label=0),
         box(50, 50, 10, 10, label=0),

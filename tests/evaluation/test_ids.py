@@ -1,4 +1,4 @@
-"""Tests that metrics don't depend on the values of ids, even if pycocotools can't handle them."""
+"""Tests that metrics don't depend on ids, including ids that pycocotools can't handle."""
 
 import copy
 import json
@@ -33,7 +33,7 @@ RANGES = (
 
 
 class Drawn:
-    """Random predictions, and the same random ground truth with two numberings.
+    """Random predictions, and random ground truth in two versions that differ only in their ids.
 
     In ``plain``, the ids are 1 to N; in ``hostile``, they are unusual, such as negative or huge.
     """
@@ -117,7 +117,7 @@ class Drawn:
         return sorted(drawn)
 
     def _output(self, image: int, classes: int) -> Instances:
-        """Return displaced and false detections with tied scores."""
+        """Return displaced detections and false positives with tied scores."""
         own = [item for item in self.plain["annotations"] if item["image_id"] == image]
         own = [item for item in own if self.ids.random() < 0.9]
         count = len(own) + self.ids.randint(0, 3)
@@ -191,7 +191,7 @@ def evaluated(tmp_path, monkeypatch):
 
 
 def compared(drawn: Drawn, evaluated) -> int:
-    """Compare all metrics with those of pycocotools, and count those other than -1, 0 and 1."""
+    """Compare all metrics with pycocotools, and return how many differ from -1, 0 and 1."""
     plain = dict(enumerate(drawn.outputs, 1))
     hostile = dict(zip(drawn.image_ids, drawn.outputs, strict=True))
     expected = evaluated(COCOEvaluator, drawn.plain, plain)

@@ -54,7 +54,7 @@ SLOW_ROUND_TRIPS = [
 
 
 def _again(package, name):
-    """Build another package's network with different random weights than the converted one."""
+    """Build the other package's network with weights that differ from those of the first model."""
     return peer(package, name, seed=7)
 
 

@@ -121,7 +121,7 @@ def work(words, disk):
 
 @pytest.fixture(scope="session")
 def straight(words, disk):
-    """Return a function that trains without interruption; it returns the run and its duration."""
+    """Return a function that trains without interruption and returns the run and its duration."""
     done: dict[tuple[str, int], tuple[runs.Work, float]] = {}
 
     def run(kind: str, ranks: int = 1) -> tuple[runs.Work, float]:

@@ -88,7 +88,7 @@ class Work:
         return self.log.read_text(errors="replace") if self.log.is_file() else ""
 
     def wait_for(self, words: str, process: multiprocessing.Process, count: int = 1) -> None:
-        """Wait until the output contains the words ``count`` times or the process has ended."""
+        """Wait until ``words`` occurs ``count`` times in the output or the process has ended."""
         until = time.monotonic() + LIMIT
         while self.output().count(words) < count and process.is_alive():
             assert time.monotonic() < until, f"{words!r} is not in:\n{self.output()[-3000:]}"

@@ -118,7 +118,10 @@ def test_gradients_equal_finite_differences(norm, node, few, monkeypatch):
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("learns", ["all", "all but x", "the gate", "x"])
 def test_small_and_large_maps_have_the_same_gradients(layout, count, learns, monkeypatch):
-    """Compare both implementations with autograd, for several choices of trainable tensors."""
+    """Compare the gradients of both autograd functions with those of the unfused operations.
+
+    The trainable tensors vary. The number of positions selects the autograd function.
+    """
     ours, theirs = both("FrozenBN")
     x, y = maps(layout, n=count)
     for model in (ours, theirs):

@@ -49,7 +49,10 @@ HALF = torch.float16 if INTERPRETED else torch.bfloat16
 
 
 def runs_kernels(test: Callable) -> Callable:
-    """Mark a test as one that launches kernels."""
+    """Mark a test that launches Triton kernels.
+
+    Without Triton's interpreter, the test requires a GPU.
+    """
     test = pytest.mark.usefixtures("kernels_run")(test)
     return test if INTERPRETED else pytest.mark.gpu(test)
 
@@ -258,7 +261,7 @@ SHAPES = [
 
 
 def cases() -> Iterator[tuple]:
-    """Yield cases (shape, layout, norm, gate) in which every pair of values occurs."""
+    """Yield cases (shape, layout, norm, gate) that cover all pairwise combinations of values."""
     gates = ["sigmoid", "", "tanh", "relu"]
     for index, shape in enumerate(SHAPES):
         for number, norm in enumerate(NORMS):
@@ -424,7 +427,7 @@ def test_another_batch_size_needs_no_other_kernels(monkeypatch):
 
 @runs_kernels
 def test_integers_as_momentum_and_epsilon(monkeypatch):
-    """Check that integers are passed as floats, because Triton compiles 1 as a constant."""
+    """Check that integers are passed as floats, because Triton specialises kernels for 1."""
     numbers, original = [], launch._launch
 
     def collect(kernel, grid, key, arguments, flags):
@@ -512,7 +515,7 @@ def test_one_of_the_outputs_of_a_pre_activation_block_is_unused(unused):
 
 
 class Branch(nn.Module):
-    """Last convolution of a residual branch, followed by the same operations as in ``End``."""
+    """Last convolution of a residual branch, followed by the operations of :class:`End`."""
 
     def __init__(
         self,
@@ -830,8 +833,8 @@ def test_a_gate_saves_no_additional_feature_map(norm):
 def test_a_gate_saves_its_input_in_a_pre_activation_block(norm):
     """Check which feature maps are saved for the backward pass, and the memory that they use.
 
-    With a gate, its input is saved in addition to the output and, if the norm is not frozen, the
-    sum.
+    Without a gate, these are the output and, if the norm is not frozen, the sum. With a gate, the
+    gate's input is also saved.
     """
     shape = (2, 8, 24, 24)
     kept, saved = {}, {}
@@ -939,7 +942,7 @@ FAST = {
 
 
 def check_all() -> None:
-    """Run :func:`check` on two models that together need every term of every kernel."""
+    """Run :func:`check` on two models whose results depend on all expressions in the kernels."""
     for shape, last in (((2, 5, 3, 4), False), ((2, 66, 7, 10), True)):
         maps = [draw(shape, DOUBLE, last, seed) for seed in (1, 2)]
         launch._plan.cache_clear()
@@ -1202,9 +1205,9 @@ class FakeKernel:
 
 
 def test_a_kernel_is_compiled_once_for_each_key_and_flags(monkeypatch):
-    """Check that a launch with a known key and flags reuses the compiled kernel.
+    """Check that a second launch with the same key and flags reuses the compiled kernel.
 
-    The compiled kernel receives the tensor's address, the number and the flag, in this order.
+    The reused kernel receives the address of ``x``, ``size`` and ``FLAG``, in this order.
     """
     monkeypatch.setattr(launch, "_COMPILED", {})
     kernel, x = FakeKernel(), torch.zeros(4)

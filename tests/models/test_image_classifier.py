@@ -1,4 +1,7 @@
-"""Tests for the meta-architecture ImageClassifier, including equality with plain classifiers."""
+"""Tests for the meta-architecture ImageClassifier.
+
+They include comparisons with classifiers built by ``create_classifier``.
+"""
 
 import pytest
 import torch

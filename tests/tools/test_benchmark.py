@@ -31,7 +31,7 @@ def _narrower(ratio: Ratio) -> Ratio:
 
 
 def test_ratios_are_taken_within_a_round():
-    """Check that ratios stay the same even if the machine becomes ten times slower."""
+    """Check that time ratios stay exact if the machine becomes ten times slower between rounds."""
     drift = [1.0 + index for index in range(11)]
     found = Comparison("", "a", {"a": drift, "b": [1.1 * second for second in drift]})
     ratio = found.ratio("b")

@@ -48,7 +48,7 @@ def test_the_document_lists_every_target():
 
 @pytest.fixture
 def parts(monkeypatch):
-    """Return a function that replaces the parts of the benchmark with the given functions."""
+    """Return a function that replaces the benchmark's parts, ``run.PARTS``, with functions."""
 
     def use(**functions):
         module = types.ModuleType("benchmark.gpu.fakes")
@@ -96,7 +96,7 @@ def test_rows_of_an_incomplete_part_are_kept_and_the_next_part_runs(
     start = time.monotonic()
     for name in ("incomplete", "complete"):
         run.run_part(name, Settings(deadline=time.monotonic() + 1), report)
-    with pytest.raises(RunError, match="Incomplete parts: incomplete"):
+    with pytest.raises(RunError, match="benchmark are incomplete: incomplete"):
         report.finish(1.0)
     assert time.monotonic() - start < 30
     found = json.loads((tmp_path / "gpu.json").read_text())

@@ -35,7 +35,7 @@ class Mode(enum.Enum):
 
 
 class Trainer:
-    """Class whose nested class and methods training scripts may save in a checkpoint."""
+    """Class with a nested class and methods, which checkpoints of training scripts may contain."""
 
     class Mode(enum.Enum):
         """Enum that is defined inside a class."""
@@ -44,7 +44,7 @@ class Trainer:
 
     @staticmethod
     def schedule(step: int) -> int:
-        """Return the argument."""
+        """Return the learning rate factor for a step."""
         return step
 
     @classmethod

@@ -11,7 +11,7 @@ _EDGE = 256
 
 
 def _place(rng: np.random.Generator, data: bytes) -> int:
-    """Return a random position; half of them are near the file's start or end, as headers are."""
+    """Return a random position, which is near the file's start or end with probability 1/2."""
     edge = min(_EDGE, len(data))
     where = rng.integers(4)
     if where == 0:

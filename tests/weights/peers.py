@@ -48,7 +48,10 @@ def peer(package: str, name: str, seed: int = 0) -> nn.Module:
 
 
 def images(seed: int = 0, size: tuple[int, int] = (64, 96)) -> Tensor:
-    """Return two random images. At the default size, both stem pools give the same output shape."""
+    """Return two random images.
+
+    The default size gives the same output shape for stem pools with padding and with ceil mode.
+    """
     return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(seed))
 
 

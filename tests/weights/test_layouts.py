@@ -1,4 +1,4 @@
-"""Tests that other projects' checkpoints load correctly, or that the error says how to fix it."""
+"""Tests that checkpoints of other projects load, or raise an error that suggests a fix."""
 
 import json
 import re

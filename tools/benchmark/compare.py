@@ -54,7 +54,11 @@ class Ratio:
 
 
 def _outside(count: int) -> int:
-    """Return the number of lowest and of highest values outside the median's 95% interval."""
+    """Return how many sorted values to drop at each end for the median's 95% interval.
+
+    Args:
+        count: Number of values.
+    """
     tail, skip = 0.0, 0
     while skip < (count - 1) // 2:
         tail += math.comb(count, skip) / 2**count

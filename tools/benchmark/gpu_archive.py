@@ -57,7 +57,7 @@ class PackError(Exception):
 
 
 def pins() -> dict[str, str]:
-    """Return the versions in constraints.txt by normalised name."""
+    """Return the versions in constraints.txt by normalised package name."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pairs = [line.split("==") for line in lines if "==" in line and not line.startswith("#")]
     return {canonicalize_name(name): version.strip() for name, version in pairs}
@@ -92,7 +92,7 @@ def check_wheels(folder: Path) -> None:
 
     Raises:
         PackError: If a wheel is for a different Python version or platform, or a dependency is
-            neither packed nor provided.
+            neither in the archive nor listed in PROVIDED.
     """
     wheels = sorted(folder.glob("*.whl"))
     packed = {parse_wheel_filename(wheel.name)[0] for wheel in wheels}

@@ -79,7 +79,7 @@ def _models(device: str) -> tuple[dict[str, nn.Module], list[tuple[str, str]]]:
 def _compiled(model: nn.Module, images: Tensor) -> Callable[[], None]:
     """Compile a model with torch's fastest options: channels last and frozen weights.
 
-    Weights can also be frozen with the environment variable ``TORCHINDUCTOR_FREEZING=1``.
+    Users can freeze the weights with the environment variable ``TORCHINDUCTOR_FREEZING=1``.
     """
     last = torch.channels_last
     model = torch.compile(deploy(model).to(memory_format=last), dynamic=False)

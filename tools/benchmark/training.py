@@ -83,13 +83,12 @@ def engine_loop(
     steps: int = STEPS,
     keys: Mapping[str, object] | None = None,
 ) -> Iterator[tuple[Callable[[], None], Trainer]]:
-    """Yield a function that runs training steps with this project's trainer, and the trainer.
+    """Yield a function that runs training steps, and the ``Trainer`` that the function uses.
 
     Args:
         name: Name of the network.
-        data_file: Training data: a file of 32x32 images, as written by ``senet data cifar``, or
-            other data if ``keys`` contains its input settings. Logs are written to the parent
-            folder.
+        data_file: File of 32x32 training images, as written by ``senet data cifar``. For other
+            data, ``keys`` must contain the input settings. Logs are written to the parent folder.
         batch_size: Number of images per step.
         device: Device of the network and the images.
         steps: Number of steps per call. Metrics are written in the last step.
@@ -154,7 +153,7 @@ def _keys(name: str, data_file: Path) -> dict[str, object]:
 
 
 def measure_engine(options: Options) -> Iterator[Row]:
-    """Compare training ResNet-110 with this project's trainer and with a plain PyTorch loop."""
+    """Compare this project's trainer with a plain PyTorch loop that trains the same ResNet-110."""
     name = "cifar_resnet110"
     # The batch size in the recipe, 128, would take minutes on a CPU. A smaller batch size increases
     # the relative overhead of the engine.

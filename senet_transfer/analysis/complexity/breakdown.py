@@ -20,7 +20,8 @@ class Report:
 
     Attributes:
         size: Height and width of the network's input in pixels.
-        parts: Cost of each part, in the order of computation.
+        parts: Cost of each part of the model, such as a stage of the backbone, in the order of
+            computation.
         notes: Remarks on how the cost was counted.
         modules: Cost of each module that processes whole images, by module name.
     """
@@ -53,7 +54,7 @@ def report(model: nn.Module, cfg: CfgNode, size: tuple[int, int] | None = None) 
         UserError: If the model is neither a classifier nor a detector, or if the size is invalid.
     """
     if size and min(size) < 1:
-        raise UserError(f"The image size is {size[0]} x {size[1]} pixels; expected 1 or more.")
+        raise UserError(f"The image size is {size[0]} x {size[1]} pixels; expected at least 1 x 1.")
     if isinstance(model, Classifier):
         crop = cfg.INPUT.CLASSIFICATION.TEST_CROP
         return _classifier(model, size or (crop, crop))
@@ -165,7 +166,7 @@ def _stages(model: nn.Module, backbone: str, found: Measured) -> dict[str, Cost]
 
 
 def _named(found: Measured) -> dict[str, Cost]:
-    """Return the costs by module name, without the measuring wrapper's prefix."""
+    """Return the costs by module name, without the prefix ``model.`` of the measured wrapper."""
     return {
         name.removeprefix("model."): cost
         for name, cost in found.modules.items()

@@ -115,7 +115,10 @@ class Compared:
 
     @property
     def parameters_off(self) -> float | None:
-        """Counted minus published number of parameters. None if the paper doesn't report it."""
+        """Counted minus published number of parameters.
+
+        None if the paper doesn't report the number.
+        """
         stated = self.row.parameters
         return None if stated is None else self.parameters - 1e6 * stated
 
@@ -152,7 +155,7 @@ def _without_gates(cost: Cost) -> int:
 
 
 def _inception_resnet_v2(model: nn.Module, found: Report) -> str:
-    """Return an explanation of the difference in GFLOPs from the paper.
+    """Explain why this network's GFLOPs differ from the SENet paper.
 
     Published versions of this network have different numbers of residual blocks.
     """
@@ -174,9 +177,10 @@ def _inception_resnet_v2(model: nn.Module, found: Report) -> str:
 
 
 def _shufflenet_g3(model: nn.Module, found: Report) -> str:
-    """Return an explanation of the difference in GFLOPs from the paper.
+    """Explain why this network's GFLOPs differ from the SENet paper.
 
-    The ShuffleNet paper reports numbers for 2 and for 3 groups in the pointwise convolutions.
+    The ShuffleNet paper reports two variants, with 2 and with 3 groups in the pointwise
+    convolutions.
     """
     two, three = (_shufflenet_macs(groups, width) / 1e6 for groups, width in ((2, 200), (3, 240)))
     return (

@@ -1,4 +1,4 @@
-"""Pictures of training inputs, unusual annotations and duplicates for the data set page."""
+"""Pictures of training inputs, unusual annotations and duplicates for the HTML page."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Histograms for the data set page."""
+"""Histograms for the HTML page about a data set."""
 
 import math
 from collections.abc import Iterable, Sequence

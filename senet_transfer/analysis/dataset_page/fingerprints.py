@@ -211,7 +211,7 @@ def find_duplicates(
 def _join(
     keys: np.ndarray, items: Iterable[int], parents: list[int], root: Callable[[int], int]
 ) -> dict[int, int]:
-    """Merge the groups of items that have equal keys, and return the first item of each key."""
+    """Merge the groups of all items with the same key. Return the first item of each key."""
     first: dict[int, int] = {}
     for key, item in zip(keys.tolist(), items, strict=True):
         parents[root(item)] = root(first.setdefault(key, item))

@@ -285,7 +285,10 @@ def _kinds(content: _Content) -> list[tuple[str, list[int]]]:
 
 
 def _findings(content: _Content) -> list[tuple[str, str]]:
-    """Return the summary, most important first, as pairs of a page section's id and a sentence."""
+    """Return the sentences of the summary, each with the id of the page section that it links to.
+
+    The most important findings come first.
+    """
     return [
         *_group_findings(content),
         *_unusual_findings(content),

@@ -1,4 +1,4 @@
-"""Config and data sets that ``senet data show`` describes: their images, labels and objects."""
+"""Config and data sets for the page that ``senet data show`` writes, with images and objects."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

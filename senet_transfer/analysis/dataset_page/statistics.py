@@ -69,7 +69,7 @@ class AnchorFit:
 
 
 def anchor_fit(cfg: CfgNode, objects: Objects) -> AnchorFit | None:
-    """Match objects with a model's anchors; return None for a model without upright anchors."""
+    """Return how well anchors cover the objects; None for a model without upright anchors."""
     single = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
     if cfg.MODEL.ANCHOR_GENERATOR.NAME != "DefaultAnchorGenerator" or not (
         single or cfg.MODEL.PROPOSAL_GENERATOR.NAME == "RPN"

@@ -203,7 +203,10 @@ def _extreme(objects: Objects, classes: Sequence[str]) -> Iterator[Unusual]:
 
 
 def unusual_images(index: np.ndarray, sizes: np.ndarray, contrast: np.ndarray) -> list[Unusual]:
-    """Find unusual images in classification data; see ``Fingerprints`` for the arguments."""
+    """Find blank images, and images with an unusual size or aspect ratio.
+
+    See :class:`~.fingerprints.Fingerprints` for the arguments.
+    """
     if not len(index):
         return []
     found = []

@@ -30,7 +30,7 @@ class Excitations:
         blocks: Statistics of each gate, by the gate's name in the paper.
         drawn: Names of the classes to plot, by label.
         counts: Name and number of images of each class in the sample.
-        unit: Word for a class in figures, "class" or "size".
+        unit: Name of an image group in figures, "class" or "size".
     """
 
     blocks: dict[str, GateStatistics]
@@ -45,12 +45,12 @@ class Excitations:
 
     @property
     def classes(self) -> int:
-        """Number of classes in the sample."""
+        """Number of classes in the sample of images."""
         return len(self.counts)
 
     @property
     def units(self) -> str:
-        """Word for several classes in figures, "classes" or "sizes"."""
+        """Name of the image groups in the labels of figures, "classes" or "sizes"."""
         return "sizes" if self.unit == "size" else "classes"
 
 

@@ -245,7 +245,8 @@ def _f1(image: dict[str, Any], found: Found) -> float:
 def _worst_and_best(quality: np.ndarray, budget: int) -> list[int]:
     """Return the indices of the images to show, sorted by quality.
 
-    If there are more than ``budget`` images, these are the worst and the best images, half each.
+    If there are more than ``budget`` images, half of the result are the worst images, and the other
+    half are the best.
     """
     order = np.argsort(quality, kind="stable")
     if len(order) > budget:

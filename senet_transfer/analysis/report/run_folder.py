@@ -223,7 +223,10 @@ def _flat(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def parse_metric(name: str) -> tuple[str, str, str] | None:
-    """Split an evaluation metric's name into data set, task and metric, or return None."""
+    """Split a metric's name into data set, task and metric.
+
+    Return None if the metric is not an evaluation metric.
+    """
     match = _METRIC.match(name)
     return (match[1] or "", match[2], match[3]) if match else None
 

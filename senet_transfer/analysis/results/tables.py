@@ -163,7 +163,7 @@ def transfer(records: dict[str, Records], names: Sequence[str]) -> str:
 
 
 def _check_comparable(first: Records, second: Records) -> None:
-    """Raise a UserError if two networks were trained in different ways."""
+    """Raise a UserError if the data or the training options of two networks differ."""
     if first and second and (unlike := training_difference(first, second)):
         names = " and ".join(records[0]["config"] for records in (first, second))
         found = " and ".join(str(records[0][unlike]) for records in (first, second))
@@ -179,7 +179,7 @@ def with_se(name: str, records: dict[str, Records]) -> str:
 
 
 def network_of(record: dict[str, Any], *, is_se: bool = False) -> str:
-    """Return the display name of a record's network or of its SE counterpart."""
+    """Return the display name of a record's network, or of its SE counterpart if ``is_se``."""
     before, resnet, depth = record["network"].rpartition("ResNet-")
     carried = ", pretrained" if record["config"].startswith(TRANSFER) else ""
     return f"{before}{'SE-' if is_se else ''}{resnet}{depth}{carried}"

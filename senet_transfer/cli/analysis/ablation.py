@@ -37,11 +37,11 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         action="append",
         default=[],
-        help="one or several seeds for each variant (0)",
+        help="one or several seeds for each variant (default: 0)",
     )
     add("--output", default="output/ablation", help="parent folder of all runs (output/ablation)")
     add("--list", action="store_true", help="only show the variants and their complexity")
-    add("--num-gpus", type=int, default=1, help="number of processes per run (1)")
+    add("--num-gpus", type=int, default=1, help="number of processes per run (default: 1)")
     add("--quiet", action="store_true", help="write the runs' logs only to their log.txt files")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser

@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", action="append", default=[], help="model name or pattern; can be repeated")
     add("--config-file", default="", help="config of a classifier or detector, instead of --model")
-    add("--weights", default="", help="checkpoint of the model to count")
+    add("--weights", default="", help="checkpoint of the model; its layer options are used")
     add(
         "--size",
         type=int,
@@ -61,8 +61,8 @@ def main(args: argparse.Namespace) -> None:
         notes += reports[-1].notes
     if cfg.MODEL.WEIGHTS and not args.weights:
         notes.append(
-            f"The counts are for the geometry in the config. A run uses the geometry in "
-            f"{cfg.MODEL.WEIGHTS}; to count with that geometry, pass this file as --weights."
+            "The counts are for the strides and paddings in the config. A run uses those of the "
+            f"weight file {cfg.MODEL.WEIGHTS}. To count with them, pass this file as --weights."
         )
     if len(reports) == 1:
         rows = [cost_row(name, cost) for name, cost in reports[0].parts.items()]

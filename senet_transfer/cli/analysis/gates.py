@@ -64,10 +64,20 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         help="one or several classes to plot; default: a random selection",
     )
-    add("--num-classes", type=int, default=4, help="number of randomly selected classes (4)")
-    add("--images-per-class", type=int, default=50, help="number of images per class (50)")
-    add("--channels", type=int, default=50, help="number of channels per figure (50)")
-    add("--seed", type=int, default=0, help="seed for selecting images, classes and channels (0)")
+    add(
+        "--num-classes",
+        type=int,
+        default=4,
+        help="number of randomly selected classes (default: 4)",
+    )
+    add("--images-per-class", type=int, default=50, help="number of images per class (default: 50)")
+    add("--channels", type=int, default=50, help="number of channels per figure (default: 50)")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed for selecting images, classes and channels (default: 0)",
+    )
     add(
         "--prune-stage",
         type=int,
@@ -116,7 +126,7 @@ def main(args: argparse.Namespace) -> None:
     if left_out := getattr(dataset, "left_out", 0):
         few = counted(left_out, "image")
         by = args.group_by
-        print(f"Left out {few}, in which no {by} applies to more than half of the objects")
+        print(f"Left out {few}, because at most half of the objects per image have the same {by}")
     print(block_table(excitations))
     print(f"{len(found.files)} figures and tables in {args.output}")
     if found.pruned:

@@ -32,7 +32,11 @@ def parser() -> argparse.ArgumentParser:
         "first run if there are several",
     )
     parser.add_argument(
-        "--images", type=int, default=240, help="maximum number of detection images (240)"
+        "--images",
+        type=int,
+        default=240,
+        help="maximum number of images in a report on detectors; reports on classifiers show up to "
+        "four times as many (default: 240)",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser

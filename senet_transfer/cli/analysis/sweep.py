@@ -61,8 +61,8 @@ def parser() -> argparse.ArgumentParser:
         default="",
         help="parent folder of all runs. With several configs, each config has a subfolder",
     )
-    add("--num-gpus", type=int, default=1, help="number of processes per run (1)")
-    add("--jobs", type=int, default=1, help="number of runs to train at the same time (1)")
+    add("--num-gpus", type=int, default=1, help="number of processes per run (default: 1)")
+    add("--jobs", type=int, default=1, help="number of runs to train at the same time (default: 1)")
     add(
         "--minutes",
         type=float,
@@ -134,7 +134,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    """Train, print one table per config, and return the number of unfinished runs."""
+    """Train all runs, print one table per config, and return the number of unfinished runs."""
     from senet_transfer.analysis.repeated_runs import run_all, runs_report
     from senet_transfer.analysis.results.records import write_record
 

@@ -109,15 +109,15 @@ def _add_split_arguments(parser: argparse.ArgumentParser, val: float | None = 0.
         help="write K pairs of train and val data for cross-validation; each image is in exactly "
         "one val set",
     )
-    add("--test", type=float, default=0.0, help="fraction of images for test (0)")
-    add("--seed", type=int, default=0, help="seed for the random split (0)")
+    add("--test", type=float, default=0.0, help="fraction of images for test (default: 0)")
+    add("--seed", type=int, default=0, help="seed for the random split (default: 0)")
     add(
         "--group-by",
         default="",
         metavar="PATTERN",
-        help="keep related images, such as the frames of a video, in the same part: a regular "
-        "expression that matches a part of the file names. Images with the same first group "
-        "(or, without groups, the same match) stay together",
+        help="keep related images, such as the frames of a video, in the same split. PATTERN is a "
+        "regular expression that matches a part of the file names. Images with the same first "
+        "group (or, without groups, the same match) stay together",
     )
 
 
@@ -240,16 +240,18 @@ def show_parser() -> argparse.ArgumentParser:
         "finetune_folder for other data. Without --data and --dataset, the config's data sets "
         "are used",
     )
-    add("--output", type=Path, default=Path("data.html"), help="HTML file (data.html)")
-    add("--inputs", type=int, default=12, help="number of training inputs to show (12)")
+    add("--output", type=Path, default=Path("data.html"), help="HTML file (default: data.html)")
+    add("--inputs", type=int, default=12, help="number of training inputs to show (default: 12)")
     add(
         "--limit",
         type=int,
         default=20_000,
         help="maximum number of images to decode per data set; larger data sets are sampled "
-        "randomly (20000)",
+        "randomly (default: 20000)",
     )
-    add("--workers", type=int, default=2, help="number of processes that decode images (2)")
+    add(
+        "--workers", type=int, default=2, help="number of processes that decode images (default: 2)"
+    )
     add("--quiet", action="store_true", help="no progress bars")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser

@@ -23,7 +23,9 @@ def places365_parser() -> argparse.ArgumentParser:
         "Convert Places365 to WebDataset shards.", source="folder with the lists and images"
     )
     parser.add_argument("--split", choices=PLACES365_SPLITS, required=True, help="split to convert")
-    parser.add_argument("--size", choices=PLACES365_SIZES, default="256", help="image size (256)")
+    parser.add_argument(
+        "--size", choices=PLACES365_SIZES, default="256", help="image size (default: 256)"
+    )
     return parser
 
 
@@ -64,7 +66,9 @@ def folder_parser() -> argparse.ArgumentParser:
         "Convert labelled images to WebDataset shards.",
         source="folder with one folder per class, or CSV file with the columns path and label",
     )
-    parser.add_argument("--name", default="images", help="prefix for the shard names (images)")
+    parser.add_argument(
+        "--name", default="images", help="prefix for the shard names (default: images)"
+    )
     order = parser.add_mutually_exclusive_group()
     order.add_argument(
         "--classes-from", type=Path, help="existing shards from which to copy classes and labels"
@@ -145,7 +149,8 @@ def run_cifar(args: argparse.Namespace) -> None:
     if output is None:
         if source is not None:
             raise UserError(
-                "--source requires --output. Set it to the output folder, such as datasets/cifar10."
+                "--source requires --output. Pass an output folder, such as "
+                "--output datasets/cifar10."
             )
         output = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"), args.download)
     if source is None:
@@ -158,9 +163,9 @@ def shapes_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Render the shapes data set in COCO format.")
     add = parser.add_argument
     add("--output", type=Path, default=root / "shapes", help="output folder (%(default)s)")
-    add("--seed", type=int, default=0, help="seed for the random images (0)")
-    add("--train", type=int, default=400, help="number of training images (400)")
-    add("--val", type=int, default=100, help="number of validation images (100)")
+    add("--seed", type=int, default=0, help="seed for the random images (default: 0)")
+    add("--train", type=int, default=400, help="number of training images (default: 400)")
+    add("--val", type=int, default=100, help="number of validation images (default: 100)")
     add("--quiet", action="store_true", help="no progress bar")
     return parser
 
@@ -181,14 +186,14 @@ def _shards_parser(description: str, *, source: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--source", type=Path, required=True, help=source)
     add("--output", type=Path, required=True, help="output folder for the shards of this split")
-    add("--seed", type=int, default=0, help="seed for the global shuffle (0)")
-    add("--workers", type=int, default=2, help="number of processes (2)")
-    add("--shard-mb", type=float, default=200, help="approximate shard size in MB (200)")
+    add("--seed", type=int, default=0, help="seed for the global shuffle (default: 0)")
+    add("--workers", type=int, default=2, help="number of processes (default: 2)")
+    add("--shard-mb", type=float, default=200, help="approximate shard size in MB (default: 200)")
     add(
         "--skip-broken",
         type=int,
         default=0,
-        help="maximum number of unreadable images to skip and record (0)",
+        help="maximum number of unreadable images to skip and record (default: 0)",
     )
     add("--verify", action="store_true", help="read all written shards and verify them")
     add("--quiet", action="store_true", help="no progress bars")

@@ -22,9 +22,11 @@ def parser() -> argparse.ArgumentParser:
     add("--train", required=True, help="labelled images to fit the classifier to")
     add("--data", required=True, help="labelled images to evaluate the classifier on")
     add("--output", required=True, help="output folder for the classifier and the results")
-    add("--neighbours", type=int, default=20, metavar="K", help="number of neighbours (20)")
-    add("--seed", type=int, default=0, help="seed for the held-out part of --train (0)")
-    add("--record", default="", metavar="FILE", help="write a record of the run, as senet sweep")
+    add(
+        "--neighbours", type=int, default=20, metavar="K", help="number of neighbours (default: 20)"
+    )
+    add("--seed", type=int, default=0, help="seed for the held-out part of --train (default: 0)")
+    add("--record", default="", metavar="FILE", help="write a record of the run to a file")
     add_backbone_arguments(parser)
     add_running_arguments(parser)
     return parser

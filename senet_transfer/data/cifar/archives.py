@@ -170,7 +170,7 @@ def _verify_checksums(
 
 
 def _checksums(form: type[CIFAR10] | BinaryVersion) -> dict[str, str | None]:
-    """Return the MD5 checksum of each required file by name; None for an unknown checksum."""
+    """Return each required file's MD5 checksum by file name, or None if it is unknown."""
     return dict([*form.train_list, *form.test_list, (form.meta["filename"], form.meta["md5"])])
 
 

@@ -84,7 +84,7 @@ def is_prepared(path: str | Path) -> bool:
 def _open_split(
     path: Path, split: str, classes: list[str] | None, reading: Reading
 ) -> ImageArrays | None:
-    """Open prepared images, official CIFAR files or a folder with a split in memory.
+    """Load prepared images, official CIFAR files or a split's image folder into memory.
 
     Return None for data in other formats.
     """

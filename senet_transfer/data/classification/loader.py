@@ -185,11 +185,11 @@ class _Readers:
         return max(self.workers, 1)
 
     @property
-    def consumers(self) -> int:
+    def total(self) -> int:
         """Number of reader processes on all ranks."""
         return self.world_size * self.processes
 
-    def consumer(self, worker: int) -> int:
+    def global_index(self, worker: int) -> int:
         """Return the index of a worker of this rank among the reader processes of all ranks."""
         return self.rank * self.processes + worker
 
@@ -275,8 +275,8 @@ class _TrainBatches(IterableDataset):
         return train_stream(
             self.dataset,
             seed=order.seed,
-            consumer=readers.consumer(worker),
-            consumers=readers.consumers,
+            worker=readers.global_index(worker),
+            num_workers=readers.total,
             start=turn * self.batch_size,
             block=order.shuffle_block,
         )
@@ -327,7 +327,7 @@ class _EvalBatches(IterableDataset):
 
     def share(self, worker: int) -> tuple[int, int]:
         """Return a worker's sample range `[first, end)`."""
-        return share(len(self.dataset), self.readers.consumer(worker), self.readers.consumers)
+        return share(len(self.dataset), self.readers.global_index(worker), self.readers.total)
 
     def __iter__(self) -> Iterator[Batch | UserError]:
         process = _worker()

@@ -213,7 +213,7 @@ def check_classes(path: str | Path, found: Sequence[str], expected: Sequence[str
     if expected is None or list(found) == list(expected):
         return
     raise UserError(
-        f"{path} has {len(found)} classes that differ from the {len(expected)} expected classes: "
+        f"The {len(found)} classes of {path} differ from the {len(expected)} expected classes: "
         f"{differences(found, expected)}. Prepare the data with the expected list of classes."
     )
 
@@ -284,7 +284,9 @@ def _common_folder(path: object, folders: Sequence[str]) -> str:
 
 
 def _matches(path: Path) -> list[Path]:
-    """Return the files that match a pattern with wildcards and braces, in order.
+    """Return the files that match a pattern with wildcards and braces.
+
+    They are in the order of the expanded braces and, for each expanded name, sorted.
 
     Raises:
         UserError: If a name expanded from braces does not exist, or the files are in several
@@ -357,8 +359,8 @@ def _open_places365(path: Path, split: str, size: str | None) -> ImageDataset | 
         if split not in known and len(known) > 1:
             raise UserError(
                 f"{path} may contain the images of {' or '.join(known)}, but the split is "
-                f"{split}; expected one of these two, because their lists differ. Specify the "
-                "split."
+                f"{split}; expected one of these two splits, which have different lists of "
+                "images. Specify the split."
             )
         split = split if split in known else known[0]
         return ImageDataset(places365.open_places365_images(path, path.parent, split))

@@ -1,12 +1,11 @@
 """Resumable sampling of training and evaluation data for data loader workers.
 
-In training, the data is read by C = ranks x workers data loader workers, which are called consumers
-and numbered across all ranks. The U units (shards or single images) of all epochs form one infinite
-sequence: epoch e covers the positions e*U to (e+1)*U-1, in a random order that depends on the seed
-and e. Consumer c reads the positions g with g % C == c. As a result, every consumer gets data even
-if there are fewer shards than consumers, the consumers together read each epoch exactly once, and a
-consumer's state is determined by the number of samples it has read. Only this number is required to
-resume.
+In training, W = ranks x workers data loader workers read the data. They are numbered across all
+ranks. The U units (shards or single images) of all epochs form one infinite sequence: epoch e
+covers the positions e*U to (e+1)*U-1, in a random order that depends on the seed and e. Worker w
+reads the positions g with g % W == w. As a result, every worker gets data even if there are fewer
+shards than workers, the workers together read each epoch exactly once, and a worker's state is
+determined by the number of samples it has read. Only this number is required to resume.
 
 The samples of a shard are shuffled in blocks. Only one block of encoded images is kept in memory,
 and the position of every sample can be computed.
@@ -24,16 +23,16 @@ SHUFFLE_BLOCK = 1024
 
 
 def unit_positions(
-    sizes: np.ndarray, *, seed: int, consumer: int, consumers: int, start: int = 0
+    sizes: np.ndarray, *, seed: int, worker: int, num_workers: int, start: int = 0
 ) -> Iterator[tuple[int, int, int]]:
     """Yield the infinite sequence of shards or single images that one worker reads.
 
     Args:
         sizes: Number of samples per unit (shard or single image), `(U,)`.
         seed: Random seed of the order.
-        consumer: Index of the worker among the workers of all ranks.
-        consumers: Number of workers of all ranks.
-        start: Number of this worker's samples to skip.
+        worker: Index of the worker, counted across all ranks.
+        num_workers: Total number of workers on all ranks.
+        start: Number of samples that this worker skips.
 
     Yields:
         The epoch, the unit index, and the number of samples to skip at the start of the unit.
@@ -42,15 +41,15 @@ def unit_positions(
     uniform = int(sizes[0]) if (sizes == sizes[0]).all() else None
     epoch = 0
     while True:
-        first = (consumer - epoch * units) % consumers
+        first = (worker - epoch * units) % num_workers
         if uniform is not None:
             # If all units have the same size, epochs are skipped without computing their order.
             # This matters for folders with millions of images.
-            total = len(range(first, units, consumers)) * uniform
+            total = len(range(first, units, num_workers)) * uniform
             if start >= total:
                 start, epoch = start - total, epoch + 1
                 continue
-        order = np.random.default_rng([seed, epoch]).permutation(units)[first::consumers]
+        order = np.random.default_rng([seed, epoch]).permutation(units)[first::num_workers]
         ends = np.cumsum(sizes[order])
         begin = int(np.searchsorted(ends, start, side="right"))
         for unit in order[begin:]:
@@ -66,8 +65,8 @@ def train_stream(
     dataset: ClassificationDataset,
     *,
     seed: int,
-    consumer: int,
-    consumers: int,
+    worker: int,
+    num_workers: int,
     start: int = 0,
     block: int = SHUFFLE_BLOCK,
 ) -> Iterator[tuple[int, RawSample]]:
@@ -76,13 +75,13 @@ def train_stream(
     Args:
         dataset: Training data.
         seed: Random seed of the order.
-        consumer: Index of the worker among the workers of all ranks.
-        consumers: Number of workers of all ranks.
-        start: Number of this worker's samples to skip because they have already been read.
+        worker: Index of the worker, counted across all ranks.
+        num_workers: Total number of workers on all ranks.
+        start: Number of samples that this worker skips because it has already read them.
         block: Number of samples of a shard that are shuffled together; 1 keeps their order.
     """
     positions = unit_positions(
-        dataset.unit_sizes, seed=seed, consumer=consumer, consumers=consumers, start=start
+        dataset.unit_sizes, seed=seed, worker=worker, num_workers=num_workers, start=start
     )
     for epoch, unit, skip in positions:
         done = skip // block * block
@@ -139,9 +138,9 @@ def class_aware_stream(
         yield epoch, dataset.read_sample(int(orders[which][1][image]))
 
 
-def share(total: int, consumer: int, consumers: int) -> tuple[int, int]:
+def share(total: int, worker: int, num_workers: int) -> tuple[int, int]:
     """Return one worker's sample range `[first, end)` when `total` samples are divided evenly."""
-    return total * consumer // consumers, total * (consumer + 1) // consumers
+    return total * worker // num_workers, total * (worker + 1) // num_workers
 
 
 def eval_stream(dataset: ClassificationDataset, first: int, end: int) -> Iterator[RawSample]:

@@ -167,7 +167,7 @@ def _section(json_file: str, data: dict, key: str) -> list[dict]:
         )
     raise UserError(
         f"{json_file} contains {found}; expected a non-empty `{key}` list, as in COCO's instances "
-        f"format. Check that this is the right file and how it was exported.{more}"
+        f"format. Check the path, and the settings with which the file was exported.{more}"
     )
 
 

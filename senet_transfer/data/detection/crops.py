@@ -96,8 +96,8 @@ class CocoImages(SingleImages):
         Args:
             json_file: Annotation file in COCO instances format.
             image_dir: Folder with the annotated images.
-            by: "class", or "size" for COCO's size classes: small (an area below 32² pixels), medium
-                (below 96² pixels) and large.
+            by: Property that labels the images: "class", or "size" for COCO's size classes, which
+                are small (an area below 32² pixels), medium (below 96² pixels) and large.
             upright: Whether the annotations refer to the images with EXIF orientation applied.
 
         Raises:
@@ -122,7 +122,7 @@ class CocoImages(SingleImages):
         if not self.images:
             raise UserError(
                 f"{json_file} contains no image in which more than half of the objects have the "
-                f"same {by}. Use a different file, or group objects instead of images."
+                f"same {by}. Use a different file, or omit --group-by to group the objects instead."
             )
         classes = list(SIZES) if by == "size" else summary.classes
         super().__init__(classes, len(self.images), json_file)

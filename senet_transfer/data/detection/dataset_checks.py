@@ -239,8 +239,8 @@ def _classes(name: str) -> list[str]:
     classes = MetadataCatalog.get(name).get("thing_classes")
     if not classes:
         raise UserError(
-            f"The data set '{name}' has no class names; expected `thing_classes` in its metadata, "
-            "as for every detection data set. Use a detection data set, or set "
+            f"The data set '{name}' has no class names; expected a detection data set with "
+            "`thing_classes` in its metadata. Use a detection data set, or set "
             f"MetadataCatalog.get({name!r}).thing_classes in the code that registers it."
         )
     return list(classes)

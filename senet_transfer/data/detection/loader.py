@@ -166,11 +166,11 @@ def _tell_passes(cfg: CfgNode, images: int) -> None:
     facts = (solver.MAX_ITER, solver.IMS_PER_BATCH, passes, images)
     if passes <= MANY_PASSES:
         logger.info(
-            "Training for %d steps with %d images each makes %.3g passes over %d images.", *facts
+            "Training runs for %d steps of %d images: %.3g passes over %d training images.", *facts
         )
         return
     logger.warning(
-        "Training for %d steps with %d images each makes %.0f passes over only %d images; the "
+        "Training runs for %d steps of %d images: %.0f passes over only %d training images. The "
         "paper's schedule makes 24 passes over COCO. Reduce SOLVER.MAX_ITER and SOLVER.STEPS to "
         "shorten training.", *facts
     )  # fmt: skip
@@ -219,8 +219,8 @@ class PlannedBatches(Sampler[list[SampledIndex]]):
             sampler: Sampler that yields an infinite sequence of image indices. The sequence must be
                 the same in each iteration over the sampler.
             batch_size: Number of images per step in this process.
-            is_wide: Function that returns whether the image with an index is wide; None to disable
-                grouping.
+            is_wide: Function that returns whether the image with a given index is wide; None to
+                disable grouping.
             start_iter: Index of the first batch to yield.
         """
         self.sampler, self.batch_size, self.is_wide = sampler, batch_size, is_wide
@@ -240,9 +240,10 @@ class PlannedBatches(Sampler[list[SampledIndex]]):
 
 
 class _SeededImages(Dataset):
-    """Data set wrapper that seeds the random generators for each image from its sequence position.
+    """Data set wrapper that seeds the random generators before it loads an image.
 
-    Unreadable images are counted and replaced with the next readable image.
+    The seed depends on the image's position in the order of training images. Unreadable images
+    are counted and replaced with the next readable image.
     """
 
     def __init__(self, images: Dataset, seed: int, rank: int, skips: SkipCounter):

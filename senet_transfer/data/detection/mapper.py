@@ -11,7 +11,8 @@ Differences from Detectron2's own `DatasetMapper` and `read_image`:
 - The EXIF orientation of TIFF files is applied once. Detectron2 applies it again after Pillow. If
   ``INPUT.EXIF`` is "ignore", the orientation of all other files is ignored.
 - A vertical flip, which mirrors a person, also swaps left and right keypoints.
-- For models with masks, cropping also supports images without objects.
+- For models with masks, ``INPUT.CROP`` also supports images without objects, for which Detectron2
+  raises an error.
 - ``INPUT`` has keys for additional augmentation, which is disabled by default.
 
 Everything else is the same as in Detectron2, including the pixels of all other images, unless

@@ -93,5 +93,5 @@ def _check_values(options: CfgNode) -> None:
     if len(sigma) != 2 or not 0 < sigma[0] <= sigma[1] <= options.CROP / 4:
         raise UserError(
             f"{key}.BLUR_SIGMA is {tuple(sigma)}; expected the minimum and the maximum standard "
-            f"deviation in pixels, above 0 and at most a quarter of CROP, {options.CROP}."
+            f"deviation in pixels, above 0 and at most a quarter of CROP ({options.CROP})."
         )

@@ -90,7 +90,7 @@ def to_channels(values: np.ndarray, reading: Reading) -> np.ndarray:
 
 
 def _values(data: bytes, reading: Reading) -> np.ndarray:
-    """Decode an image to numbers, without converting the data type stored in the file."""
+    """Decode an image to an array with the data type stored in the file."""
     if data.startswith(_NPY):
         values = np.load(io.BytesIO(data), allow_pickle=False)
     elif data.startswith(_TIFF):

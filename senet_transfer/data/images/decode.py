@@ -69,7 +69,7 @@ def bits_of(image: Image.Image) -> int:
 
 
 def exif_orientation(image: Image.Image) -> int | None:
-    """Return the EXIF orientation of an opened image, 1-8.
+    """Return the EXIF orientation of an opened image, from 1 to 8.
 
     None is returned if the image has no orientation, if its EXIF data is broken, and for TIFF
     files, because Pillow applies the orientation when it decodes these files.
@@ -83,7 +83,10 @@ def exif_orientation(image: Image.Image) -> int | None:
 
 
 def size_of(image: Image.Image, *, upright: bool) -> tuple[int, int]:
-    """Return an opened image's width and height, after EXIF orientation if ``upright`` is True."""
+    """Return the width and height of an opened image.
+
+    If ``upright`` is True, the EXIF orientation is applied first.
+    """
     sideways = upright and exif_orientation(image) in SIDEWAYS
     return (image.height, image.width) if sideways else image.size
 
@@ -366,7 +369,10 @@ def encode_exact(image: Image.Image) -> bytes:
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Return the stored (height, width) of a JPEG image that simplejpeg can decode, or None."""
+    """Return (height, width) of a JPEG image before its EXIF orientation is applied.
+
+    Return None if simplejpeg can't decode the image or if it has more than ``MAX_PIXELS`` pixels.
+    """
     if data[:2] != b"\xff\xd8":
         return None
     try:
@@ -379,7 +385,7 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def jpeg_orientation(data: bytes) -> int | None:
-    """Return the EXIF orientation of a JPEG image, 1-8; None if there is none."""
+    """Return a JPEG image's EXIF orientation from 1 to 8, or None if it can't be read."""
     try:
         return exif_orientation(Image.open(io.BytesIO(data), formats=["JPEG"]))
     except Exception:  # Pillow raises exceptions of many types for damaged files

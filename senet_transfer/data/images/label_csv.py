@@ -160,5 +160,6 @@ def _check_header(path: Path, line: int, header: list[str]) -> None:
         if header.count(column) != 1:
             raise UserError(
                 f"{path}, line {line}: the header has {header.count(column)} columns named "
-                f"{column}: {shown(','.join(header))}. {_EXAMPLE}, separated by commas."
+                f"{column}: {shown(','.join(header))}. {_EXAMPLE}. Separate the columns with "
+                "commas."
             )

@@ -104,7 +104,7 @@ def find_images(root: str | Path) -> dict[str, list[str]]:
             # The link may stand for a class folder, without which the labels would differ.
             if os.path.islink(link := os.path.join(root, path)) and not os.path.exists(link):
                 raise UserError(
-                    f"The link {link} leads to {os.readlink(link)}, which does not exist. Restore "
+                    f"The link {link} points to {os.readlink(link)}, which does not exist. Restore "
                     "the target or remove the link."
                 )
         if paths:
@@ -221,7 +221,7 @@ def find_listed_images(
 
 
 def _folder_files(root: Path, names: Sequence[str], complete: bool) -> dict[str, tuple[int, int]]:
-    """Return a dictionary from file name to (offset, size). The offset is always 0."""
+    """Return a dictionary from file name to (0, size), like :func:`archive_members`."""
     found = {}
     for name in names:
         try:

@@ -34,7 +34,7 @@ class MultiScaleTransform:
 
     @property
     def output_shape(self) -> tuple[int, ...] | None:
-        """Shape ``(V, C, crop, crop)`` of an image's V crops at all scales; None if dense."""
+        """Shape ``(V, C, crop, crop)`` of an image's V crops at all scales; None if not cropped."""
         if self.dense:
             return None
         shapes = [part.output_shape for part in self.parts]
@@ -131,7 +131,7 @@ class ViewOptions:
             )
 
     def transform(self, default: EvalTransform) -> EvalTransform | MultiScaleTransform:
-        """Return the transform that produces these crops or whole images.
+        """Return the transform that produces the crops or whole images to evaluate.
 
         Args:
             default: The model's transform, which provides the values of options that are not set.

@@ -162,7 +162,7 @@ class EvalTransform:
     """Deterministic resize and crop for evaluation.
 
     Images are decoded and resized with Pillow. Resizing tensors instead would change pixels by up
-    to one grey level, and logits in the third digit.
+    to one grey level, which changes the third digit of the logits.
 
     Attributes:
         mode: "short_side" resizes the short side to `resize` and crops the centre; "squash" resizes
@@ -211,12 +211,12 @@ class EvalTransform:
         return self.view(decode_exact(data, self.reading))
 
     def view_of_channels(self, pixels: np.ndarray) -> Tensor:
-        """Apply the transforms to decoded pixels `(H, W, C)`; see :meth:`__call__`."""
+        """Resize and crop decoded pixels `(H, W, C)`; see :meth:`__call__`."""
         bands = (Image.fromarray(band) for band in np.moveaxis(pixels, 2, 0).copy())
         return torch.cat([self.view(band) for band in bands], dim=-3)
 
     def view(self, image: Image.Image) -> Tensor:
-        """Apply the transforms to a decoded RGB or grey image; see :meth:`__call__`."""
+        """Resize and crop a decoded RGB or grey image; see :meth:`__call__`."""
         image = self.resized(image)
         square = [self.crop, self.crop]
         if self.mode == "ten_crop":

@@ -1,1 +1,1 @@
-"""Rendered images for the demo."""
+"""Rendered data sets of geometric shapes for demos and smoke tests."""

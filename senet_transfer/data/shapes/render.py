@@ -128,7 +128,10 @@ def _cloud_noise(rng: np.random.Generator, height: int, width: int) -> np.ndarra
 
 
 def _from_hsv(hue: float, saturation: float, value: float) -> np.ndarray:
-    """Convert hue (degrees), saturation and value (0-1) to an RGB colour, float32 (3,), 0-255."""
+    """Convert a colour from HSV to RGB, float32 (3,) in [0, 255].
+
+    The hue is in degrees, and the saturation and value are in [0, 1].
+    """
     pixel = np.array([[[hue, saturation, value]]], np.float32)
     return cv2.cvtColor(pixel, cv2.COLOR_HSV2RGB)[0, 0] * 255
 
@@ -215,7 +218,7 @@ def _visible_masks(layers: list[_Layer]) -> list[np.ndarray]:
 
 
 def _visible_fractions(layers: list[_Layer]) -> list[float]:
-    """Return the visible fraction of each shape, 0-1."""
+    """Return the visible fraction of each shape, from 0 to 1."""
     masks = _visible_masks(layers)
     # Rounding at the edge can give a small shape more pixels than its area.
     return [min(mask.sum() / x.area, 1.0) for x, mask in zip(layers, masks, strict=True)]

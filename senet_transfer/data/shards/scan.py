@@ -124,7 +124,7 @@ def find_shards(folder: Path) -> list[Path]:
     the same pattern.
 
     Raises:
-        UserError: If the folder cannot be read, or the tar files are those of several splits.
+        UserError: If the folder cannot be read, or the tar files belong to several splits.
     """
     _, folders, files = next(walk(folder))
     names = [] if folders else list(filter(is_shard_name, files))
@@ -132,7 +132,11 @@ def find_shards(folder: Path) -> list[Path]:
     ignored = [name for name in names if plain and _pattern(name) not in plain]
     if ignored:
         logger.warning(
-            "Ignoring %d compressed files in %s: %s", len(ignored), folder, first_of(ignored)
+            "Ignoring %d compressed files in %s, because their names differ from those of the "
+            "uncompressed shards: %s",
+            len(ignored),
+            folder,
+            first_of(ignored),
         )
     names = [name for name in names if name not in ignored]
     patterns = sorted({re.sub(r"\d+", "*", name) for name in names})
@@ -246,10 +250,10 @@ def _scan(path: Path) -> np.ndarray:
 
 
 def _samples(tar: tarfile.TarFile, path: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """Yield each sample's key, and its members by extension.
+    """Yield the key of each sample, and its tar members in a dict keyed by file extension.
 
     Raises:
-        UserError: If a sample contains two members of the same name.
+        UserError: If a sample contains two members with the same name.
     """
     key, members = "", dict[str, tarfile.TarInfo]()
     for member in tar:

@@ -234,7 +234,7 @@ def _convert(
 
 
 def _finished(output: Path, plans: list[ShardPlan]) -> dict[str, dict[str, Any]]:
-    """Return the JSON content of every complete shard, keyed by shard name.
+    """Return the content of each complete shard's JSON file, keyed by shard name.
 
     Raises:
         UserError: If the folder contains shards of other images or settings.
@@ -297,7 +297,7 @@ def _too_many_broken(
 def _written(
     pending: list[ShardPlan], output: Path, workers: int
 ) -> Iterator[tuple[dict[str, Any], int]]:
-    """Write shards, and yield each finished shard's JSON content and number of images."""
+    """Write shards. Yield the content of each shard's JSON file and the number of input images."""
     if workers == 1 or len(pending) <= 1:
         for plan in pending:
             yield write_shard(plan, output), len(plan.names)

@@ -1,4 +1,4 @@
-"""Detector backbone whose forward and backward passes are captured per image size."""
+"""Detector backbone that runs as CUDA graphs, which are captured separately for each image size."""
 
 import inspect
 import logging
@@ -103,13 +103,16 @@ class CapturedBackbone:
             buffer.copy_(before)
         height, width = images.shape[2:]
         logger.info(
-            "Captured the backbone for %d images of %dx%d pixels.", len(images), height, width
+            "Captured the backbone as CUDA graphs for %d images of %dx%d pixels (height x width).",
+            len(images),
+            height,
+            width,
         )
         return captured
 
 
 class _Forward(nn.Module):
-    """Module that wraps a backbone's original forward pass and has the backbone's parameters."""
+    """Module with a backbone's parameters and its original forward pass."""
 
     def __init__(self, backbone: nn.Module, forward: Forward):
         super().__init__()

@@ -17,7 +17,7 @@ Function = Callable[[], Outputs]
 
 
 class Graph(Protocol):
-    """Captured function.
+    """Function that was captured as a graph.
 
     Attributes:
         outputs: The function's results, which each replay overwrites.
@@ -30,7 +30,7 @@ class Graph(Protocol):
 
 
 class Graphs(Protocol):
-    """Interface for capturing functions as graphs. Tests implement it without a GPU."""
+    """Interface for capturing functions as CUDA graphs. Tests implement it without a GPU."""
 
     device: torch.device
 

@@ -103,7 +103,7 @@ def use_trained_classes(
     if len(model) == len(data):
         logger.warning(
             "%s was trained on classes that differ from those of the data sets: %s. The number of "
-            "classes is the same, so the new model starts from the predictors in this file.",
+            "classes is the same, so the layers that predict classes are loaded from this file.",
             source.path,
             found,
         )

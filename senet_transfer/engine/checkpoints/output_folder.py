@@ -89,7 +89,7 @@ def _contains_earlier(folder: Path, found: list[str]) -> UserError:
 
 
 def _earlier(folder: Path) -> list[str]:
-    """Return the names of an earlier run's checkpoints and metrics."""
+    """Return the names of the checkpoint and metrics files in the folder of an earlier run."""
     names = dict.fromkeys(name for name in checkpoints(folder) if Path(folder, name).is_file())
     for pattern in _CHECKPOINTS:
         names |= dict.fromkeys(sorted(path.name for path in folder.glob(pattern)))

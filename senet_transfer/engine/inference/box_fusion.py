@@ -52,7 +52,7 @@ def fuse_boxes(
 def _fuse_class(
     boxes: Tensor, scores: Tensor, iou_threshold: float, detectors: int
 ) -> tuple[Tensor, Tensor]:
-    """Merge the boxes ``(N, 4)`` of one class, which are in descending order of the scores."""
+    """Merge the boxes ``(N, 4)`` of one class, which are sorted by descending score."""
     fused, sums = torch.empty_like(boxes), torch.empty_like(scores)
     members = torch.zeros_like(scores)
     count = 0

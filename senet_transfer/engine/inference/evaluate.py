@@ -242,7 +242,7 @@ def _check(found: ModelSource) -> None:
 
 
 def _with_classes(found: ModelSource, count: int) -> ModelSource:
-    """Return a copy of the model source with a different number of classes."""
+    """Return a copy of ``found`` whose config has ``count`` classes."""
     cfg = found.cfg.clone()
     cfg.MODEL.CLASSIFIER.NUM_CLASSES = count
     return replace(found, cfg=cfg)

@@ -1,4 +1,4 @@
-"""Merging of detections from several models or several views of an image."""
+"""Merging of detections from several models or several augmented copies of an image."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,10 +21,10 @@ _FIELDS = {"pred_boxes", "scores", "pred_classes"}
 class FusedDetector(nn.Module):
     """One or more detectors of any meta-architecture, whose boxes are merged.
 
-    Boxes from several models are merged by weighted boxes fusion. Boxes from several views of an
-    image are merged by non-maximum suppression, as in Detectron2's test-time augmentation. If there
-    are several models and several views, weighted boxes fusion merges all boxes. This module has
-    the interface of Detectron2's meta-architectures.
+    Boxes from several models are merged by weighted boxes fusion. Boxes from several augmented
+    copies of an image, called views, are merged by non-maximum suppression, as in Detectron2's
+    test-time augmentation. If there are several models and several views, weighted boxes fusion
+    merges all boxes. This module has the interface of Detectron2's meta-architectures.
 
     Attributes:
         models: The detectors.
@@ -81,7 +81,7 @@ class FusedDetector(nn.Module):
         )
 
     def _views(self, item: dict[str, Any]) -> list[tuple[dict[str, Any], Transform]]:
-        """Return the augmented copies of an image, and the transforms from each to the image."""
+        """Return the augmented copies of an image, each with the transform back to the image."""
         if self.views is None:
             return [(item, NoOpTransform())]
         found = []
@@ -101,7 +101,8 @@ def _restored(output: dict[str, Any], inverse: Transform, size: tuple[int, int])
         raise UserError(
             f"The model predicts {', '.join(others) or 'rotated boxes or no boxes'}; expected only "
             "boxes. Test-time augmentation of this meta-architecture and the fusion of several "
-            "detectors only support boxes without rotation."
+            "detectors only support boxes without rotation. Use a single detector without "
+            "test-time augmentation."
         )
     found = found.to("cpu")
     boxes = inverse.apply_box(found.pred_boxes.tensor.detach().numpy())

@@ -17,7 +17,8 @@ _STAGE = re.compile(r"(?:backbone\.(?:bottom_up\.)?|roi_heads\.)(stem|res[2-5])"
 def backbone_stages(model: nn.Module) -> dict[str, nn.Module]:
     """Return the stages of a model's backbone by module name, from the stem to the last stage.
 
-    In a C4 detector, the last stage is part of the head, but it is also pretrained.
+    The last stage of a C4 detector is part of the ROI heads. It is included, because it is also
+    pretrained.
     """
     found = {name: module for name, module in model.named_modules() if _STAGE.fullmatch(name)}
     order = ("stem", "res2", "res3", "res4", "res5")

@@ -43,7 +43,7 @@ class ActivationMap:
         return None if self.plain is None else self.cam - self.plain
 
     def plot(self) -> Image.Image:
-        """Return the map drawn on the image and, next to it, the change caused by the last gate."""
+        """Return a figure of the map and of the change caused by the last SE gate."""
         maps = [(self.cam, f"{self.name} {self.probability:.1%}")]
         if self.added is not None:
             maps.append((self.added, "added by the last SE gate"))

@@ -99,7 +99,11 @@ def predict_files(
                 bar.update()
     except KeyboardInterrupt:
         path = writer.close()
-        logger.warning("Stopped early, so not all of the %d images are in %s.", len(photos), path)
+        logger.warning(
+            "Prediction was interrupted. Only some of the %d images have predictions in %s",
+            len(photos),
+            path,
+        )
         raise
     path = writer.close()
     check_all_read(broken, len(photos), path)
@@ -206,7 +210,8 @@ def output_names(photos: Sequence[Photo], output_dir: str, suffix: str = ".jpg")
     """Return a dict from the name of each image to the path of its output file.
 
     Raises:
-        UserError: If two output files would have the same path, or one would replace its image.
+        UserError: If two output files would have the same path, or if an output file would
+            overwrite its image.
     """
     names: dict[str, str] = {}
     taken: set[str] = set()
@@ -248,13 +253,14 @@ def _writer(form: str, detects: bool, output_dir: str, photos: Sequence[Photo]) 
         kinds |= {"coco": _Coco, "yolo": _Yolo}
     if form not in kinds:
         raise UserError(
-            f"The format is {form!r}; expected one of: {', '.join(kinds)} for this model."
+            f"The format is {form!r}; expected one of the formats for this model: "
+            f"{', '.join(kinds)}."
         )
     return kinds[form](output_dir, photos)
 
 
 def _opened(path: str) -> IO[str]:
-    """Open a text file for writing. Paths that are not valid UTF-8 keep their original bytes."""
+    """Open a text file for writing. Image paths in it that are not UTF-8 keep their bytes."""
     try:
         make_output_folder(os.path.dirname(path))
         return open(path, "w", newline="", encoding="utf-8", errors="surrogateescape")

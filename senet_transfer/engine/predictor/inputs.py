@@ -104,7 +104,7 @@ class Photo:
     def _unreadable(self, error: Exception) -> UserError:
         if isinstance(error, UserError):
             return error
-        return UserError(f"{self.name} can't be read as an image: {error}. Remove it.")
+        return UserError(f"{self.name} can't be read as an image: {error}. Remove this image.")
 
 
 def _in_memory(image: Any) -> Image.Image:
@@ -197,7 +197,11 @@ def _photos(name: str) -> Iterator[Photo]:
 
 
 def _listed(path: str) -> Iterator[Photo]:
-    """Yield the images in a list file; ``relative`` is the path as it is written in the list."""
+    """Yield the images in a list file.
+
+    Output files are named after the path in the list, or after the file name if the path is
+    absolute or starts with "..".
+    """
     try:
         lines = Path(path).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -148,7 +148,7 @@ class Classification(_Shown):
         return f"{self.photo.name}: {', '.join(rows)}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the path, and the class, label and probability of the most probable classes."""
+        """Return the image's path and the names, indices and probabilities of the top classes."""
         rows = zip(self.names, self.labels, self.scores, strict=True)
         found: dict[str, Any] = {
             "file_name": self.photo.name,

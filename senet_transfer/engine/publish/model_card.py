@@ -32,7 +32,7 @@ _LIMITS = {
 
 @dataclass(frozen=True)
 class Card:
-    """Information on a model card that the model itself does not contain.
+    """Information for a model card that can't be read from the model itself.
 
     Attributes:
         name: Name or path for loading the model, such as "hf-hub:owner/name".
@@ -92,7 +92,7 @@ class Card:
         return "\n\n".join(parts) + "\n"
 
     def _results(self, contents: Contents, evaluated: dict[str, Any]) -> str:
-        """Return the metrics of the weight file, of its run, and of the runs with all seeds."""
+        """Return a table of metrics for the weight file, its run, and the runs with all seeds."""
         run = {key: value for key, value in contents.results.items() if key != "training"}
         columns = {
             "this file": _texts(evaluated),
@@ -112,7 +112,7 @@ class Card:
 
 
 def _provenance(contents: Contents, runs: Sequence[dict[str, Any]]) -> Iterable[str]:
-    """Yield sentences about the runs of the published model's config, including its own run."""
+    """Yield a description of all training runs of the published model's config, in Markdown."""
     if not runs:
         return
     seeds = first_of(str(run.get("seed", "unknown")) for run in runs)
@@ -121,8 +121,8 @@ def _provenance(contents: Contents, runs: Sequence[dict[str, Any]]) -> Iterable[
         yield f"The model was trained with `{command}` (seed {seeds})."
     else:
         yield (
-            f"The model was trained with the seeds {seeds}. The first run was started with "
-            f"`{command}`."
+            f"The model was trained in {len(runs)} separate runs, with the seeds {seeds}. "
+            f"The first run was started with `{command}`."
         )
     for run in runs:
         if run.get("weights_sha256") == contents.sha256:

@@ -46,7 +46,7 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class MachineFacts:
-    """Facts about the machine of a run.
+    """Facts about the machines on which a run trains.
 
     Attributes:
         gpu_memory: Memory of the smallest GPU, in GB; 0 for a run on the CPU.
@@ -113,7 +113,7 @@ def describe_data(train: DataPart, val: DataPart, *, upright: bool = True) -> Da
 
 
 def describe_machine(device: str) -> MachineFacts:
-    """Collect the facts about the machines of a run on a device such as "cuda" or "cpu"."""
+    """Return the memory, processes and cores of this run on a device such as "cuda" or "cpu"."""
     memory = 0.0
     if device.startswith("cuda") and torch.cuda.is_available():
         gpus = range(torch.cuda.device_count())

@@ -44,11 +44,11 @@ logger = logging.getLogger(__name__)
 def use_recipe(options: "RunOptions", *, resume: bool) -> Iterator["RunOptions"]:
     """Replace ``options.data`` with a config file for the data, and save the file on exit.
 
-    All processes of a job must call this function together. The main process makes the recipe.
+    All processes of a job must call this function together. The main process chooses the settings.
 
     Args:
         options: The run's options. They are not changed if ``data`` is empty.
-        resume: If True, the recipe of the original run is used.
+        resume: If True, the config file that the original run saved is used, if it exists.
 
     Raises:
         UserError: If the data can't be used, or if the options contradict each other.

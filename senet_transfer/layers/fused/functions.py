@@ -115,13 +115,16 @@ def norm_gate_add(
 
 
 def conv_norm_relu(conv: Conv2d, x: Tensor, fused: str | bool) -> Tensor:
-    """Return ``relu(conv(x))`` for a convolution with a norm."""
+    """Return ``relu(conv(x))`` for a convolution with a norm.
+
+    Fused kernels are used if possible.
+    """
     out = residual_end(conv, None, x, None, fused)
     return F.relu_(conv(x)) if out is None else out
 
 
 def conv_norm(conv: Conv2d, x: Tensor, fused: str | bool) -> Tensor:
-    """Return ``conv(x)`` for a convolution with a norm."""
+    """Return ``conv(x)`` for a convolution with a norm, computed with fused kernels if possible."""
     out = residual_end(conv, None, x, None, fused, relu=False)
     return conv(x) if out is None else out
 
@@ -261,7 +264,7 @@ def _uses_batch(norm: nn.Module) -> bool:
 
 
 def _lacks_variance(norm: nn.Module | None, x: Tensor) -> bool:
-    """Return whether a training norm would raise an error because a channel has only one value."""
+    """Return whether the norm would reject ``x``: training needs several values per channel."""
     return norm is not None and norm.training and x.numel() == x.shape[1]
 
 

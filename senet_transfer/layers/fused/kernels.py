@@ -239,10 +239,10 @@ def hidden_units(
     NORM: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexpr,
     BS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Compute hidden units ``relu(fc1(squeeze))`` from an image's means over chunks of positions.
+    """Compute hidden units ``relu(fc1(squeeze))`` from the mean of each chunk and channel.
 
-    Each program computes one block of hidden units of one image. The image's mean per channel,
-    before the norm, is also written.
+    Each program computes one block of hidden units of one image. The mean of each channel over the
+    image, before the norm, is also written.
     """
     n = tl.program_id(0)
     r = tl.program_id(1) * BR + tl.arange(0, BR)

@@ -35,7 +35,7 @@ class _Plan(NamedTuple):
     Attributes:
         programs: Number of programs in a launch of a kernel that processes a feature map.
         rows: Total number of chunks in all images.
-        sizes: Channels, positions, chunks per image and positions per chunk.
+        sizes: Numbers of channels, positions, chunks per image, and positions per chunk.
         tile: Compile-time arguments of the kernels that process a feature map.
         kinds: Properties of the sizes that determine which compiled kernel is used.
     """
@@ -359,7 +359,7 @@ class _Launcher:
         return total, aligned
 
     def _row_tile(self) -> dict[str, int]:
-        """Return the number of rows and warps per tile, for merging statistics of chunks."""
+        """Return the tile size and number of warps of the kernel that merges statistics."""
         rows = min(256, max(16, _power_of_2(self.plan.rows)))
         return {"BR": rows, "num_warps": 4 if rows <= 64 else 8}
 
@@ -426,14 +426,15 @@ class _Launcher:
         """Return the gradients of the pooled features and of the parameters.
 
         Args:
-            total: Sums of the gradient over each chunk of positions; only needed with a norm.
-            aligned: Sums of the gradient times the feature map over each chunk. The feature map is
-                centred if there is a norm.
+            total: Sums of the gradient over each chunk of positions; see :mod:`.kernels`. Only
+                needed with a norm.
+            aligned: Sums of the product of gradient and feature map over each chunk. With a norm,
+                the norm's mean is subtracted from the feature map.
             norm: The norm before the gate.
             gate: The gate.
             saved: Pooled features, hidden units and gates of all images.
-            excitation: The gate's activation.
-            sums: Whether the gradients of the norm's parameters are needed.
+            excitation: Name of the gate's activation.
+            sums: Whether to compute the gradients of the norm's parameters.
 
         Returns:
             The gradients of the pooled features, of the norm's weight and bias, and of w1, b1, w2
@@ -493,14 +494,14 @@ class _Launcher:
             affine: Gradients of the norm's weight and bias; None for fixed statistics.
             out: Output of the ReLU, which masks the gradient; None for no ReLU.
             x: Input of the norm; only needed for batch statistics.
-            gated: The gates, and the gradients of the pooled features.
-            masked: Output tensor for the masked gradient.
-            extra: Another gradient of the input, which is added.
-            branch: Feature map for the second result; None if the sums are not needed.
+            gated: The gates, and the gradients of the pooled features; None if there is no gate.
+            masked: Tensor to which the masked gradient is written, or None.
+            extra: Another gradient of the same input, which is added to the result, or None.
+            branch: Feature map to multiply by the result, or None.
 
         Returns:
-            The gradient, and the sums of the gradient times ``branch`` over each chunk of
-            positions, ``(chunks, C)``.
+            The gradient of the input, and the sums of its product with ``branch`` over each chunk
+            of positions, ``(chunks, C)``. Without ``branch``, the sums are None.
         """
         dx, dots = torch.empty_like(gradient), None if branch is None else self.rows()
         batch = affine[0] is not None

@@ -67,7 +67,7 @@ def _needed(ctx: Any, found: Sequence[Maybe]) -> tuple[Maybe, ...]:
 
 
 def _keep(ctx: Any, results: Sequence[Maybe], options: tuple[Any, ...], *tensors: Maybe) -> None:
-    """Save tensors and options for the backward pass, and mark results as non-differentiable."""
+    """Save tensors and options for the backward pass; mark ``results`` as non-differentiable."""
     ctx.save_for_backward(*tensors)
     ctx.options = options
     ctx.set_materialize_grads(False)

@@ -1,7 +1,7 @@
-"""Residual blocks, with and without SE, and stems, derived from Detectron2's classes.
+"""Stems and residual blocks with and without SE, derived from Detectron2's classes.
 
-Convolutions and norms are Detectron2's, so the parameters of a block have the same names as in its
-plain counterpart. The gate's parameters have the prefix ``se.``.
+A block with SE has the parameter names of Detectron2's block without SE. In addition, it has the
+gate's parameters, with the prefix ``se.``.
 """
 
 from typing import Any

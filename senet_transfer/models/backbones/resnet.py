@@ -161,7 +161,7 @@ def build_senet154(
     if set(se.stages) != {2, 3, 4, 5}:
         raise UserError(
             f"The stages with SE are {se.stages!r}, but SENet-154 has SE in every stage. Remove "
-            "this option."
+            "se_stages (MODEL.SE.STAGES in a config)."
         )
     stages = [
         ResNet.make_stage(

@@ -34,17 +34,18 @@ def stated_geometry(path: str | Path, layers: Iterable[CaffeLayer], expected: Ge
         if layer.type == "Convolution" and "convolution_param" in layer.params:
             for kind, pattern in (("1x1", _FIRST_1X1), ("3x3", _FIRST_3X3)):
                 if pattern.fullmatch(layer.name):
-                    strides[kind].add(window_of(layer).stride[0])
+                    strides[kind].update(window_of(layer).stride)
         elif layer.type == "Pooling" and layer.name.startswith("pool1"):
             geometry = replace(geometry, stem_pool=_stem_pool(path, layer, expected))
     if expected.stride_in_1x1 is None or not strides["1x1"]:
         return geometry
-    if strides["1x1"] | strides["3x3"] != {1, 2} or len(strides["1x1"]) != 1:
+    if (strides["1x1"], strides["3x3"]) not in (({2}, {1}), ({1}, {2})):
         raise UserError(
-            f"{path}: The first 1x1 convolutions of its stages have strides "
+            f"{path}: The first 1x1 convolutions of the stages have strides "
             f"{sorted(strides['1x1'])}, and the first 3x3 convolutions have strides "
-            f"{sorted(strides['3x3'])}. In all stages, one of them must have stride 2 and the "
-            "other stride 1. Use weights of a supported network."
+            f"{sorted(strides['3x3'])}; expected stride 2 in all of these 1x1 convolutions or in "
+            "all of these 3x3 convolutions, and stride 1 in the others. Use weights of a supported "
+            "network."
         )
     return replace(geometry, stride_in_1x1=strides["1x1"] == {2})
 

@@ -104,7 +104,7 @@ def own(tensors: Tensors, metadata: Metadata) -> bool:
 
 
 def detectron1(tensors: Tensors, metadata: Metadata) -> bool:
-    """Detect weight files of the first Detectron, which store a batch norm as scale and bias."""
+    """Detect weight files of the original Detectron, which store a batch norm as scale and bias."""
     folded = having(r"res\d_\d+_branch2a_w", r"res\d_\d+_branch2a_bn_s")
     return folded(tensors, metadata) and not detectron2(tensors, metadata)
 

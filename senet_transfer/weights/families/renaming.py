@@ -241,7 +241,7 @@ def backbone_prefix(names: Iterable[str]) -> str:
 
 
 def canonical(name: str, prefix: str) -> str:
-    """Return the name of a detector's tensor in a backbone.
+    """Return the name that a detector's tensor has in a backbone without a detector.
 
     The prefix of the backbone is removed, or, for res5 in a C4 head, the prefix of the head.
     """

@@ -112,12 +112,12 @@ def statements_of(
 def _from_names(
     metadata: Mapping[str, Any], architecture: Architecture, timm: TimmConfig | None
 ) -> Statements:
-    """Compare the network names that a file and its ``config.json`` contain with the architecture.
+    """Compare the network names in a file and its ``config.json`` with the detected architecture.
 
-    An entry that contradicts the tensors may describe another network of the training run, such as
-    a teacher. It is therefore tolerated if another entry names the architecture. Entries in
-    ``config.json``, which also determines the preprocessing, and names of networks that can have
-    the same tensors are not tolerated.
+    A wrong name may describe another network of the training run, such as a teacher. It is
+    tolerated if another entry names the detected architecture. Two kinds of wrong names are always
+    errors: a name in ``config.json``, because this file also determines the preprocessing, and the
+    name of a network that can have the same tensors.
     """
     confirmed = wide = False
     errors: list[str] = []
@@ -194,10 +194,10 @@ def _plain(name: str) -> str:
 
 
 def _judge(name: str, architecture: Architecture) -> bool | None:
-    """Return whether a name refers to the architecture, or None if the name is unknown.
+    """Return whether a network name is correct for an architecture; None for an unknown name.
 
-    Widths are not compared, because scripts also use the standard names for networks with other
-    widths.
+    The number of channels is not compared, because scripts also use the standard names for wider
+    or narrower networks.
     """
     name = _plain(name)
     depth = _depth(architecture)

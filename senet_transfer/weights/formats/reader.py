@@ -47,7 +47,7 @@ class WeightFile:
     Attributes:
         path: Path of the file.
         format: File format: "pth", "safetensors", "pkl" or "caffemodel".
-        tensors: Tensors by name, which do not share memory with the file. The names are those in
+        tensors: Tensors by name. They do not share memory with the file. The names are those in
             the file, without the prefixes of common wrappers; see :func:`~.tensor_names.select`.
         metadata: Small plain values stored with the tensors, such as ``arch``, ``epoch``, ``meta``,
             ``__author__``, ``matching_heuristics``, and this project's metadata under

@@ -218,7 +218,10 @@ def _choose(tree: dict, prefix: str, ema: bool | None, path: Path) -> _Choice | 
 
 
 def _by_prefix(tree: dict, prefix: str, ema: bool | None) -> _Choice | None:
-    """Select the entry whose key is the first part of the wanted prefix, or return None."""
+    """Select the entry whose key is the start of ``prefix``, such as "model" for "model.backbone".
+
+    If no entry can be selected, return None.
+    """
     start = prefix.removesuffix(".") + "."
     for key, value in tree.items():
         if isinstance(key, str) and start.startswith(f"{key}.") and _has_tensors(value):
@@ -275,7 +278,7 @@ def _swapped(tree: dict) -> _Pair | None:
 
 
 def _others(tree: dict, *used: str) -> tuple[str, ...]:
-    """Return a note if a checkpoint contains networks other than those under the used keys."""
+    """Return a note if a checkpoint contains a network under a key that is not in ``used``."""
     others: list[str] = []
     budget = [_MAX_ENTRIES]
     with contextlib.suppress(_TooManyEntries):
@@ -331,7 +334,7 @@ def check_named_ema(path: Path, wanted: Wanted, selected: Selected) -> None:
             "are the EMA weights. Remove ema=True to load them."
         )
     raise UserError(
-        f"{path} contains no EMA weights in addition to the plain weights. Remove ema=True "
+        f"{path} contains no EMA weights in a separate state dict. Remove ema=True "
         "(MODEL.WEIGHTS_EMA), or select the network with prefix= (MODEL.WEIGHTS_PREFIX)."
     )
 
@@ -442,7 +445,7 @@ def _reject_objects(tree: dict, path: Path) -> None:
 
 
 def _networks(tree: dict) -> dict | None:
-    """Return the entries that contain networks, or None if there are fewer than two."""
+    """Return the state dicts in ``tree`` if it contains only several state dicts, else None."""
     if any(map(is_numeric, tree.values())):
         return None
     found = {key: tree[key] for key in _candidates(tree)}
@@ -454,7 +457,7 @@ def _is_nested(value: dict) -> bool:
 
 
 def _candidates(tree: dict) -> list[str]:
-    """Return the keys of dictionaries that may contain the weights of the model or a submodule."""
+    """Return the keys in ``tree`` of possible state dicts of the model or its submodules."""
     budget = [_MAX_TOTAL]
     keys = [k for k, v in tree.items() if isinstance(k, str) and not _is_averaged(k, v, budget)]
     found = [k for k in keys if not _is_trainer_state(k) and _has_parameters(tree[k], budget)]
@@ -465,7 +468,10 @@ def _candidates(tree: dict) -> list[str]:
 
 
 def _wrapper(tree: dict) -> str | None:
-    """Return the key of the model's state dict in ``tree``, or None if ``tree`` itself is one."""
+    """Return the key of the model's state dict in ``tree``.
+
+    The result is None if ``tree`` itself is the state dict, or if the key can't be identified.
+    """
     keys = (*WRAPPERS, "module") if _is_deepspeed(tree) else WRAPPERS
     for key in keys:
         if _has_tensors(tree.get(key)):
@@ -482,10 +488,11 @@ def _is_deepspeed(tree: dict) -> bool:
 
 
 def _is_flat(tree: dict) -> bool:
-    """Return whether ``tree`` is a state dict: its tensors are those of a network.
+    """Return whether ``tree`` itself is a state dict.
 
-    Otherwise, they are, for example, metrics or random states. Tensors with unusual names are
-    accepted if no dictionary in ``tree`` contains a network.
+    The tensors of any other dictionary are, for example, metrics or random number generator states.
+    If no tensor is named like a parameter, ``tree`` is a state dict only if no dictionary in it
+    contains parameters.
     """
     direct = [key for key, value in tree.items() if isinstance(key, str) and is_numeric(value)]
     if any(map(_names_parameter, direct)):

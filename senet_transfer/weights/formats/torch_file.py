@@ -107,7 +107,7 @@ def _device(*parts: Any) -> str:
 
 
 def _unchanged(data: Any, *_: Any) -> Any:
-    """Return the wrapped tensor; replaces torch functions such as ``_rebuild_parameter``."""
+    """Return ``data``, in place of functions that wrap tensors, such as ``_rebuild_parameter``."""
     return data
 
 

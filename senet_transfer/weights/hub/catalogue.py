@@ -122,7 +122,7 @@ def _entries(
     cache_prefix: str = "",
     view: dict[str, Any] | None = None,
 ) -> Iterator[Entry]:
-    """Yield the entries of a group in ``catalogue.yaml``. The file describes the arguments."""
+    """Yield the entries of a group in ``catalogue.yaml``, where the arguments are described."""
     for name, path in files.items():
         file = cache_prefix + path.rpartition("/")[2]
         stated = _HASH.search(file)
@@ -141,7 +141,7 @@ def _entries(
 
 
 def own_model(name: str) -> str:
-    """Return this project's name of a published network, such as "resnet50" for "R-50"."""
+    """Return this project's name for a published network, such as "resnet50" for "R-50"."""
     name = name.partition(".")[0]
     return _RENAMED.get(name) or name.replace("R-", "resnet").replace("seres", "se_res")
 
@@ -263,7 +263,7 @@ def locate_weights(weights: str | Path, family: str | None = None) -> tuple[str 
         UserError: If ``weights`` is neither a path nor a name, or the file can't be downloaded.
     """
     if not isinstance(weights, str | Path):
-        raise UserError(f"The weights are {weights!r}; expected a path or a catalogue name.")
+        raise UserError(f"weights is {weights!r}; expected a path or a catalogue name.")
     name = str(weights)
     if is_hub_name(weights):
         return hub_weights(name), family

@@ -103,8 +103,8 @@ def check_sha256(path: Path, sha256: str | None, remedy: str = "") -> None:
     """Raise UserError if a file's SHA-256 does not begin with ``sha256``."""
     if sha256 and not (found := file_sha256(path)).startswith(sha256):
         raise UserError(
-            f"{path} is damaged or is not the expected file: its SHA-256 is {found}; expected "
-            f"{sha256}... {remedy or 'Delete the file to download it again.'}"
+            f"{path} is damaged or is not the expected file: its SHA-256 is {found}; expected a "
+            f"hash that begins with {sha256}. {remedy or 'Delete the file to download it again.'}"
         )
 
 
@@ -122,7 +122,7 @@ def _download(url: str, path: Path, sha256: str | None) -> None:
         if sha256 and not found.startswith(sha256):
             raise _DownloadError(
                 f"the received file ({partial.stat().st_size:,} bytes) has the SHA-256 {found}, "
-                f"but its publisher specifies {sha256}..."
+                f"but its publisher specifies a hash that begins with {sha256}"
             )
         os.replace(partial, path)
     finally:

@@ -108,7 +108,7 @@ def _not_in_file(result: Match, source: Source, target: Target, name: str, exact
 
 
 def _other_classes(source: Source, target: Target, name: str) -> str | None:
-    """Return why a tensor keeps its initial values although the file has one of the same name.
+    """Return why a tensor isn't loaded from the tensor with the same name in the file.
 
     The only valid reason is a different number of classes. In all other cases, None is returned.
     """
@@ -131,7 +131,7 @@ def _misfit(name: str, found: Tensor, expected: Tensor) -> str:
 
 
 def _why_ignored(source: Source, target: Target, name: str, exact: bool) -> str | None:
-    """Return the reason why one of the file's tensors may be ignored, or None if it may not."""
+    """Return why a tensor in the file may be ignored, or None if ignoring it would be an error."""
     for pattern, reason in _NOT_WEIGHTS:
         if pattern.fullmatch(name):
             return reason
@@ -214,13 +214,16 @@ def _remedy(result: Match, source: Source, target: Target) -> str:
             f"{source.path} backbone.pth --backbone`, and set MODEL.WEIGHTS to the new file."
         )
     return (
-        "Use a file for this network, or build the file's network. If the detected family is "
-        "wrong, set family= or MODEL.WEIGHTS_FAMILY."
+        "Use weights for this network, or build the network that the file contains. If the "
+        "detected family is wrong, set family= or MODEL.WEIGHTS_FAMILY."
     )
 
 
 def _classes(result: Match, source: Source, target: Target) -> str:
-    """Return advice if the file and the model differ only in the number of classes, or ""."""
+    """Return advice for a file that differs from the model only in the number of classes.
+
+    For all other files, return "".
+    """
     pair = [tensors.get("linear.weight") for tensors in (source.tensors, target.tensors)]
     only = result.misfits and not result.missing and not result.left_over
     if not only or any(weight is None or not weight.ndim for weight in pair):

@@ -241,7 +241,7 @@ def _with_train_options(source: Source, file: WeightFile) -> Source:
 
 
 def _as_published(source: Source, published: Iterable[Entry]) -> Source:
-    """Return the source of a published file with the catalogue's information added."""
+    """Return a published file's source with the preprocessing that the catalogue specifies."""
     entry = next((entry for entry in published if entry.family == source.family.name), None)
     if entry is None or source.preprocessing is None:
         return source
@@ -441,7 +441,7 @@ def _joined(*prefixes: str) -> str:
 
 
 def _without_head(known: Mapping[str, str], prefix: str) -> tuple[dict[str, str], list[str]]:
-    """Separate the backbone's tensors from those of the classifier or other detector parts."""
+    """Separate the backbone's tensors from all others of the classifier or detector."""
     kept, removed = {}, []
     for name, ours in known.items():
         if ours.startswith(names.CLASSIFIER) or names.is_outside_backbone(ours, prefix):
@@ -469,7 +469,7 @@ def _convert_dtypes(tensors: dict[str, Tensor], file: WeightFile) -> None:
 
 
 def _repair_counters(tensors: dict[str, Tensor]) -> list[str]:
-    """Convert batch counters to integer scalars, and drop those without a well-defined value.
+    """Convert ``num_batches_tracked`` to integer scalars, and drop those without a valid value.
 
     Scripts that convert or average all tensors change the dtype and shape of these counters. The
     counters have no effect on a network's outputs.
@@ -509,7 +509,7 @@ def _fold_biases(tensors: dict[str, Tensor]) -> list[str]:
 
 
 def _expand_affine(tensors: dict[str, Tensor]) -> list[str]:
-    """Add identity statistics to norms that have only a weight and a bias."""
+    """Add neutral statistics (mean 0, variance 1 - eps) to norms with only a weight and a bias."""
     for name in [name for name in tensors if name.endswith(".norm.weight")]:
         norm, weight = name.removesuffix(".weight"), tensors[name]
         tensors[f"{norm}.running_mean"] = torch.zeros_like(weight)
@@ -607,7 +607,7 @@ def _preprocessing(file: WeightFile, values: Mapping[str, Any]) -> Preprocessing
         if not all(isinstance(side, int) and side > 0 for side in (found.resize, found.crop)):
             raise ValueError("resize and crop must be positive integers")
         if not isinstance(found.mode, str) or not isinstance(found.upright, bool):
-            raise ValueError("mode must be a string, and upright a boolean")
+            raise ValueError("mode must be a string, and upright must be a boolean")
         if not _is_range(found.value_range):
             raise ValueError("value_range must be (low, high) or empty")
         return found
@@ -634,7 +634,7 @@ def _is_range(values: tuple[float, ...]) -> bool:
 
 
 def _difference(first: Source, other: Source) -> str:
-    """Describe how two sources' layer options or preprocessing differ, or return "" if equal."""
+    """Return the layer options and preprocessing values of ``other`` that differ from ``first``."""
     parts = []
     for name, value in vars(other.geometry).items():
         if value != getattr(first.geometry, name):

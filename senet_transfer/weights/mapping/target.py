@@ -1,4 +1,4 @@
-"""Description of the model that weights are loaded into: backbone, tensors, layer options."""
+"""Description of the model that weights are loaded into: its tensors and layer options."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -51,7 +51,7 @@ def test_every_image_is_loaded_exactly_once(make_shards, ranks, workers, shards)
     assert sorted(int(key.rpartition("_")[2]) for key in found) == list(range(26))
 
 
-def test_more_consumers_than_images_are_supported(val, make_shards):
+def test_more_workers_than_images_are_supported(val, make_shards):
     for dataset in (open_dataset(make_shards(3, 2)), open_dataset(val)):
         assert len(evaluated(dataset, ranks=5, workers=0)) == len(dataset)
 

@@ -12,26 +12,26 @@ from senet_transfer.data.classification.sampling import (
 )
 
 
-def row(sizes, consumers, epochs, seed=3):
-    """Return the order in which all consumers together process units, as (epoch, unit) pairs.
+def row(sizes, num_workers, epochs, seed=3):
+    """Return the order in which all workers together process units, as (epoch, unit) pairs.
 
-    A unit is a group of samples, such as a shard. A consumer is one worker of one rank.
+    A unit is a group of samples, such as a shard. The workers of all ranks are numbered together.
     """
     merged = {}
-    for consumer in range(consumers):
+    for worker in range(num_workers):
         positions = unit_positions(
-            np.array(sizes), seed=seed, consumer=consumer, consumers=consumers
+            np.array(sizes), seed=seed, worker=worker, num_workers=num_workers
         )
         for turn, (epoch, unit, skip) in zip(range(epochs * len(sizes)), positions, strict=False):
-            merged[consumer + turn * consumers] = (epoch, unit)
+            merged[worker + turn * num_workers] = (epoch, unit)
             assert skip == 0
     return [merged[position] for position in range(epochs * len(sizes))]
 
 
-@pytest.mark.parametrize("consumers", [1, 2, 3, 6, 16])
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 6, 16])
 @pytest.mark.parametrize("sizes", [[5], [4, 4, 4], [3, 9, 1, 7, 7, 2, 5]])
-def test_every_epoch_has_each_unit_once_for_any_number_of_consumers(sizes, consumers):
-    positions = row(sizes, consumers, epochs=4)
+def test_every_epoch_has_each_unit_once_for_any_number_of_workers(sizes, num_workers):
+    positions = row(sizes, num_workers, epochs=4)
     for epoch in range(4):
         part = positions[epoch * len(sizes) : (epoch + 1) * len(sizes)]
         assert sorted(unit for _, unit in part) == list(range(len(sizes)))
@@ -46,13 +46,13 @@ def test_epochs_and_seeds_have_different_orders():
 
 
 @pytest.mark.parametrize("sizes", [[4, 4, 4], [3, 9, 1, 7, 7, 2, 5], [1] * 11])
-@pytest.mark.parametrize("consumers", [1, 2, 5])
-def test_starting_later_continues_the_same_sequence(sizes, consumers):
+@pytest.mark.parametrize("num_workers", [1, 2, 5])
+def test_starting_later_continues_the_same_sequence(sizes, num_workers):
     sizes = np.array(sizes)
 
     def samples(start):
         positions = unit_positions(
-            sizes, seed=0, consumer=consumers - 1, consumers=consumers, start=start
+            sizes, seed=0, worker=num_workers - 1, num_workers=num_workers, start=start
         )
         for epoch, unit, skip in positions:
             yield from ((epoch, unit, place) for place in range(skip, sizes[unit]))
@@ -65,7 +65,7 @@ def test_starting_later_continues_the_same_sequence(sizes, consumers):
 @pytest.mark.parametrize("block", [1, 4, 100])
 def test_samples_of_a_shard_are_each_yielded_once_for_any_block_size(make_shards, block):
     dataset = open_dataset(make_shards(30, 10))
-    stream = train_stream(dataset, seed=0, consumer=0, consumers=1, block=block)
+    stream = train_stream(dataset, seed=0, worker=0, num_workers=1, block=block)
     first, second = list(islice(stream, 30)), list(islice(stream, 30))
     assert len({sample.key for _, sample in first}) == 30
     assert {sample.key for _, sample in first} == {sample.key for _, sample in second}
@@ -98,9 +98,9 @@ def test_class_aware_sampling_is_unbiased_for_classes_of_any_size(val):
 
 
 @pytest.mark.parametrize("total", [0, 1, 7, 100])
-@pytest.mark.parametrize("consumers", [1, 3, 8])
-def test_evaluation_shares_differ_by_one_sample_at_most_and_are_complete(total, consumers):
-    shares = [share(total, consumer, consumers) for consumer in range(consumers)]
+@pytest.mark.parametrize("num_workers", [1, 3, 8])
+def test_evaluation_shares_differ_by_one_sample_at_most_and_are_complete(total, num_workers):
+    shares = [share(total, worker, num_workers) for worker in range(num_workers)]
     assert [sample for first, end in shares for sample in range(first, end)] == list(range(total))
     sizes = [end - first for first, end in shares]
     assert max(sizes) - min(sizes) <= 1

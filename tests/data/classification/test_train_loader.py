@@ -26,7 +26,7 @@ def take(batches, count):
     return list(islice(batches, count))
 
 
-def consumer_streams(dataset, ranks, workers, batches):
+def worker_streams(dataset, ranks, workers, batches):
     """Return the sample keys in training batches, separately for each worker of each rank."""
     each = max(workers, 1)
     streams = defaultdict(list)
@@ -41,23 +41,21 @@ def consumer_streams(dataset, ranks, workers, batches):
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.long
-def test_all_consumers_together_yield_each_sample_once_per_epoch(
-    make_shards, ranks, workers, shards
-):
+def test_all_workers_together_yield_each_sample_once_per_epoch(make_shards, ranks, workers, shards):
     folder = make_shards(26, shards)
     shard_of = {key: tar.name for tar in folder.glob("*.tar") for key in keys_of_tar(tar)}
     sizes = {tar.name: len(keys_of_tar(tar)) for tar in folder.glob("*.tar")}
-    consumers = ranks * max(workers, 1)
-    streams = consumer_streams(open_dataset(folder), ranks, workers, batches=20)
+    num_workers = ranks * max(workers, 1)
+    streams = worker_streams(open_dataset(folder), ranks, workers, batches=20)
 
     at_position = {}
-    for consumer, keys in streams.items():
+    for worker, keys in streams.items():
         turn = 0
         while keys:
             size = sizes[shard_of[keys[0]]]
             visit, keys = keys[:size], keys[size:]
             if len(visit) == size:  # each worker's last shard may be incomplete
-                at_position[consumer + turn * consumers] = visit
+                at_position[worker + turn * num_workers] = visit
             turn += 1
     complete = next(position for position in range(10**6) if position not in at_position)
     epochs = complete // shards

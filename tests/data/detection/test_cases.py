@@ -316,7 +316,7 @@ def evaluate(cfg, content, found):
 
 
 def expected_results(content, found, task, most):
-    """Return pycocotools' AP and AP50 in percent for ground truth with ids from 1 to N."""
+    """Return pycocotools' AP and AP50 in percent. All ids in ``content`` must be from 1 to N."""
     results = []
     for image in content["images"]:
         size = image["height"], image["width"]

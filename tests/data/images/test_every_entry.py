@@ -118,7 +118,10 @@ def files() -> dict[str, bytes]:
 def by_entry(
     folder: Path, value_range: tuple[float, ...], exif: str
 ) -> dict[str, Callable[[str], object]]:
-    """Return one function per entry point. Each reads the file of a given name in ``images/c``."""
+    """Return a function for each way to read images, by name.
+
+    The argument of each function is a file name in ``images/c``.
+    """
     c = folder / "images" / "c"
     options = ["INPUT.VALUE_RANGE", str(value_range), "INPUT.EXIF", exif]
     cfg = load_config("configs/base/classification.yaml", options)

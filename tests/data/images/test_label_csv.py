@@ -89,7 +89,7 @@ def test_backslashes_whitespace_and_repeated_lines_are_accepted(tree, caplog):
         (b"", "lists no images"),
         (b"path,label\n", "lists no images"),
         (b"file,label\nb/1.jpg,b\n", "line 1: the header has 0 columns named path: file,label"),
-        (b"path;label\nb/1.jpg;b\n", "line 1: .* separated by commas"),
+        (b"path;label\nb/1.jpg;b\n", "line 1: .* Separate the columns with commas"),
         (b"\npath,path,label\n", "line 2: the header has 2 columns named path"),
         (b"path,label\nb/1.jpg,b\nb/2.jpg,\n", "line 3: the label is empty"),
         (b'path,label\n"b\n1.jpg",b\n,b\n', "line 4: the path is empty"),

@@ -77,7 +77,7 @@ def test_a_folder_that_cannot_be_read_is_an_error(root, unreadable, entry, monke
 def test_a_class_folder_that_is_a_broken_link_is_an_error(root):
     (root / "d").symlink_to("missing")
     for read in (open_dataset, lambda path: find_photos([str(path)])):
-        with pytest.raises(UserError, match="train/d leads to missing, which does not exist"):
+        with pytest.raises(UserError, match="train/d points to missing, which does not exist"):
             read(root)
 
 

@@ -1,4 +1,4 @@
-"""Tests for captured detector backbones, with a stand-in on a CPU and CUDA graphs on a GPU."""
+"""Tests for captured detector backbones, with CUDA graphs on a GPU and simulated ones on a CPU."""
 
 import copy
 

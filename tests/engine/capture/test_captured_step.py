@@ -1,4 +1,7 @@
-"""Tests for captured training steps: recorded operators on a CPU, and CUDA graphs on a GPU."""
+"""Tests for training steps that are captured as graphs.
+
+On a GPU, the graphs are CUDA graphs. On a CPU, they are lists of recorded operators.
+"""
 
 import copy
 import random
@@ -131,7 +134,7 @@ def batches(device, bad, sizes):
 
 
 def train(name, graphs, *, device="cpu", bad=(), sizes=(4,) * 10, kind="SGD", **options):
-    """Train for ten steps. Return the state of the trainer, model and average, and the losses."""
+    """Train for ten steps. Return the states of the trainer, model and EMA, and the losses."""
     net = Classifier(name).to(device)
     optimizer = fused(net.parameters(), kind)
     solver_options = {"max_skips": 3, "reads_after": lambda done: done == 9, **options}

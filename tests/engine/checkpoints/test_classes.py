@@ -152,7 +152,7 @@ def test_a_model_is_not_evaluated_on_other_classes(run, cases, tmp_path, caplog)
         make(other, "--eval-only", **options)
     with caplog.at_level(logging.WARNING):
         assert make(other, **options).DATASETS.CLASSES == ["person", "mug", "chair"]
-    assert any("starts from the predictors in this file" in message for message in caplog.messages)
+    assert any("predict classes are loaded from" in message for message in caplog.messages)
 
 
 @pytest.mark.long

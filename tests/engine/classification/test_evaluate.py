@@ -59,7 +59,7 @@ def copy_of(places: Path, target: Path, images: int | None = None) -> Path:
 
 @torch.inference_mode()
 def plain_loop(model, places: Path, mode="short_side", resize=37, crop=32) -> torch.Tensor:
-    """Return logits ``(N, 365)`` in the order of places365_val.txt, computed in a plain loop."""
+    """Return logits ``(N, 365)`` in the order of places365_val.txt, computed image by image."""
     transform, logits = views_of(mode, resize, crop), []
     for name, _ in listed(places):
         views = transform(Image.open(places / "val_256" / name).convert("RGB"))

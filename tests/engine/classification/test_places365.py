@@ -100,7 +100,7 @@ def test_a_classifier_trained_on_the_official_files_agrees_with_torchvision(shar
 
 
 def check_sources(weights: Path, sources: dict[str, Path], folder: Path) -> tuple[dict, list]:
-    """Check that the results for all data sources are equal, and return them with the logits."""
+    """Check that the errors for all data sources are equal; return the results and the logits."""
     errors = set()
     for kind, data in sources.items():
         files = ["--output", folder / f"{kind}.json", "--predictions", folder / f"{kind}.csv"]

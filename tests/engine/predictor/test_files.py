@@ -23,7 +23,7 @@ from senet_transfer.engine.predictor.predictor import DetectorPredictor
 
 
 class Answers(nn.Module):
-    """Model that returns the result of a function of the original image's height and width."""
+    """Model whose output is ``answer(height, width)``, for the original size of the image."""
 
     def __init__(self, answer):
         super().__init__()

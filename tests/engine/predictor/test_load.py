@@ -445,7 +445,7 @@ def test_prediction_is_at_least_0_9_times_as_fast_as_the_evaluation(
 ):
     """Compare the CPU times of `predictor.stream` and an evaluation of the same 64 images.
 
-    CPU time depends little on other programs on the machine.
+    CPU times are compared because they depend little on other programs on the machine.
     """
     paths = sorted(map(str, (shared_data / "coco128").rglob("*.jpg")))[:64]
     if kind == "classifier":

@@ -174,7 +174,7 @@ def test_results_are_written_in_every_format(detector, classifier, photos, tmp_p
     with open(table) as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 * len(images)
-    with pytest.raises(UserError, match="expected one of: json, csv for this model"):
+    with pytest.raises(UserError, match="expected one of the formats for this model: json, csv"):
         predict_files(senet_transfer.load(classifier), images, str(tmp_path / "c"), form="yolo")
 
 

@@ -33,7 +33,7 @@ def norm(channels: int) -> int:
 
 
 def preact_count(widths: list[int], blocks: int, *, bottleneck: bool, projection: bool) -> int:
-    """Compute the number of parameters in all stages and the final norm, as published."""
+    """Count the parameters in the stages and the final norm of the published network."""
     total, inputs = 0, 16
     for width in widths:
         for _ in range(blocks):

@@ -136,7 +136,11 @@ def stated_mobilenet(state, x: Tensor, placement: str | None) -> dict[str, Tenso
 
 
 def stated_shufflenet(state, x: Tensor, placement: str | None) -> dict[str, Tensor]:
-    """Return the outputs of ShuffleNet (its Table 1, Figure 2) with SE (SENet paper, Figure 5)."""
+    """Return the stage outputs of ShuffleNet with SE.
+
+    The network is that of Table 1 and Figure 2 in the ShuffleNet paper. ``placement`` is one of the
+    SE placements in Figure 5 of the SENet paper.
+    """
 
     def gated(x: Tensor, key: str, where: str) -> Tensor:
         return gate(state, f"{key}.se", x) if placement == where else x
@@ -212,7 +216,7 @@ def randomise_gates(backbone: nn.Module) -> None:
 
 @pytest.mark.long
 def test_se_vgg_gates_torchvisions_network_after_each_relu(tmp_path):
-    """Compare outputs, after loading the plain network's weights into the SE backbone."""
+    """Compare the SE backbone with torchvision's network plus gates, using the same weights."""
     features = pytest.importorskip("torchvision").models.vgg16_bn(init_weights=False).features
     randomise(features)
     file = {f"features.{key}": value for key, value in features.state_dict().items()}

@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from senet_transfer import UserError, create_classifier
+from senet_transfer.weights.families.caffe_geometry import stated_geometry
+from senet_transfer.weights.families.geometry import Geometry
+from senet_transfer.weights.formats.caffe.layers import CaffeLayer
 from senet_transfer.weights.mapping.source import examine
 from tests.weights import caffe_networks
 from tests.weights.caffe_networks import DESIGNS, places_resnet, se_bn_inception, senet
@@ -146,3 +149,34 @@ def test_a_stem_pool_that_no_backbone_has_is_rejected(tmp_path):
     net.write(tmp_path / "net.prototxt", tmp_path / "net.caffemodel")
     with pytest.raises(UserError, match="The stem pool"):
         create_classifier("se_resnet50", 10, weights=tmp_path / "net.caffemodel")
+
+
+@pytest.mark.parametrize(
+    ("first_1x1", "first_3x3", "in_1x1"),
+    [
+        ((2, 2, 2), (1, 1, 1), True),
+        ((1, 1, 1), (2, 2, 2), False),
+        ((2, 2, 2), (1, 1, 2), None),
+        ((1, 1, 2), (2, 2, 1), None),
+        ((1, 1, 1), (1, 1, 1), None),
+        ((2, 2, [1, 2]), (1, 1, 1), None),
+    ],
+)
+def test_stages_with_different_stride_placement_are_rejected(first_1x1, first_3x3, in_1x1):
+    layers = [
+        CaffeLayer(
+            f"res{stage}a_branch2{branch}",
+            "Convolution",
+            params={"convolution_param": {"kernel_size": [kernel], "stride": np.ravel(s).tolist()}},
+        )
+        for branch, kernel, strides in (("a", 1, first_1x1), ("b", 3, first_3x3))
+        for stage, s in zip((3, 4, 5), strides, strict=True)
+    ]
+    expected = Geometry(stride_in_1x1=False, stem_pool="ceil")
+    if in_1x1 is None:
+        with pytest.raises(
+            UserError, match=r"net.caffemodel: .* have strides .*; expected stride 2"
+        ):
+            stated_geometry("net.caffemodel", layers, expected)
+    else:
+        assert stated_geometry("net.caffemodel", layers, expected).stride_in_1x1 == in_1x1

@@ -122,7 +122,10 @@ def _read(path: Path, data: bytes, what: str) -> WeightFile | None:
 def _fuzz(
     name: str, count: int, path: Path, check: Callable[[WeightFile, bytes, str], None]
 ) -> None:
-    """Read ``count`` damaged files in one format, and check those that load."""
+    """Read ``count`` damaged files in one format, and pass those that load to ``check``.
+
+    Also check that reading neither increases the peak memory nor leaves files behind.
+    """
     data = WRITERS[name](_tensors())
     other = WRITERS["legacy" if name != "legacy" else "zip"](_tensors())
     assert _read(path, data, "not damaged") is not None
@@ -144,9 +147,9 @@ def _is_sound(file: WeightFile, damaged: bytes, what: str) -> None:
 
 
 def _is_unchanged(file: WeightFile, _: bytes, what: str) -> None:
-    """Check that a damaged file was read without changes to its tensors.
+    """Check that a damaged file that was read without an error contains the original tensors.
 
-    The format has checksums, so changed data must be detected when the file is read.
+    The format has checksums, so a file with different tensors must raise an error.
     """
     assert list(file.tensors) == list(_tensors()), what
     assert all(torch.equal(file.tensors[k], v) for k, v in _tensors().items()), what
@@ -169,7 +172,11 @@ class _Recorded:
 
 
 class _Recorder(pickle._Unpickler):
-    """Pure-Python unpickler, because the C implementation may allocate gigabytes."""
+    """Unpickler that uses :class:`_Recorded` for all classes and functions except ``encode``.
+
+    It is derived from the pure-Python unpickler, because the C implementation may allocate
+    gigabytes for a damaged file.
+    """
 
     def find_class(self, module, name):
         plain = (module, name) == ("_codecs", "encode")

@@ -520,7 +520,7 @@ def test_sparse_and_quantised_tensors_are_rejected_by_name(kind, expected, tmp_p
 
 
 def _rezipped(path, change) -> None:
-    """Write a valid zip file whose directory has been modified by ``change``."""
+    """Write a torch file whose zip directory has been made inconsistent by ``change``."""
     tensor = _Rebuilt(_Storage("FloatStorage", "0", 250), 0, (250,), (1,))
     _zip(path, {"w": tensor}, {"data/0": bytes(1000)})
     assert list(read_tensors(path).tensors) == ["w"]

@@ -11,7 +11,7 @@ from benchmark.report import Amounts
 
 
 def measure_card(settings: Settings) -> Iterator[Found]:
-    """Measure the GPU's bandwidth and throughput, and the host's cost of launches and waits."""
+    """Measure the GPU's bandwidth and throughput, and the host time per kernel launch and wait."""
     device = settings.device
     values = torch.empty(settings.sized(2**28, 2**10), device=device)
     other = torch.empty_like(values)

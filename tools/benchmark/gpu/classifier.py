@@ -80,7 +80,7 @@ def build(settings: Settings, name: str) -> nn.Module:
 
 
 def measure_training(settings: Settings) -> Iterator[Found]:
-    """Measure the time of the training step, as a CUDA graph and eager, its memory and kernels."""
+    """Measure a training step: time (eager and as a CUDA graph), memory and number of kernels."""
     images = images_of(settings)
     models = {name: build(settings, name) for name in NETWORKS}
     yield from _as_graphs(settings, models, images, "bfloat16")

@@ -163,7 +163,10 @@ def batch(settings: Settings, shape: tuple[int, int], seed: int) -> list[dict]:
 
 
 def trainer(settings: Settings, name: str, batches: list[list[dict]]) -> TrainerBase:
-    """Build a trainer that repeats the given batches: this project's or Detectron2's own."""
+    """Build this project's or Detectron2's trainer for a detector.
+
+    The trainer repeats the given batches.
+    """
     cfg = recipe(settings, name)
     model = keep_finite(trained(build_model(cfg), settings.device))
     if DETECTORS[name][2]:

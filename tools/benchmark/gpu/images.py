@@ -1,4 +1,4 @@
-"""Speed of training SE-ResNet-50 from JPEG files, and the time spent waiting for images."""
+"""Benchmark of SE-ResNet-50 training from JPEG files, and of the time spent waiting for data."""
 
 import os
 import tempfile
@@ -20,7 +20,7 @@ BATCH, STEPS = 128, 20
 
 
 def measure_images(settings: Settings) -> Iterator[Found]:
-    """Measure the images per second in training and data loading (256x256, as in Places365)."""
+    """Measure the throughput of training and data loading for images of 256x256 pixels."""
     batch, steps = settings.sized((BATCH, STEPS), (4, 2))
     size = settings.sized(224, 32)
     workers = settings.sized(max(len(os.sched_getaffinity(0)) - 2, 1), 1)

@@ -95,7 +95,7 @@ def compare_steps(
 
 
 def ratio_of(found: Comparison, name: str, over: str | None = None) -> Result:
-    """Return the ratio of two candidates' times, and the noise that the control measures."""
+    """Return the ratio of two candidates' times, and the control's interquartile range."""
     spread = None
     if found.control is not None:
         pairs = zip(found.seconds[found.control], found.seconds[found.baseline], strict=True)
@@ -110,7 +110,7 @@ def quotient(values: Mapping[str, float], name: str, over: str) -> Result:
 
 
 def amounts(what: str, unit: str, values: Mapping[str, float]) -> Amounts:
-    """Return a result with one value per network; the network "plain" is the baseline."""
+    """Return a quantity with one value per network and "plain" as the baseline of the ratios."""
     return Amounts(what, unit, "plain", values)
 
 

@@ -92,16 +92,16 @@ class Started:
 
 @contextlib.contextmanager
 def start_all(settings: Settings, builders: Mapping[str, Callable[[], Step]]) -> Iterator[Started]:
-    """Build steps in separate processes, all at the same time.
+    """Build training steps for the benchmark, each in a separate process, at the same time.
 
     CUDA must not be initialised in this process.
 
     Args:
         settings: The settings of the GPU benchmark.
-        builders: Functions that build a step, by the name of the step.
+        builders: For the name of each step, a function that builds it.
 
     Yields:
-        The steps that were built, and the errors of the others.
+        The steps that were built, and the errors of those that failed.
     """
     context = multiprocessing.get_context("fork")
     started, remotes, processes = Started(), {}, []

@@ -176,7 +176,7 @@ class Report:
         print(f"{seconds:.0f} seconds")
         if self.problems:
             names = ", ".join(self.problems)
-            raise RunError(f"Incomplete parts: {names}. The errors are listed above.")
+            raise RunError(f"Parts of the benchmark are incomplete: {names}. See the errors above.")
 
     def _save(self) -> None:
         self.content["targets"] = table(self.results)
@@ -187,7 +187,7 @@ class Report:
 def run_part(name: str, settings: Settings, report: Report) -> None:
     """Run a part of the benchmark in a separate process, and report the results.
 
-    The process is stopped when the part's time limit or the budget is exceeded.
+    The process is stopped when it exceeds the part's time limit or the benchmark's time budget.
     """
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)

@@ -73,7 +73,7 @@ class Result:
 
 
 def table(results: Mapping[str, Result]) -> list[dict[str, Any]]:
-    """Return a row for each target: the bound, the measured value, and whether it is met."""
+    """Return a row for each target: the bound, the measured value, and whether the bound is met."""
     rows = []
     for key, target in TARGETS.items():
         row: dict[str, Any] = {"key": key, "what": target.what, "target": target.text}

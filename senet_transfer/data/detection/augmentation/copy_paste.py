@@ -25,8 +25,8 @@ class CopyPaste(Dataset):
     def __init__(self, images: MapDataset, probability: float):
         """
         Args:
-            images: Mapped images with masks. Images that cannot be mapped are represented by their
-                UserErrors.
+            images: Data set of images with masks, as returned by the mapper. If an image can't be
+                mapped, the data set returns a UserError instead of the image.
             probability: Probability that objects are pasted onto an image.
         """
         self.images, self.probability = images, probability
@@ -51,8 +51,8 @@ def paste(target: dict, source: dict) -> dict:
     completely is removed. The box of an object whose mask has changed is fitted to the new mask.
 
     Args:
-        target: Mapped image with masks, which is not changed.
-        source: Mapped image with the objects to paste, of any size.
+        target: Image with masks, as returned by the mapper. It is not changed.
+        source: Image of any size with the objects to paste, as returned by the mapper.
 
     Returns:
         The target with the pasted objects.

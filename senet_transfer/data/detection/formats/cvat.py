@@ -138,7 +138,9 @@ def _read_shape(
     elif shape.tag == "mask":
         found = _mask(shape, values, where, size)
     else:
-        raise UserError(f"{where} is a <{shape.tag}>; expected a CVAT shape, such as <box>.")
+        raise UserError(
+            f"{where} is a <{shape.tag}>; expected a CVAT shape, such as <box>. Correct the file."
+        )
     if found is None:
         data.notes["masks are empty and are skipped"] += 1
         return []

@@ -192,7 +192,11 @@ class ImageFolder:
         return os.path.isfile(os.path.join(self.root, name))
 
     def with_stem(self, stem: str) -> str | None:
-        """Return an image's relative path from its path without extension, or None if missing."""
+        """Find an image by its relative path without extension.
+
+        Returns:
+            The relative path with extension, or None if there is no such image.
+        """
         if self._by_stem is None:
             names = list_files(self.root, is_image_name)
             self._by_stem = {os.path.splitext(name)[0]: name for name in reversed(names)}

@@ -142,7 +142,7 @@ def _with_source(
 def _read_mask(
     text: object, corners: Sequence[tuple[float, float]], where: str, size: tuple[int, int]
 ) -> tuple[shapes.Box, Outline] | None:
-    """Read a mask, stored as a PNG image of the region between two corners (inclusive)."""
+    """Read a mask from a base64-encoded PNG image of the region from one corner to the other."""
     (left, top), (right, bottom) = [(int(x), int(y)) for x, y in corners]
     expected = right - left + 1, bottom - top + 1
     try:

@@ -161,7 +161,10 @@ _SUFFIXES = (".xml", ".json", ".yaml", ".yml")
 
 
 def _format_of(path: Path) -> str | None:
-    """Detect the format of a file from its extension and first bytes; None for COCO format."""
+    """Detect the format of a file from its extension and first bytes.
+
+    Return None for COCO format and for unknown files.
+    """
     suffix = path.suffix.lower()
     try:
         with open(path, "rb") as file:

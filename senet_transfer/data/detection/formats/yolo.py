@@ -70,8 +70,8 @@ def read(location: Path, images: ImageFolder) -> ImportedData:
     names = [image.file_name for split in data.splits.values() for image in split]
     if not names:
         raise UserError(
-            f"{location} has none of the keys train, val and test; expected the image folders. Add "
-            "these keys to the file."
+            f"{location} has none of the keys train, val and test; expected at least one of them, "
+            "with the path of an image folder. Add the keys to the file."
         )
     if missing == len(names):
         raise UserError(
@@ -177,7 +177,7 @@ def _label_path(images: ImageFolder, name: str) -> str:
 def _read_image(
     name: str, images: ImageFolder, data: ImportedData, key_points: int
 ) -> tuple[ImportedImage, bool]:
-    """Read an image's labels, and return True as the second value if there is a label file."""
+    """Read an image's objects. Return the image, and whether it has a label file."""
     path = _label_path(images, name)
     width, height = images.size(name, path)
     image = ImportedImage(name, width, height, path)

@@ -82,9 +82,9 @@ def window_of(layer: CaffeLayer) -> Window:
     key = {"Convolution": "convolution_param", "Pooling": "pooling_param"}.get(layer.type)
     if key is None or key not in layer.params:
         raise UserError(
-            f"Caffe layer {layer.name!r} ({layer.type}) has no kernel size, stride and padding, "
-            "because the file lacks the layer parameters in the network definition (.prototxt). "
-            "Use a .caffemodel that contains layer parameters."
+            f"Caffe layer {layer.name!r} ({layer.type}) has no kernel size, stride and padding; "
+            "expected a .caffemodel that also contains the layer parameters from the network's "
+            ".prototxt file. Use such a file."
         )
     params = layer.params[key]
     pooling = layer.type == "Pooling"

@@ -220,7 +220,7 @@ def test_the_command_leaves_files_of_an_earlier_import(tmp_path, voc, capsys):
         (out / f"{name}.json").write_text("mine")
         with pytest.raises(SystemExit, match="2"):
             prepare("import", words)
-        assert f"{name}.json already exist" in capsys.readouterr().err
+        assert f"already exist: {out / name}.json" in capsys.readouterr().err
         assert [path.read_text() for path in out.iterdir()] == ["mine"]
         (out / f"{name}.json").unlink()
     (out / "classes.json").write_text("mine")
