@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Prepare the training and test files of CIFAR-10, CIFAR-100 or a similar data set.
+"""Prepare the training and test files of CIFAR-10, CIFAR-100 or a similar dataset.
 
     python datasets/prepare_cifar.py --download cifar10
     python datasets/prepare_cifar.py --source cifar-10-python.tar.gz --output datasets/cifar10

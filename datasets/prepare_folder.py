@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Convert a data set with one image folder per class to shards for training and evaluation.
+"""Convert a dataset with one image folder per class to shards for training and evaluation.
 
     python datasets/prepare_folder.py --source flowers/train --output datasets/flowers/train
     python datasets/prepare_folder.py --source flowers/val --output datasets/flowers/val \\

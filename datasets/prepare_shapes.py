@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Render the shapes data set, a small detection data set used by `make demo`.
+"""Render the shapes dataset, a small detection dataset used by `make demo`.
 
 Crops of some shapes are also saved, in one folder per class, for use by the smoke-test configs.
 
     python datasets/prepare_shapes.py
 
-This takes a few seconds on one core. An existing data set is kept.
+This takes a few seconds on one core. An existing dataset is kept.
 """
 
 from senet_transfer.cli.data import prepare

@@ -15,12 +15,12 @@ class Preprocessing:
     """Parameters for converting an image to a model's input. The defaults are those of torchvision.
 
     Attributes:
-        format: Channel order of the model's input: "RGB" or "BGR", "L" for grey images, or a format
-            such as "C5" for images with 5 channels, which keep the order of the file.
+        format: Channel order of the model's input: "RGB" or "BGR", "L" for grayscale images, or a
+            format such as "C5" for images with 5 channels, which keep the order of the file.
         mean: Mean to subtract, one value per channel in the order of ``format``, in 0-255 units.
-            A network with three input channels has three values even with the format "L". The grey
-            image is then repeated in all three channels, so the network can start from weights for
-            colour images.
+            A network with three input channels has three values even with the format "L". The
+            grayscale image is then repeated in all three channels, so the network can start from
+            weights for colour images.
         std: Standard deviation to divide by, in the same order and units.
         resize: Length in pixels to which the shorter side is resized for classification.
         crop: Side length in pixels of the center crop for classification.
@@ -46,7 +46,7 @@ class Preprocessing:
         return torch.tensor(self.mean).view(-1, 1, 1), torch.tensor(self.std).view(-1, 1, 1)
 
     def grey(self) -> "Preprocessing":
-        """Return the preprocessing for the same network with one grey input channel."""
+        """Return the preprocessing for the same network with one grayscale input channel."""
         order = reversed(_LUMA) if self.format == "BGR" else iter(_LUMA)
         weights = [weight / 65536 for weight in order]
         mean, std = (

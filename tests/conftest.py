@@ -56,7 +56,7 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 
 @pytest.fixture(scope="module", autouse=True)
 def _restore_catalogs() -> Iterator[None]:
-    """Unregister the data sets that a test file registers, so that test files are independent."""
+    """Unregister the datasets that a test file registers, so that test files are independent."""
     # A test file that does not import Detectron2 registers nothing.
     catalogs = sys.modules.get("detectron2.data.catalog")
     if catalogs is None:

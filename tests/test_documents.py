@@ -83,7 +83,7 @@ def test_the_tables_of_configs_have_no_other_rows():
 
 @pytest.fixture
 def own_things():
-    """Unregister the models, family and data set that the examples in CONTRIBUTING.md register."""
+    """Unregister the models, family and dataset that the examples in CONTRIBUTING.md register."""
     yield
     for name in ("tiny", "se_tiny"):
         _MODELS.pop(name, None)

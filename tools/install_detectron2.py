@@ -4,7 +4,7 @@
     python tools/install_detectron2.py                # from the package index
     python tools/install_detectron2.py --wheel FILE   # from a local file
 
-This project's wheel installs this script as the program `install_detectron2.py`.
+This project's wheel installs this script as the command `install_detectron2.py`.
 
 If Detectron2 can already be imported, for example because it was built from source, it is kept.
 

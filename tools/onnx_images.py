@@ -64,7 +64,7 @@ def has_deep_colours(image: Image.Image, path: str) -> bool:
         data = Path(path).read_bytes()
         start = data.find(b"\xff\x4f\xff\x51")
         bits = (data[start + 42] & 0x7F) + 1 if 0 <= start < len(data) - 42 else 8
-        # Pillow scales grey values with 9 to 15 bits to 16 bits.
+        # Pillow scales grayscale values with 9 to 15 bits to 16 bits.
         return 8 < bits < 16 if image.mode == "I;16" else bits > 8
     if image.mode.startswith(("I", "F")):
         return False

@@ -92,7 +92,7 @@ def grid(config_file: str, options: Sequence[str] = (), axes: Sequence[str] = ()
 
     Raises:
         UserError: If a key is not in :data:`PAPER`, or if the config does not describe a classifier
-            with SE that is evaluated on one data set.
+            with SE that is evaluated on one dataset.
     """
     unknown = [axis for axis in axes if axis not in PAPER]
     if unknown:
@@ -108,7 +108,7 @@ def grid(config_file: str, options: Sequence[str] = (), axes: Sequence[str] = ()
         )
     if len(cfg.DATASETS.TEST) != 1:
         raise UserError(
-            f"DATASETS.TEST is {cfg.DATASETS.TEST}; expected a single data set for comparing the "
+            f"DATASETS.TEST is {cfg.DATASETS.TEST}; expected a single dataset for comparing the "
             "variants."
         )
     # Training takes the number of classes from the data, which may not exist yet.

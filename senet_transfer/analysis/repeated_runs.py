@@ -356,7 +356,7 @@ def runs_report(
 ) -> str:
     """Format the results of runs, by name, as a table with one row per metric.
 
-    If the paper reports a result for the model and data set, it is added below the table.
+    If the paper reports a result for the model and dataset, it is added below the table.
     """
     cfg = load_config(config_file, list(options))
     rows = {name: metrics(result) for name, result in results.items()}

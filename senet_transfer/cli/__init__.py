@@ -1,1 +1,1 @@
-"""Commands and argument parsers for the ``senet`` program and the scripts in tools/."""
+"""Commands and argument parsers for the ``senet`` command and the scripts in tools/."""

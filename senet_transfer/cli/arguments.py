@@ -303,7 +303,7 @@ def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar=("NAME", "JSON", "FOLDER"),
-        help="register a data set under a name, for use in DATASETS.TRAIN and DATASETS.TEST; can "
+        help="register a dataset under a name, for use in DATASETS.TRAIN and DATASETS.TEST; can "
         "be repeated. JSON is an annotation file in COCO format, or a file or folder of Pascal "
         "VOC, YOLO (data.yaml), LabelMe, CVAT, Label Studio or VIA, followed by the split if there "
         "are several (data.yaml:train). FOLDER contains the images; it may be omitted if they are "

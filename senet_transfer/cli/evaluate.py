@@ -1,6 +1,6 @@
 """Evaluate a classifier: top-1 and top-5 error, and the worst and most confused classes.
 
-Detectors are evaluated with the metrics of their data sets, and the boxes of several detectors are
+Detectors are evaluated with the metrics of their datasets, and the boxes of several detectors are
 fused.
 
 Evaluate on the ImageNet validation set (one folder per class), and print published errors:

@@ -23,7 +23,7 @@ COMMANDS = {
     "convert": ("convert", "convert weight files between formats"),
     "push": ("push", "upload a model to the Hugging Face Hub"),
     "report": ("analysis.report", "create an HTML report on training runs"),
-    "data": ("data", "prepare, check or show a data set"),
+    "data": ("data", "prepare, check or show a dataset"),
     "complexity": ("analysis.complexity", "count parameters and multiply-accumulates"),
     "gates": ("analysis.gates", "analyse the gates of an SE network"),
     "sweep": ("analysis.sweep", "train a config with several seeds"),

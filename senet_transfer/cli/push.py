@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="KEY VALUE",
-        help="config options for --evaluate, such as local data sets",
+        help="config options for --evaluate, such as local datasets",
     )
     return parser
 
@@ -115,13 +115,14 @@ def main(args: argparse.Namespace) -> None:
     options["half"] = args.half
     if args.bundle:
         path = bundle(args.model, args.repository, Path(args.folder or FOLDER), **options)
-        print(f"Wrote {path}. To load it, use the name {args.repository}.")
+        print(f"Wrote {path}. To load the model, pass {args.repository} as the weights.")
     elif args.folder:
         write_repository(args.model, args.folder, args.repository, **options)
         print(f"Wrote the files of {args.repository} to {args.folder}; nothing was uploaded.")
     else:
         address = push(args.model, args.repository, private=args.private, **options)
-        print(f"Uploaded to {address}. To load it, use the name hf-hub:{args.repository}.")
+        weights = f"hf-hub:{args.repository}"
+        print(f"Uploaded to {address}. To load the model, pass {weights} as the weights.")
 
 
 def command(words: list[str] | None = None) -> None:

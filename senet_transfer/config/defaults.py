@@ -158,7 +158,7 @@ def _add_model_config(cfg: CfgNode) -> None:
 
 
 def _add_data_config(cfg: CfgNode) -> None:
-    # The number of image channels, 1 to 16, for images that are neither colour nor grey, such as
+    # The number of image channels, 1 to 16, for images that are not RGB or grayscale, such as
     # multispectral TIFF or NPY files. The channels are used in the order in which they are stored,
     # and MODEL.PIXEL_MEAN and PIXEL_STD need one value per channel. INPUT.FORMAT is set
     # automatically, such as to "C5" for 5 channels. If None, INPUT.FORMAT determines the channels.
@@ -175,18 +175,18 @@ def _add_data_config(cfg: CfgNode) -> None:
     # The check of a detector's images before training and evaluation. "header" compares the image
     # sizes with the annotations. "decode" also decodes the images, which takes longer.
     cfg.DATALOADER.CHECK_IMAGES = "header"
-    # Additional data sets for detection: a list of [name, annotations, image folder]. The
+    # Additional datasets for detection: a list of [name, annotations, image folder]. The
     # annotations are a JSON file in COCO's format, or a file or folder in the format of Pascal VOC,
     # YOLO, LabelMe, CVAT, Label Studio or VIA, followed by the split if there are several
     # (data.yaml:train). The image folder may be omitted.
     cfg.DATASETS.REGISTER = []
-    # The class names in the order of the class indices. They are read from the data sets at the
+    # The class names in the order of the class indices. They are read from the datasets at the
     # start of a run, so the saved config is sufficient to interpret predictions.
     cfg.DATASETS.CLASSES = []
-    # The ids of DATASETS.CLASSES in the data sets' JSON files. They are set at the start of a run.
+    # The ids of DATASETS.CLASSES in the datasets' JSON files. They are set at the start of a run.
     cfg.DATASETS.CATEGORY_IDS = []
     # The class names for semantic segmentation, in the order of the label values, and the names of
-    # the keypoints. They are read from the data sets at the start of a run.
+    # the keypoints. They are read from the datasets at the start of a run.
     cfg.DATASETS.STUFF_CLASSES = []
     cfg.DATASETS.KEYPOINTS = []
     # If True, a detector's training images are enlarged with PyTorch instead of Pillow. This is
@@ -323,7 +323,7 @@ def _add_epochs(cfg: CfgNode) -> None:
 def _add_classification_config(cfg: CfgNode) -> None:
     """Add the keys used only with MODEL.META_ARCHITECTURE "ImageClassifier"."""
     cfg.MODEL.CLASSIFIER = CfgNode()
-    # Set to the number of classes in the data set at the start of a run.
+    # Set to the number of classes in the dataset at the start of a run.
     cfg.MODEL.CLASSIFIER.NUM_CLASSES = 1000
     # The dropout probability before the linear layer, between 0 and 1. If None, the network's
     # default is used.

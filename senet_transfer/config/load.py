@@ -97,7 +97,7 @@ def _use_channels(cfg: CfgNode) -> None:
     if type(channels) is not int or not 1 <= channels <= MOST_CHANNELS:
         raise UserError(
             f"INPUT.CHANNELS is {channels!r}; expected a number from 1 to {MOST_CHANNELS}, or None "
-            "for colour and grey images."
+            "for colour and grayscale images."
         )
     cfg.INPUT.FORMAT = f"C{channels}"
 

@@ -223,7 +223,7 @@ def check_input(cfg: CfgNode) -> None:
             else f"{count or 3} values each"
         )
         raise UserError(
-            f"MODEL.PIXEL_MEAN has {len(mean)} and MODEL.PIXEL_STD has {len(std)} values; expected "
+            f"MODEL.PIXEL_MEAN has {len(mean)} values and MODEL.PIXEL_STD has {len(std)}; expected "
             f"{expected} for INPUT.FORMAT {image_format}."
         )
     if not all(math.isfinite(value) for value in (*mean, *std)) or 0 in std:

@@ -1,4 +1,4 @@
-"""Interface for classification data sets and the encoded samples that they return."""
+"""Interface for classification datasets and the encoded samples that they return."""
 
 import re
 from abc import ABC, abstractmethod
@@ -16,7 +16,7 @@ class RawSample:
     """An encoded image with its label.
 
     Attributes:
-        key: Sample name, unique within its data set. It is never used as a path.
+        key: Sample name, unique within its dataset. It is never used as a path.
         label: Class index.
         data: Encoded image.
         origin: File or shard from which the image was read; used in error messages.
@@ -53,7 +53,7 @@ class ClassificationDataset(ABC):
     Attributes:
         classes: Class names, indexed by label.
         unit_sizes: Number of samples per unit, int64 `(U,)`.
-        origin: Path or address of the data set; used in error messages.
+        origin: Path or URL of the dataset; used in error messages.
     """
 
     def __init__(self, classes: list[str], unit_sizes: np.ndarray, origin: str):
@@ -79,11 +79,11 @@ class ClassificationDataset(ABC):
 
     @abstractmethod
     def read_sample(self, index: int) -> RawSample:
-        """Read one sample by its index in the data set."""
+        """Read one sample by its index in the dataset."""
 
 
 class SingleImages(ClassificationDataset):
-    """Data set whose images can be read individually, so each unit is a single image."""
+    """Dataset whose images can be read individually, so each unit is a single image."""
 
     def __init__(self, classes: list[str], count: int, origin: str):
         super().__init__(classes, np.ones(count, np.int64), origin)

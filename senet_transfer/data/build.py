@@ -1,4 +1,4 @@
-"""Functions that build classification data sets, transforms and loaders from a config.
+"""Functions that build classification datasets, transforms and loaders from a config.
 
 All config keys for classification data are read in this module, except for the augmentation keys,
 which are read in :mod:`senet_transfer.data.images.augmentation`.
@@ -44,17 +44,17 @@ AUGMENTS = ("region", "pad_crop")
 def use_classification_datasets(
     cfg: CfgNode, *, eval_only: bool = False, classes: str = ""
 ) -> None:
-    """Open the data sets in a config, and store their absolute paths and classes in the config.
+    """Open the datasets in a config, and store their absolute paths and classes in the config.
 
     Args:
         cfg: Config, modified in place.
-        eval_only: Whether to open only the data sets in ``DATASETS.TEST``.
+        eval_only: Whether to open only the datasets in ``DATASETS.TEST``.
         classes: Order of the labels: "numeric", or the path of a file with one class name per line.
             If empty, the order of ``DATASETS.CLASSES`` is used or, if that is also empty, the order
             in the data.
 
     Raises:
-        UserError: If a data set is missing or damaged, or the data sets have different classes.
+        UserError: If a dataset is missing or damaged, or the datasets have different classes.
     """
     if cfg.DATASETS.REGISTER:
         raise UserError(
@@ -65,11 +65,11 @@ def use_classification_datasets(
         raise UserError(
             f"DATASETS.TRAIN has {len(cfg.DATASETS.TRAIN)} entries; expected exactly one: a "
             "folder of shards, a CSV file, or a folder with one folder per class. Set it to a "
-            "single data set."
+            "single dataset."
         )
     _check_augment(cfg)
     if not cfg.DATASETS.TEST and eval_only:
-        raise UserError("DATASETS.TEST is empty; expected the path of an evaluation data set.")
+        raise UserError("DATASETS.TEST is empty; expected the path of an evaluation dataset.")
     # Absolute paths keep the saved config valid in any working directory. With eval_only, the
     # training data may be missing.
     if not eval_only:
@@ -92,7 +92,7 @@ def use_classification_datasets(
 
 
 def check_brightness(cfg: CfgNode, *, eval_only: bool = False) -> None:
-    """Warn about data sets of 16-bit images that would be almost black in 8 bits."""
+    """Warn about datasets of 16-bit images that would be almost black in 8 bits."""
     opened = {} if eval_only else {name: open_train_dataset(cfg) for name in cfg.DATASETS.TRAIN}
     opened |= {name: open_test_dataset(cfg, name) for name in cfg.DATASETS.TEST}
     for name, dataset in opened.items():
@@ -101,13 +101,13 @@ def check_brightness(cfg: CfgNode, *, eval_only: bool = False) -> None:
 
 
 def warn_of_dataset(dataset: ClassificationDataset, name: str, reading: Reading) -> None:
-    """Warn about 16-bit images that would be almost black in 8 bits. Skip remote data sets."""
+    """Warn about 16-bit images that would be almost black in 8 bits. Skip remote datasets."""
     if not is_remote(name):
         warn_if_dark(name, reading, len(dataset), lambda index: dataset.read_sample(index).data)
 
 
 def _class_folders(cfg: CfgNode, name: str, eval_only: bool) -> Path:
-    """Return the folder that contains a data set's class folders."""
+    """Return the folder that contains a dataset's class folders."""
     path = Path(name)
     if in_memory(cfg) and path.is_dir():
         return split_path(path, "test" if eval_only else "train") or path
@@ -145,22 +145,22 @@ def use_class_weights(cfg: CfgNode, *, eval_only: bool = False) -> None:
     )
     if not numbers or len(weights) != count or not any(weights):
         raise UserError(
-            f"MODEL.CLASSIFIER.CLASS_WEIGHTS is {weights!r}; expected auto, or {count} numbers of "
-            f"0 or more, in the order of the classes: {first_of(cfg.DATASETS.CLASSES)}."
+            f"MODEL.CLASSIFIER.CLASS_WEIGHTS is {weights!r}; expected auto, or {count} "
+            f"non-negative numbers, one for each of the classes {first_of(cfg.DATASETS.CLASSES)}."
         )
 
 
 def use_class_order(cfg: CfgNode, classes: list[str], *, eval_only: bool = False) -> bool:
-    """Set the class order of a config, if its data sets support that order.
+    """Set the class order of a config, if its datasets support that order.
 
     Args:
         cfg: Config after :func:`use_classification_datasets`.
-        classes: Names of the data sets' classes in the new order. They may include additional
+        classes: Names of the datasets' classes in the new order. They may include additional
             classes.
         eval_only: Whether to ignore the training data.
 
     Returns:
-        True if the order was set. False if the data sets have other classes, or fixed labels
+        True if the order was set. False if the datasets have other classes, or fixed labels
         (as in shards); the config is then not changed.
     """
     found = list(cfg.DATASETS.CLASSES)
@@ -204,25 +204,25 @@ def _check_augment(cfg: CfgNode) -> None:
 
 
 def in_memory(cfg: CfgNode) -> bool:
-    """Return True if the config's data sets contain small images that are kept in memory."""
+    """Return True if the config's datasets contain small images that are kept in memory."""
     return cfg.INPUT.CLASSIFICATION.AUGMENT == "pad_crop"
 
 
 def find_dataset(name: str) -> str:
-    """Return the absolute path of a data set.
+    """Return the absolute path of a dataset.
 
     Args:
         name: Path, or pattern of shards, relative to the working directory or to
-            ``$DETECTRON2_DATASETS``; the name of a prepared data set such as ``cifar10_train``; or
-            a remote address, which is returned unchanged.
+            ``$DETECTRON2_DATASETS``; the name of a prepared dataset such as ``cifar10_train``; or
+            a remote URL, which is returned unchanged.
 
     Raises:
-        UserError: If the data set does not exist.
+        UserError: If the dataset does not exist.
     """
     if not isinstance(name, str):
         raise UserError(
             f"DATASETS.TRAIN or DATASETS.TEST contains {name!r}; expected the path or name of a "
-            "data set."
+            "dataset."
         )
     if is_remote(name):
         return name
@@ -243,26 +243,26 @@ def find_dataset(name: str) -> str:
             "file with the columns path and label, or a folder with one folder per class"
         )
     raise UserError(
-        f"Data set {name} not found; tried {' and '.join(dict.fromkeys(places))}. {remedy}. "
+        f"Dataset {name} not found; tried {' and '.join(dict.fromkeys(places))}. {remedy}. "
         "datasets/README.md describes the supported layouts; $DETECTRON2_DATASETS is the root of "
         "all data."
     )
 
 
 def open_train_dataset(cfg: CfgNode) -> ClassificationDataset | ImageArrays:
-    """Open the training data set."""
+    """Open the training dataset."""
     # The path of a complete Places365 folder does not determine the split, so the smaller train
     # split is used. The larger one is selected with the path of its image folder.
     return _open(cfg, cfg.DATASETS.TRAIN[0], "train" if in_memory(cfg) else "train_standard")
 
 
 def open_test_dataset(cfg: CfgNode, name: str) -> ClassificationDataset | ImageArrays:
-    """Open an evaluation data set by its name in ``DATASETS.TEST``."""
+    """Open an evaluation dataset by its name in ``DATASETS.TEST``."""
     return _open(cfg, name, "test" if in_memory(cfg) else "val")
 
 
 def inference_dir(cfg: CfgNode, name: str) -> str:
-    """Return the prediction folder of a data set in ``DATASETS.TEST``.
+    """Return the prediction folder of a dataset in ``DATASETS.TEST``.
 
     The path is relative to the output folder.
     """
@@ -281,15 +281,15 @@ def _open(cfg: CfgNode, name: str, split: str) -> ClassificationDataset | ImageA
             " (The expected classes are specified by DATASETS.CLASSES in the config, or by "
             "DATASETS.TRAIN.)"
         )  # fmt: skip
-        raise UserError(f"Cannot open data set {name}: {error}{known}") from error
+        raise UserError(f"Cannot open dataset {name}: {error}{known}") from error
 
 
-# Cached because a run opens its data sets several times, and listing a million files is slow.
+# Cached because a run opens its datasets several times, and listing a million files is slow.
 @functools.lru_cache(maxsize=8)
 def _open_once(
     name: str, split: str, classes: tuple[str, ...], cache_dir: str, small: Reading | None
 ) -> ClassificationDataset | ImageArrays:
-    """Open a data set.
+    """Open a dataset.
 
     If ``small`` is not None, all images are loaded into memory, with these reading settings.
     """
@@ -391,7 +391,7 @@ def train_loader(
 
 
 def test_loader(cfg: CfgNode, name: str) -> ClassificationLoader | CifarEvalLoader:
-    """Build the evaluation loader for this process's share of a data set."""
+    """Build the evaluation loader for this process's share of a dataset."""
     share = {
         "batch_size": max(cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(), 1),
         "rank": comm.get_rank(),

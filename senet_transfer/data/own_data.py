@@ -41,7 +41,7 @@ class DataPart(NamedTuple):
 
     Attributes:
         path: For detection, the path of the annotations, as in `DATASETS.REGISTER`. For
-            classification, the path or address of the labelled images, as in `DATASETS.TRAIN`.
+            classification, the path or URL of the labelled images, as in `DATASETS.TRAIN`.
         image_dir: Folder with the images for detection annotations; empty for labelled images.
     """
 
@@ -141,7 +141,7 @@ def _coco_parts(path: Path, image_dir: str) -> tuple[DataPart, DataPart | None] 
 
 
 def _image_parts(path: str) -> tuple[DataPart, DataPart | None]:
-    """Return the training and validation data of a classification data set."""
+    """Return the training and validation data of a classification dataset."""
     folder = Path(path)
     if folder.is_dir():
         train, val = (_subfolder(folder, names) for names in (_TRAIN_NAMES, _VAL_NAMES))

@@ -31,9 +31,9 @@ def warn_if_dark(name: str, reading: Reading, count: int, read: Callable[[int], 
     """Warn about 16-bit images that would be almost black in 8 bits, such as 12-bit data.
 
     Args:
-        name: Name of the data set.
+        name: Name of the dataset.
         reading: Settings for reading the images.
-        count: Number of images in the data set. A few of them are examined.
+        count: Number of images in the dataset. A few of them are examined.
         read: Function that returns an encoded image by its index.
     """
     if reading.value_range or reading.channels:

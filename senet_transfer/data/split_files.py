@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Source:
-    """Data set to split.
+    """Dataset to split.
 
     Attributes:
         classes: Class names, in their order in the printed table.
@@ -51,7 +51,7 @@ class _Source:
 
 
 def split_data(source: str | Path, output: str | Path, split: Split) -> str:
-    """Split a data set into training, validation and test data or folds, and write the files.
+    """Split a dataset into training, validation and test data or folds, and write the files.
 
     Args:
         source: JSON file in COCO format, CSV file, or folder with one folder per class.

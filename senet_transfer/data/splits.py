@@ -1,4 +1,4 @@
-"""Random data set splits that are stratified by class and keep groups of images together.
+"""Random dataset splits that are stratified by class and keep groups of images together.
 
 The algorithm is iterative stratification (Sechidis, Tsoumakas and Vlahavas 2011, "On the
 stratification of multi-label data"): the class with the fewest remaining groups is distributed
@@ -10,7 +10,7 @@ rarest class of an image therefore determines its part. There are three differen
   errors of many small classes would add up.
 - The last groups of a class are reserved for parts without this class. A class may still be missing
   from a part if rarer classes determined the parts of its groups. In this case, groups are
-  exchanged and, for small data sets, other random orders are tried.
+  exchanged and, for small datasets, other random orders are tried.
 """
 
 import hashlib

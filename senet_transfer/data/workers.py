@@ -51,7 +51,7 @@ class RaisingLoader:
 
     @property
     def dataset(self) -> Any:
-        """Return the data set of the wrapped PyTorch data loader."""
+        """Return the dataset of the wrapped PyTorch data loader."""
         return self.loader.dataset  # type: ignore[attr-defined]  # an iterable may have none
 
     def __iter__(self) -> Iterator[Any]:

@@ -31,7 +31,7 @@ def write_results(path: str | Path, results: Any, *, indent: int | None = 2) -> 
 def metrics(results: dict[str, Any]) -> dict[str, float]:
     """Return the metrics of a run's results by name, such as ``classification/top1_error``.
 
-    With several evaluation data sets, each name starts with the data set, as in
+    With several evaluation datasets, each name starts with the dataset, as in
     ``coco_2017_val/bbox/AP``. Diagnostics are excluded.
     """
     found: dict[str, float] = {}
@@ -111,7 +111,7 @@ def summary(done: str, results: dict[str, Any], datasets: list[str], output_dir:
     Args:
         done: The start of the sentence, such as "Trained se_resnet18 for 700 steps".
         results: The results of the evaluation, as returned by ``Trainer.evaluate``.
-        datasets: The names of the evaluated data sets.
+        datasets: The names of the evaluated datasets.
         output_dir: The output folder of the run, whose files are listed.
     """
     by_dataset = {datasets[0]: results} if len(datasets) == 1 else results

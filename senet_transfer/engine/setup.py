@@ -1,4 +1,4 @@
-"""Setup of a run: config, logging, data sets, device and checks."""
+"""Setup of a run: config, logging, datasets, device and checks."""
 
 import contextlib
 import importlib.util
@@ -76,7 +76,7 @@ class RunOptions:
         config_file: A YAML file, or the name of one of this project's configs. If empty, the
             default config is used.
         options: Alternating config keys and values that override the config file.
-        datasets: Data sets to register, each as (name, annotations) or (name, annotations, image
+        datasets: Datasets to register, each as (name, annotations) or (name, annotations, image
             folder); see ``DATASETS.REGISTER``.
         classes: The order of a classifier's labels: "numeric", or a file with one class name per
             line.
@@ -106,7 +106,7 @@ class RunOptions:
 
 
 def setup(options: RunOptions) -> CfgNode:
-    """Set up a run: load the config, start logging, register data sets and check everything.
+    """Set up a run: load the config, start logging, register datasets and check everything.
 
     The full config, the command line and the package versions are written to the output folder.
 
@@ -322,11 +322,11 @@ def available_device(name: str, logger: logging.Logger) -> str:
 
 
 def use_named_datasets(cfg: CfgNode, options: RunOptions, logger: logging.Logger) -> None:
-    """Set the config to train on the first data set of ``--dataset`` and evaluate on the second.
+    """Set the config to train on the first dataset of ``--dataset`` and evaluate on the second.
 
-    ``DATASETS.TRAIN`` or ``DATASETS.TEST`` is only changed if it names a data set that is not
+    ``DATASETS.TRAIN`` or ``DATASETS.TEST`` is only changed if it names a dataset that is not
     registered, as in the recipes for a user's own data, and if the command line does not set the
-    key. With ``--eval-only``, a single data set is evaluated.
+    key. With ``--eval-only``, a single dataset is evaluated.
 
     Args:
         cfg: The config, which is changed in place.
@@ -334,7 +334,7 @@ def use_named_datasets(cfg: CfgNode, options: RunOptions, logger: logging.Logger
         logger: The logger for messages about the choice.
     """
     register_shapes()
-    # A malformed entry or name is rejected when the data sets are registered and checked.
+    # A malformed entry or name is rejected when the datasets are registered and checked.
     entries = [
         entry for entry in cfg.DATASETS.REGISTER if isinstance(entry, list | tuple) and entry
     ]
@@ -359,17 +359,17 @@ def use_named_datasets(cfg: CfgNode, options: RunOptions, logger: logging.Logger
 
 
 def use_datasets(cfg: CfgNode, *, eval_only: bool = False, keep_classes: bool = False) -> None:
-    """Register and check the config's data sets, and copy their classes to the config.
+    """Register and check the config's datasets, and copy their classes to the config.
 
     Args:
         cfg: The config, which is changed in place.
         eval_only: If True, ignore ``DATASETS.TRAIN``.
-        keep_classes: If True, the classes in the config belong to a trained model, and the data
-            sets must have the same classes.
+        keep_classes: If True, the classes in the config belong to a trained model, and the datasets
+            must have the same classes.
 
     Raises:
-        UserError: If a data set is unknown, missing on disk or malformed, or if its classes differ
-            from the classes of the other data sets or of the model.
+        UserError: If a dataset is unknown, missing on disk or malformed, or if its classes differ
+            from the classes of the other datasets or of the model.
     """
     names = register_datasets(
         cfg.DATASETS.REGISTER, outlines=cfg.MODEL.MASK_ON, upright=reading_of(cfg).upright
@@ -382,13 +382,13 @@ def use_datasets(cfg: CfgNode, *, eval_only: bool = False, keep_classes: bool = 
     needed = "TEST" if eval_only else "TRAIN"
     if not cfg.DATASETS[needed]:
         raise UserError(
-            f"DATASETS.{needed} is empty. Set it to a tuple of data set names such as "
+            f"DATASETS.{needed} is empty. Set it to a tuple of dataset names such as "
             "\"('coco_2017_val',)\"."
         )
     names = [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
     if not all(isinstance(name, str) for name in names):
         raise UserError(
-            f"DATASETS.TRAIN and DATASETS.TEST contain {names!r}; expected data set names such as "
+            f"DATASETS.TRAIN and DATASETS.TEST contain {names!r}; expected dataset names such as "
             "'coco_2017_val'."
         )
     check_datasets_on_disk(names, evaluated=cfg.DATASETS.TEST)

@@ -110,7 +110,7 @@ class Trainer(DefaultTrainer):
         with config_errors("data loader"):
             data_loader: Any = self.build_train_loader(cfg, self.step_seed.seed)
         if cfg.SOLVER.EPOCHS is not None and not is_classification(cfg):
-            # The loader's data set excludes the images that Detectron2 filters out, such as those
+            # The loader's dataset excludes the images that Detectron2 filters out, such as those
             # without objects.
             cfg = solver.epochs_to_iterations(cfg, len(data_loader.dataset))
         parameter = next(model.parameters())
@@ -310,7 +310,7 @@ class Trainer(DefaultTrainer):
     def build_test_loader(
         cls, cfg: CfgNode, dataset_name: str
     ) -> RaisingLoader | ClassificationLoader | CifarEvalLoader:
-        """Build the data loader for an evaluation data set; broken images raise an error."""
+        """Build the data loader for an evaluation dataset; broken images raise an error."""
         if is_classification(cfg):
             return classification.test_loader(cfg, dataset_name)
         mapper = CheckedDatasetMapper(cfg, is_train=False)
@@ -320,14 +320,14 @@ class Trainer(DefaultTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, folder: str = "inference"
     ) -> DatasetEvaluator:
-        """Build the evaluator for a data set.
+        """Build the evaluator for a dataset.
 
-        Detectors are evaluated with the metrics of the data set's ``evaluator_type``, and
+        Detectors are evaluated with the metrics of the dataset's ``evaluator_type``, and
         classifiers with the top-1 and top-5 error. A detector's predictions and diagnostics are
         written to ``OUTPUT_DIR/<folder>/<dataset_name>``.
 
         Raises:
-            UserError: If the model's predictions can't be evaluated on the data set.
+            UserError: If the model's predictions can't be evaluated on the dataset.
         """
         if is_classification(cfg):
             dataset = classification.open_test_dataset(cfg, dataset_name)
@@ -352,7 +352,7 @@ class Trainer(DefaultTrainer):
         return FastCOCOEvaluator(
             dataset_name,
             output_dir=output_dir,
-            # For a data set without a JSON file, Detectron2 writes one. A cached file from an
+            # For a dataset without a JSON file, Detectron2 writes one. A cached file from an
             # earlier run may describe different data.
             allow_cached_coco=False,
             kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
@@ -373,7 +373,7 @@ class Trainer(DefaultTrainer):
         Args:
             cfg: The config.
             model: The model.
-            evaluators: The evaluators for the data sets. If None, :meth:`build_evaluator` is used,
+            evaluators: The evaluators for the datasets. If None, :meth:`build_evaluator` is used,
                 and the losses are computed.
 
         Returns:
@@ -392,7 +392,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def validation_losses(cls, cfg: CfgNode, model: nn.Module, name: str) -> dict[str, float]:
-        """Return a detector's mean losses on a data set, by name, without changing the model."""
+        """Return a detector's mean losses on a dataset, by name, without changing the model."""
         mapper = CheckedDatasetMapper(cfg, is_train=False)
         mapper.is_train = True  # Keep the annotations, but without augmentation.
         return validation_losses(model, detection.build_test_loader(cfg, name, mapper))

@@ -145,11 +145,11 @@ def evaluate_classifier(
     keep_logits: bool = False,
     quiet: bool = False,
 ) -> Evaluation:
-    """Evaluate a classifier on all images of a data set, using only this process.
+    """Evaluate a classifier on all images of a dataset, using only this process.
 
     Args:
         model: The classifier, on the device to use.
-        dataset: A data set with the same number of classes as the model.
+        dataset: A dataset with the same number of classes as the model.
         transform: The evaluation transform.
         batch_size: The number of images per batch.
         workers: The number of processes that read and decode images.
@@ -158,7 +158,7 @@ def evaluate_classifier(
         quiet: If True, hide the progress bar. It is always hidden if stderr isn't a terminal.
 
     Raises:
-        UserError: If the model and the data set have different numbers of classes, or if an image
+        UserError: If the model and the dataset have different numbers of classes, or if an image
             is missing or corrupted.
     """
     _check_classes(model, dataset)

@@ -40,13 +40,13 @@ class ClassificationEvaluator(DatasetEvaluator):
         """
         Args:
             num_classes: The number of classes in the model and the data.
-            expected: The number of images in the data set, for checking that all images were
+            expected: The number of images in the dataset, for checking that all images were
                 evaluated.
             with_loss: If True, compute the mean cross-entropy, without label smoothing.
             keep_predictions: If True, keep the key, label and top classes of each image.
             keep_logits: If True, also keep the logits of each image.
             output_dir: The folder for ``predictions.json``; if empty, the file isn't written. It
-                contains one list per column: ``index`` (in the data set), ``label``, ``top`` (the
+                contains one list per column: ``index`` (in the dataset), ``label``, ``top`` (the
                 top classes) and ``probability`` (of the best class, in [0, 1]).
         """
         self.num_classes = num_classes
@@ -115,7 +115,7 @@ class ClassificationEvaluator(DatasetEvaluator):
             other processes, None.
 
         Raises:
-            UserError: If the number of evaluated images differs from the size of the data set.
+            UserError: If the number of evaluated images differs from the size of the dataset.
         """
         parts = comm.gather((self.hits, self.confusion, self.predictions, self.loss))
         if not comm.is_main_process():

@@ -261,7 +261,7 @@ def _confusion(overlaps: Overlaps, matches: Matches, classes: int, score: float)
 def summary(found: dict[str, Any]) -> str:
     """Return the main results of :func:`diagnose` in a few sentences."""
     if not found["objects"]:
-        return "The data set contains no objects."
+        return "The dataset contains no objects."
     if not found["detections"]:
         return f"None of the {found['objects']:,} objects is detected: there are no detections."
     sentences = [_main_loss(found), _confused(found), _worst_size(found)]

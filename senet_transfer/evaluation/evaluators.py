@@ -1,4 +1,4 @@
-"""Selection of Detectron2 evaluators by a data set's ``evaluator_type`` and the model's outputs."""
+"""Selection of Detectron2 evaluators by a dataset's ``evaluator_type`` and the model's outputs."""
 
 import contextlib
 import importlib.util
@@ -70,22 +70,22 @@ _PACKAGES = {
 
 
 def evaluator_kinds(cfg: CfgNode, name: str) -> list[str]:
-    """Return the kinds of evaluators that support both a data set and a model's predictions.
+    """Return the kinds of evaluators that support both a dataset and a model's predictions.
 
     Args:
         cfg: The model's config.
-        name: The name of a registered data set.
+        name: The name of a registered dataset.
 
     Raises:
-        UserError: If the data set's ``evaluator_type`` is unknown, or if none of its evaluators
+        UserError: If the dataset's ``evaluator_type`` is unknown, or if none of its evaluators
             supports the model's predictions.
     """
     metadata = MetadataCatalog.get(name)
     kind = metadata.get("evaluator_type", "coco")
     if kind not in _KINDS:
         raise UserError(
-            f"The evaluator_type of the data set {name} is {kind!r}; expected one of: "
-            f"{', '.join(_KINDS)}. Register the data set with one of these, or remove it from "
+            f"The evaluator_type of the dataset {name} is {kind!r}; expected one of: "
+            f"{', '.join(_KINDS)}. Register the dataset with one of these, or remove it from "
             "DATASETS.TEST."
         )
     kinds = list(_KINDS[kind])
@@ -98,7 +98,7 @@ def evaluator_kinds(cfg: CfgNode, name: str) -> list[str]:
     if not found:
         needed = sorted(set().union(*(_EVALUATED[kind] for kind in kinds)))
         raise UserError(
-            f"The evaluator_type of the data set {name} is {kind!r}, which evaluates "
+            f"The evaluator_type of the dataset {name} is {kind!r}, which evaluates "
             f"{' and '.join(needed)}, but MODEL.META_ARCHITECTURE is "
             f"{cfg.MODEL.META_ARCHITECTURE}, which predicts {' and '.join(sorted(predicted))}. "
             "Change DATASETS.TEST or MODEL.META_ARCHITECTURE."
@@ -107,15 +107,15 @@ def evaluator_kinds(cfg: CfgNode, name: str) -> list[str]:
 
 
 def check_evaluators(cfg: CfgNode, train: Sequence[str], test: Sequence[str]) -> None:
-    """Check that a run's data sets can be read and its predictions can be evaluated.
+    """Check that a run's datasets can be read and its predictions can be evaluated.
 
     Args:
         cfg: The run's config.
-        train: The names of the data sets to train on.
-        test: The names of the data sets to evaluate.
+        train: The names of the datasets to train on.
+        test: The names of the datasets to evaluate.
 
     Raises:
-        UserError: If there is no evaluator for a data set, or if a package or metadata required for
+        UserError: If there is no evaluator for a dataset, or if a package or metadata required for
             reading or evaluation is missing.
     """
     for name in train:
@@ -128,8 +128,8 @@ def check_evaluators(cfg: CfgNode, train: Sequence[str], test: Sequence[str]) ->
             _check_package(kind, name)
         if "sem_seg" in kinds and MetadataCatalog.get(name).get("ignore_label") is None:
             raise UserError(
-                f"The metadata of the data set {name} has no ignore_label, which is required to "
-                "evaluate semantic segmentation. Set it in the code that registers the data set: "
+                f"The metadata of the dataset {name} has no ignore_label, which is required to "
+                "evaluate semantic segmentation. Set it in the code that registers the dataset: "
                 f"MetadataCatalog.get({name!r}).set(ignore_label=255)."
             )
 
@@ -138,7 +138,7 @@ def _check_package(kind: str, name: str) -> None:
     package, command = _PACKAGES.get(kind, ("", ""))
     if package and importlib.util.find_spec(package) is None:
         raise UserError(
-            f"The data set {name} requires the package {package}, which is not installed. Install "
+            f"The dataset {name} requires the package {package}, which is not installed. Install "
             f"it with: {command}"
         )
 
@@ -148,7 +148,7 @@ def other_evaluator(kind: str, name: str, output_dir: str) -> DatasetEvaluator:
 
     Args:
         kind: One of :func:`evaluator_kinds`.
-        name: The name of the data set.
+        name: The name of the dataset.
         output_dir: The folder for the predictions.
     """
     if kind == "rotated":

@@ -30,7 +30,7 @@ def check_metric(cfg: CfgNode, key: str, metric: str) -> None:
     tests = list(cfg.DATASETS.TEST)
     if not metric or not tests:
         return
-    # With several data sets, Detectron2 adds the data set names to the metric names.
+    # With several datasets, Detectron2 adds the dataset names to the metric names.
     prefixes = [f"{name}/" for name in tests] if len(tests) > 1 else [""]
     prefix = next((prefix for prefix in prefixes if metric.startswith(prefix)), None)
     known = _known(cfg)
@@ -38,7 +38,7 @@ def check_metric(cfg: CfgNode, key: str, metric: str) -> None:
         return
     why = "which the evaluation doesn't return"
     if prefix is None:
-        why = f"but DATASETS.TEST has {len(tests)} data sets, whose names begin the metrics' names"
+        why = f"but DATASETS.TEST has {len(tests)} datasets, whose names begin the metrics' names"
     examples = [f"{prefix}{name}" for prefix in prefixes for name in known[:4]]
     raise UserError(
         f"{key} is {metric!r}, {why}. Set it to a metric such as: {first_of(examples, 8)}."

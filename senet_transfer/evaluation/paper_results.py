@@ -116,15 +116,15 @@ def _tables_iv_and_v() -> dict[tuple[str, str], Published]:
     return found
 
 
-# Results on the CIFAR test sets, by data set and model name.
+# Results on the CIFAR test sets, by dataset and model name.
 CIFAR = _tables_iv_and_v()
 
 
 def published_on_cifar(dataset: str, model: str) -> Published | None:
-    """Return the published result of a model on a CIFAR data set, or None if there is none.
+    """Return the published result of a model on a CIFAR dataset, or None if there is none.
 
     Args:
-        dataset: The name or path of the data set, as in a config.
+        dataset: The name or path of the dataset, as in a config.
         model: The model name.
     """
     name = cifar_name(dataset)

@@ -1,4 +1,4 @@
-"""Losses of a detector on an evaluation data set."""
+"""Losses of a detector on an evaluation dataset."""
 
 import contextlib
 from collections import defaultdict

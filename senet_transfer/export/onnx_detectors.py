@@ -70,7 +70,7 @@ def export_detector_to_onnx(
 
     The exported detector is compared with the original one on ``image`` and on a crop of it. If the
     original detects no objects, both are compared without the score threshold. They are also
-    compared on a grey image, which usually contains no objects.
+    compared on a grayscale image, which usually contains no objects.
 
     Args:
         model: A Detectron2 meta-architecture that predicts objects with boxes.
@@ -119,8 +119,8 @@ def export_detector_to_onnx(
             )
         if found and not expected:
             raise UserError(
-                f"{path} detects {found} objects in a plain grey image, in which the model detects "
-                "none. Export the model to TorchScript (.ts) instead."
+                f"{path} detects {found} objects in a uniformly grey image, in which the model "
+                "detects none. Export the model to TorchScript (.ts) instead."
             )
     return compared
 

@@ -46,7 +46,7 @@ def require_detectron2() -> None:
         raise ImportError(
             "senet_transfer requires Detectron2, which is not installed. It can't be installed by "
             "name from the package index. Run `install_detectron2.py`, which pip installed next to "
-            "the `senet` program (in a clone of this project: `python "
+            "the `senet` command (in a clone of this project: `python "
             "tools/install_detectron2.py`), or build Detectron2 from its official source."
         )
 

@@ -157,7 +157,7 @@ def _wanted(cfg: CfgNode, source: Source) -> dict[str, Any]:
         pixels, channels = source.preprocessing, channels_of(source.preprocessing.format)
         # When weights for colour images are loaded, they are adapted to the channels in the config.
         if channels or not channels_of(cfg.INPUT.FORMAT):
-            # Networks for colour images receive grey images as three equal channels.
+            # Networks for colour images receive grayscale images as three equal channels.
             grey = cfg.INPUT.FORMAT == "L" and not channels
             wanted["INPUT.FORMAT"] = "L" if grey else pixels.format
             wanted["MODEL.PIXEL_MEAN"] = list(pixels.mean)

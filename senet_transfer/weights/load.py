@@ -211,7 +211,7 @@ def pixel_contradictions(file: Preprocessing, model: Preprocessing) -> list[str]
         ("std", "MODEL.PIXEL_STD"),
     ):
         theirs, built = getattr(file, name), getattr(model, name)
-        # A network for colour images can process grey images as three equal channels.
+        # A network for colour images can process grayscale images as three equal channels.
         if name == "format" and built == "L":
             continue
         if not same_pixels(theirs, built):

@@ -77,7 +77,7 @@ def test_the_configs_own_variant_is_the_standard():
         (CONFIG, [], ["depth"], "axis 'depth' is unknown"),
         ("configs/faster_rcnn_se_r50.yaml", [], [], "expected ImageClassifier"),
         (CONFIG, ["DATASETS.TEST", "('a', 'b')"], [], r"TEST is \('a', 'b'\); expected a single"),
-        (CONFIG, ["DATASETS.TEST", "()"], [], r"TEST is \(\); expected a single data set"),
+        (CONFIG, ["DATASETS.TEST", "()"], [], r"TEST is \(\); expected a single dataset"),
     ],
 )
 def test_configs_without_a_grid_are_rejected_with_a_clear_error(config, options, axes, said):

@@ -1,4 +1,4 @@
-"""Small generated data sets in Places365's layout."""
+"""Small generated datasets in Places365's layout."""
 
 import io
 import tarfile

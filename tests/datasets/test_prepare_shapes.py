@@ -24,7 +24,7 @@ COUNTS = {"train": 40, "val": 4, "tiny": 8}
 
 @pytest.fixture(scope="module")
 def data_set(tmp_path_factory):
-    """Render a small data set, which tests must not change."""
+    """Render a small dataset, which tests must not change."""
     return make_shapes(tmp_path_factory.mktemp("data") / "shapes", seed=0, train=40, val=4)
 
 

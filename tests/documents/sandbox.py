@@ -57,7 +57,7 @@ def _shapes(root: Path) -> None:
 
 
 def _coco(root: Path) -> None:
-    """Write the shapes data set as if it were COCO 2017, with COCO's classes."""
+    """Write the shapes dataset as if it were COCO 2017, with COCO's classes."""
     content = json.loads((root / TINY).read_text())
     keys = ("id", "name", "supercategory")
     things = [entry for entry in COCO_CATEGORIES if entry["isthing"]]
@@ -76,7 +76,7 @@ def _own_coco(root: Path) -> None:
 
 
 def _voc(root: Path) -> None:
-    """Write the shapes data set in Pascal VOC's format, with the same images in train and val."""
+    """Write the shapes dataset in Pascal VOC's format, with the same images in train and val."""
     content = json.loads((root / TINY).read_text())
     names = {category["id"]: category["name"] for category in content["categories"]}
     shutil.copytree(root / "datasets/shapes/tiny", root / "voc/JPEGImages")
@@ -106,7 +106,7 @@ def _photos(root: Path) -> None:
 
 
 def _five_channels(root: Path) -> None:
-    """Write the images of the shapes data set as NumPy arrays with five channels."""
+    """Write the images of the shapes dataset as NumPy arrays with five channels."""
     content = json.loads((root / TINY).read_text())
     (root / "five").mkdir()
     for image in content["images"]:

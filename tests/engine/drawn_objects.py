@@ -1,4 +1,4 @@
-"""Synthetic images of rectangles, and functions that register them as data sets for many tasks."""
+"""Synthetic images of rectangles, and functions that register them as datasets for many tasks."""
 
 import json
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ def draw(folder: Path, count: int = 4) -> list[Drawn]:
 
 
 def forget(name: str) -> None:
-    """Remove a data set from Detectron2's catalogs."""
+    """Remove a dataset from Detectron2's catalogs."""
     DatasetCatalog.pop(name, None)
     MetadataCatalog.pop(name, None)
 
@@ -135,11 +135,11 @@ def coco_file(path: Path, images: list[Drawn]) -> Path:
 
 
 def register_lvis(name: str, images: list[Drawn]) -> None:
-    """Write an annotation file and register it as an LVIS data set."""
+    """Write an annotation file and register it as an LVIS dataset."""
     folder = images[0].path.parent
     json_file = coco_file(folder.with_name(f"{folder.name}_lvis.json"), images)
     forget(name)
-    # Omit the name of the data set, because the loader would use it to select LVIS's own classes.
+    # Omit the name of the dataset, because the loader would use it to select LVIS's own classes.
     DatasetCatalog.register(name, lambda: load_lvis_json(str(json_file), f"{folder.parent}/"))
     kind = {"evaluator_type": "lvis", "json_file": str(json_file)}
     MetadataCatalog.get(name).set(thing_classes=CLASSES, **kind)

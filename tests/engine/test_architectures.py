@@ -55,7 +55,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def forgotten():
-    """Unregister the data set "drawn" before and after each test."""
+    """Unregister the dataset "drawn" before and after each test."""
     drawn.forget("drawn")
     yield
     drawn.forget("drawn")
@@ -230,7 +230,7 @@ def test_lvis_is_trained_and_evaluated(images, options):
 
 
 def evaluate(keys: dict[str, str], outputs: list[dict], images, tmp_path) -> dict:
-    """Return the evaluation results for the given outputs on the data set "drawn"."""
+    """Return the evaluation results for the given outputs on the dataset "drawn"."""
     words = [word for item in keys.items() for word in item]
     cfg = load_config("", [*words, "OUTPUT_DIR", str(tmp_path)])
     cfg.DATASETS.TEST = ("drawn",)
@@ -391,7 +391,7 @@ def test_bad_label_images_are_rejected_by_name(images, options, tmp_path):
     segmentation = {"MODEL.META_ARCHITECTURE": "SemanticSegmentor", **SEM_SEG}
     hidden = images[1].path.with_name(f"{images[1].path.stem}_labels.png")
     hidden.rename(tmp_path / "hidden.png")
-    with pytest.raises(UserError, match="1 of 4 images of the data set drawn have no label image"):
+    with pytest.raises(UserError, match="1 of 4 images of the dataset drawn have no label image"):
         setup(options(**segmentation))
     (tmp_path / "hidden.png").rename(hidden)
     MetadataCatalog.pop("drawn")

@@ -1,4 +1,4 @@
-"""Tests for training on grey images, and for config keys that describe images and anchors."""
+"""Tests for training on grayscale images, and for config keys that describe images and anchors."""
 
 import json
 from dataclasses import replace
@@ -46,7 +46,7 @@ def test_a_detector_of_grey_images_trains_predicts_and_is_exported(
         DetectorPredictor.of(loaded, threshold=0), [str(grey)], str(tmp_path / "out")
     )
     found = json.loads(Path(path).read_text())["annotations"]
-    # Compute the expected detections by passing the grey pixels directly to Detectron2's model.
+    # Compute the expected detections by passing the pixels directly to Detectron2's model.
     image = cv2.imread(str(grey), cv2.IMREAD_GRAYSCALE)[:, :, None]
     side = loaded.cfg.INPUT.MIN_SIZE_TEST
     scale = side / min(image.shape[:2])
@@ -78,7 +78,7 @@ def test_a_detector_of_grey_images_trains_predicts_and_is_exported(
 
 @pytest.mark.long
 def test_grey_images_start_from_weights_for_colours(command, tmp_path):
-    """Compare a grey image with a BGR image of three equal channels, using the same weights."""
+    """Compare a grayscale image with a BGR image of equal channels, using the same weights."""
     main(command("--quiet", **{**SHORT, "INPUT.FORMAT": "BGR", "DATASETS.TEST": "()"}))
     weights = str(tmp_path / "run" / "model_final.pth")
     colours, grey = (

@@ -42,7 +42,7 @@ SCRATCH = r"configs/scratch_detector\.yaml"
         ((), {"SOLVER.CHECKPOINT_PERIOD": "0"}, "CHECKPOINT_PERIOD is 0; expected 1 or more"),
         ((), {"SOLVER.CHECKPOINTS_KEPT": "1"}, "CHECKPOINTS_KEPT is 1.*at least 2"),
         ((), {"DATASETS.TRAIN": "()"}, "DATASETS.TRAIN is empty"),
-        ((), {"DATASETS.TRAIN": "(1,)"}, "expected data set names"),
+        ((), {"DATASETS.TRAIN": "(1,)"}, "expected dataset names"),
         ((), {"MODEL.SE.RATIO": "eight"}, "RATIO"),
     ],
 )
@@ -313,7 +313,7 @@ def test_a_programming_error_is_not_reported_as_a_user_s(command, monkeypatch, m
         (("a", "b"), (), (), ("a",), ("b",)),
         (("a", "b", "c"), (), (), ("a",), ("b",)),
         (("b", "a"), (), (), ("b",), ("a",)),
-        # Without --eval-only, a single data set is used for training but not for evaluation.
+        # Without --eval-only, a single dataset is used for training but not for evaluation.
         (("a",), (), (), ("a",), ("my_val",)),
         (("a",), ("--eval-only",), (), ("a",), ("a",)),
         (("a", "b"), (), ("DATASETS.TRAIN", "('b',)"), ("b",), ("b",)),

@@ -152,7 +152,7 @@ def classifier(kind, config, data, tmp_path, **options):
 
 
 def cifar(folder):
-    """Write a small data set like CIFAR and return its folder."""
+    """Write a small dataset like CIFAR and return its folder."""
     images = torch.randint(256, (32, 3, 32, 32), dtype=torch.uint8)
     data = ImageArrays(images, torch.arange(32) % 3, ["cat", "dog", "ship"], "test")
     for split in ("train", "test"):

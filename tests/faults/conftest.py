@@ -1,4 +1,4 @@
-"""Fixtures that provide small data sets and training runs.
+"""Fixtures that provide small datasets and training runs.
 
 The tests write gigabytes, so their files are in /dev/shm if it has enough space.
 """
@@ -78,7 +78,7 @@ def disk():
 
 @pytest.fixture(scope="session")
 def words(disk):
-    """Write small data sets; return the arguments of a training run on each kind of data."""
+    """Write small datasets; return the arguments of a training run on each kind of data."""
     tree, shards = disk / "tree", disk / "shards"
     random = np.random.RandomState(0)
     for name in ("blue", "green", "red"):

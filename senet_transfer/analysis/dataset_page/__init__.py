@@ -1,4 +1,4 @@
-"""HTML page about a data set: training inputs, statistics, duplicates and unusual annotations."""
+"""HTML page about a dataset: training inputs, statistics, duplicates and unusual annotations."""
 
 from senet_transfer.analysis.dataset_page.page import write_data_page
 from senet_transfer.analysis.dataset_page.splits import data_config

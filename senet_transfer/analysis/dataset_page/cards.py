@@ -53,7 +53,7 @@ def unusual_card(split: Split, item: Unusual, reading: Reading) -> dict[str, Any
     """Return a picture of an unusual annotation and its surroundings, or of an unusual image.
 
     Args:
-        split: The data set.
+        split: The dataset.
         item: The annotation or image.
         reading: Settings for reading images.
 
@@ -121,7 +121,7 @@ def duplicates_card(
     """Return the pictures of a group of identical or almost identical images.
 
     Args:
-        members: Data set and index of each image.
+        members: Dataset and index of each image.
         identical: True if the files are identical.
         reading: Settings for reading images.
     """

@@ -1,4 +1,4 @@
-"""Histograms for the HTML page about a data set."""
+"""Histograms for the HTML page about a dataset."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -23,8 +23,8 @@ def object_charts(
 
     Args:
         cfg: Config of a detector.
-        names: Names of the data sets, the training data first.
-        objects: The annotated objects of each data set.
+        names: Names of the datasets, the training data first.
+        objects: The annotated objects of each dataset.
         anchors: The largest IoU of each training object with an anchor.
 
     Returns:
@@ -51,8 +51,8 @@ def image_charts(names: Sequence[str], sizes: Sequence[np.ndarray]) -> list[dict
     """Return histograms of image sizes and aspect ratios, except those with a single bin.
 
     Args:
-        names: Names of the data sets.
-        sizes: Width and height of each image in pixels, ``(M, 2)``, for each data set.
+        names: Names of the datasets.
+        sizes: Width and height of each image in pixels, ``(M, 2)``, for each dataset.
     """
     roots = [np.sqrt(one.prod(1)) for one in sizes]
     ratios = [_ratio(one) for one in sizes]

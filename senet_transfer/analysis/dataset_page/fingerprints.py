@@ -34,7 +34,7 @@ class Fingerprints:
     """Fingerprints and properties of N images.
 
     Attributes:
-        index: Index of each image in its data set, int64 ``(N,)``.
+        index: Index of each image in its dataset, int64 ``(N,)``.
         digests: Hash of each file, bytes ``(N,)``.
         bits: Perceptual hash of each image, uint64 ``(N, 4)``.
         sizes: Width and height in pixels, int64 ``(N, 2)``.
@@ -81,12 +81,12 @@ def fingerprint_images(
 
     Args:
         images: The images.
-        limit: Maximum number of images. For larger data sets, a random sample is read. The sample
+        limit: Maximum number of images. For larger datasets, a random sample is read. The sample
             depends only on the number of images.
         workers: Number of processes; 1 uses the current process.
         reading: Settings for reading images.
         quiet: If True, show no progress bar.
-        name: Name of the data set, for the progress bar.
+        name: Name of the dataset, for the progress bar.
     """
     chosen = np.sort(np.random.default_rng(0).permutation(len(images))[:limit])
     parts = np.array_split(chosen, 8 * workers)

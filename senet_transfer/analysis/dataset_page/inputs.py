@@ -47,7 +47,7 @@ def training_views(cfg: CfgNode, count: int) -> list[tuple[View, View]]:
     returns the same images in the same order, with the evaluation transform.
 
     Args:
-        cfg: Config whose data sets are registered.
+        cfg: Config whose datasets are registered.
         count: Number of images.
     """
     cfg = cfg.clone()

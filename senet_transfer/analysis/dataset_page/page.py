@@ -1,4 +1,4 @@
-"""Writer for the HTML page about a data set, as shown by ``senet data show``."""
+"""Writer for the HTML page about a dataset, as shown by ``senet data show``."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -49,9 +49,9 @@ class _Content:
 
     Attributes:
         cfg: The config.
-        splits: The data sets, the training data first.
-        prints: The fingerprints of each data set.
-        groups: The groups of duplicates. Members are numbered consecutively across all data sets.
+        splits: The datasets, the training data first.
+        prints: The fingerprints of each dataset.
+        groups: The groups of duplicates. Members are numbered consecutively across all datasets.
         unusual: The unusual annotations or images.
         anchors: The largest IoU of each training object with an anchor.
     """
@@ -65,12 +65,12 @@ class _Content:
 
     @cached_property
     def indices(self) -> list[tuple[int, int]]:
-        """Index of the data set, and of the image in it, for each member of ``groups``."""
+        """Index of the dataset, and of the image in it, for each member of ``groups``."""
         return [(k, index) for k, found in enumerate(self.prints) for index in found.index.tolist()]
 
     @cached_property
     def labels(self) -> list[np.ndarray]:
-        """Labels of the images in each data set. For detection data, all labels are 0."""
+        """Labels of the images in each dataset. For detection data, all labels are 0."""
         return [split.images.labels() for split in self.splits]
 
     def is_shared(self, group: Duplicates) -> bool:
@@ -94,14 +94,14 @@ def write_data_page(
     say: Callable[[str], None] = print,
     quiet: bool = False,
 ) -> None:
-    """Write a page about the data sets of a config.
+    """Write a page about the datasets of a config.
 
     Args:
         cfg: Config returned by :func:`~.splits.data_config`.
         output: The HTML file, which is written atomically.
         inputs: Number of training inputs to show.
-        limit: Maximum number of images per data set to decode when searching for duplicates and
-            measuring the images of a classifier. For larger data sets, a random sample is used.
+        limit: Maximum number of images per dataset to decode when searching for duplicates and
+            measuring the images of a classifier. For larger datasets, a random sample is used.
         workers: Number of processes that decode images.
         say: A function that is called with a message if images can't be read.
         quiet: If True, show no progress bars.
@@ -238,7 +238,7 @@ def _summary(split: Split, found: Fingerprints) -> dict[str, Any]:
 
 
 def _class_rows(splits: list[Split]) -> list[dict[str, Any]]:
-    """Return the counts of each class in each data set, the most frequent class first."""
+    """Return the counts of each class in each dataset, the most frequent class first."""
     counts = [split.class_counts() for split in splits]
     order = np.argsort(-counts[0][1], kind="stable")
     return [
@@ -277,7 +277,7 @@ def _anchor_values(content: _Content) -> dict[str, Any] | None:
 
 
 def _kinds(content: _Content) -> list[tuple[str, list[int]]]:
-    """Return each kind of unusual item as text, with the number of such items per data set."""
+    """Return each kind of unusual item as text, with the number of such items per dataset."""
     counts = Counter((item.kind, item.split) for item in content.unusual)
     kinds = IMAGE_KINDS if is_classification(content.cfg) else KINDS
     numbers = range(len(content.splits))
@@ -305,7 +305,7 @@ def _group_findings(content: _Content) -> list[tuple[str, str]]:
         f"{groups} in both training and evaluation data, which makes the evaluation too "
         "optimistic": shared,
         f"{groups} with different labels": contradictory,
-        f"{groups} within one data set": len(content.groups) - shared,
+        f"{groups} within one dataset": len(content.groups) - shared,
     }
     return [("duplicates", f"{text}: {count:,}.") for text, count in texts.items() if count]
 

@@ -1,4 +1,4 @@
-"""Config and data sets for the page that ``senet data show`` writes, with images and objects."""
+"""Config and datasets for the page that ``senet data show`` writes, with images and objects."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ RECIPES = ("finetune_detector", "finetune_folder", "cifar10_resnet20")
 
 @dataclass(frozen=True)
 class Objects:
-    """Annotated objects of a data set, without crowds.
+    """Annotated objects of a dataset, without crowds.
 
     Attributes:
         boxes: Left, top, right and bottom in pixels, float64 ``(N, 4)``.
@@ -171,13 +171,13 @@ def data_config(
     config_file: str = "",
     options: Sequence[str] = (),
 ) -> CfgNode:
-    """Return a frozen config whose data sets are registered and checked as for training.
+    """Return a frozen config whose datasets are registered and checked as for training.
 
     Args:
-        data: Data as in ``senet train --data``, or the name of a registered data set.
+        data: Data as in ``senet train --data``, or the name of a registered dataset.
         val: Evaluation data, in the same form. If empty, ``data`` is searched for it.
         images: Image folder for annotation files. If empty, the folder is searched for.
-        datasets: Detection data sets as in ``--dataset``, in addition to ``data`` and ``val``.
+        datasets: Detection datasets as in ``--dataset``, in addition to ``data`` and ``val``.
         config_file: A YAML file or the name of a config. If empty, the recipe for fine-tuning on
             this kind of data is used.
         options: Alternating config keys and values.
@@ -191,8 +191,8 @@ def data_config(
     names += [entry[0] for entry in datasets]
     if not names and not config_file:
         raise UserError(
-            "No data is specified. Pass a path with --data, register data sets with --dataset, or "
-            "pass --config-file with a config that names data sets."
+            "No data is specified. Pass a path with --data, register datasets with --dataset, or "
+            "pass --config-file with a config that names datasets."
         )
     cfg = load_config(config_file or _recipe(names, entries), list(options))
     cfg.MODEL.DEVICE = "cpu"
@@ -221,7 +221,7 @@ def _corners(box: Sequence[float], mode: BoxMode) -> Sequence[float]:
 
 
 def _named(data: str, val: str, images: str) -> tuple[list[str], list[list[str]]]:
-    """Return the names of the data sets, and ``DATASETS.REGISTER`` entries for annotation files."""
+    """Return the names of the datasets, and ``DATASETS.REGISTER`` entries for annotation files."""
     if not data or data in DatasetCatalog:
         return [name for name in (data, val) if name], []
     names: list[str] = []

@@ -56,7 +56,7 @@ class Unusual:
         image: Index of the image.
         objects: Indices of the objects; empty if the whole image is unusual.
         why: The reason, as a sentence.
-        split: Index of the data set.
+        split: Index of the dataset.
     """
 
     kind: str
@@ -214,7 +214,7 @@ def unusual_images(index: np.ndarray, sizes: np.ndarray, contrast: np.ndarray) -
         found.append(
             Unusual(
                 "blank", -float(contrast[row]), int(index[row]), (),
-                f"The brightness has a standard deviation of {contrast[row]:.1f} grey levels.",
+                f"The brightness has a standard deviation of {contrast[row]:.1f} intensity levels.",
             )
         )  # fmt: skip
     width, height = sizes.T.astype(np.float64)

@@ -62,7 +62,7 @@ class GateAnalysis:
 def open_labelled(
     data: str, images: str = "", group_by: str = "", reading: Reading = UPRIGHT
 ) -> ClassificationDataset:
-    """Open a labelled data set of any supported kind.
+    """Open a labelled dataset of any supported kind.
 
     Args:
         data: A path accepted by :func:`~senet_transfer.data.classification.open.open_dataset`, a

@@ -79,7 +79,7 @@ def choose_classes(
         seed: The seed for the random selection.
 
     Raises:
-        UserError: If a class is not in the data set or has no images.
+        UserError: If a class is not in the dataset or has no images.
     """
     with_images = [label for label in range(sample.num_classes) if sample.counts[label]]
     if not names:
@@ -110,7 +110,7 @@ def collect_excitations(
 ) -> Excitations:
     """Collect gate statistics for a model's backbone on a sample of images from each class.
 
-    The classes in the data set can differ from the model's classes.
+    The classes in the dataset can differ from the model's classes.
 
     Args:
         model: An ``ImageClassifier`` or a Detectron2 detector, in evaluation mode.

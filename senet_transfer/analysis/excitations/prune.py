@@ -173,7 +173,7 @@ def measure_pruning(
         cfg: The config returned by :func:`pruned_config`.
         model: The model with all gates.
         found: The gate statistics.
-        dataset: The evaluation data set. All of its images are used.
+        dataset: The evaluation dataset. All of its images are used.
         transform: The evaluation transform.
         options: Keyword arguments for ``evaluate_classifier``.
 

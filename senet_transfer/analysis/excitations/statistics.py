@@ -1,4 +1,4 @@
-"""Statistics of a gate's values by class, using memory independent of the data set size."""
+"""Statistics of a gate's values by class, using memory independent of the dataset size."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

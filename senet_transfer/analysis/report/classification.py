@@ -26,10 +26,10 @@ EXAMPLES = 6
 
 @dataclass
 class Predictions:
-    """A classifier's predictions on a data set.
+    """A classifier's predictions on a dataset.
 
     Attributes:
-        index: Image indices in the data set, ``(N,)``.
+        index: Image indices in the dataset, ``(N,)``.
         labels: Ground-truth labels, ``(N,)``.
         best: Predicted classes, ``(N,)``.
         probability: Probabilities of the predicted classes in [0, 1], ``(N,)``.
@@ -88,7 +88,7 @@ class Predictions:
 
 
 def read_predictions(run: Run, name: str) -> Predictions | None:
-    """Read a run's predictions on a data set in ``DATASETS.TEST``.
+    """Read a run's predictions on a dataset in ``DATASETS.TEST``.
 
     Returns:
         The predictions, or None if no predictions were saved.
@@ -115,7 +115,7 @@ def read_predictions(run: Run, name: str) -> Predictions | None:
 def confusion_galleries(
     runs: list[Run], budget: int, say: Callable[[str], None], *, quiet: bool = False
 ) -> list[dict[str, Any]]:
-    """Collect confused classes with example images, class errors and calibration per data set.
+    """Collect confused classes with example images, class errors and calibration per dataset.
 
     Args:
         runs: The runs to report on.
@@ -124,7 +124,7 @@ def confusion_galleries(
         quiet: If True, show no progress bar.
 
     Returns:
-        One dict per data set with ``data`` (its name), ``classes``, ``runs`` (indices), ``errors``
+        One dict per dataset with ``data`` (its name), ``classes``, ``runs`` (indices), ``errors``
         (in percent, by run and class), ``calibration`` and ``ece`` (by run), ``images`` (data URIs,
         by index) and ``pairs``. Each pair is a dict with ``run``, ``label``, ``taken`` (the
         predicted class), ``count``, ``of`` (the number of images with this label) and
@@ -186,8 +186,8 @@ def pictures(
 
     Args:
         cfg: The run's config.
-        name: The data set's name in ``DATASETS.TEST``.
-        indices: Indices of the images in the data set.
+        name: The dataset's name in ``DATASETS.TEST``.
+        indices: Indices of the images in the dataset.
         say: A function that is called with a message if an image can't be shown.
         quiet: If True, show no progress bar.
     """

@@ -54,7 +54,7 @@ class Found:
 def detection_galleries(
     runs: list[Run], budget: int, say: Callable[[str], None], *, quiet: bool = False
 ) -> list[dict[str, Any]]:
-    """Build a gallery for each data set with saved detections.
+    """Build a gallery for each dataset with saved detections.
 
     Args:
         runs: The runs to report on.
@@ -63,7 +63,7 @@ def detection_galleries(
         quiet: If True, show no progress bar.
 
     Returns:
-        One dict per data set with ``data`` (its name), ``classes``, ``total`` (number of images),
+        One dict per dataset with ``data`` (its name), ``classes``, ``total`` (number of images),
         ``errors`` (names of the error types), ``runs`` (indices into the argument) and ``images``.
         Each image is a dict with ``name``, ``src`` (a data URI), ``width``, ``height``, ``truth``
         (for each object: left, top, width, height and class) and ``found`` (a dict from the run's
@@ -136,7 +136,7 @@ def _ground_truth(run: Run, name: str) -> tuple[list[dict], Any]:
     register_datasets(run.cfg.DATASETS.get("REGISTER", []), upright=upright)
     if name not in DatasetCatalog:
         raise UserError(
-            f"the data set {name} isn't registered. Register it in the same way as for training."
+            f"the dataset {name} isn't registered. Register it in the same way as for training."
         )
     try:
         images = DatasetCatalog.get(name)
@@ -168,7 +168,7 @@ def _read_found(path: Path, images: list[dict], metadata: Any) -> list[Found]:
         if row["image_id"] not in by_image or row["category_id"] not in to_class:
             raise UserError(
                 f"{path} contains a detection with image id {row['image_id']} and category id "
-                f"{row['category_id']}, but the data set does not contain both ids. Repeat the "
+                f"{row['category_id']}, but the dataset does not contain both ids. Repeat the "
                 "evaluation."
             )
         by_image[row["image_id"]].append(row)

@@ -34,7 +34,7 @@ def detection_diagnostics(runs: list[Run], say: Callable[[str], None]) -> list[d
         say: A function that is called with a message if a file can't be read.
 
     Returns:
-        One dict per data set and IoU type. ``data`` is the label of the data set, ``task`` the
+        One dict per dataset and IoU type. ``data`` is the label of the dataset, ``task`` the
         label of the IoU type, and ``errors`` describes the types of errors. ``runs`` maps run
         indices to the results of :func:`~senet_transfer.evaluation.diagnostics.diagnose`, reduced
         to what the page shows.

@@ -164,7 +164,7 @@ def _version(run: Run, package: str) -> str:
 
 
 def _results(run: Run) -> list[dict[str, Any]]:
-    """Return table rows that compare the run with the paper, one per data set and task."""
+    """Return table rows that compare the run with the paper, one per dataset and task."""
     rows = []
     kinds = dict.fromkeys((data, task) for data, task, _ in run.results)
     for data, task in kinds:

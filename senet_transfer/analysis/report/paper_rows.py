@@ -1,4 +1,4 @@
-"""The paper's results for a run's network and data set."""
+"""The paper's results for a run's network and dataset."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ _PLACES365_IMAGES, _IMAGENET_IMAGES = 36_500, 50_000
 
 @dataclass(frozen=True)
 class PaperRow:
-    """Published results of one network on one data set.
+    """Published results of one network on one dataset.
 
     Attributes:
         name: Network name.
@@ -52,7 +52,7 @@ def paper_row(cfg: CfgNode, data: str, task: str, images: float | None = None) -
 
     Args:
         cfg: The run's config.
-        data: A data set in ``DATASETS.TEST``.
+        data: A dataset in ``DATASETS.TEST``.
         task: The task name, "bbox" or "classification".
         images: The number of evaluated images, if known.
     """

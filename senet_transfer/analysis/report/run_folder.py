@@ -15,7 +15,7 @@ from detectron2.config import CfgNode
 from senet_transfer.config import config_items
 from senet_transfer.errors import UserError
 
-# Names of evaluation results in Detectron2's format: [data set/]task/metric.
+# Names of evaluation results in Detectron2's format: [dataset/]task/metric.
 _METRIC = re.compile(r"^(?:(.+)/)?((?:bbox|segm|keypoints|classification)(?:_TTA)?)/([^/].*)$")
 
 Series = list[tuple[int, float]]
@@ -30,7 +30,7 @@ class Run:
         name: Short, unique name for the run.
         cfg: Complete config.
         curves: Pairs of iteration and value for each metric, including evaluation metrics.
-        results: Results of the last evaluation by data set ("" if there is only one), task and
+        results: Results of the last evaluation by dataset ("" if there is only one), task and
             metric.
         seconds: Total training time in seconds, including the time before the run was resumed.
             None if unknown.
@@ -67,7 +67,7 @@ class Run:
         return (self.folder / "model_final.pth").is_file()
 
     def value(self, data: str, task: str, metric: str) -> float | None:
-        """Return a metric of the last evaluation on a data set in ``DATASETS.TEST``, or None."""
+        """Return a metric of the last evaluation on a dataset in ``DATASETS.TEST``, or None."""
         for name in (data, ""):
             if (name, task, metric) in self.results:
                 return self.results[name, task, metric]
@@ -223,7 +223,7 @@ def _flat(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def parse_metric(name: str) -> tuple[str, str, str] | None:
-    """Split a metric's name into data set, task and metric.
+    """Split a metric's name into dataset, task and metric.
 
     Return None if the metric is not an evaluation metric.
     """
@@ -244,7 +244,7 @@ def config_texts(cfg: CfgNode) -> dict[str, str]:
 
 
 def data_label(name: str) -> str:
-    """Return a short label for a data set: its name, or the last two parts of its path."""
+    """Return a short label for a dataset: its name, or the last two parts of its path."""
     end = "/".join(Path(name).parts[-2:]) if name.startswith("/") or "://" in name else name
     return end.removesuffix(".safetensors")
 

@@ -34,7 +34,7 @@ from senet_transfer.utils.hashing import file_sha256
 from senet_transfer.utils.text import first_of
 from senet_transfer.weights.file_geometry import local_weights
 
-# Display names of data sets. Other data sets are shown with their names in the config.
+# Display names of datasets. Other datasets are shown with their names in the config.
 _DATA = {
     "shapes_val": "rendered shapes",
     "bccd_test": "BCCD, photographs of blood cells",
@@ -208,7 +208,7 @@ def _record(run: Run, config: str, cfg: CfgNode) -> dict[str, Any]:
         raise UserError(f"The run in {run.output_dir} is not finished. Finish it first.")
     if len(cfg.DATASETS.TEST) != 1:
         raise UserError(
-            f"DATASETS.TEST of {config} is {cfg.DATASETS.TEST}; expected a single data set. Remove "
+            f"DATASETS.TEST of {config} is {cfg.DATASETS.TEST}; expected a single dataset. Remove "
             "--results."
         )
     folder = load_run(run.output_dir)
@@ -252,7 +252,7 @@ def _quoted(word: str) -> str:
 
 
 def _data(tested: str, images: float | None) -> str:
-    """Return the display name of a data set, given its name or path."""
+    """Return the display name of a dataset, given its name or path."""
     if tested.endswith("places365/val"):
         if images == 36_500:
             return "Places365"

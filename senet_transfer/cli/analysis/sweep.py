@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
         default="",
         metavar="FOLDER",
         help="plot the results of evaluations during training from the records in --results; each "
-        "figure compares a network with and without SE on one data set",
+        "figure compares a network with and without SE on one dataset",
     )
     add("--quiet", action="store_true", help="write the runs' logs only to their log.txt files")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")

@@ -1,4 +1,4 @@
-"""``senet data``: preparing and checking data sets for training and evaluation."""
+"""``senet data``: preparing and checking datasets for training and evaluation."""
 
 import argparse
 import logging
@@ -11,7 +11,7 @@ from senet_transfer.cli.data import own_data, preparation
 
 @dataclass(frozen=True)
 class Preparation:
-    """Command for preparing, checking or showing a data set.
+    """Command for preparing, checking or showing a dataset.
 
     Attributes:
         text: Description, for the help text.
@@ -47,10 +47,10 @@ PREPARATIONS = {
         "convert Places365 to shards", preparation.places365_parser, preparation.run_places365
     ),
     "shapes": Preparation(
-        "render the shapes data set", preparation.shapes_parser, preparation.run_shapes
+        "render the shapes dataset", preparation.shapes_parser, preparation.run_shapes
     ),
     "show": Preparation(
-        "write an HTML page about a data set", own_data.show_parser, own_data.run_show
+        "write an HTML page about a dataset", own_data.show_parser, own_data.run_show
     ),
     "split": Preparation(
         "split data into train, val and test, or into folds",
@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the argument parser; each subcommand has a separate parser."""
     listed = described({name: each.text for name, each in PREPARATIONS.items()})
     parser = argparse.ArgumentParser(
-        description="Prepare, check or show a data set. For the options of a command, use NAME "
+        description="Prepare, check or show a dataset. For the options of a command, use NAME "
         "--help.",
         epilog=f"names:\n{listed}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def prepare(name: str, words: list[str] | None = None) -> None:
-    """Parse the arguments for a data set, and prepare, check or show it.
+    """Parse the arguments for a dataset, and prepare, check or show it.
 
     Args:
         name: One of :data:`PREPARATIONS`.

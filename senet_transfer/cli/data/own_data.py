@@ -79,7 +79,7 @@ def run_check(args: argparse.Namespace) -> None:
 
 def split_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Split a data set into training, validation and test data with equal fractions "
+        description="Split a dataset into training, validation and test data with equal fractions "
         "of each class. One file per split is written; the images are not moved."
     )
     parser.add_argument(
@@ -132,7 +132,7 @@ def run_split(args: argparse.Namespace) -> None:
 def import_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Convert annotations for detection to JSON files in COCO format: train.json, "
-        "and val.json and test.json if the data set defines these splits or --val is "
+        "and val.json and test.json if the dataset defines these splits or --val is "
         "set. The images are not copied."
     )
     add = parser.add_argument
@@ -141,7 +141,7 @@ def import_parser() -> argparse.ArgumentParser:
         "--source",
         type=Path,
         required=True,
-        help="folder or file of the data set, such as YOLO's data.yaml, CVAT's XML file, or the "
+        help="folder or file of the dataset, such as YOLO's data.yaml, CVAT's XML file, or the "
         "JSON file of Label Studio or VIA",
     )
     add(
@@ -237,7 +237,7 @@ def show_parser() -> argparse.ArgumentParser:
         default="",
         metavar="FILE",
         help="a YAML file, or the name of a config; default: finetune_detector for detection data, "
-        "finetune_folder for other data. Without --data and --dataset, the config's data sets "
+        "finetune_folder for other data. Without --data and --dataset, the config's datasets "
         "are used",
     )
     add("--output", type=Path, default=Path("data.html"), help="HTML file (default: data.html)")
@@ -246,7 +246,7 @@ def show_parser() -> argparse.ArgumentParser:
         "--limit",
         type=int,
         default=20_000,
-        help="maximum number of images to decode per data set; larger data sets are sampled "
+        help="maximum number of images to decode per dataset; larger datasets are sampled "
         "randomly (default: 20000)",
     )
     add(

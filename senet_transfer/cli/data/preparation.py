@@ -1,4 +1,4 @@
-"""Preparation of published and rendered data sets, and conversion of images to shards."""
+"""Preparation of published and rendered datasets, and conversion of images to shards."""
 
 import argparse
 import os
@@ -160,7 +160,7 @@ def run_cifar(args: argparse.Namespace) -> None:
 
 def shapes_parser() -> argparse.ArgumentParser:
     root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
-    parser = argparse.ArgumentParser(description="Render the shapes data set in COCO format.")
+    parser = argparse.ArgumentParser(description="Render the shapes dataset in COCO format.")
     add = parser.add_argument
     add("--output", type=Path, default=root / "shapes", help="output folder (%(default)s)")
     add("--seed", type=int, default=0, help="seed for the random images (default: 0)")

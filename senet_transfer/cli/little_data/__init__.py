@@ -1,1 +1,1 @@
-"""Commands for small data sets."""
+"""Commands for small datasets."""

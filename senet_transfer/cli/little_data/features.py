@@ -1,4 +1,4 @@
-"""Write the pooled features of a backbone for all images of a classification data set.
+"""Write the pooled features of a backbone for all images of a classification dataset.
 
     senet features --model se_resnet50 --weights se_resnet50.pth --data flowers/train \\
         --output train.npz

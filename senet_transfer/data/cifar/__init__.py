@@ -1,1 +1,1 @@
-"""Data sets of small images that are kept in memory, such as CIFAR."""
+"""Datasets of small images that are kept in memory, such as CIFAR."""

@@ -1,6 +1,6 @@
-"""Data sets of 32x32 images kept in memory, such as CIFAR-10 and CIFAR-100.
+"""Datasets of 32x32 images kept in memory, such as CIFAR-10 and CIFAR-100.
 
-`datasets/prepare_cifar.py` converts a downloaded data set to one safetensors file per split, with a
+`datasets/prepare_cifar.py` converts a downloaded dataset to one safetensors file per split, with a
 checksum of the content. Loading such a file cannot execute code.
 """
 
@@ -132,7 +132,7 @@ def load_images(path: str | Path) -> ImageArrays:
     path = Path(path)
     if not path.is_file():
         raise UserError(
-            f"No prepared data set found at {path}; expected a file written by "
+            f"No prepared dataset found at {path}; expected a file written by "
             "`senet data cifar`. Run this command, or correct the path or "
             "$DETECTRON2_DATASETS."
         )

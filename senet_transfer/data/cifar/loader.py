@@ -1,4 +1,4 @@
-"""Data loaders for in-memory data sets: infinite for training, one pass for evaluation.
+"""Data loaders for in-memory datasets: infinite for training, one pass for evaluation.
 
 Training iterates over a sequence of random permutations of the data. In each iteration, the
 processes together take the next ``world_size * batch_size`` images; a batch may span two
@@ -107,8 +107,8 @@ class CifarTrainLoader:
         """Return the image indices and augmentation parameters for this process's batch.
 
         Returns:
-            A dictionary of CPU tensors with the image indices ``"index"``, int64 ``(N,)``. With
-            augmentation, it also contains the attributes of
+            A dictionary of CPU tensors. ``"index"`` contains the image indices, int64 ``(N,)``.
+            With augmentation, it also contains the attributes of
             :class:`~senet_transfer.data.cifar.transforms.Draws`.
         """
         rows = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
@@ -139,7 +139,7 @@ class CifarEvalLoader:
     """One-pass iterator over this process's share of the data, in order and without augmentation.
 
     A batch contains ``"image"`` and ``"label"`` as in training, the image names ``"key"``, and the
-    image indices in the data set, ``"index"``.
+    image indices in the dataset, ``"index"``.
 
     Attributes:
         expected: Number of images that this process loads.

@@ -1,4 +1,4 @@
-"""Functions for opening data sets of small images in any supported format."""
+"""Functions for opening datasets of small images in any supported format."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from senet_transfer.data.shards.manifest import MANIFEST
 from senet_transfer.data.shards.storage import is_remote, local_path
 from senet_transfer.errors import UserError
 
-# Paths of prepared data sets relative to $DETECTRON2_DATASETS, by name.
+# Paths of prepared datasets relative to $DETECTRON2_DATASETS, by name.
 NAMES = {
     f"{data}_{split}": f"{data}/{split}.safetensors"
     for data in ("cifar10", "cifar100")
@@ -36,7 +36,7 @@ def open_cifar(
     cache_dir: str | Path | None = None,
     reading: Reading = AS_STORED,
 ) -> ImageArrays:
-    """Load a data set of small images into memory.
+    """Load a dataset of small images into memory.
 
     The supported formats are:
 
@@ -48,7 +48,7 @@ def open_cifar(
       32x32 pixels, which are resized and cropped.
 
     Args:
-        path: Path of a file or folder, or a remote address.
+        path: Path of a file or folder, or a remote URL.
         split: "train" or "test"; ignored if the path determines the split.
         classes: Expected class names in label order.
         cache_dir: Folder for local copies of remote shards.
@@ -105,7 +105,7 @@ def _open_split(
 
 
 class ArrayDataset(SingleImages):
-    """Classification data set of images that are kept in memory."""
+    """Classification dataset of images that are kept in memory."""
 
     def __init__(self, data: ImageArrays):
         super().__init__(list(data.classes), len(data), data.origin)
@@ -121,10 +121,10 @@ class ArrayDataset(SingleImages):
 
 
 def decode_all(dataset: ClassificationDataset, reading: Reading = AS_STORED) -> ImageArrays:
-    """Decode all images of a data set, and resize and crop them to 32x32 as in evaluation.
+    """Decode all images of a dataset, and resize and crop them to 32x32 as in evaluation.
 
     Raises:
-        UserError: If an image cannot be decoded or the data set is empty.
+        UserError: If an image cannot be decoded or the dataset is empty.
     """
     view = EvalTransform(resize=SIDE, crop=SIDE, reading=reading)
     images, labels, paths = [], [], []
@@ -140,6 +140,6 @@ def decode_all(dataset: ClassificationDataset, reading: Reading = AS_STORED) -> 
             labels.append(sample.label)
             paths.append(sample.path)
     if not images:
-        raise UserError(f"{dataset.origin} contains no images. Choose a different data set.")
+        raise UserError(f"{dataset.origin} contains no images. Choose a different dataset.")
     numbers = torch.from_numpy(np.array(labels, np.int64))
     return ImageArrays(torch.stack(images), numbers, dataset.classes, dataset.origin, paths)

@@ -50,7 +50,7 @@ def read_source(
 def prepare_cifar(
     source: str | Path, output: str | Path, *, verify: bool = True, quiet: bool = False
 ) -> Path:
-    """Convert a data set to prepared files. Existing files with the same content are kept.
+    """Convert a dataset to prepared files. Existing files with the same content are kept.
 
     Args:
         source: See :func:`read_source`.
@@ -62,7 +62,7 @@ def prepare_cifar(
         The output folder.
 
     Raises:
-        UserError: If the source cannot be read, or the folder contains a different data set.
+        UserError: If the source cannot be read, or the folder contains a different dataset.
     """
     source, output = Path(source).expanduser(), Path(output).expanduser()
     splits = read_source(source, verify=verify, quiet=quiet)
@@ -96,7 +96,7 @@ def _is_there(path: Path, data: ImageArrays) -> bool:
     )
     if not same:
         raise UserError(
-            f"{path} contains a different data set ({len(found):,} images, {found.num_classes} "
+            f"{path} contains a different dataset ({len(found):,} images, {found.num_classes} "
             "classes) than the source. Choose a different folder, or move the file. The file was "
             "not changed."
         )

@@ -109,7 +109,7 @@ def build_classification_train_loader(
         pin_memory: Whether to use pinned memory for faster copies to a GPU.
 
     Raises:
-        UserError: If an argument is out of range or the data set is empty. Also raised during
+        UserError: If an argument is out of range or the dataset is empty. Also raised during
             iteration if the data is damaged.
     """
     readers = _Readers(rank, world_size, num_workers)
@@ -134,7 +134,7 @@ def build_classification_eval_loader(
 ) -> ClassificationLoader:
     """Build an evaluation loader that loads each image once across all ranks and workers.
 
-    A batch contains the entries of a training batch and `index`, the image indices in the data set
+    A batch contains the entries of a training batch and `index`, the image indices in the dataset
     (`list[int]`). With V views of each image, such as ten crops, `image` is `(N, V, 3, H, W)`. For
     whole images, `image` and `shapes` are the output of `pack`. The last batch of a worker may be
     smaller, and the number of images per rank may differ by one. A broken image raises an error,
@@ -151,7 +151,7 @@ def build_classification_eval_loader(
         pin_memory: Whether to use pinned memory for faster copies to a GPU.
 
     Raises:
-        UserError: If an argument is out of range or the data set is empty. Also raised during
+        UserError: If an argument is out of range or the dataset is empty. Also raised during
             iteration if the data is damaged.
     """
     readers = _Readers(rank, world_size, num_workers)
@@ -216,7 +216,7 @@ def _check_batches(dataset: ClassificationDataset, batch_size: int) -> None:
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size}; expected at least 1 image per batch.")
     if len(dataset) == 0:
-        raise UserError(f"{dataset.origin} contains no images. Choose a different data set.")
+        raise UserError(f"{dataset.origin} contains no images. Choose a different dataset.")
 
 
 def _data_loader(batches: IterableDataset, num_workers: int, pin_memory: bool) -> DataLoader:

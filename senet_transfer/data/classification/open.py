@@ -1,6 +1,6 @@
-"""Functions for opening shards, folders and archives as classification data sets.
+"""Functions for opening shards, folders and archives as classification datasets.
 
-A data set is a sequence of units, which are shards or single images. This module reads the units,
+A dataset is a sequence of units, which are shards or single images. This module reads the units,
 and `sampling` assigns them to processes.
 """
 
@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 
 class ImageDataset(SingleImages):
-    """Data set of images in a folder or archive, or listed in a CSV file."""
+    """Dataset of images in a folder or archive, or listed in a CSV file."""
 
     def __init__(self, images: Images, origin: str | None = None):
         super().__init__(images.classes, len(images), origin or str(images.root))
@@ -63,7 +63,7 @@ class ImageDataset(SingleImages):
 
 
 class ShardDataset(ClassificationDataset):
-    """Data set of tar shards that are listed in a manifest. Each shard is read sequentially."""
+    """Dataset of tar shards that are listed in a manifest. Each shard is read sequentially."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class ShardDataset(ClassificationDataset):
         """
         Args:
             manifest: Shard manifest.
-            base: Path or address of the shard folder.
+            base: Path or URL of the shard folder.
             storage: Options for reading remote files.
             cache: Cache for local copies of remote shards; None to read remote shards without
                 copying.
@@ -91,7 +91,7 @@ class ShardDataset(ClassificationDataset):
 
     def read_unit(self, unit: int, skip: int = 0) -> Iterator[RawSample]:
         shard = self.manifest.shards[unit]
-        url = self._address(shard)
+        url = self._url(shard)
         if self.manifest.plan == FOREIGN:
             first = int(self._ends[unit]) - shard.samples
             for index in range(first + skip, first + shard.samples):
@@ -109,7 +109,7 @@ class ShardDataset(ClassificationDataset):
         unit = int(np.searchsorted(ends, index, side="right"))
         row = index - (int(ends[unit - 1]) if unit else 0)
         offset, size, label = (int(value) for value in self._index(unit)[row])
-        url = self._address(self.manifest.shards[unit])
+        url = self._url(self.manifest.shards[unit])
         block = tarfile.BLOCKSIZE
         data = read_range(url, self.storage, offset - block, size + block)
         try:
@@ -140,7 +140,7 @@ class ShardDataset(ClassificationDataset):
             self._indices[unit] = parse_index(read_bytes(where, self.storage), shard, where)
         return self._indices[unit]
 
-    def _address(self, shard: Shard) -> str:
+    def _url(self, shard: Shard) -> str:
         url = join(self.origin, shard.name)
         if self.cache is None or not is_remote(url):
             return url
@@ -156,11 +156,11 @@ def open_dataset(
     cache_dir: str | Path | None = None,
     storage: RemoteOptions | None = None,
 ) -> ClassificationDataset:
-    """Open a classification data set in any supported format.
+    """Open a classification dataset in any supported format.
 
     The formats are detected in this order:
 
-    - a folder of shards or its manifest.json, given as a local path or a remote address
+    - a folder of shards or its manifest.json, given as a local path or a remote URL
       (`http(s)://`, `s3://` and other object stores);
     - individual shards in such a folder, given as the path of a `.tar` file or a pattern with
       wildcards (local shards) or braces, such as `train-{000..099}.tar`;
@@ -173,7 +173,7 @@ def open_dataset(
     - a folder with one folder per class.
 
     Args:
-        path: Path of a folder or file, or a remote address.
+        path: Path of a folder or file, or a remote URL.
         split: Places365 split ("val", "train_standard" or "train_challenge"), or ImageNet split
             ("val" or "train"); ignored if the path determines the split.
         size: Places365 image size, "256" or "large"; None to use the existing size, preferably 256.
@@ -193,9 +193,9 @@ def open_dataset(
         cache = ShardCache(cache_dir) if cache_dir is not None else None
         base = text.rstrip("/").removesuffix("/" + MANIFEST)
         if base.endswith(".tar"):
-            addresses = _expand(text)
-            base = _common_folder(text, [address.rpartition("/")[0] for address in addresses])
-            names = [address.rpartition("/")[2] for address in addresses]
+            urls = _expand(text)
+            base = _common_folder(text, [url.rpartition("/")[0] for url in urls])
+            names = [url.rpartition("/")[2] for url in urls]
             dataset = _some_shards(base, names, storage, cache)
         else:
             dataset = ShardDataset(load_manifest(base, storage), base, storage, cache)
@@ -209,7 +209,7 @@ def open_dataset(
 
 
 def check_classes(path: str | Path, found: Sequence[str], expected: Sequence[str] | None) -> None:
-    """Raise a UserError if a data set's classes differ from `expected`; None skips the check."""
+    """Raise a UserError if a dataset's classes differ from `expected`; None skips the check."""
     if expected is None or list(found) == list(expected):
         return
     raise UserError(
@@ -263,7 +263,7 @@ def matches_files(pattern: str) -> bool:
 
 
 def _expand(path: str) -> list[str]:
-    """Expand braces such as `{000..003}` or `{a,b}` in a path or address, as in webdataset."""
+    """Expand braces such as `{000..003}` or `{a,b}` in a path or URL, as in webdataset."""
     try:
         return expand_urls(path) if "{" in path else [path]
     except ValueError as error:
@@ -278,7 +278,7 @@ def _common_folder(path: object, folders: Sequence[str]) -> str:
         raise UserError(
             f"{path} matches shards in {len(set(folders))} folders, such as "
             f"{first_of(sorted(set(folders)), 2)}; expected shards in one folder. Pass several "
-            "data sets instead."
+            "datasets instead."
         )
     return folders[0]
 

@@ -144,7 +144,7 @@ def share(total: int, worker: int, num_workers: int) -> tuple[int, int]:
 
 
 def eval_stream(dataset: ClassificationDataset, first: int, end: int) -> Iterator[RawSample]:
-    """Yield the samples of a data set from index `first` to `end - 1`, in order.
+    """Yield the samples of a dataset from index `first` to `end - 1`, in order.
 
     Raises:
         UserError: If the data contains fewer samples than its manifest specifies.

@@ -1,4 +1,4 @@
-"""Seeded random subsets of classification data sets and other sequences."""
+"""Seeded random subsets of classification datasets and other sequences."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ class ClassSample(SingleImages):
     def __init__(self, dataset: ClassificationDataset, images_per_class: int, *, seed: int = 0):
         """
         Args:
-            dataset: Data set to sample from, uniformly and without replacement.
+            dataset: Dataset to sample from, uniformly and without replacement.
             images_per_class: Number of images per class. If a class has fewer images, all of them
                 are used.
             seed: Random seed. The images chosen for a class depend only on the seed and the class.

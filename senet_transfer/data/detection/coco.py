@@ -1,7 +1,7 @@
-"""Registration of data sets in COCO or another supported format with Detectron2.
+"""Registration of datasets in COCO or another supported format with Detectron2.
 
 In contrast to Detectron2's `register_coco_instances`, the annotation file is validated on
-registration and whenever it has changed, a data set can be registered twice, and the class names
+registration and whenever it has changed, a dataset can be registered twice, and the class names
 are available immediately.
 """
 
@@ -34,13 +34,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class CocoDataset:
-    """Detectron2 catalog entry for a data set of this project; calling it loads the data.
+    """Detectron2 catalog entry for a dataset of this project; calling it loads the data.
 
-    Catalog entries are the only record of registered data sets, so no separate list has to be kept
+    Catalog entries are the only record of registered datasets, so no separate list has to be kept
     in sync with the catalog.
 
     Attributes:
-        name: Data set name in the catalogs.
+        name: Dataset name in the catalogs.
         json_file: Annotation file in COCO format, or a file or folder in another supported format.
             The path may end with a colon and the name of a split.
         image_dir: Folder to which the `file_name` entries are relative.
@@ -60,7 +60,7 @@ class CocoDataset:
     _state: object | None = field(default=None, compare=False, repr=False)
 
     def __call__(self) -> list[dict]:
-        """Load the data set in Detectron2's format.
+        """Load the dataset in Detectron2's format.
 
         Raises:
             UserError: If the annotation file has changed and is no longer valid.
@@ -105,7 +105,7 @@ class CocoDataset:
             return self.summary or known
         summary = self._read(outlines)
         logger.info(
-            "Data set '%s': %d images, %d annotations (%d crowd), %d classes",
+            "Dataset '%s': %d images, %d annotations (%d crowd), %d classes",
             self.name,
             summary.num_images,
             summary.num_annotations,
@@ -168,12 +168,12 @@ class CocoDataset:
 
 
 class ShapesDataset(CocoDataset):
-    """Split of the rendered shapes data set, whose files may not exist yet."""
+    """Split of the rendered shapes dataset, whose files may not exist yet."""
 
     def refresh(self, *, outlines: bool = False) -> CocoSummary:
         if not os.path.exists(self.json_file):
             raise UserError(
-                f"Data set '{self.name}' has not been created: {os.path.abspath(self.json_file)} "
+                f"Dataset '{self.name}' has not been created: {os.path.abspath(self.json_file)} "
                 "does not exist. Run `senet data shapes`, which takes a few "
                 "seconds (`make demo` also runs it)."
             )
@@ -189,13 +189,13 @@ def register_coco_dataset(
     outlines: bool = False,
     upright: bool = True,
 ) -> None:
-    """Validate a data set in COCO or another supported format, and register it with Detectron2.
+    """Validate a dataset in COCO or another supported format, and register it with Detectron2.
 
-    Registering the same data set again has no effect. Registering the same name with different
+    Registering the same dataset again has no effect. Registering the same name with different
     paths replaces the earlier registration.
 
     Args:
-        name: Data set name for `DATASETS.TRAIN` and `DATASETS.TEST`.
+        name: Dataset name for `DATASETS.TRAIN` and `DATASETS.TEST`.
         json_file: Annotation file in COCO instances format, or a file or folder in another
             supported format, such as a folder in Pascal VOC format. The path may end with a colon
             and the name of a split, such as `voc:train`.
@@ -208,21 +208,21 @@ def register_coco_dataset(
         upright: Whether the annotations refer to the images with EXIF orientation applied.
 
     Raises:
-        UserError: If the file or folder is invalid, or the name belongs to a data set that was not
+        UserError: If the file or folder is invalid, or the name belongs to a dataset that was not
             registered with this function. Existing registrations are not changed in this case.
     """
     if not isinstance(name, str) or not name.strip():
         raise UserError(
-            f"The data set name is {name!r}; expected a non-empty string. Choose a name."
+            f"The dataset name is {name!r}; expected a non-empty string. Choose a name."
         )
     path = os.path.abspath(json_file)
     folder = os.path.abspath(image_dir) if image_dir else default_image_folder(path)
     dataset = CocoDataset(name, path, folder, allow_empty, upright)
     known = registered_entry(name)
-    # `type` is used instead of `isinstance` to protect the names of the shapes data set.
+    # `type` is used instead of `isinstance` to protect the names of the shapes dataset.
     if type(known) is not CocoDataset and (known is not None or _has_metadata(name)):
         raise UserError(
-            f"The name '{name}' is already used for a data set registered by Detectron2, this "
+            f"The name '{name}' is already used for a dataset registered by Detectron2, this "
             f"project or your own code; expected an unused name for {dataset.json_file}. Choose a "
             "different name."
         )
@@ -237,7 +237,7 @@ def register_coco_dataset(
 def register_datasets(
     entries: Sequence[Sequence[str]], *, outlines: bool = False, upright: bool = True
 ) -> list[str]:
-    """Register the data sets listed in `DATASETS.REGISTER`, and the shapes data set.
+    """Register the datasets listed in `DATASETS.REGISTER`, and the shapes dataset.
 
     Args:
         entries: List of `[name, annotation file or folder, image folder]` entries. The image folder
@@ -247,7 +247,7 @@ def register_datasets(
         upright: See :func:`register_coco_dataset`.
 
     Returns:
-        The data set names in `entries`.
+        The dataset names in `entries`.
 
     Raises:
         UserError: If an entry is malformed, a file or folder is invalid, or a name is already used.
@@ -255,7 +255,7 @@ def register_datasets(
     register_shapes()
     if not isinstance(entries, list | tuple):
         raise UserError(
-            f"DATASETS.REGISTER is {entries!r}; expected a list of data sets, such as "
+            f"DATASETS.REGISTER is {entries!r}; expected a list of datasets, such as "
             f"[{ENTRY_FORM}]. Correct the config."
         )
     paths: dict[str, list[str]] = {}
@@ -264,14 +264,14 @@ def register_datasets(
         if not strings or len(entry) not in _PARTS or not all(part.strip() for part in entry):
             raise UserError(
                 f"DATASETS.REGISTER[{index}] is {entry!r}; expected a name, an annotation file and "
-                f"an image folder, such as {ENTRY_FORM}. A single data set must also be in a list: "
+                f"an image folder, such as {ENTRY_FORM}. A single dataset must also be in a list: "
                 f"[{ENTRY_FORM}]. Correct the config."
             )
         name, expanded = entry[0], [_expand(path) for path in entry[1:]]
         if paths.setdefault(name, expanded) != expanded:
             raise UserError(
                 f"DATASETS.REGISTER lists '{name}' twice, with {paths[name]} and {expanded}; "
-                "expected unique names. Rename one of the data sets."
+                "expected unique names. Rename one of the datasets."
             )
     for name, expanded in paths.items():
         register_coco_dataset(name, *expanded, outlines=outlines, upright=upright)
@@ -279,12 +279,12 @@ def register_datasets(
 
 
 def register_shapes() -> None:
-    """Register the data sets `shapes_{train,val,tiny}` without reading their files.
+    """Register the datasets `shapes_{train,val,tiny}` without reading their files.
 
     The files are expected in `$DETECTRON2_DATASETS/shapes`; the environment variable is read on
     each call. Repeated calls are allowed.
     """
-    # This is also the root of Detectron2's own data sets.
+    # This is also the root of Detectron2's own datasets.
     root = os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")), "shapes")
     for split in SHAPE_SPLITS:
         name = f"shapes_{split}"
@@ -294,7 +294,7 @@ def register_shapes() -> None:
         if known == dataset:
             continue
         if type(known) is not ShapesDataset and (known is not None or _has_metadata(name)):
-            # Not an error, because most runs do not use the shapes data set.
+            # Not an error, because most runs do not use the shapes dataset.
             logger.warning(
                 "'%s' is already registered by other code; keeping that registration", name
             )
@@ -308,7 +308,7 @@ def registered_entry(name: str) -> object | None:
     """Return the catalog entry for `name` without loading the data; None if the name is unknown."""
     if name not in DatasetCatalog:
         return None
-    # `.get` is not used because Detectron2's catalog overrides it to load the data set.
+    # `.get` is not used because Detectron2's catalog overrides it to load the dataset.
     return DatasetCatalog[name]
 
 
@@ -324,7 +324,7 @@ def flip_pairs(keypoints: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _has_metadata(name: str) -> bool:
-    # For an unknown data set, `MetadataCatalog.get` creates metadata that contains only the name.
+    # For an unknown dataset, `MetadataCatalog.get` creates metadata that contains only the name.
     return name in MetadataCatalog and len(vars(MetadataCatalog.get(name))) > 1
 
 

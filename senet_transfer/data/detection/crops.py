@@ -1,4 +1,4 @@
-"""Classification data sets based on annotations in COCO format: object crops or whole images."""
+"""Classification datasets based on annotations in COCO format: object crops or whole images."""
 
 import math
 import os
@@ -16,7 +16,7 @@ from senet_transfer.errors import UserError
 
 
 class CocoCrops(SingleImages):
-    """Data set with one crop for each object in an annotation file.
+    """Dataset with one crop for each object in an annotation file.
 
     A crop is the square around an object's box, limited to the image, so that a classification
     network sees the object undistorted and in context. Crowds are left out. Boxes with a side
@@ -80,7 +80,7 @@ SIZES = {"small": 32**2, "medium": 96**2, "large": math.inf}
 
 
 class CocoImages(SingleImages):
-    """Data set of the images in an annotation file, labelled with a property of their objects.
+    """Dataset of the images in an annotation file, labelled with a property of their objects.
 
     The label of an image is the class or size of more than half of its objects. Images without
     such a majority are left out. Crowds are ignored. Samples contain only the image's path, no
@@ -122,7 +122,7 @@ class CocoImages(SingleImages):
         if not self.images:
             raise UserError(
                 f"{json_file} contains no image in which more than half of the objects have the "
-                f"same {by}. Use a different file, or omit --group-by to group the objects instead."
+                f"same {by}. Use a different file, or omit --group-by to use crops of objects."
             )
         classes = list(SIZES) if by == "size" else summary.classes
         super().__init__(classes, len(self.images), json_file)

@@ -1,4 +1,4 @@
-"""Checks of a run's data sets before the run starts."""
+"""Checks of a run's datasets before the run starts."""
 
 import difflib
 import logging
@@ -19,7 +19,7 @@ OWN_DATA_COMMAND = """\
   senet train --config-file configs/finetune_detector.yaml \\
       --dataset my_train train.json images/ --dataset my_val val.json images/"""
 
-# Keys of paths in Detectron2's metadata, for all types of data sets.
+# Keys of paths in Detectron2's metadata, for all types of datasets.
 _FILE_KEYS = ("json_file", "panoptic_json")
 _FOLDER_KEYS = ("image_root", "image_dir", "gt_dir", "dirname", "panoptic_root", "sem_seg_root")
 
@@ -29,19 +29,19 @@ _COCO_NAME = re.compile(r"(?:keypoints_)?coco_(2014|2017)_\w")
 
 
 def dataset_classes(names: str | Sequence[str]) -> list[str]:
-    """Return the class names of a run's data sets, all of which must have the same classes.
+    """Return the class names of a run's datasets, all of which must have the same classes.
 
-    If the classes of a data set are in a different order, the order of the first data set is used.
+    If the classes of a dataset are in a different order, the order of the first dataset is used.
 
     Args:
-        names: Names of all data sets in `DATASETS.TRAIN` and `DATASETS.TEST`. All must be
+        names: Names of all datasets in `DATASETS.TRAIN` and `DATASETS.TEST`. All must be
             registered.
 
     Returns:
-        The class names in the order of the model outputs; empty if there are no data sets.
+        The class names in the order of the model outputs; empty if there are no datasets.
 
     Raises:
-        UserError: If a name is unknown, a data set has no classes, or two data sets have different
+        UserError: If a name is unknown, a dataset has no classes, or two datasets have different
             classes.
     """
     names = [names] if isinstance(names, str) else list(names)
@@ -58,19 +58,19 @@ def dataset_classes(names: str | Sequence[str]) -> list[str]:
         )
         one, other = ("missing" if part is None else repr(part) for part in pair)
         raise UserError(
-            f"The data sets '{first}' and '{name}' have different classes ({len(expected)} and "
+            f"The datasets '{first}' and '{name}' have different classes ({len(expected)} and "
             f"{len(found)} in total): class {index} is {one} in the first and {other} in the "
-            "second. All data sets of a run must have the same classes in the same order (sorted "
+            "second. All datasets of a run must have the same classes in the same order (sorted "
             "by category id). Use the same `categories` in their annotation files."
         )
     return expected
 
 
 def use_class_order(names: Sequence[str], classes: Sequence[str]) -> bool:
-    """Set the class order of data sets. The default is the order of the category ids.
+    """Set the class order of datasets. The default is the order of the category ids.
 
     Returns:
-        True on success. False if a data set has different classes or was not registered by this
+        True on success. False if a dataset has different classes or was not registered by this
         project.
     """
     entries = [registered_entry(name) for name in names]
@@ -84,14 +84,14 @@ def use_class_order(names: Sequence[str], classes: Sequence[str]) -> bool:
 
 
 def check_datasets_on_disk(names: str | Sequence[str], *, evaluated: Sequence[str] = ()) -> None:
-    """Check that the files of a run's data sets exist and are valid, without loading any images.
+    """Check that the files of a run's datasets exist and are valid, without loading any images.
 
     Args:
-        names: Names of all data sets in `DATASETS.TRAIN` and `DATASETS.TEST`.
-        evaluated: Names of the data sets to evaluate with the COCO metrics.
+        names: Names of all datasets in `DATASETS.TRAIN` and `DATASETS.TEST`.
+        evaluated: Names of the datasets to evaluate with the COCO metrics.
 
     Raises:
-        UserError: If a name is unknown, a file is missing or invalid, or a data set cannot be used
+        UserError: If a name is unknown, a file is missing or invalid, or a dataset cannot be used
             for evaluation. For missing files, the message explains how to obtain them.
     """
     names = [names] if isinstance(names, str) else list(names)
@@ -108,7 +108,7 @@ def check_datasets_on_disk(names: str | Sequence[str], *, evaluated: Sequence[st
         else:
             if name in evaluated and os.path.basename(name) != name and not _has_json(name):
                 raise UserError(
-                    f"The data set '{name}' can't be evaluated, because Detectron2 would write a "
+                    f"The dataset '{name}' can't be evaluated, because Detectron2 would write a "
                     "file of this name outside the output folder. Register it under a name "
                     "without slashes."
                 )
@@ -120,7 +120,7 @@ def check_datasets_on_disk(names: str | Sequence[str], *, evaluated: Sequence[st
 
 
 def category_ids(name: str) -> list[int]:
-    """Return a data set's category ids in class order.
+    """Return a dataset's category ids in class order.
 
     If the metadata contains no ids, the ids 1 to N are returned.
     """
@@ -132,10 +132,10 @@ def category_ids(name: str) -> list[int]:
 
 
 def warn_of_many_objects(names: Sequence[str], limit: int) -> None:
-    """Log a warning for each data set with images that contain more objects than can be detected.
+    """Log a warning for each dataset with images that contain more objects than can be detected.
 
     Args:
-        names: Names of the data sets to evaluate.
+        names: Names of the datasets to evaluate.
         limit: Maximum number of detections per image.
     """
     for name in names:
@@ -162,7 +162,7 @@ def check_outlines(names: Sequence[str]) -> bool:
         ``INPUT.MASK_FORMAT: "bitmask"``.
 
     Raises:
-        UserError: If a data set registered by this project contains an object without an outline,
+        UserError: If a dataset registered by this project contains an object without an outline,
             or with an invalid one.
     """
     has_rle = False
@@ -192,10 +192,10 @@ def check_outlines(names: Sequence[str]) -> bool:
 def check_trainable(names: Sequence[str]) -> None:
     """Check that the training data contains at least one object to train on.
 
-    Data sets that are not registered by this project are not checked.
+    Datasets that are not registered by this project are not checked.
 
     Raises:
-        UserError: If no data set contains an object that is not a crowd and has a box of positive
+        UserError: If no dataset contains an object that is not a crowd and has a box of positive
             size.
     """
     datasets = [registered_entry(name) for name in names]
@@ -226,11 +226,11 @@ def _classes(name: str) -> list[str]:
     if dataset is None and not (metadata and metadata.get("thing_classes")):
         raise _unknown(name)
     if isinstance(dataset, CocoDataset):
-        # The classes of the shapes data set are known before its files exist.
+        # The classes of the shapes dataset are known before its files exist.
         if annotations_exist(dataset.json_file):
             dataset.refresh()
     elif not MetadataCatalog.get(name).get("thing_classes"):
-        # Data sets registered with Detectron2's own function have no class names until they are
+        # Datasets registered with Detectron2's own function have no class names until they are
         # loaded.
         problems = _missing_paths(name)
         if problems:
@@ -239,8 +239,8 @@ def _classes(name: str) -> list[str]:
     classes = MetadataCatalog.get(name).get("thing_classes")
     if not classes:
         raise UserError(
-            f"The data set '{name}' has no class names; expected a detection data set with "
-            "`thing_classes` in its metadata. Use a detection data set, or set "
+            f"The dataset '{name}' has no class names; expected a detection dataset with "
+            "`thing_classes` in its metadata. Use a detection dataset, or set "
             f"MetadataCatalog.get({name!r}).thing_classes in the code that registers it."
         )
     return list(classes)
@@ -254,7 +254,7 @@ def _unknown(name: str) -> UserError:
     near = difflib.get_close_matches(name, DatasetCatalog.keys(), n=3, cutoff=0.6)
     guess = f" Did you mean {' or '.join(repr(match) for match in near)}?" if near else ""
     return UserError(
-        f"Unknown data set '{name}'.{guess} Expected a data set provided by Detectron2 or this "
+        f"Unknown dataset '{name}'.{guess} Expected a dataset provided by Detectron2 or this "
         "project, or your own data in COCO format. Register your data with `--dataset NAME JSON "
         f"FOLDER` on the command line, or in the config with DATASETS.REGISTER: [{ENTRY_FORM}]."
     )
@@ -267,13 +267,13 @@ def _check_evaluable(dataset: CocoDataset) -> None:
             f"{dataset.json_file}: {summary.num_not_evaluable} of {summary.num_annotations} "
             "annotations have no `area` or no `iscrowd`, which the COCO metrics require. Training "
             f"would fail with a KeyError in the first evaluation on '{dataset.name}'. Add both "
-            "keys to the file (area in square pixels, iscrowd 0 or 1), or remove the data set "
+            "keys to the file (area in square pixels, iscrowd 0 or 1), or remove the dataset "
             "from DATASETS.TEST."
         )
 
 
 def _missing_paths(name: str) -> list[str]:
-    """Return a description of each missing or invalid file or folder of a data set."""
+    """Return a description of each missing or invalid file or folder of a dataset."""
     metadata, problems = MetadataCatalog.get(name).as_dict(), []
     for key in (*_FILE_KEYS, *_FOLDER_KEYS):
         path = metadata.get(key)
@@ -301,7 +301,7 @@ def _is_empty(folder: str) -> bool:
 
 def _explain_missing(missing: dict[str, list[str]]) -> str:
     names = ", ".join(f"'{name}'" for name in missing)
-    # Data sets can share folders, so duplicate lines are removed.
+    # Datasets can share folders, so duplicate lines are removed.
     lines = dict.fromkeys(line for problems in missing.values() for line in problems)
     listing = "\n".join(f"  {line}" for line in lines)
     years = [match[1] for match in map(_COCO_NAME.match, missing) if match]
@@ -311,7 +311,7 @@ def _explain_missing(missing: dict[str, list[str]]) -> str:
         parts.append("To try training without COCO, run `make demo`, which renders its own images.")
     else:
         parts.append(
-            f"Expected the files at these paths. Detectron2's own data sets belong in {_root()} "
+            f"Expected the files at these paths. Detectron2's own datasets belong in {_root()} "
             "(see datasets/README.md)."
         )
     parts.append(

@@ -41,7 +41,7 @@ def decode_jpeg(data: bytes, image_format: str) -> np.ndarray | None:
 class FastResize(T.ResizeTransform):
     """Variant of Detectron2's `ResizeTransform` that enlarges images with PyTorch.
 
-    The values differ from Pillow's by at most one grey level, because both interpolate linearly.
+    The values differ from Pillow's by at most 1, because both interpolate linearly.
     Pillow is still used for shrinking (it is faster), for other interpolation modes, and for images
     that are not uint8 `(H, W, C)`. OpenCV is avoided: its threads do not survive the fork of a
     worker process, and the worker would wait for them forever.

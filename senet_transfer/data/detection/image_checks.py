@@ -1,4 +1,4 @@
-"""Checks of image files before a run. All invalid files of a data set are reported at once."""
+"""Checks of image files before a run. All invalid files of a dataset are reported at once."""
 
 import math
 import warnings
@@ -35,10 +35,10 @@ def check_images(
     reading: Reading = UPRIGHT,
     max_size: float = math.inf,
 ) -> None:
-    """Check the images of data sets registered by this project.
+    """Check the images of datasets registered by this project.
 
     Args:
-        names: Names of registered data sets. Data sets registered by other code are not checked.
+        names: Names of registered datasets. Datasets registered by other code are not checked.
         mode: "header" reads only the file headers and compares the image sizes with the
             annotations; "decode" decodes the complete images.
         reading: Settings for reading images. If they specify a number of channels, images are
@@ -68,10 +68,10 @@ def check_dataset_images(
     max_size: float = math.inf,
     quiet: bool = True,
 ) -> int:
-    """Check the images of one data set; see :func:`check_images`.
+    """Check the images of one dataset; see :func:`check_images`.
 
     Args:
-        dataset: The data set.
+        dataset: The dataset.
         mode: One of :data:`MODES`.
         reading: Settings for reading images. If they specify a number of channels, images are
             decoded completely in both modes.

@@ -1,4 +1,4 @@
-"""Resumable detection data loader with Detectron2's data sets, samplers and grouping.
+"""Resumable detection data loader with Detectron2's datasets, samplers and grouping.
 
 Detectron2's own loader uses one random stream per worker for augmentation and groups images by
 aspect ratio after reading them, so it cannot be resumed in the middle of an epoch. This loader
@@ -33,17 +33,17 @@ from senet_transfer.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Position in a process's sequence of training images, and index of this image in the data set.
+# Position in a process's sequence of training images, and index of this image in the dataset.
 SampledIndex = tuple[int, int]
 
-# A schedule with more passes over the data set than this is probably a mistake.
+# A schedule with more passes over the dataset than this is probably a mistake.
 MANY_PASSES = 500
 
 # Separates the random streams for images from those for training steps, which also depend on the
 # seed and the rank.
 _IMAGES = 1
 
-_DATA_CHECK = "`senet data check` lists all unreadable images of a data set."
+_DATA_CHECK = "`senet data check` lists all unreadable images of a dataset."
 
 
 def seed_generators(*entropy: int) -> None:
@@ -86,7 +86,7 @@ def build_train_loader(
     """Build this process's infinite training loader, which yields lists of mapped images.
 
     Args:
-        cfg: Config with Detectron2's keys for data sets, sampler and grouping.
+        cfg: Config with Detectron2's keys for datasets, sampler and grouping.
         mapper: Function that maps an image's dictionary to a model input.
         seed: Random seed of the order and augmentation; must be the same in all processes.
         start_iter: Iteration to start from.
@@ -130,11 +130,11 @@ def build_train_loader(
 def build_test_loader(
     cfg: CfgNode, dataset_name: str, mapper: Callable[[dict], dict]
 ) -> RaisingLoader:
-    """Build Detectron2's evaluation loader for a data set.
+    """Build Detectron2's evaluation loader for a dataset.
 
     Args:
         cfg: Config with Detectron2's keys for data loading.
-        dataset_name: Name of a registered data set.
+        dataset_name: Name of a registered dataset.
         mapper: Function that maps an image's dictionary to a model input.
     """
     loader = build_detection_test_loader(cfg, dataset_name, mapper=ErrorsAsValues(mapper))
@@ -160,7 +160,7 @@ def _unmapped(record: dict) -> dict:
 
 
 def _tell_passes(cfg: CfgNode, images: int) -> None:
-    # Users may forget to shorten a COCO schedule for a small data set.
+    # Users may forget to shorten a COCO schedule for a small dataset.
     solver = cfg.SOLVER
     passes = solver.MAX_ITER * solver.IMS_PER_BATCH / images
     facts = (solver.MAX_ITER, solver.IMS_PER_BATCH, passes, images)
@@ -191,7 +191,7 @@ def _shapes(records: Dataset) -> Callable[[int], bool]:
                 return image.width > image.height
             raise UserError(
                 f"The record of {record.get('file_name', 'an image')} has no width and height, "
-                "which DATALOADER.ASPECT_RATIO_GROUPING requires. Add both to the data set's "
+                "which DATALOADER.ASPECT_RATIO_GROUPING requires. Add both to the dataset's "
                 "records, or set this key to False."
             )
         return record["width"] > record["height"]
@@ -240,7 +240,7 @@ class PlannedBatches(Sampler[list[SampledIndex]]):
 
 
 class _SeededImages(Dataset):
-    """Data set wrapper that seeds the random generators before it loads an image.
+    """Dataset wrapper that seeds the random generators before it loads an image.
 
     The seed depends on the image's position in the order of training images. Unreadable images
     are counted and replaced with the next readable image.

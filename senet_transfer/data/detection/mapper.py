@@ -5,7 +5,7 @@ Differences from Detectron2's own `DatasetMapper` and `read_image`:
 - An image that cannot be read completely raises a `UserError` with the image's path, id and
   annotation file. This applies to truncated files even if other code has set Pillow's
   `ImageFile.LOAD_TRUNCATED_IMAGES`, which fills the missing part with grey.
-- 16-bit greyscale images are scaled to 8 bits. Pillow's conversion would clip all values above 255.
+- 16-bit grayscale images are scaled to 8 bits. Pillow's conversion would clip all values above 255.
 - 32-bit integer and floating-point images require ``INPUT.VALUE_RANGE``, because their value range
   is unknown.
 - The EXIF orientation of TIFF files is applied once. Detectron2 applies it again after Pillow. If

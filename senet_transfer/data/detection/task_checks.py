@@ -1,4 +1,4 @@
-"""Checks of data sets with semantic segmentation or keypoints before a run starts."""
+"""Checks of datasets with semantic segmentation or keypoints before a run starts."""
 
 import os
 from collections.abc import Sequence
@@ -16,22 +16,22 @@ _DEFAULT_IGNORED = 255
 
 
 def stuff_classes(names: Sequence[str]) -> tuple[list[str], int]:
-    """Return the classes and the ignored label of data sets for semantic segmentation.
+    """Return the classes and the ignored label of datasets for semantic segmentation.
 
     Args:
-        names: The names of registered data sets, at least one.
+        names: The names of registered datasets, at least one.
 
     Raises:
-        UserError: If a data set has no classes or no label images, if label images are missing, or
-            if two data sets have different classes.
+        UserError: If a dataset has no classes or no label images, if label images are missing, or
+            if two datasets have different classes.
     """
     found = {name: _stuff(name) for name in names}
     first, expected = next(iter(found.items()))
     for name, other in found.items():
         if other != expected:
             raise UserError(
-                f"The data sets {first} and {name} have different semantic segmentation classes or "
-                f"ignored labels: {expected} and {other}. All data sets of a run must have the "
+                f"The datasets {first} and {name} have different semantic segmentation classes or "
+                f"ignored labels: {expected} and {other}. All datasets of a run must have the "
                 "same classes and ignored label."
             )
     return expected
@@ -39,20 +39,20 @@ def stuff_classes(names: Sequence[str]) -> tuple[list[str], int]:
 
 def _stuff(name: str) -> tuple[list[str], int]:
     records = DatasetCatalog.get(name)
-    # Loading the data set may have set its metadata.
+    # Loading the dataset may have set its metadata.
     metadata = MetadataCatalog.get(name)
     if not metadata.get("stuff_classes"):
         raise UserError(
-            f"The data set {name} has no pixel classes, which this MODEL.META_ARCHITECTURE "
+            f"The dataset {name} has no pixel classes, which this MODEL.META_ARCHITECTURE "
             "requires; expected `stuff_classes` in its metadata. Set them in the code that "
-            f"registers the data set: MetadataCatalog.get({name!r}).set(stuff_classes=[...], "
+            f"registers the dataset: MetadataCatalog.get({name!r}).set(stuff_classes=[...], "
             "ignore_label=255)."
         )
     paths = [record.get("sem_seg_file_name") for record in records]
     lacking = [str(path) for path in paths if not path or not os.path.isfile(path)]
     if lacking or not records:
         raise UserError(
-            f"{len(lacking)} of {len(records)} images of the data set {name} have no label image "
+            f"{len(lacking)} of {len(records)} images of the dataset {name} have no label image "
             f"({', '.join(lacking[:_SHOWN]) or 'no images'}); expected the path of an existing "
             "single-channel image in `sem_seg_file_name` of every record. Correct the records."
         )
@@ -60,14 +60,14 @@ def _stuff(name: str) -> tuple[list[str], int]:
 
 
 def use_keypoints(cfg: CfgNode, names: Sequence[str]) -> None:
-    """Check the keypoints of data sets, and copy their number and names to the config.
+    """Check the keypoints of datasets, and copy their number and names to the config.
 
     Args:
         cfg: The config of a run with ``MODEL.KEYPOINT_ON``, modified in place.
-        names: The names of registered data sets, at least one.
+        names: The names of registered datasets, at least one.
 
     Raises:
-        UserError: If a data set has no keypoints, if two data sets have different keypoints, or if
+        UserError: If a dataset has no keypoints, if two datasets have different keypoints, or if
             ``TEST.KEYPOINT_OKS_SIGMAS`` does not match the keypoints.
     """
     found = {name: _keypoints(name) for name in names}
@@ -75,15 +75,15 @@ def use_keypoints(cfg: CfgNode, names: Sequence[str]) -> None:
     for name, other in found.items():
         if other != keypoints:
             raise UserError(
-                f"The data sets {first} and {name} have different keypoints: {keypoints} and "
-                f"{other}. All data sets of a run must have the same keypoints in the same order."
+                f"The datasets {first} and {name} have different keypoints: {keypoints} and "
+                f"{other}. All datasets of a run must have the same keypoints in the same order."
             )
     for name in cfg.DATASETS.TEST:
         dataset = registered_entry(name)
         summary = dataset.summary if isinstance(dataset, CocoDataset) else None
         if summary is not None and summary.num_without_keypoints:
             raise UserError(
-                f"The data set {name}: {summary.num_without_keypoints} of "
+                f"The dataset {name}: {summary.num_without_keypoints} of "
                 f"{summary.num_annotations} annotations have no `keypoints` or `num_keypoints`, "
                 "which the COCO metrics for keypoints require. For an object without visible "
                 "keypoints, set `keypoints` to three zeros per keypoint and `num_keypoints` to 0."
@@ -106,7 +106,7 @@ def _keypoints(name: str) -> list[str]:
     metadata = MetadataCatalog.get(name)
     if not metadata.get("keypoint_names"):
         raise UserError(
-            f"The data set {name} has no keypoint names, which MODEL.KEYPOINT_ON requires; "
+            f"The dataset {name} has no keypoint names, which MODEL.KEYPOINT_ON requires; "
             "expected `keypoints` in the categories of its annotation file, as in COCO's person "
             "keypoints, or `keypoint_names` in its metadata. Add them, or set MODEL.KEYPOINT_ON "
             "to False."

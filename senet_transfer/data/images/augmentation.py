@@ -81,7 +81,7 @@ def _check_values(options: CfgNode) -> None:
     valid = not jitter or (len(jitter) == 4 and jitter[3] <= 0.5)
     if not valid or any(not 0 <= value < math.inf for value in jitter):
         raise UserError(
-            f"{key}.COLOR_JITTER is {tuple(jitter)}; expected four numbers of 0 or more, for "
+            f"{key}.COLOR_JITTER is {tuple(jitter)}; expected four non-negative numbers for "
             "brightness, contrast, saturation and hue (at most 0.5), or an empty list."
         )
     whole = len(rand) == 2 and all(type(value) is int for value in rand)

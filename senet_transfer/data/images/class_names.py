@@ -1,4 +1,4 @@
-"""Class order of a data set, which determines the labels."""
+"""Class order of a dataset, which determines the labels."""
 
 import logging
 import os
@@ -25,7 +25,7 @@ def sort_by_name(names: Iterable[str], root: str | Path) -> list[str]:
 
     Args:
         names: Class names.
-        root: Folder or file of the data set; used in the warning.
+        root: Folder or file of the dataset; used in the warning.
     """
     by_name = sorted(names)
     if all(map(_is_number, by_name)):

@@ -40,8 +40,8 @@ class Reading:
     Attributes:
         value_range: Values that are mapped to 0 and 255 in images with more than 8 bits per
             channel; see :func:`to_8_bit`.
-        upright: Whether to apply the EXIF orientation. For colour and grey images in TIFF files,
-            Pillow always applies the orientation.
+        upright: Whether to apply the EXIF orientation. In colour and grayscale TIFF files, it
+            is always applied by Pillow.
         channels: Number of channels of images that are not converted to RGB, with the channels in
             the order of the file. None to convert images to RGB.
     """
@@ -146,7 +146,7 @@ def scale(values: np.ndarray, value_range: Sequence[float]) -> np.ndarray:
 
 
 def stored_values(image: Image.Image, data: bytes = b"") -> np.ndarray:
-    """Return the values of an opened grey image, without Pillow's scaling to 16 bits."""
+    """Return the values of an opened grayscale image, without Pillow's scaling to 16 bits."""
     # The tile is only known before decoding.
     maxval = _tile_arguments(image)[1:2] if image.format == "PPM" else ()
     values = np.asarray(image)
@@ -245,7 +245,7 @@ def jpeg2000_bits(data: bytes) -> int:
 
 
 def _white(image: Image.Image) -> int:
-    """Return the largest possible value of an opened grey image with 16 bits."""
+    """Return the largest possible value of an opened grayscale image with 16 bits."""
     # A TIFF file can also specify 12 bits.
     return (1 << (_bits_per_sample(image) if image.format == "TIFF" else 16)) - 1
 

@@ -1,4 +1,4 @@
-"""Names of image files, and of system files and folders that are not part of a data set."""
+"""Names of image files, and of system files and folders that are not part of a dataset."""
 
 import re
 
@@ -46,7 +46,7 @@ _SYSTEM = {
 def is_hidden(name: str) -> bool:
     """Return True if any part of a relative path is hidden, or is a system file or folder.
 
-    Hidden files are not part of a data set, even if they have the extension of an image file.
+    Hidden files are not part of a dataset, even if they have the extension of an image file.
     """
     parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".", "..")]
     return any(part.startswith(".") or part.lower() in _SYSTEM for part in parts)

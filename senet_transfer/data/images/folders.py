@@ -1,4 +1,4 @@
-"""Image data sets with one folder per class, and the order of their classes."""
+"""Image datasets with one folder per class, and the order of their classes."""
 
 import re
 from collections.abc import Mapping

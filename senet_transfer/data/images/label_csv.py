@@ -1,4 +1,4 @@
-"""CSV files that list the images of a data set in the columns `path` and `label`."""
+"""CSV files that list the images of a dataset in the columns `path` and `label`."""
 
 import csv
 import io

@@ -152,7 +152,7 @@ def walk(
                     folders.append(entry.name)
     except OSError as error:
         raise UserError(
-            f"Cannot read the folder {path}: {error}. Without its images, the data set would be "
+            f"Cannot read the folder {path}: {error}. Without its images, the dataset would be "
             "incomplete. Make the folder readable, for example with chmod u+rx, or remove it."
         ) from error
     yield folder, sorted(folders), sorted(files)
@@ -259,7 +259,7 @@ def archive_members(archive: Path) -> dict[str, tuple[int, int]]:
     except tarfile.ReadError as error:
         raise UserError(
             f"Cannot read archive {archive}: {error}. Expected a complete, uncompressed tar file. "
-            "Compare its MD5 checksum with that on the data set's website, or unpack it."
+            "Compare its MD5 checksum with that on the dataset's website, or unpack it."
         ) from error
     except OSError as error:
         raise UserError(f"Cannot read archive {archive}: {error}. Check the file.") from error

@@ -77,7 +77,7 @@ def open_places365(
     if not found:
         raise UserError(
             f"No {split} images found in {source}; expected one of {', '.join(places)}. Download "
-            "the archive from the data set's website, or pass the folder that contains it."
+            "the archive from the dataset's website, or pass the folder that contains it."
         )
     return open_places365_images(found[0], source, split, skip_missing=skip_missing)
 
@@ -184,5 +184,5 @@ def _read_list(folder: Path, name: str) -> str:
         ) from error
     raise UserError(
         f"List {name} not found in {folder}; expected it in this folder, or in one of the "
-        f"archives {', '.join(_LIST_ARCHIVES)}. Download it from the data set's website."
+        f"archives {', '.join(_LIST_ARCHIVES)}. Download it from the dataset's website."
     )

@@ -162,7 +162,7 @@ class EvalTransform:
     """Deterministic resize and crop for evaluation.
 
     Images are decoded and resized with Pillow. Resizing tensors instead would change pixels by up
-    to one grey level, which changes the third digit of the logits.
+    to 1, which changes the third digit of the logits.
 
     Attributes:
         mode: "short_side" resizes the short side to `resize` and crops the centre; "squash" resizes
@@ -216,7 +216,7 @@ class EvalTransform:
         return torch.cat([self.view(band) for band in bands], dim=-3)
 
     def view(self, image: Image.Image) -> Tensor:
-        """Resize and crop a decoded RGB or grey image; see :meth:`__call__`."""
+        """Resize and crop a decoded RGB or grayscale image; see :meth:`__call__`."""
         image = self.resized(image)
         square = [self.crop, self.crop]
         if self.mode == "ten_crop":

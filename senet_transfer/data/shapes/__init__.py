@@ -1,1 +1,1 @@
-"""Rendered data sets of geometric shapes for demos and smoke tests."""
+"""Rendered datasets of geometric shapes for demos and smoke tests."""

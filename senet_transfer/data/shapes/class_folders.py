@@ -1,4 +1,4 @@
-"""Small classification data set with crops from the shapes data set; no download is required."""
+"""Small classification dataset with crops from the shapes dataset; no download is required."""
 
 import json
 import logging
@@ -16,14 +16,14 @@ PER_CLASS = 6
 
 
 def make_shape_classes(shapes: Path, output_dir: Path, split: str = "val") -> Path:
-    """Write object crops from the shapes data set to a folder with one folder per class.
+    """Write object crops from the shapes dataset to a folder with one folder per class.
 
     The output folder is created atomically. An existing folder is kept unchanged.
 
     Args:
-        shapes: Folder of the shapes data set.
+        shapes: Folder of the shapes dataset.
         output_dir: Folder to create.
-        split: Split of the shapes data set.
+        split: Split of the shapes dataset.
 
     Returns:
         `output_dir`.
@@ -50,7 +50,7 @@ def make_shape_classes(shapes: Path, output_dir: Path, split: str = "val") -> Pa
                     if image is None:
                         raise UserError(
                             f"Cannot read {path}: it is missing or not an image. Delete {shapes} "
-                            "and run `senet data shapes` to render the data set again."
+                            "and run `senet data shapes` to render the dataset again."
                         )
                     left, top, width, height = annotation["bbox"]
                     cut = image[top : top + height, left : left + width]

@@ -1,4 +1,4 @@
-"""The shapes data set: a small detection data set that is rendered rather than downloaded.
+"""The shapes dataset: a small detection dataset that is rendered rather than downloaded.
 
 It consists of a few hundred images of coloured shapes on textured backgrounds, with annotations in
 COCO format. The shapes occlude each other, extend beyond the image and vary in size, so the task
@@ -29,7 +29,7 @@ __all__ = ["SHAPE_CLASSES", "SHAPE_SPLITS", "ShapeObject", "make_shapes", "rende
 
 TINY_IMAGES = 8
 
-# Incremented whenever the images or annotations for a given seed change. A data set written by an
+# Incremented whenever the images or annotations for a given seed change. A dataset written by an
 # older release is then not mistaken for a current one.
 VERSION = 3
 
@@ -47,14 +47,14 @@ def make_shapes(
     *,
     quiet: bool = False,
 ) -> Path:
-    """Render the data set to a folder, unless the folder already contains it.
+    """Render the dataset to a folder, unless the folder already contains it.
 
     The folder is created atomically, so an interrupted run leaves no incomplete folder behind. It
     contains the images `{train,val,tiny}/000001.jpg` and so on,
     `annotations/instances_{train,val,tiny}.json` in COCO format, and the settings, `shapes.json`.
 
     Args:
-        output_dir: Folder to create. An existing folder must be empty or contain this data set.
+        output_dir: Folder to create. An existing folder must be empty or contain this dataset.
         seed: Random seed, 0 or more.
         train: Number of training images.
         val: Number of validation images.
@@ -74,7 +74,7 @@ def make_shapes(
     settings = {"version": VERSION, "seed": seed, "train": train, "val": val, "tiny": TINY_IMAGES}
     try:
         if _is_present(target, settings):
-            logger.info("%s already contains this data set (%s)", output_dir, _listed(settings))
+            logger.info("%s already contains this dataset (%s)", output_dir, _listed(settings))
             return output_dir
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".shapes-", dir=target.parent) as scratch:
@@ -83,17 +83,17 @@ def make_shapes(
             _move(built, target, settings)
     except OSError as error:
         raise UserError(
-            f"Cannot write the shapes data set to {output_dir}: {error}. Expected a writable "
+            f"Cannot write the shapes dataset to {output_dir}: {error}. Expected a writable "
             "location with a few megabytes of free space. Free up space or choose another folder."
         ) from error
-    logger.info("Wrote the shapes data set to %s (%s)", output_dir, _listed(settings))
+    logger.info("Wrote the shapes dataset to %s (%s)", output_dir, _listed(settings))
     return output_dir
 
 
 def _check_numbers(seed: int, train: int, val: int) -> None:
     if seed < 0 or train < 1 or val < 1:
         raise UserError(
-            f"Cannot create a shapes data set with seed={seed}, train={train}, val={val}; "
+            f"Cannot create a shapes dataset with seed={seed}, train={train}, val={val}; "
             "expected a seed of 0 or more and at least 1 image per split. Correct the value."
         )
 
@@ -103,7 +103,7 @@ def _listed(settings: dict[str, int]) -> str:
 
 
 def _is_present(target: Path, settings: dict[str, int]) -> bool:
-    """Return True if a folder contains the data set, or False if it is empty or does not exist.
+    """Return True if a folder contains the dataset, or False if it is empty or does not exist.
 
     Raises:
         UserError: If the folder contains anything else.
@@ -120,13 +120,13 @@ def _is_present(target: Path, settings: dict[str, int]) -> bool:
             return True
     raise UserError(
         f"{target} already exists and is {found}; expected no folder, an empty folder or the "
-        f"shapes data set with {_listed(settings)}. Move this folder or choose a different one. "
+        f"shapes dataset with {_listed(settings)}. Move this folder or choose a different one. "
         "Nothing was changed."
     )
 
 
 def _difference(target: Path, settings: dict[str, int]) -> str | None:
-    """Describe how a non-empty folder differs from the data set.
+    """Describe how a non-empty folder differs from the dataset.
 
     The result is None if there is no difference.
     """
@@ -139,13 +139,13 @@ def _difference(target: Path, settings: dict[str, int]) -> str | None:
         return f"a folder with an unreadable shapes.json ({error})"
     if found != settings:
         listed = _listed(found) if isinstance(found, dict) else repr(found)
-        return f"a data set with different settings ({listed})"
+        return f"a dataset with different settings ({listed})"
     for split in SHAPE_SPLITS:
         images = len(list(target.glob(f"{split}/*.jpg")))
         if images != settings[split]:
-            return f"a data set with only {images} of {settings[split]} images in {split}/"
+            return f"a dataset with only {images} of {settings[split]} images in {split}/"
         if not _annotation_file(target, split).is_file():
-            return f"a data set without {_annotation_file(target, split).name}"
+            return f"a dataset without {_annotation_file(target, split).name}"
     return None
 
 
@@ -158,13 +158,13 @@ def _move(built: Path, target: Path, settings: dict[str, int]) -> None:
     try:
         built.replace(target)
     except OSError:
-        # A concurrent run may have written the same data set first.
+        # A concurrent run may have written the same dataset first.
         if not _is_present(target, settings):
             raise
 
 
 def _write(root: Path, settings: dict[str, int], quiet: bool) -> None:
-    """Write the data set to a folder that does not exist yet."""
+    """Write the dataset to a folder that does not exist yet."""
     (root / "annotations").mkdir(parents=True)
     total = sum(settings[split] for split in SHAPE_SPLITS)
     with progress(total=total, desc="shapes", unit="image", quiet=quiet) as bar:

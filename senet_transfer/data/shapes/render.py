@@ -1,4 +1,4 @@
-"""Renderer for the shapes data set. It also computes each shape's mask and visible fraction."""
+"""Renderer for the shapes dataset. It also computes each shape's mask and visible fraction."""
 
 import math
 from dataclasses import dataclass
@@ -61,12 +61,12 @@ class _Layer:
 
 
 def render_image(seed: int, split: str, index: int) -> tuple[np.ndarray, list[ShapeObject]]:
-    """Render one image of the data set.
+    """Render one image of the dataset.
 
-    The image depends only on the three arguments, not on the size of the data set.
+    The image depends only on the three arguments, not on the size of the dataset.
 
     Args:
-        seed: Random seed of the data set, 0 or more.
+        seed: Random seed of the dataset, 0 or more.
         split: One of `SHAPE_SPLITS`.
         index: Number of the image in its split, starting at 1. It is also the image's COCO id and
             file name.

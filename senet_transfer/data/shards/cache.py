@@ -1,6 +1,6 @@
 """Local cache for remote shards.
 
-The file name of a copy depends on the shard's address and SHA-256 checksum, so outdated copies are
+The file name of a copy depends on the shard's URL and SHA-256 checksum, so outdated copies are
 not used after a shard has been prepared again. Copies are verified and written atomically.
 """
 

@@ -90,7 +90,7 @@ def load_manifest(base: str, storage: RemoteOptions | None = None) -> Manifest:
     """Load and validate the manifest of a shard folder.
 
     Args:
-        base: Path or address of the folder.
+        base: Path or URL of the folder.
         storage: Options for reading remote files.
 
     Raises:
@@ -101,7 +101,7 @@ def load_manifest(base: str, storage: RemoteOptions | None = None) -> Manifest:
         content = json.loads(read_bytes(where, storage or RemoteOptions()))
     except AbsentFileError as error:
         raise UserError(
-            f"{where} does not exist. Check the address. Remote shards require a manifest, because "
+            f"{where} does not exist. Check the URL. Remote shards require a manifest, because "
             "counting their samples would transfer all of them. Run `senet data manifest FOLDER` "
             "where the shards are stored, and upload manifest.json and the index files."
         ) from error

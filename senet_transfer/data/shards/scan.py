@@ -2,7 +2,7 @@
 
 A sample consists of consecutive members with the same name up to the first dot: an image and a
 label. The label is in a `.cls` file, or is the number `label` or `cls` in a `.json` file. Other
-members, such as captions, are ignored. When the data set is opened, the headers are read once to
+members, such as captions, are ignored. When the dataset is opened, the headers are read once to
 count and locate the samples.
 """
 

@@ -1,6 +1,6 @@
 """Functions for reading from local files, HTTP(S) servers and object stores.
 
-Every path or address of shard data is checked with `check_scheme`, which rejects schemes that run
+Every path or URL of shard data is checked with `check_scheme`, which rejects schemes that run
 commands, such as webdataset's `pipe:`.
 """
 
@@ -21,7 +21,7 @@ from senet_transfer.errors import UserError
 
 REMOTE_SCHEMES = ("http", "https", "s3", "gs", "gcs", "az", "abfs")
 
-# Pattern for file names in a shard folder. The names must be valid in paths and addresses.
+# Pattern for file names in a shard folder. The names must be valid in paths and URLs.
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 # A single letter before the colon is a drive letter, not a scheme.
@@ -56,7 +56,7 @@ class RemoteOptions:
 
 
 def check_scheme(url: str) -> str | None:
-    """Return the scheme of an address, or None for a local path.
+    """Return the scheme of a URL, or None for a local path.
 
     Raises:
         UserError: If the scheme is not allowed, such as `pipe:`.
@@ -68,14 +68,14 @@ def check_scheme(url: str) -> str | None:
     if scheme not in REMOTE_SCHEMES:
         raise UserError(
             f"Cannot read {url!r}: the scheme '{scheme}:' is not supported; expected a local path "
-            f"or one of {', '.join(REMOTE_SCHEMES)}. Addresses that run a command are never "
-            "opened. Copy the data to a supported location."
+            f"or one of {', '.join(REMOTE_SCHEMES)}. For security, URLs that run a "
+            "command, such as pipe:, are rejected. Copy the data to a supported location."
         )
     return scheme
 
 
 def is_remote(url: str) -> bool:
-    """Return True for a remote address and False for a local path.
+    """Return True for a remote URL and False for a local path.
 
     Raises:
         UserError: If the scheme is not allowed.
@@ -84,12 +84,12 @@ def is_remote(url: str) -> bool:
 
 
 def local_path(url: str) -> Path:
-    """Return the path in a local address, which may start with `file:`."""
+    """Return the path in a local URL, which may start with `file:`."""
     return Path(re.sub(r"^file:(//(localhost)?)?", "", url, flags=re.IGNORECASE)).expanduser()
 
 
 def join(base: str, name: str) -> str:
-    """Return the path or address of a file in a folder.
+    """Return the path or URL of a file in a folder.
 
     Raises:
         UserError: If `name`, which comes from a manifest, is not a plain file name.
@@ -109,7 +109,7 @@ def open_stream(url: str, storage: RemoteOptions, size: int | None = None) -> Bi
     If the connection to a server breaks, reading resumes at the same byte.
 
     Args:
-        url: Local path or remote address.
+        url: Local path or remote URL.
         storage: Options for reading remote files.
         size: File size in bytes, if known. A stream that ends earlier is treated as a broken
             connection.
@@ -154,10 +154,10 @@ def read_range(url: str, storage: RemoteOptions, offset: int, size: int) -> byte
 
 
 def file_system(url: str, storage: RemoteOptions) -> fsspec.AbstractFileSystem:
-    """Return the fsspec file system for an address.
+    """Return the fsspec file system for a URL.
 
     Raises:
-        UserError: If the package that supports the address's scheme is not installed.
+        UserError: If the package that supports the URL's scheme is not installed.
     """
     scheme = check_scheme(url) or "file"
     try:
@@ -173,13 +173,13 @@ def file_system(url: str, storage: RemoteOptions) -> fsspec.AbstractFileSystem:
     except ImportError as error:
         package = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
         raise UserError(
-            f"Cannot read {url}: {error}. Addresses with the scheme {scheme} require an "
+            f"Cannot read {url}: {error}. URLs with the scheme {scheme} require an "
             f"additional package. Install it with pip install {package.get(scheme, 'aiohttp')}"
         ) from error
 
 
 def missing_files(urls: Sequence[str], storage: RemoteOptions) -> list[str]:
-    """Return the addresses at which no file exists. All addresses must be on the same server.
+    """Return the URLs at which no file exists. All URLs must be on the same server.
 
     The result is empty if the server does not respond. In this case, reading fails later, after
     retries.
@@ -249,9 +249,7 @@ class ResumingReader(io.RawIOBase):
                 raise
             except Exception as error:  # file systems raise exceptions of many types
                 if _is_absent(error):
-                    raise AbsentFileError(
-                        f"{self.url} does not exist. Check the address."
-                    ) from error
+                    raise AbsentFileError(f"{self.url} does not exist. Check the URL.") from error
                 if _is_denied(error):
                     raise UserError(
                         f"Access to {self.url} was denied: {type(error).__name__}: {error}. "

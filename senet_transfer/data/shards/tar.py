@@ -2,7 +2,7 @@
 
 This is the only module that imports webdataset. It uses webdataset's tar writer, member iterator
 and grouping of members into samples. Other parts of webdataset are replaced by `storage`, `decode`
-and `sampling` for four reasons: the address handling runs shell commands (`pipe:`), the decoders
+and `sampling` for four reasons: the URL handling runs shell commands (`pipe:`), the decoders
 execute pickles, the splitters read environment variables in worker processes, and the shuffles
 cannot be resumed.
 """
@@ -84,7 +84,7 @@ def read_shard(
 
     Args:
         stream: Tar archive, which is read sequentially.
-        url: Path or address of the shard; used in error messages.
+        url: Path or URL of the shard; used in error messages.
         samples: Expected number of samples, from the manifest.
         num_classes: Number of classes.
 

@@ -183,4 +183,4 @@ class UntaggedCheckpointer(Checkpointer):
     """Checkpointer for models from which training does not resume, such as the best model."""
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Do nothing, because ``last_checkpoint`` must name a checkpoint to resume from."""
+        """Do nothing, so that ``last_checkpoint`` keeps the name of a checkpoint to resume from."""

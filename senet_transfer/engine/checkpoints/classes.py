@@ -1,4 +1,4 @@
-"""Comparison of a trained model's class names with the class names of data sets."""
+"""Comparison of a trained model's class names with the class names of datasets."""
 
 import logging
 import os
@@ -58,15 +58,15 @@ def trained_classes(source: Source) -> list[str]:
 def use_trained_classes(
     cfg: CfgNode, source: Source, names: Sequence[str], *, keeps: bool, eval_only: bool = False
 ) -> None:
-    """Compare the classes of a run's data sets with the classes of the run's initial model.
+    """Compare the classes of a run's datasets with the classes of the run's initial model.
 
-    If the data sets have the same classes in a different order, the model's order is used, except
+    If the datasets have the same classes in a different order, the model's order is used, except
     for classification data with fixed labels, such as shards.
 
     Args:
         cfg: The config, whose ``DATASETS.CLASSES`` and ``CATEGORY_IDS`` are changed in place.
         source: The weight file of the initial model.
-        names: The names of the run's data sets.
+        names: The names of the run's datasets.
         keeps: True if the model is evaluated or its training is resumed. False if its weights
             initialise a new model, which may have different classes.
         eval_only: True for a run that does not read the training data.
@@ -87,7 +87,7 @@ def use_trained_classes(
         is_classification(cfg) and same and build.use_class_order(cfg, model, eval_only=eval_only)
     ):
         logger.warning(
-            "The data sets list the classes of %s in a different order, or only some of them. The "
+            "The datasets list the classes of %s in a different order, or only some of them. The "
             "class order of the weights is used: %s.",
             source.path,
             first_of(model),
@@ -97,12 +97,12 @@ def use_trained_classes(
     if keeps:
         raise UserError(
             f"The model in {source.path} was trained on classes that differ from those of the data "
-            f"sets: {found}. The model's classes are {model}; the data sets' classes are {data}. "
+            f"sets: {found}. The model's classes are {model}; the datasets' classes are {data}. "
             "Use data with the same classes in the same order."
         )
     if len(model) == len(data):
         logger.warning(
-            "%s was trained on classes that differ from those of the data sets: %s. The number of "
+            "%s was trained on classes that differ from those of the datasets: %s. The number of "
             "classes is the same, so the layers that predict classes are loaded from this file.",
             source.path,
             found,

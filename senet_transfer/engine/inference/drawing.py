@@ -74,7 +74,7 @@ class PredictionDrawing(Visualizer):
     If there is no free space for a label near its object, the label is omitted.
 
     Attributes:
-        labels: The rectangles of all labels, in pixels of the image.
+        labels: The bounding boxes of all labels, in pixel coordinates of the image.
     """
 
     def __init__(self, image: np.ndarray, classes: ClassNames):

@@ -53,7 +53,7 @@ def run_evaluation(
     Args:
         sources: The classifiers, which have the same classes in the same order.
         device: The device, such as "cuda:1". If empty, ``MODEL.DEVICE`` is used.
-        data: The path of shards, a folder or an archive. If empty, the first data set in
+        data: The path of shards, a folder or an archive. If empty, the first dataset in
             ``DATASETS.TEST`` is used.
         views: The scales and crops to evaluate for each image. If None, the model's defaults are
             used.
@@ -271,7 +271,7 @@ def _published(
     loaded: LoadedModel,
     transform: EvalTransform | MultiScaleTransform,
 ) -> tuple[Published, ...]:
-    """Return published single-crop results for a network, data set and crop size."""
+    """Return published single-crop results for a network, dataset and crop size."""
     name = backbone_name(loaded.cfg)
     if not isinstance(transform, EvalTransform) or transform.mode == "ten_crop":
         return ()

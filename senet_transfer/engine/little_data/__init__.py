@@ -1,1 +1,1 @@
-"""Methods for small data sets: frozen features, linear probes, k-NN and stage-wise fine-tuning."""
+"""Methods for small datasets: frozen features, linear probes, k-NN and stage-wise fine-tuning."""

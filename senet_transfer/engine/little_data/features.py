@@ -1,4 +1,4 @@
-"""Pooled features of a frozen backbone for the images of a classification data set."""
+"""Pooled features of a frozen backbone for the images of a classification dataset."""
 
 import json
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ SUFFIXES = (".npz", ".safetensors")
 
 @dataclass(frozen=True)
 class Features:
-    """Features of a data set's images, in the order of the data set.
+    """Features of a dataset's images, in the order of the dataset.
 
     Attributes:
         features: The input of the classifier's linear layer, float32 ``(N, D)``.
@@ -101,15 +101,15 @@ def open_labelled(
     """Open labelled classification data with the input settings of a config.
 
     Args:
-        cfg: The model's config. The data sets and classes in the config are not used.
-        train: A data set in any supported format, which determines the classes. If empty, only
+        cfg: The model's config. The datasets and classes in the config are not used.
+        train: A dataset in any supported format, which determines the classes. If empty, only
             ``test`` is opened.
-        test: A data set with the same classes as ``train``.
+        test: A dataset with the same classes as ``train``.
         classes: Order of the labels: "numeric", or a file with one class name per line. If empty,
             the order of the data is used.
 
     Raises:
-        UserError: If a data set is missing or damaged, or the data sets have different classes.
+        UserError: If a dataset is missing or damaged, or the datasets have different classes.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -134,7 +134,7 @@ def extract_features(
 
     Args:
         loaded: A classifier. It is not changed.
-        dataset: The data set, whose classes may differ from the classifier's.
+        dataset: The dataset, whose classes may differ from the classifier's.
         batch_size: The number of images per batch.
         workers: The number of processes that read and decode images. Each process builds batches
             from its own part of the data.

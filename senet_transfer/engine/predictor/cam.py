@@ -114,7 +114,7 @@ def class_activation_map(
 
 
 def _scale_equally(gate: SqueezeExcitation, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    """Replace the gates of an SE layer by their mean over the channels, as a forward hook."""
+    """Forward hook that replaces the gates of an SE layer with their mean over the channels."""
     x, shortcut, scale = (*inputs, None, 1.0)[:3]
     gated = scale * x * gate.gate(x).mean(1, keepdim=True)
     return gated if shortcut is None else gated + shortcut

@@ -31,8 +31,8 @@ class Photo:
     """Input image for prediction. A file is read when needed, and is not kept in memory.
 
     Attributes:
-        source: Path, HTTP(S) URL, PIL image, or RGB or grey pixels: an array ``(H, W, 3)`` or ``(H,
-            W)``, or a tensor ``(3, H, W)`` or ``(1, H, W)``, uint8. If ``reading`` contains a
+        source: Path, HTTP(S) URL, PIL image, or RGB or grayscale pixels: an array ``(H, W, 3)`` or
+            ``(H, W)``, or a tensor ``(3, H, W)`` or ``(1, H, W)``, uint8. If ``reading`` contains a
             number of channels, an array ``(H, W, C)`` or a tensor ``(C, H, W)`` of any number type.
         name: Path or URL, or a description of an image in memory.
         relative: Path of the image relative to the input folder. Output files are named after it.
@@ -124,8 +124,8 @@ def _in_memory(image: Any) -> Image.Image:
     shape, dtype = getattr(image, "shape", ""), getattr(image, "dtype", "")
     given = " ".join(str(part) for part in (type(image).__name__, dtype, shape) if str(part))
     raise UserError(
-        f"The image is a {given}; expected a path, a URL, a PIL image, or RGB or grey pixels in "
-        "0-255 with the data type uint8: an array (H, W, 3) or (H, W), or a tensor (C, H, W)."
+        f"The image is a {given}; expected a path, a URL, a PIL image, or RGB or grayscale pixels "
+        "in 0-255 with the data type uint8: an array (H, W, 3) or (H, W), or a tensor (C, H, W)."
     )
 
 

@@ -163,7 +163,7 @@ def _find(name: str, config_file: str) -> tuple[str, str]:
 
 
 def take_classes(cfg: CfgNode) -> None:
-    """Copy the data sets' class names to the config if they are known without reading files."""
+    """Copy the datasets' class names to the config if they are known without reading files."""
     register_shapes()
     for name in [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]:
         known = MetadataCatalog.get(name).as_dict() if name in MetadataCatalog else {}

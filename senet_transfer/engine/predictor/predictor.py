@@ -40,7 +40,7 @@ Result = TypeVar("Result", Classification, Detections)
 
 
 class _ImagesAsIndices(Dataset):
-    """Data set whose indices are the images themselves.
+    """Dataset whose indices are the images themselves.
 
     A data loader can then send images from an iterable to its workers without reading the whole
     iterable first.
@@ -98,9 +98,9 @@ class Predictor(ABC, Generic[Result]):
         """Run prediction on images.
 
         Args:
-            images: A path or HTTP(S) URL, a PIL image, RGB or grey pixels (an array ``(H, W, 3)``
-                or ``(H, W)``, or a tensor ``(C, H, W)``, uint8), or a list of these; or a folder, a
-                glob pattern, a ``.txt`` list of paths or a video.
+            images: A path or HTTP(S) URL, a PIL image, RGB or grayscale pixels (an array
+                ``(H, W, 3)`` or ``(H, W)``, or a tensor ``(C, H, W)``, uint8), or a list
+                of these; or a folder, a glob pattern, a ``.txt`` list of paths or a video.
             batch_size: The number of images per batch. By default, the predictor's batch size.
 
         Returns:
@@ -280,8 +280,8 @@ class DetectorPredictor(Predictor[Detections]):
             run: A function with the interface of Detectron2's meta-architectures.
             resize: The transform that resizes images.
             classes: The classes of the model.
-            input_format: The model's channel order, such as "BGR"; "L" for grey images; or, for
-                example, "C5" for images with 5 channels.
+            input_format: The model's channel order, such as "BGR"; "L" for grayscale images; or
+                a format such as "C5" for images with 5 channels.
             threshold: The minimum score of the objects in a result.
             options: Further arguments for :class:`Predictor`.
         """

@@ -16,7 +16,7 @@ from senet_transfer.weights.save import write_own
 
 USE = (
     "The model is meant for trying this package without a download, for comparing networks with "
-    "and without SE, and as initial weights. It was trained on a small data set for research, and "
+    "and without SE, and as initial weights. It was trained on a small dataset for research, and "
     "has not been tested for any other use."
 )
 

@@ -60,8 +60,8 @@ class Contents:
 
         Args:
             weights: The weight file.
-            options: Alternating keys and values that override the run's config, such as local data
-                sets.
+            options: Alternating keys and values that override the run's config, such as the
+                local datasets.
 
         Returns:
             The results, as in ``results.json``.

@@ -42,7 +42,7 @@ class Card:
         use: Intended use; empty if unspecified.
         runs: Records of all runs with the same config, one per seed; see :func:`read_runs`.
         evaluate: If True, the weight file is evaluated on the run's ``DATASETS.TEST``.
-        opts: Config options for the evaluation, such as local data sets.
+        opts: Config options for the evaluation, such as local datasets.
     """
 
     name: str

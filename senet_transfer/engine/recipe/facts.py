@@ -1,4 +1,4 @@
-"""Facts about a data set and a machine that determine a recipe."""
+"""Facts about a dataset and a machine that determine a recipe."""
 
 import io
 import math
@@ -17,7 +17,7 @@ from senet_transfer.data.detection.dataset_checks import check_objects
 from senet_transfer.data.detection.formats.source import read_annotations
 from senet_transfer.data.own_data import DataPart
 
-# Maximum number of images whose size is read in a classification data set.
+# Maximum number of images whose size is read in a classification dataset.
 _SAMPLE = 100
 
 
@@ -60,7 +60,7 @@ class MachineFacts:
 
 
 def describe_data(train: DataPart, val: DataPart, *, upright: bool = True) -> DataFacts:
-    """Collect the facts about a data set that determine the recipe.
+    """Collect the facts about a dataset that determine the recipe.
 
     Args:
         train: Training data.

@@ -155,7 +155,7 @@ def choose_settings(
     arch: str = "",
     device: str = "cuda",
 ) -> list[Choice]:
-    """Choose the settings for training on a data set on this machine.
+    """Choose the settings for training on a dataset on this machine.
 
     Args:
         train: Training data.

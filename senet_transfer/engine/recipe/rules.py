@@ -56,7 +56,7 @@ def backbone(machine: MachineFacts) -> tuple[str, str]:
 
 
 def choose(data: DataFacts, machine: MachineFacts, weights: str, arch: str = "") -> list[Choice]:
-    """Return the settings for a data set, in order of importance.
+    """Return the settings for a dataset, in order of importance.
 
     Args:
         data: Facts about the data.

@@ -101,7 +101,7 @@ def test_processes_find_the_same_copies_and_a_limit_takes_a_sample(tree):
 
 @pytest.mark.long
 def test_the_copy_in_the_published_blood_cells_is_found(shared_data):
-    # The data set contains two photographs of the same cells. One of them is in its training list
+    # The dataset contains two photographs of the same cells. One of them is in its training list
     # and the other one in its validation list.
     names = [f"BloodImage_{number:05d}.jpg" for number in range(30, 60)]
     folder = shared_data / "bccd" / "JPEGImages"

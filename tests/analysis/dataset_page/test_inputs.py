@@ -1,4 +1,4 @@
-"""Tests that a data set's HTML page shows the images that the mapper and the loader return."""
+"""Tests that a dataset's HTML page shows the images that the mapper and the loader return."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""Tests for the HTML page about a data set, from the command line to the browser."""
+"""Tests for the HTML page about a dataset, from the command line to the browser."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def embedded(page):
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """Write a shapes data set with annotation errors, and with HTML in a class and a file name."""
+    """Write a shapes dataset with annotation errors, and with HTML in a class and a file name."""
     root = make_shapes(tmp_path_factory.mktemp("data") / "shapes", train=12, val=4)
     path = root / "annotations" / "instances_train.json"
     content = json.loads(path.read_text())
@@ -98,7 +98,7 @@ def test_a_classifier_s_page_shows_copies_with_different_labels(tmp_path, tree):
 
 
 def test_missing_data_is_an_error_that_names_the_arguments():
-    with pytest.raises(UserError, match="--data, register data sets with --dataset"):
+    with pytest.raises(UserError, match="--data, register datasets with --dataset"):
         data_config()
     with pytest.raises(UserError, match=r"nowhere"):
         data_config("nowhere")

@@ -1,4 +1,4 @@
-"""Tests that compare data set statistics with Detectron2's results and with manual counts."""
+"""Tests that compare dataset statistics with Detectron2's results and with manual counts."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Small synthetic data sets in CIFAR's official file formats."""
+"""Small synthetic datasets in CIFAR's official file formats."""
 
 import hashlib
 import io

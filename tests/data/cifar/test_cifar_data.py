@@ -283,7 +283,7 @@ def test_a_damaged_prepared_file_is_rejected(place, damage, tmp_path):
 
 
 def test_other_files_are_not_prepared_data(tmp_path):
-    with pytest.raises(UserError, match="No prepared data set"):
+    with pytest.raises(UserError, match="No prepared dataset"):
         load_images(tmp_path / "train.safetensors")
     save_file({"weight": torch.zeros(3)}, tmp_path / "w.safetensors")
     with pytest.raises(UserError, match="contains the tensors .'weight'."):
@@ -305,7 +305,7 @@ def test_preparing_again_keeps_existing_files_and_never_overwrites(tmp_path):
     prepare_cifar(tmp_path / "source", output)
     assert [path.stat().st_mtime_ns for path in sorted(output.iterdir())] == times
     tree(tmp_path / "source" / "test", {"cat/more.png": encode()})
-    with pytest.raises(UserError, match="contains a different data set .3 images"):
+    with pytest.raises(UserError, match="contains a different dataset .3 images"):
         prepare_cifar(tmp_path / "source", output)
     split_file(output, "train").unlink()  # as if preparation had been interrupted
     (tmp_path / "source" / "test" / "cat" / "more.png").unlink()

@@ -22,10 +22,10 @@ FORMS = {"cifar10": "cifar-10-python", "cifar100": "cifar-100-python"}
 
 @pytest.fixture(params=FORMS)
 def served(request, tmp_path, monkeypatch) -> Iterator[tuple[str, Path, list[str]]]:
-    """Serve a data set's archive on a local HTTP server.
+    """Serve a dataset's archive on a local HTTP server.
 
     Yields:
-        The data set's name, the archive's path, and a list of the requests' HTTP methods.
+        The dataset's name, the archive's path, and a list of the requests' HTTP methods.
     """
     name, requests = request.param, []
     dataset, form = archives.DOWNLOADS[name], FORMS[name]

@@ -1,4 +1,4 @@
-"""Tests for the loaders for data sets in memory."""
+"""Tests for the loaders for datasets in memory."""
 
 from itertools import islice
 

@@ -1,4 +1,4 @@
-"""Fixtures for the tests of detection data sets."""
+"""Fixtures for the tests of detection datasets."""
 
 import json
 

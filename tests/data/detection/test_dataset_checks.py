@@ -64,7 +64,7 @@ def test_classes_in_another_order_are_mapped_or_rejected(data, files, annotation
     ((item,), *_) = [record["annotations"] for record in DatasetCatalog.get("two") if
                      record["annotations"]]  # fmt: skip
     assert dataset_classes("two")[item["category_id"]] == dogs[0] == "dog"
-    register_coco_dataset("two", *paths)  # as in a new run that lists this data set first
+    register_coco_dataset("two", *paths)  # as in a new run that lists this dataset first
     assert dataset_classes("two") == ["dog", "cat"]
 
 
@@ -86,13 +86,13 @@ def test_an_unknown_name_error_suggests_similar_names_and_registration(ask):
         ask(["coco_2017_trian"])
     assert "--dataset NAME JSON FOLDER" in str(e.value)
     assert "DATASETS.REGISTER" in str(e.value)
-    with pytest.raises(UserError, match="Unknown data set 'qqq'. Expected"):
+    with pytest.raises(UserError, match="Unknown dataset 'qqq'. Expected"):
         ask(["qqq"])
 
 
 @pytest.fixture
 def coco_root(tmp_path, monkeypatch):
-    """Set the root of Detectron2's built-in COCO data sets, as ``$DETECTRON2_DATASETS`` does."""
+    """Set the root of Detectron2's built-in COCO datasets, as ``$DETECTRON2_DATASETS`` does."""
     monkeypatch.setattr(builtin, "_root", str(tmp_path / "data"))
     for name in ("coco_2017_train", "coco_2017_val"):
         values = vars(MetadataCatalog.get(name))

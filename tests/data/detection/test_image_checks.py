@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("catalogs")
 
 @pytest.fixture
 def damaged(data, files):
-    """Return the annotation file and image folder of a data set with three bad images."""
+    """Return the annotation file and image folder of a dataset with three bad images."""
     path, images = files(data)
     (images / "a.png").write_bytes(b"<html>")
     Image.new("RGB", (5, 5)).save(images / "b.png")
@@ -154,7 +154,7 @@ def test_the_command_counts_the_images(data, files, capsys):
 
 @pytest.fixture
 def loader(data, files, annotation):
-    """Return a function that builds a loader for a data set whose second image is truncated."""
+    """Return a function that builds a loader for a dataset whose second image is truncated."""
     for number, image_id in enumerate((3, 5), start=10):
         data["annotations"].append(annotation(number, image_id, 2, [1, 1, 9, 9]))
     path, images = files(data)

@@ -41,7 +41,7 @@ def tiff(values: np.ndarray, **options: object) -> bytes:
 
 
 def tiff_of_12_bits(values: np.ndarray) -> bytes:
-    """Encode values as a grey TIFF file with 12 bits per value, without padding bits."""
+    """Encode values as a grayscale TIFF file with 12 bits per value, without padding bits."""
     bits = np.unpackbits(values.astype(">u2").view(np.uint8).reshape(SIDE, SIDE, 2), axis=2)
     data = np.packbits(bits[:, :, 4:].reshape(SIDE, -1), axis=1).tobytes()
     tags = {256: SIDE, 257: SIDE, 258: 12, 259: 1, 262: 1, 273: 122, 277: 1, 278: SIDE}

@@ -253,7 +253,7 @@ def test_a_parent_of_splits_and_a_single_class_are_detected(shared_data, tmp_pat
     cfg.DATASETS.TRAIN = (str(folders / "single"),)
     with pytest.raises(UserError, match="a single class, only; expected two or more"):
         use_classification_datasets(cfg)
-    # "train" may also be a class, such as in a data set of vehicles.
+    # "train" may also be a class, such as in a dataset of vehicles.
     for name in ("train", "bus"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.jpg").write_bytes(jpeg(0))

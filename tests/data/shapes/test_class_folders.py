@@ -1,4 +1,4 @@
-"""Tests for cropping objects in the shapes data set into class folders."""
+"""Tests for cropping objects in the shapes dataset into class folders."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from senet_transfer.errors import UserError
 
 @pytest.fixture
 def shapes(tmp_path: Path) -> Path:
-    """Write a shapes data set with a single 8x8 image that contains one object."""
+    """Write a shapes dataset with a single 8x8 image that contains one object."""
     folder = tmp_path / "shapes"
     (folder / "annotations").mkdir(parents=True)
     (folder / "val").mkdir()

@@ -327,7 +327,7 @@ def test_a_trained_model_is_evaluated_with_its_own_config(train, tree, tmp_path)
         (["--model", "resnet18", "--weights", "{weights}"], "no evaluation data"),
         (
             ["--model", "resnet18", "--weights", "{weights}", "--data", "/no/such"],
-            "Data set /no/such not found",
+            "Dataset /no/such not found",
         ),
         (["--model", "resnet18", "--weights", "{weights}", "--logits"], "--predictions"),
         (["--model", "resnet18", "--weights", "{weights}", "--output", "."], "can't be written"),

@@ -23,7 +23,7 @@ SIDE = "INPUT.CLASSIFICATION"
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """Write a small data set in CIFAR-10's layout and set ``$DETECTRON2_DATASETS``."""
+    """Write a small dataset in CIFAR-10's layout and set ``$DETECTRON2_DATASETS``."""
     generator = torch.Generator().manual_seed(0)
     for split, count in (("train", 24), ("test", 10)):
         images = torch.randint(0, 256, (count, 3, 32, 32), generator=generator).to(torch.uint8)
@@ -132,7 +132,7 @@ def test_the_papers_row_is_next_to_its_network(small, train, root, capsys):
         ({f"{SIDE}.TEST_MODE": "ten_crop"}, r"ten_crop"),
         (
             {"DATASETS.TRAIN": "('cifar100_train',)"},
-            r"Data set cifar100/train.safetensors not found",
+            r"Dataset cifar100/train.safetensors not found",
         ),
     ],
 )

@@ -85,7 +85,7 @@ def test_auto_class_weights_are_the_inverse_frequencies_with_a_mean_of_1(command
     saved = load_config(f"{cfg.OUTPUT_DIR}/config.yaml")
     assert saved.MODEL.CLASSIFIER.CLASS_WEIGHTS == cfg.MODEL.CLASSIFIER.CLASS_WEIGHTS
     for weights in ("[1.0, 2.0]", "[1.0, -1.0, 2.0]", "[0, 0, 0]", "balanced"):
-        said = "expected auto, or 3 numbers of 0 or more, .*: common, medium, rare"
+        said = "expected auto, or 3 non-negative numbers, .* common, medium, rare"
         with pytest.raises(UserError, match=said):
             setup(command("--overwrite", **{**auto, "MODEL.CLASSIFIER.CLASS_WEIGHTS": weights}))
 

@@ -195,7 +195,7 @@ def test_a_classifier_of_other_classes_is_replaced_and_logged(train, tree, tmp_p
 @pytest.mark.parametrize(
     ("flags", "overrides", "message"),
     [
-        ((), {"DATASETS.TRAIN": "('no/such',)"}, "Data set no/such not found.*DETECTRON2_DATASETS"),
+        ((), {"DATASETS.TRAIN": "('no/such',)"}, "Dataset no/such not found.*DETECTRON2_DATASETS"),
         ((), {"DATASETS.TRAIN": "()"}, "expected exactly one: a folder of shards"),
         ((), {"DATASETS.REGISTER": "[['a', 'b', 'c']]"}, "set the path of the data instead"),
         (

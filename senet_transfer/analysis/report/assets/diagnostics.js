@@ -137,7 +137,7 @@ function confusionTable({ confusion, classes }) {
   ];
 }
 
-/** Creates the tables and charts of the diagnostics of one data set. */
+/** Creates the tables and charts of the diagnostics of one dataset. */
 function diagnosticsParts(gallery, names) {
   const runs = Object.keys(gallery.runs);
   const detail = element("div");

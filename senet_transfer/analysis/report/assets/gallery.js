@@ -192,7 +192,7 @@ function runControl(state, run, name, draw) {
   }), " ", key(run), name);
 }
 
-/** Creates the gallery of the detections in one data set. */
+/** Creates the gallery of the detections in one dataset. */
 function detectionGallery(gallery, names) {
   const { images, total, classes } = gallery;
   const state = { wanted: -1, error: -1, least: 50, order: "worst", runs: new Set(gallery.runs.slice(0, 2)) };
@@ -202,7 +202,7 @@ function detectionGallery(gallery, names) {
     const panels = element("div", { class: "panels" }, objectsPanel(image, classes, state), ...found);
     return element("div", { class: "card" }, element("p", {}, image.name), panels);
   };
-  const part = images.length < total ? ` The page contains the ${images.length} worst and best of the data set's ${total} images.` : "";
+  const part = images.length < total ? ` The page contains the ${images.length} worst and best of the dataset's ${total} images.` : "";
   const draw = () => {
     const kept = sortedImages(images, state);
     cards.style.setProperty("--panels", 1 + state.runs.size);
@@ -238,7 +238,7 @@ function confusedCard({ label, taken, count, of, examples }, { classes, images }
   );
 }
 
-/** Creates the gallery of confused classes of one data set. */
+/** Creates the gallery of confused classes of one dataset. */
 function confusionGallery(gallery, names) {
   const state = { run: gallery.runs[0], wanted: -1, order: "count" };
   const { parts, show } = board();

@@ -92,7 +92,7 @@ def check_detection_augmentation(cfg: CfgNode) -> None:
     if options.SATURATION and options.FORMAT == "L":
         raise UserError(
             f"INPUT.SATURATION is {tuple(options.SATURATION)}, but INPUT.FORMAT is L, and "
-            "greyscale images have no saturation. Remove INPUT.SATURATION."
+            "grayscale images have no saturation. Remove INPUT.SATURATION."
         )
     jitter = options.LARGE_SCALE_JITTER
     _check_factors("INPUT.LARGE_SCALE_JITTER.SCALE", jitter.SCALE)

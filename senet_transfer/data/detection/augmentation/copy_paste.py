@@ -17,7 +17,7 @@ from senet_transfer.errors import UserError
 
 
 class CopyPaste(Dataset):
-    """Data set wrapper that pastes objects from random images with a given probability.
+    """Dataset wrapper that pastes objects from random images with a given probability.
 
     Random numbers are drawn from the global generators of NumPy and PyTorch.
     """
@@ -25,8 +25,8 @@ class CopyPaste(Dataset):
     def __init__(self, images: MapDataset, probability: float):
         """
         Args:
-            images: Data set of images with masks, as returned by the mapper. If an image can't be
-                mapped, the data set returns a UserError instead of the image.
+            images: Dataset of images with masks, as returned by the mapper. If an image can't be
+                mapped, the dataset returns a UserError instead of the image.
             probability: Probability that objects are pasted onto an image.
         """
         self.images, self.probability = images, probability

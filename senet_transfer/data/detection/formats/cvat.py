@@ -37,7 +37,7 @@ _SIDES = ("xtl", "ytl", "xbr", "ybr")
 
 
 def read(location: Path, images: ImageFolder) -> ImportedData:
-    """Read a data set in CVAT format.
+    """Read a dataset in CVAT format.
 
     Args:
         location: XML file with the annotations.

@@ -146,7 +146,7 @@ def label_text(value: object, where: str) -> str:
 
 
 class ImageFolder:
-    """Folder to which a data set's file names are relative."""
+    """Folder to which a dataset's file names are relative."""
 
     def __init__(self, root: str | Path, *, upright: bool = True):
         """

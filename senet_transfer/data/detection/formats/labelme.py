@@ -44,7 +44,7 @@ def image_folder(location: Path) -> Path:
 
 
 def read(location: Path, images: ImageFolder) -> ImportedData:
-    """Read a data set in LabelMe format.
+    """Read a dataset in LabelMe format.
 
     Args:
         location: Folder with JSON files, or a single file.

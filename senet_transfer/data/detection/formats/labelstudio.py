@@ -34,7 +34,7 @@ _SKIPPED = ("brush", "keypoint", "vector", "video")
 
 
 def read(location: Path, images: ImageFolder) -> ImportedData:
-    """Read a data set exported by Label Studio.
+    """Read a dataset exported by Label Studio.
 
     Args:
         location: JSON file with the annotations.

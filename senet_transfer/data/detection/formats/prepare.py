@@ -1,4 +1,4 @@
-"""Conversion of data sets in other formats to files in COCO format."""
+"""Conversion of datasets in other formats to files in COCO format."""
 
 import os
 import re
@@ -23,7 +23,7 @@ def import_dataset(
     *,
     upright: bool = True,
 ) -> tuple[dict[str, dict[str, Any]], str]:
-    """Read a data set and convert it to COCO format.
+    """Read a dataset and convert it to COCO format.
 
     Args:
         name: The format, a key of :data:`~senet_transfer.data.detection.formats.source.FORMATS`.
@@ -66,7 +66,7 @@ def write_dataset(
     source: str,
     replace: bool = False,
 ) -> dict[str, CocoSummary]:
-    """Check data sets and write each split to a JSON file in COCO format.
+    """Check datasets and write each split to a JSON file in COCO format.
 
     Nothing is written if a check fails.
 

@@ -52,10 +52,10 @@ class ImportedImage:
 
 @dataclass
 class ImportedData:
-    """A data set read from another format.
+    """A dataset read from another format.
 
     Attributes:
-        splits: Images by split. A data set that is not divided into splits contains only "train".
+        splits: Images by split. A dataset that is not divided into splits contains only "train".
         classes: Class names in the order of the category ids; if empty, they are sorted by name.
         notes: Number of occurrences by description, such as "polylines were skipped".
         files: All files and folders on which the content depends.

@@ -1,4 +1,4 @@
-"""Functions for detecting annotation formats and reading data sets in any supported format.
+"""Functions for detecting annotation formats and reading datasets in any supported format.
 
 A path may end with a colon and the name of a split, as in ``voc:train`` or ``data.yaml:val``.
 """
@@ -81,7 +81,7 @@ class Source:
     def read(
         self, image_dir: str | os.PathLike | None = None, *, upright: bool = True
     ) -> ImportedData:
-        """Read the annotations as a data set.
+        """Read the annotations as a dataset.
 
         Args:
             image_dir: The folder with the images; None selects :meth:`image_folder`.
@@ -137,7 +137,7 @@ def find_source(path: str | os.PathLike, name: str | None = None) -> Source | No
     kind = name or _format_of(path)
     if kind == "voc":
         raise UserError(
-            f"{path} is a single Pascal VOC file; expected the data set's folder, which contains "
+            f"{path} is a single Pascal VOC file; expected the dataset's folder, which contains "
             "the XML files. Specify the folder."
         )
     return Source(kind, path, {"": path}) if kind else None
@@ -148,7 +148,7 @@ def _in_folder(folder: Path, name: str | None) -> tuple[str, Path] | None:
     if name in ("voc", None) and any((folder / "Annotations").glob("**/*.xml")):
         return "voc", folder
     files = [folder / file for file in next(walk(folder))[2]] if folder.is_dir() else []
-    # A YOLO data set may contain other YAML or JSON files, such as information about the export.
+    # A YOLO dataset may contain other YAML or JSON files, such as information about the export.
     first = [path for path in files if path.name in _YOLO_FILES]
     for path in first + files:
         kind = _format_of(path) if path.suffix.lower() in _SUFFIXES else None

@@ -32,7 +32,7 @@ _SKIPPED = ("point", "polyline", "line")
 
 
 def read(location: Path, images: ImageFolder) -> ImportedData:
-    """Read a data set in VIA format.
+    """Read a dataset in VIA format.
 
     Args:
         location: JSON file with the annotations.

@@ -38,7 +38,7 @@ def image_folder(location: Path) -> Path:
 
 
 def read(location: Path, images: ImageFolder) -> ImportedData:
-    """Read a data set in Pascal VOC format.
+    """Read a dataset in Pascal VOC format.
 
     Args:
         location: Folder that contains `Annotations` and optionally `ImageSets`, or the XML files

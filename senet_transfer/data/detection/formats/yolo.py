@@ -47,10 +47,10 @@ def image_folder(location: Path) -> Path:
 
 
 def read(location: Path, images: ImageFolder) -> ImportedData:
-    """Read a data set in YOLO format.
+    """Read a dataset in YOLO format.
 
     Args:
-        location: The data set's YAML file.
+        location: The dataset's YAML file.
         images: Folder that contains the images of all splits.
 
     Raises:
@@ -91,8 +91,8 @@ def _content(path: Path) -> dict:
         raise UserError(f"{path} is not valid YAML ({error}). Correct the file.") from None
     if not isinstance(content, dict) or "names" not in content:
         raise UserError(
-            f"{path} has no key `names`; expected the class names of a YOLO data set and the keys "
-            "`train`, `val` and `test`. Specify the data set's data.yaml."
+            f"{path} has no key `names`; expected the class names of a YOLO dataset and the keys "
+            "`train`, `val` and `test`. Specify the dataset's data.yaml."
         )
     return content
 
@@ -120,7 +120,7 @@ def _class_names(content: dict, path: Path) -> list[str]:
 
 
 def _key_points(content: dict, path: Path) -> int:
-    """Return the number of keypoint values per line in a pose data set; 0 for other data sets."""
+    """Return the number of keypoint values per line in a pose dataset; 0 for other datasets."""
     shape = content.get("kpt_shape")
     if shape is None:
         return 0

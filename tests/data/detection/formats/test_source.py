@@ -68,7 +68,7 @@ def test_recipes_and_image_groups_use_boxes_without_the_orientation(tmp_path):
 
 @pytest.fixture
 def voc(tmp_path):
-    """Write a data set in Pascal VOC's format with two splits and a difficult object."""
+    """Write a dataset in Pascal VOC's format with two splits and a difficult object."""
     root = tmp_path / "voc"
     make_images(root / "JPEGImages", a=(64, 48), b=(64, 48), c=(64, 48))
     (root / "Annotations").mkdir()
