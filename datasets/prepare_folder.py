@@ -5,8 +5,8 @@
     python datasets/prepare_folder.py --source flowers/val --output datasets/flowers/val \\
         --classes-from datasets/flowers/train
 
-A few thousand images do not need shards: training and evaluation can also read image folders
-directly. An interrupted conversion is resumed.
+Shards are not needed for a few thousand images, because training and evaluation can also read image
+folders directly. If a conversion is interrupted, run the same command again to resume it.
 """
 
 from senet_transfer.cli.data import prepare

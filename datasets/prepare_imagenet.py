@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Convert ImageNet (ILSVRC 2012), as downloaded, to shards for training and evaluation.
+"""Convert the downloaded ImageNet (ILSVRC 2012) dataset to shards for training and evaluation.
 
     python datasets/prepare_imagenet.py --source DIR --split val --output datasets/imagenet/val
 
 DIR contains the archives `ILSVRC2012_img_train.tar`, `ILSVRC2012_img_val.tar` and
 `ILSVRC2012_devkit_t12.tar.gz`, which do not need to be unpacked, or the folders `train` and `val`.
-An interrupted conversion is resumed.
+If a conversion is interrupted, run the same command again to resume it.
 """
 
 from senet_transfer.cli.data import prepare

@@ -5,7 +5,7 @@ Crops of some shapes are also saved, in one folder per class, for use by the smo
 
     python datasets/prepare_shapes.py
 
-This takes a few seconds on one core. An existing dataset is kept.
+This takes a few seconds on one core. An existing dataset is not overwritten.
 """
 
 from senet_transfer.cli.data import prepare

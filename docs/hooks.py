@@ -1,8 +1,8 @@
-"""MkDocs hooks that add the documents outside `docs/` and adapt links to the site.
+"""MkDocs hooks that add the documents outside `docs/` and rewrite links for the site.
 
 Documents link to each other by relative paths in the repository, which work on GitHub. The hooks
-replace each path with that of the page on the site. Links to files without a page become plain
-text.
+replace each of these paths with the path of the corresponding page on the site. Links to files
+without a page become plain text.
 """
 
 import os
@@ -29,7 +29,7 @@ for _card in sorted((ROOT / "senet_transfer" / "pretrained").glob("*.md")):
 
 
 def relinked(markdown: str, document: str) -> str:
-    """Return the text of a document with links to the pages of the site.
+    """Return the text of a document with its links rewritten for the site.
 
     Args:
         markdown: Text of the document.
@@ -59,12 +59,12 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Adapt the links of a page to the site; see :func:`relinked`."""
+    """Rewrite the links of a page for the site; see :func:`relinked`."""
     outside = {page: document for document, page in OUTSIDE.items()}
     return relinked(markdown, outside.get(page.file.src_uri, f"docs/{page.file.src_uri}"))
 
 
 def on_page_content(html, page, config, files):
-    """Remove the Sphinx role names in front of code in docstrings, and the path in `~path.name`."""
+    """Remove Sphinx role names, such as `:func:`, and shorten `~path.name` to `name`."""
     html = re.sub(r":(?:attr|class|data|func|meth|mod|obj):(?=<code>)", "", html)
     return re.sub(r"<code>~[\w.]*?(\w+)</code>", r"<code>\1</code>", html)

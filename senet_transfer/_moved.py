@@ -1,6 +1,7 @@
 """Import paths from version 0.1, which are deprecated and will be removed in version 0.3.
 
-Importing an old path emits a DeprecationWarning and gives the same objects as the new path.
+Importing from an old path emits a DeprecationWarning and returns the same objects as importing from
+the new path.
 """
 
 import importlib

@@ -30,6 +30,6 @@ class RunError(Exception):
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...] | dict[str, object]) -> None:
-    """Raise UserError unless ``value`` is one of ``choices``."""
+    """Raise a UserError unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise UserError(f"{name} is {value!r}; expected one of: {', '.join(choices)}.")

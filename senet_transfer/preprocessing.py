@@ -81,7 +81,7 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor, format: str = "RGB") ->
         mean: Mean ``(C, 1, 1)``, in the channel order of ``format``.
         std: Standard deviation ``(C, 1, 1)``, in the channel order of ``format``.
         format: Channel order of the model's input, such as "RGB" or "BGR"; "L" converts the images
-            to grey as Pillow does.
+            to grayscale in the same way as Pillow.
 
     Returns:
         Normalised images ``(N, C, H, W)``, in the dtype of ``mean`` and the channel order of
@@ -98,7 +98,10 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor, format: str = "RGB") ->
 
 
 def same_pixels(first: object, second: object) -> bool:
-    """Return True if two channel orders, means or stds are equal (numbers within 0.005)."""
+    """Return whether two channel orders, means or stds are equal.
+
+    Lists of numbers are equal if their elements differ by less than 0.005.
+    """
     if not isinstance(first, list | tuple) or not isinstance(second, list | tuple):
         return first == second
     return len(first) == len(second) and all(

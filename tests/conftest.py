@@ -45,7 +45,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Escape bytes in captured output that are not valid UTF-8, such as those of file names.
 
-    pytest-xdist can't send such bytes to the main process: its worker would crash.
+    pytest-xdist can't send such bytes to the main process; the worker would crash.
     """
     report = yield
     report.sections = [

@@ -75,7 +75,7 @@ def _blank_lines(match: re.Match) -> str:
 
 
 def found_in(text: str) -> list[str]:
-    """Return the words in a text that should be avoided, with line numbers and replacements."""
+    """Return the discouraged words in a text, with line numbers and replacements."""
     return [
         f"line {text.count(chr(10), 0, match.start()) + 1}: {match[0]!r}; write: {instead}"
         for pattern, instead in AVOIDED.items()

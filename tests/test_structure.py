@@ -72,12 +72,12 @@ def _outside_functions(node: ast.AST):
 
 
 def part(module: str) -> str:
-    """Return the subpackage or top-level module that contains a module, or "" for the package."""
+    """Return a module's subpackage or top-level module, or "" for the package itself."""
     return (module.split(".") + [""])[1]
 
 
 def circles(edges: dict[str, set[str]]) -> list[list[str]]:
-    """Return the strongly connected components with at least two nodes (Tarjan's algorithm)."""
+    """Find circular imports: strongly connected components of two or more modules (Tarjan)."""
     index, low, stack, found = {}, {}, [], []
 
     def visit(node):

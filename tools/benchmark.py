@@ -6,8 +6,8 @@ intervals. A second instance of the baseline serves as the control.
 
     python tools/benchmark.py detector --output output/detector.json
 
-The part `gpu` compares training and inference on a GPU with target values, in at most six minutes.
-It consists of several measurements. To run only some of them, add their names.
+The benchmark `gpu` compares training and inference on a GPU with target values. It takes at most
+six minutes. To run only some of its parts, add their names.
 
     python tools/benchmark.py gpu --output output/gpu.json
     python tools/benchmark.py gpu training inference
@@ -53,8 +53,8 @@ def parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", help="device for the networks, cpu or cuda (default: cpu)")
     add("--profile", action="store_true", help="profile time and memory of all compared candidates")
     add("--output", help="JSON file to write")
-    add("--quiet", action="store_true", help="no progress bars")
-    add = parser.add_argument_group("part gpu").add_argument
+    add("--quiet", action="store_true", help="hide the progress bars")
+    add = parser.add_argument_group("options of the benchmark gpu").add_argument
     add("--budget", type=float, default=340.0, help="maximum total time in seconds (default: 340)")
     add(
         "--compiled",
@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
         default="bf16",
         help="compile the networks in bfloat16 (bf16), or also in float16 and float32 (all)",
     )
-    add("--dry-run", action="store_true", help="run the code on a CPU with tiny sizes")
+    add("--dry-run", action="store_true", help="run all code on a CPU with tiny sizes, as a test")
     return parser
 
 

@@ -3,7 +3,7 @@
 
 python tools/classify_onnx.py se_resnet50.onnx photo.jpg more/*.jpg
 
-The program requires onnx_images.py next to it.
+The script requires onnx_images.py in the same folder.
 """
 
 import sys
@@ -76,8 +76,8 @@ def main(model_file: str, *image_files: str) -> None:
     preprocessing, classes = metadata["preprocessing"], metadata["classes"]
     if preprocessing["format"] not in ("RGB", "BGR", "L"):
         raise SystemExit(
-            f"error: the model takes images of the format {preprocessing['format']}; expected RGB, "
-            "BGR or L. Use tools/predict.py for models trained with INPUT.CHANNELS."
+            f"error: the model requires images in the format {preprocessing['format']}; expected "
+            "RGB, BGR or L. Use tools/predict.py for models trained with INPUT.CHANNELS."
         )
     mode, value_range = metadata.get("mode", "short_side"), metadata.get("value_range", ())
     upright = metadata.get("upright", False)

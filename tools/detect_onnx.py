@@ -3,8 +3,9 @@
 
 python tools/detect_onnx.py detector.onnx photo.jpg more/*.jpg --output detections.json
 
-The detections are written in COCO's result format, with the file name of each image. The program
-requires onnxruntime, Pillow and numpy, pycocotools for masks, and onnx_images.py next to it.
+The detections are written in COCO's result format, with the file name of each image. The script
+requires onnxruntime, Pillow and numpy. For masks, it also requires pycocotools. The file
+onnx_images.py must be in the same folder.
 """
 
 import argparse

@@ -187,8 +187,8 @@ def main(argv: list[str] | None = None, target: Path | None = None, sha256: str 
         print(
             f"Detectron2 is not installed: {error}\nPython packages are installed in {target}. "
             "Make sure that this folder is writable, or use a virtual environment (`make setup` "
-            "creates one).\nIf the folder contains a detectron2 that cannot be imported, remove "
-            "it.",
+            "creates one).\nIf the folder contains a detectron2 package that can't be "
+            "imported, remove it.",
             file=sys.stderr,
         )
         return 1

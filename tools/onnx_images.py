@@ -57,7 +57,7 @@ def formats() -> list[str]:
 
 
 def has_deep_colours(image: Image.Image, path: str) -> bool:
-    """Return True if an image has more than 8 bits per channel and Pillow rescales its values."""
+    """Return True if Pillow rescales the values of an image with more than 8 bits per channel."""
     if not getattr(image, "tile", ()):
         return False
     if image.format == "JPEG2000":  # The SIZ marker contains the number of bits.

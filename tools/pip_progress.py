@@ -69,13 +69,13 @@ class Progress:
 
     @property
     def heading(self) -> str:
-        """The current step and the total number of packages."""
+        """The current step and the number of packages, such as "Installing 80 packages"."""
         about = "" if self.step == "Installing" else "about "
         return f"{self.step} {about}{self._expected} packages"
 
     @property
     def details(self) -> str:
-        """The current step with the number and name of the current package."""
+        """The current step, and the number and name of the current package."""
         number = self._numbers[self.step]
         if not number:
             return self.heading

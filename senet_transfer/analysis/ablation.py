@@ -156,7 +156,7 @@ def run_grid(
     output_dir: str | Path,
     **arguments: Any,
 ) -> tuple[dict[str, list[dict[str, Any]]], int]:
-    """Train each variant with each seed, except variants that can't be built and finished runs.
+    """Train each variant with each seed, skipping variants that can't be built.
 
     Args:
         config_file: The config file that was passed to :func:`grid`.
@@ -191,10 +191,10 @@ def run_grid(
 def grid_table(
     variants: Sequence[Variant], results: dict[str, list[dict[str, Any]]] | None = None
 ) -> str:
-    """Format a table of the variants with their cost, measured error and error in the paper.
+    """Format a table with the cost, the measured error and the paper's error of each variant.
 
-    The number in parentheses is a variant's rank by error. Variants of the same key are ranked
-    together with the original config.
+    The number in parentheses after an error is its rank among the variants of the same key and the
+    original config, where 1 is the lowest error.
     """
     errors = {
         variant.folder: mean_and_deviation(results[variant.folder])[METRIC]

@@ -114,9 +114,9 @@ def run_all(
             no others are started. SIGTERM and Ctrl-C have the same effect.
         on_finish: A function that is called in this thread with each finished run, including runs
             that were finished earlier.
-        arguments: ``flags`` and ``quiet``. ``flags`` contains further command-line arguments, such
-            as ``("--num-gpus", "8")``, which may differ when a run is resumed. If ``quiet`` is
-            True, the log is only written to ``log.txt``.
+        arguments: The keyword arguments ``flags`` and ``quiet``. ``flags`` contains further
+            command-line arguments, such as ``("--num-gpus", "8")``, which may differ when a run is
+            resumed. If ``quiet`` is True, the log is only written to ``log.txt``.
 
     Returns:
         The contents of each run's ``results.json``, or None for a run that is not finished: metrics
@@ -125,9 +125,10 @@ def run_all(
         and is measured since the run was last resumed.
 
     Raises:
-        UserError: If several runs have the same folder; if the config of a run is invalid, its
-            folder contains a different run or is used by another process, or its training failed;
-            or if ``on_finish`` failed. The other runs are trained nevertheless.
+        UserError: If several runs have the same folder, or if a run failed. A run fails if its
+            config is invalid, if its folder contains a different run or is used by another process,
+            or if its training or ``on_finish`` fails. The other runs are trained before the error
+            is raised.
     """
     if len({run.output_dir for run in runs}) < len(runs):
         raise UserError(
@@ -226,7 +227,7 @@ def finished(output_dir: str | Path) -> dict[str, Any] | None:
 
 
 def initial_weights(output_dir: Path) -> str | None:
-    """Return the SHA-256 of a run's initial weight file, or None for random weights."""
+    """Return the SHA-256 of a run's initial weight file, or None if there was no file."""
     hashed = json.loads((output_dir / _RECORD).read_text()).get(_WEIGHTS)
     return None if hashed is None else str(hashed)
 

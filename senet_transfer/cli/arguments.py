@@ -79,7 +79,7 @@ Resume after an interruption, or evaluate:
     senet train --config-file output/config.yaml --eval-only \\
         MODEL.WEIGHTS output/model_final.pth
 
-Train on your own data with a config made for it (a detector or a classifier):
+Train a detector or classifier on your own data with a generated config:
     senet train --data voc OUTPUT_DIR output/mine
 
 Train on your own data in COCO format (the classes are read from the JSON files):
@@ -96,7 +96,7 @@ _CONFIG_KEY = re.compile(rf"({'|'.join(CONFIG_KEYS)})(\.[A-Z0-9_]+)*")
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Formatter that shows which flags take several values, unless they have a ``metavar``."""
+    """Help formatter that shows which flags without a ``metavar`` take several values."""
 
     lists: tuple[str, ...] = ()
 
@@ -111,7 +111,7 @@ class Parser(argparse.ArgumentParser):
 
     Unlike argparse's standard parser, it accepts flags after the config options, because users
     often append ``--resume`` to their previous command. The parsed arguments include ``words``, the
-    words of the command line, for the records of results.
+    words of the command line, which are stored in result records.
 
     Attributes:
         lists: Flags that take one or several values. Their action is "append". With ``nargs="+"``,
@@ -146,7 +146,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def described(names: Mapping[str, str]) -> str:
-    """Return a list of names with their descriptions, for a help text."""
+    """Format names and their descriptions as a list for a help text."""
     width = max(map(len, names))
     return "\n".join(f"    {name:{width}}  {text}" for name, text in names.items())
 
@@ -205,7 +205,7 @@ def _add_detectron2_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of processes per machine, one per GPU (default: 1)",
     )
     add("--num-machines", type=int, default=1, help="number of machines (default: 1)")
-    add("--machine-rank", type=int, default=0, help="index of this machine, from 0")
+    add("--machine-rank", type=int, default=0, help="index of this machine, starting at 0")
     # As in Detectron2, the port depends on the user id. A process left over from an earlier job of
     # the same user therefore causes the error "address already in use".
     port = 2**15 + 2**14 + hash(os.getuid()) % 2**14
@@ -247,7 +247,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         default="",
         metavar="PATH",
-        help="train on this data, with a config that is made for it and saved to "
+        help="train on this data, with a generated config that is saved to "
         "OUTPUT_DIR/recipe.yaml. The data can be annotations for detection, as in --dataset, "
         "labelled images, or a folder that contains train and val data",
     )
@@ -276,7 +276,7 @@ def _with_image_folders(words: list[str]) -> list[str]:
 
 
 def _with_repeated_flags(words: list[str], flags: Sequence[str]) -> list[str]:
-    """Replace ``--scales 224 256`` with ``--scales 224 --scales 256``, for each of the flags."""
+    """Repeat flags with several values: ``--scales 1 2`` becomes ``--scales 1 --scales 2``."""
     found: list[str] = []
     flag = ""
     for word in words:
@@ -304,18 +304,18 @@ def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar=("NAME", "JSON", "FOLDER"),
         help="register a dataset under a name, for use in DATASETS.TRAIN and DATASETS.TEST; can "
-        "be repeated. JSON is an annotation file in COCO format, or a file or folder of Pascal "
-        "VOC, YOLO (data.yaml), LabelMe, CVAT, Label Studio or VIA, followed by the split if there "
-        "are several (data.yaml:train). FOLDER contains the images; it may be omitted if they are "
-        "in the usual folder of the format. If the config names no registered data, the first data "
-        "set is used for training and the second for evaluation",
+        "be repeated. JSON is an annotation file in COCO format, or a file or folder in Pascal "
+        "VOC, YOLO (data.yaml), LabelMe, CVAT, Label Studio or VIA format, followed by the split "
+        "if there are several (data.yaml:train). FOLDER contains the images; it may be omitted if "
+        "they are in the format's usual folder. If the config names no registered datasets, the "
+        "first --dataset is used for training and the second for evaluation",
     )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
     """Add the arguments that specify a classifier or backbone, or several of them."""
     add = parser.add_argument
-    add("--model", default="", help="a name in senet_transfer.list_models()")
+    add("--model", default="", help="model name, as listed by senet_transfer.list_models()")
     add(
         "--weights",
         action="append" if several else "store",
@@ -340,5 +340,5 @@ def add_running_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers", type=int, default=2, help="number of processes that decode images (default: 2)"
     )
     add("--device", default="", help="device, such as cpu or cuda:1; default: a GPU if available")
-    add("--quiet", action="store_true", help="no progress bar")
+    add("--quiet", action="store_true", help="hide the progress bar")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")

@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def tree() -> argparse.ArgumentParser:
-    """Return a parser for the whole program, with one subparser per command."""
+    """Return a parser for the ``senet`` command, with one subparser per subcommand."""
     from senet_transfer.cli.data import PREPARATIONS
     from senet_transfer.cli.main import COMMANDS
 

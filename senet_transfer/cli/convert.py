@@ -1,4 +1,4 @@
-"""Convert a weight file of any family to the format of this project or another project."""
+"""Convert a weight file of any supported family to this or another project's format."""
 
 import argparse
 import logging
@@ -22,7 +22,9 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "input", metavar="IN", help="a weight file, a name in the catalogue, or hf-hub:OWNER/NAME"
+        "input",
+        metavar="IN",
+        help="a weight file, the name of published weights, or hf-hub:OWNER/NAME",
     )
     parser.add_argument(
         "output",
@@ -63,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--backbone", action="store_true", help="leave out the classifier or the detector's heads"
     )
-    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
     parser.add_argument("--quiet", action="store_true", help="print only warnings")
     return parser
 

@@ -1,4 +1,4 @@
-"""Print the versions, the hardware and the compilers, for a bug report."""
+"""Print package versions, hardware and compilers for a bug report."""
 
 import argparse
 

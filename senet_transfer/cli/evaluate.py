@@ -60,8 +60,13 @@ def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
         "config's DATASETS.TEST",
     )  # fmt: skip
     add("--output", default="", help="JSON file to write")
-    add("--crop-mode", choices=EVAL_MODES, help="default: the mode in the config, or short_side")
-    add("--resize", type=int, help="size in pixels after resizing; default: the model's size")
+    add(
+        "--crop-mode",
+        choices=EVAL_MODES,
+        help="how images are resized and cropped; default: the mode in the config, otherwise "
+        "short_side",
+    )
+    add("--resize", type=int, help="image size in pixels after resizing; default: the model's size")
     add("--crop", type=int, help="crop size in pixels; default: the model's size")
     add(
         "--scales", type=int, action="append", default=[], help="one or several sizes of the "
@@ -71,7 +76,11 @@ def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
         "--crops", type=int, choices=CROPS, help="crops per scale; default: 10 if the crop mode is "
         "ten_crop, otherwise 1",
     )  # fmt: skip
-    add("--dense", action="store_true", help="apply the network to whole resized images")
+    add(
+        "--dense",
+        action="store_true",
+        help="apply the network to whole resized images instead of crops",
+    )
     add(
         "--predictions",
         default="",

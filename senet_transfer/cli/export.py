@@ -22,8 +22,12 @@ def parser() -> argparse.ArgumentParser:
     parser.lists = ("--size",)
     add = parser.add_argument
     add("--weights", default="", help="a checkpoint or weight file; default: random weights")
-    add("--model", default="", help="a name in senet_transfer.list_models()")
-    add("--config-file", default="", help="default: the config.yaml next to the weights")
+    add("--model", default="", help="model name, as listed by senet_transfer.list_models()")
+    add(
+        "--config-file",
+        default="",
+        help="config file; default: the config.yaml next to the weights",
+    )
     add("--output", required=True, help="the file to write: .onnx, .pt2 or .ts")
     add("--backbone", action="store_true", help="export only the backbone")
     # The old name of --backbone.
@@ -49,20 +53,20 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--calibration",
         default="",
-        help="folder of images for --precision, if possible with one subfolder per class",
+        help="calibration images for --precision: folder, preferably with one subfolder per class",
     )
     add(
         "--compile",
         action="store_true",
         help="compile a .pt2 file of a classifier or backbone with AOTInductor for this processor",
     )
-    add("--quiet", action="store_true", help="no progress bar")
+    add("--quiet", action="store_true", help="hide the progress bar")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Export a model. Print how it compares with the original model, and the file size."""
+    """Export a model, compare it with the original model, and print the result and file size."""
     from senet_transfer.engine.model_from import find_model
     from senet_transfer.engine.predictor.load import take_classes
     from senet_transfer.export.write import export_model, format_of

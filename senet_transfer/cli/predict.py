@@ -31,7 +31,11 @@ def parser() -> argparse.ArgumentParser:
         help="a checkpoint, the output folder of a run, an exported file, the name of published "
         "weights (also hf-hub:OWNER/NAME), or a detector of Detectron2's model zoo",
     )
-    add("--config-file", default="", help="default: the config.yaml next to the weights")
+    add(
+        "--config-file",
+        default="",
+        help="config file; default: the config.yaml next to the weights",
+    )
     add(
         "--input",
         action="append",
@@ -49,7 +53,11 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--threshold", type=float, default=0.5, help="minimum score, between 0 and 1 (default: 0.5)"
     )
-    add("--limit", type=int, help="use only the first LIMIT images, or frames of a video")
+    add(
+        "--limit",
+        type=int,
+        help="process only the first LIMIT images, and the first LIMIT frames of each video",
+    )
     add("--batch-size", type=int, default=1, help="number of images per batch (default: 1)")
     add(
         "--workers", type=int, default=0, help="number of processes that decode images (default: 0)"
@@ -65,9 +73,9 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--cam",
         action="store_true",
-        help="draw a classifier's class activation maps and their change due to the last SE gate",
+        help="draw a classifier's class activation maps, and how the last SE gate changes them",
     )
-    add("--quiet", action="store_true", help="no progress bar")
+    add("--quiet", action="store_true", help="hide the progress bar")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser
 

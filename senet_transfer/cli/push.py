@@ -4,8 +4,8 @@
     senet push output/model_final.pth owner/name --private
     senet push output owner/name --folder repository
 
-All options that take weights accept the uploaded model as hf-hub:owner/name. The access token is
-read from `hf auth login` or the variable HF_TOKEN.
+All options that take weights accept the uploaded model as hf-hub:owner/name. To upload, log
+in with `hf auth login`, or set the environment variable HF_TOKEN to an access token.
 
 In a clone of this project, --bundle adds a small model to the package instead:
 
@@ -40,7 +40,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="OWNER/NAME",
         help="the repository, which is created if needed; with --card, the title of the card",
     )
-    add("--config-file", default="", help="default: the config.yaml next to the checkpoint")
+    add(
+        "--config-file",
+        default="",
+        help="config file; default: the config.yaml next to the checkpoint",
+    )
     add("--private", action="store_true", help="make a new repository private")
     add("--license", default="", help="licence of the weights, to be stated in the model card")
     add(
@@ -68,8 +72,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--bundle",
         action="store_true",
-        help="write the files to --folder or the folder of weights in this package, and upload "
-        "nothing; OWNER must be senet_transfer, and the model can then be loaded by its name",
+        help="write the files to this package's weight folder or to --folder, and upload nothing; "
+        "OWNER must be senet_transfer, and the model can then be loaded by its name",
     )
     add(
         "--opts",

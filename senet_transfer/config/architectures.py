@@ -19,7 +19,7 @@ def predicts(cfg: CfgNode) -> set[str]:
 
 
 def box_head(cfg: CfgNode) -> CfgNode:
-    """Return the config section of a detector's box head."""
+    """Return the config section that sets a detector's number of classes."""
     retinanet = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
     return cfg.MODEL.RETINANET if retinanet else cfg.MODEL.ROI_HEADS
 

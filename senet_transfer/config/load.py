@@ -96,8 +96,8 @@ def _use_channels(cfg: CfgNode) -> None:
         return
     if type(channels) is not int or not 1 <= channels <= MOST_CHANNELS:
         raise UserError(
-            f"INPUT.CHANNELS is {channels!r}; expected a number from 1 to {MOST_CHANNELS}, or None "
-            "for colour and grayscale images."
+            f"INPUT.CHANNELS is {channels!r}; expected an integer from 1 to {MOST_CHANNELS}, or "
+            "None for colour and grayscale images."
         )
     cfg.INPUT.FORMAT = f"C{channels}"
 
@@ -278,7 +278,7 @@ def _whole_numbers_as_floats(cfg: CfgNode, options: list[str]) -> list[str]:
 
 @contextlib.contextmanager
 def _merge_errors(source: str) -> Iterator[None]:
-    """Convert Detectron2's and yacs's errors to a UserError while a config is merged."""
+    """Convert errors that Detectron2 or yacs raises while merging a config to a UserError."""
     try:
         yield
     except (OSError, UnicodeDecodeError) as error:

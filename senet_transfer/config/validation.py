@@ -187,7 +187,7 @@ def check_encoding(items: Iterable[tuple[str, Any]]) -> None:
     """Check that the values of config keys can be saved in ``config.yaml``.
 
     Raises:
-        UserError: If a value contains a path that is not UTF-8.
+        UserError: If a value contains a path that is not valid UTF-8.
     """
     for key, value in items:
         text = json.dumps(value, ensure_ascii=False, default=str)
@@ -195,8 +195,8 @@ def check_encoding(items: Iterable[tuple[str, Any]]) -> None:
             text.encode()
         except UnicodeEncodeError:
             raise UserError(
-                f"{key} is {ascii(value)}, which is not UTF-8 and can't be saved in config.yaml. "
-                "Rename the file or folder, or specify a symbolic link to it."
+                f"{key} is {ascii(value)}, which is not valid UTF-8 and can't be saved in "
+                "config.yaml. Rename the file or folder, or specify a symbolic link to it."
             ) from None
 
 
@@ -211,8 +211,8 @@ def check_input(cfg: CfgNode) -> None:
     if image_format not in IMAGE_FORMATS and count != (cfg.INPUT.CHANNELS or 0):
         raise UserError(
             f"INPUT.FORMAT is {image_format!r}; expected one of: {', '.join(IMAGE_FORMATS)}. Other "
-            "formats, such as Detectron2's YUV-BT.601, are not supported. For images with other "
-            "channels, set INPUT.CHANNELS instead."
+            "formats, such as Detectron2's YUV-BT.601, are not supported. For multispectral "
+            "images, set INPUT.CHANNELS instead."
         )
     mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
     channels = (1, 3) if image_format == "L" else (count or 3,)
@@ -229,15 +229,15 @@ def check_input(cfg: CfgNode) -> None:
     if not all(math.isfinite(value) for value in (*mean, *std)) or 0 in std:
         raise UserError(
             f"MODEL.PIXEL_MEAN is {list(mean)} and MODEL.PIXEL_STD is {list(std)}; expected finite "
-            "numbers, and no standard deviation of 0."
+            "means and finite, non-zero standard deviations."
         )
     _check_channels(cfg, count)
     check_choice("INPUT.EXIF", cfg.INPUT.EXIF, ("auto", "apply", "ignore"))
     limits = cfg.INPUT.VALUE_RANGE
     if len(limits) not in (0, 2) or not all(map(math.isfinite, limits)):
         raise UserError(
-            f"INPUT.VALUE_RANGE is {list(limits)}; expected [low, high], the values of black and "
-            "white, or an empty list."
+            f"INPUT.VALUE_RANGE is {list(limits)}; expected [low, high] (the pixel values "
+            "of black and white) or an empty list."
         )
     if limits and limits[0] >= limits[1]:
         raise UserError(
@@ -270,7 +270,7 @@ def _check_channels(cfg: CfgNode, count: int | None) -> None:
 
 @contextlib.contextmanager
 def config_errors(what: str) -> Iterator[None]:
-    """Convert Detectron2's and torch's errors to a UserError while an object is built.
+    """Convert errors that Detectron2 or torch raises while building an object to a UserError.
 
     Errors that indicate bugs, such as AttributeError and TypeError, are not converted. The
     traceback of a converted error is written to the log.

@@ -58,8 +58,8 @@ def use_classification_datasets(
     """
     if cfg.DATASETS.REGISTER:
         raise UserError(
-            "DATASETS.REGISTER and --dataset only support detection data. For a "
-            "classifier, set the path of the data instead: DATASETS.TRAIN \"('my/train',)\"."
+            "DATASETS.REGISTER and --dataset only support detection data. For a classifier, set "
+            "DATASETS.TRAIN to the path of the data, such as DATASETS.TRAIN \"('my/train',)\"."
         )
     if len(cfg.DATASETS.TRAIN) != 1 and not eval_only:
         raise UserError(
@@ -92,7 +92,7 @@ def use_classification_datasets(
 
 
 def check_brightness(cfg: CfgNode, *, eval_only: bool = False) -> None:
-    """Warn about datasets of 16-bit images that would be almost black in 8 bits."""
+    """Warn about datasets whose 16-bit images would be almost black after conversion to 8 bits."""
     opened = {} if eval_only else {name: open_train_dataset(cfg) for name in cfg.DATASETS.TRAIN}
     opened |= {name: open_test_dataset(cfg, name) for name in cfg.DATASETS.TEST}
     for name, dataset in opened.items():
@@ -101,7 +101,7 @@ def check_brightness(cfg: CfgNode, *, eval_only: bool = False) -> None:
 
 
 def warn_of_dataset(dataset: ClassificationDataset, name: str, reading: Reading) -> None:
-    """Warn about 16-bit images that would be almost black in 8 bits. Skip remote datasets."""
+    """Warn if a local dataset's 16-bit images would be almost black after conversion to 8 bits."""
     if not is_remote(name):
         warn_if_dark(name, reading, len(dataset), lambda index: dataset.read_sample(index).data)
 
@@ -291,7 +291,8 @@ def _open_once(
 ) -> ClassificationDataset | ImageArrays:
     """Open a dataset.
 
-    If ``small`` is not None, all images are loaded into memory, with these reading settings.
+    If ``small`` is not None, load all images into memory. ``small`` then contains the settings for
+    reading the images.
     """
     if is_prepared(name) and not small:
         raise UserError(

@@ -90,7 +90,8 @@ def divide(data: DataPart, folder: Path, *, upright: bool = True) -> tuple[DataP
         upright: Whether annotations refer to the images with EXIF orientation applied.
 
     Returns:
-        The training data, the validation data, and a table with the number of objects or images.
+        The training data, the validation data, and a table with the number of objects or images per
+        class and split.
 
     Raises:
         UserError: If the data can't be split.
@@ -116,7 +117,7 @@ def divide(data: DataPart, folder: Path, *, upright: bool = True) -> tuple[DataP
 def _parts(path: str, image_dir: str) -> tuple[DataPart, DataPart | None]:
     """Return the training and validation data at a path.
 
-    Without a separate validation split, return all data and None.
+    The validation data is None if the path contains no separate validation split.
     """
     if is_remote(path):
         return DataPart(path), None
@@ -129,7 +130,7 @@ def _parts(path: str, image_dir: str) -> tuple[DataPart, DataPart | None]:
 
 
 def _coco_parts(path: Path, image_dir: str) -> tuple[DataPart, DataPart | None] | None:
-    """Return the training and validation data; None if the path has no COCO annotations."""
+    """Return the training and validation data, or None if the path has no COCO annotations."""
     if path.is_dir():
         train, val = (_coco_file(path, names) for names in (_TRAIN_NAMES, _VAL_NAMES))
         if train:
@@ -154,9 +155,9 @@ def _image_parts(path: str) -> tuple[DataPart, DataPart | None]:
 
 
 def _annotated(path: str, image_dir: str) -> tuple[DataPart, DataPart | None] | None:
-    """Return the training and validation data; None if the path has no annotations.
+    """Return the training and validation data, or None if the path has no annotations.
 
-    This function handles detection annotations in formats other than COCO.
+    This function supports detection annotations in formats other than COCO.
     """
     place, split = split_path(path)
     source = find_source(place)
@@ -170,15 +171,15 @@ def _annotated(path: str, image_dir: str) -> tuple[DataPart, DataPart | None] | 
     train = next((name for name in (TRAIN, "trainval") if name in splits), None)
     if train is None:
         raise UserError(
-            f"{place} has the splits {', '.join(splits)}; expected {TRAIN}. Specify the split to "
-            f"train on: --data {place}:{next(iter(splits))}."
+            f"{place} contains the splits {', '.join(splits)}; expected a split named {TRAIN}. "
+            f"Specify the split to train on: --data {place}:{next(iter(splits))}."
         )
     found = [DataPart(f"{whole.path}:{name}", folder) for name in (train, VAL)]
     return found[0], found[1] if VAL in splits and train == TRAIN else None
 
 
 def _coco_file(folder: Path, names: Sequence[str]) -> Path | None:
-    """Return the COCO file of a split with one of these names; None if there is none."""
+    """Return the COCO file of the split with one of the given names, or None if none exists."""
     for name in names:
         annotations = folder / "annotations"
         listed = sorted(annotations.iterdir()) if annotations.is_dir() else []
@@ -191,7 +192,7 @@ def _coco_file(folder: Path, names: Sequence[str]) -> Path | None:
 
 
 def _subfolder(folder: Path, names: Sequence[str]) -> Path | None:
-    """Return the subfolder with one of these names, ignoring case; None if there is none."""
+    """Return the subfolder with one of the names, ignoring case, or None if none exists."""
     entries = {entry.name.lower(): entry.absolute() for entry in folder.iterdir() if entry.is_dir()}
     return next((entries[name] for name in names if name in entries), None)
 

@@ -1,4 +1,4 @@
-"""Settings for reading images, and a warning about 16-bit images that would be almost black."""
+"""Settings for reading images, and a warning about 16-bit images that would appear black."""
 
 import logging
 from collections.abc import Callable
@@ -19,7 +19,10 @@ _DIM = 1 << 14
 
 
 def reading_of(cfg: CfgNode) -> Reading:
-    """Return a config's settings for reading images. The config may lack this project's keys."""
+    """Return a config's settings for reading images.
+
+    The default values are used for keys of this project that the config does not contain.
+    """
     channels, exif = channels_of(cfg.INPUT.FORMAT), cfg.INPUT.get("EXIF", "auto")
     upright = exif == "apply"
     if exif == "auto":  # the defaults of Detectron2 and torchvision
@@ -28,7 +31,9 @@ def reading_of(cfg: CfgNode) -> Reading:
 
 
 def warn_if_dark(name: str, reading: Reading, count: int, read: Callable[[int], bytes]) -> None:
-    """Warn about 16-bit images that would be almost black in 8 bits, such as 12-bit data.
+    """Warn about 16-bit images that would be almost black after conversion to 8 bits.
+
+    For example, 12-bit data that is stored in 16 bits uses only a sixteenth of the value range.
 
     Args:
         name: Name of the dataset.

@@ -1,6 +1,6 @@
-"""Splitting of COCO annotations, CSV files and class folders.
+"""Functions that split COCO annotations, CSV files and class folders.
 
-The parts are training, validation and test data, or the folds of a cross-validation.
+A dataset is split into training, validation and test data, or into folds for cross-validation.
 """
 
 import csv
@@ -218,14 +218,14 @@ def _count(data: _Source, images: Collection[str]) -> Counter[str]:
 def _warn(
     data: _Source, images: Mapping[str, Collection[str]], fractions: Mapping[str, float]
 ) -> None:
-    """Warn if a class is missing from a split such as "val", or if a split has the wrong size."""
+    """Warn if a class is missing from a part of the dataset, or if a part is too small or large."""
     known = _count(data, data.objects)
     for part in fractions:
         counts = _count(data, images[part])
         missing = [label for label in data.classes if known[label] and not counts[label]]
         if missing:
             logger.warning(
-                "No images of %d classes are in %s: %s. These classes have too few images or "
+                "%d classes have no images in %s: %s. These classes have too few images or "
                 "groups, or their images contain several classes. Another --seed may help.",
                 len(missing),
                 part,
@@ -234,8 +234,8 @@ def _warn(
         share = len(images[part]) / len(data.objects)
         if abs(share - fractions[part]) > _TOLERANCE:
             logger.warning(
-                "%s contains %.1f%% of the images instead of %.1f%%, because of large groups or "
-                "of classes with few images.",
+                "%s contains %.1f%% of the images instead of %.1f%%, because some groups "
+                "are large or some classes have few images.",
                 part,
                 100 * share,
                 100 * fractions[part],

@@ -62,7 +62,7 @@ class Split:
         if self.folds and (self.folds < 2 or not 0 <= self.test < 1):
             raise UserError(
                 f"--folds is {self.folds} and --test is {self.test}; expected two or more folds, "
-                "and a fraction below 1."
+                "and a test fraction below 1."
             )
         if not self.folds and not (
             0 < self.val < 1 and self.test >= 0 and self.val + self.test < 1
@@ -73,7 +73,7 @@ class Split:
             )
 
     def fractions(self) -> dict[str, float]:
-        """Return the intended fraction of the images in each part, by the part's name.
+        """Return a dictionary from the name of each part to its intended fraction of the images.
 
         With folds, the names are "fold0", "fold1", ... instead of "train" and "val".
         """
@@ -97,7 +97,7 @@ def split_images(classes: Mapping[str, Collection[str]], split: Split) -> dict[s
         split: Options of the split.
 
     Returns:
-        The name of each image's part, by file name.
+        Dictionary from the file name of each image to the name of its part.
 
     Raises:
         UserError: If the pattern in ``group_by`` is invalid, or a part would be empty.
@@ -125,7 +125,7 @@ def split_images(classes: Mapping[str, Collection[str]], split: Split) -> dict[s
     empty = sorted(set(parts).difference(part_of.values()))
     if empty:
         raise UserError(
-            f"Cannot split {len(classes)} images in {len(groups)} groups: they leave no images for "
+            f"Cannot split {len(classes)} images in {len(groups)} groups: no images are left for "
             f"{first_of(empty)}. Expected more groups than splits or folds, and at least two "
             "groups per class. Use fewer splits or folds, use smaller groups, or add images."
         )
@@ -134,7 +134,7 @@ def split_images(classes: Mapping[str, Collection[str]], split: Split) -> dict[s
 
 @dataclass
 class _Group:
-    """Images that must be in the same part of a split, and their number per class."""
+    """Images that must be in the same part of a split, and the number of images per class."""
 
     names: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
@@ -161,7 +161,7 @@ def _shuffled(groups: list[_Group], seed: str) -> list[_Group]:
 
 
 def _group_keys(names: Iterable[str], pattern: str) -> dict[str, str]:
-    """Return the group of each file name: the part that the pattern matches, or the whole name.
+    """Return the group of each file name: the text that the pattern matches, or the whole name.
 
     Raises:
         UserError: If the pattern is invalid or matches none of the names.
@@ -173,8 +173,8 @@ def _group_keys(names: Iterable[str], pattern: str) -> dict[str, str]:
         expression = re.compile(pattern)
     except re.error as error:
         raise UserError(
-            f"--group-by is {pattern!r}, which is not a regular expression: {error}. Expected a "
-            "pattern for Python's re module, such as '^(.*)_frame'."
+            f"--group-by is {pattern!r}, which is not a valid regular expression: {error}. "
+            "Expected a pattern for Python's re module, such as '^(.*)_frame'."
         ) from error
     keys, others = {}, []
     for name in names:
@@ -303,7 +303,7 @@ class _Allocation:
         return missing
 
     def _repair(self) -> None:
-        """Move or swap groups, so that fewer classes are missing from a part of the split."""
+        """Move or swap groups, so that fewer classes are missing from parts of the split."""
         for name in sorted(self.totals, key=lambda name: (len(self._members[name]), name)):
             for part in range(len(self.fractions)):
                 if self.missing([name]) and not self._counts[part][name]:

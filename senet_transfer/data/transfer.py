@@ -49,8 +49,9 @@ class Transfer:
     """Function that moves the tensors of a batch to a device.
 
     A batch is a dict of tensors and other values, or a list of such dicts. Tensors in pinned memory
-    are copied without waiting. Batches are not read ahead, so a resumed run uses the same batches,
-    and an unreadable image is reported in its own step. On a CPU, the batch is returned unchanged.
+    are copied asynchronously. Batches are not prefetched. A resumed run therefore uses the same
+    batches as an uninterrupted run, and the error for an unreadable image is raised in the step
+    that uses the image. On a CPU, the batch is returned unchanged.
 
     Args:
         device: Device of the model.

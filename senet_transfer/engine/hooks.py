@@ -316,7 +316,7 @@ class _AfterEvaluation(HookBase, ABC):
             )
         elif comm.is_main_process():
             logger.warning(
-                "The evaluation returned no metric %r. Available metrics: %s.",
+                "The evaluation did not return the metric %r. Available metrics: %s.",
                 self.metric,
                 ", ".join(sorted(known)),
             )
@@ -432,7 +432,7 @@ class EarlyStopping(_AfterEvaluation):
         """Log why training ends."""
         best = "none was finite" if self.best is None else f"the best was {self.best:.4f}"
         logger.warning(
-            "Training ends early: %s has not improved for %d evaluations (TEST.PATIENCE); %s.",
+            "Early stopping: %s has not improved for %d evaluations (TEST.PATIENCE); %s.",
             self.metric, self.waited, best,
         )  # fmt: skip
 
@@ -476,7 +476,7 @@ class AverageSaver(HookBase):
 
 
 class CheckpointSaver(PeriodicCheckpointer):
-    """PeriodicCheckpointer that also saves before a graceful shutdown.
+    """PeriodicCheckpointer that also saves a checkpoint before a graceful shutdown.
 
     This hook runs in all processes: if saving fails in the main process, all processes stop.
     """

@@ -49,7 +49,8 @@ class LoadedModel:
     Attributes:
         model: The model, on the device specified in the config.
         cfg: The model's config.
-        family: The weight file's family. Empty if the weights are random.
+        family: The weight file's family (the project whose tensor names it uses). Empty if the
+            weights are random.
     """
 
     model: nn.Module
@@ -65,8 +66,8 @@ class LoadedModel:
     def classes(self) -> list[str]:
         """Class names, or an empty list if they are unknown.
 
-        The files of published classifiers don't contain class names, so their class names are part
-        of this package.
+        The weight files of published classifiers don't contain class names. For these files, this
+        package provides the names.
         """
         names = list(self.cfg.DATASETS.CLASSES)
         if names or not is_classification(self.cfg):
@@ -80,9 +81,9 @@ class ModelSource:
 
     Attributes:
         cfg: The config. ``MODEL.WEIGHTS`` is the weight file.
-        source: The contents of the weight file, or of the checkpoint to load in its place. None if
+        source: The contents of the weight file, or of the checkpoint to load instead of it. None if
             the file has not been read yet.
-        config_file: The config file that was read. Empty for a model specified by name.
+        config_file: The config file that was read. Empty for a model without a config file.
     """
 
     cfg: CfgNode
@@ -111,8 +112,9 @@ class ModelSource:
         Args:
             device: The device, such as "cpu" or "cuda:1". If empty, ``MODEL.DEVICE`` is used. If
                 there are no GPUs, the model is built on the CPU.
-            backbone_only: If True, the weight file may have no classifier, or one for a different
-                number of classes. The model's linear layer is then random.
+            backbone_only: If True, the weight file may lack the final linear layer, or contain one
+                for a different number of classes. The model's linear layer is then randomly
+                initialised.
 
         Raises:
             UserError: If the weight file can't be read or does not match the model (including the
@@ -147,13 +149,14 @@ def _check_backbone(report: LoadReport) -> None:
 
 
 def _check_class_count(cfg: CfgNode, config_file: str) -> None:
-    """Raise a UserError if a classifier's numbers of outputs and class names differ."""
+    """Raise a UserError if a classifier's class names and outputs differ in number."""
     names, count = len(cfg.DATASETS.CLASSES), cfg.MODEL.CLASSIFIER.NUM_CLASSES
     if is_classification(cfg) and names and names != count:
         raise UserError(
-            f"DATASETS.CLASSES has {names} names, but MODEL.CLASSIFIER.NUM_CLASSES is {count} "
-            f"({config_file or 'the config'}); expected one name per output of the model. Use the "
-            "config.yaml that training wrote next to the weights, or correct one of the keys."
+            f"In {config_file or 'the config'}, DATASETS.CLASSES contains {names} names, but "
+            f"MODEL.CLASSIFIER.NUM_CLASSES is {count}; expected one name per output of the model. "
+            "Use the config.yaml that training wrote next to the weights, or correct one of the "
+            "keys."
         )
 
 
@@ -168,8 +171,8 @@ def find_model(
     """Find the config and the weights of a model.
 
     Args:
-        model: A name in :func:`senet_transfer.list_models`. The model is the classifier built by
-            ``create_classifier``.
+        model: A model name, as returned by :func:`senet_transfer.list_models`. The model is the
+            classifier that ``create_classifier`` builds.
         config_file: A config file, as an alternative to ``model``.
         weights: A weight file, whose stride placement and stem pooling override the config. If
             empty, ``MODEL.WEIGHTS`` is used. If neither ``model`` nor ``config_file`` is given, the
@@ -207,7 +210,7 @@ def find_model(
 
 
 def _with_stated(cfg: CfgNode, source: Source | None) -> Source | None:
-    """Return the source with the preprocessing and layer options that the user has set."""
+    """Return the source after applying the user's preprocessing and layer options."""
     return source and with_stated(source, stated_values(cfg))
 
 
@@ -234,7 +237,7 @@ def model_config(
 
 
 def build_to_count(cfg: CfgNode) -> nn.Module:
-    """Build the model on the CPU with all weights set to zero, skipping random initialisation."""
+    """Build a model for complexity analysis, on the CPU and with all weights set to zero."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "meta"
@@ -259,7 +262,7 @@ def _timm_network(path: str) -> str:
 def _check_mode(name: str, mode: str) -> None:
     if mode not in EVAL_MODES:
         raise UserError(
-            f"{name} is evaluated in the mode {mode}; expected one of: {', '.join(EVAL_MODES)}. "
+            f"{name} uses the evaluation mode {mode}; expected one of: {', '.join(EVAL_MODES)}. "
             "Use another network, or a config that specifies how images are resized."
         )
 

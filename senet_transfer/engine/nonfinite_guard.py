@@ -32,11 +32,12 @@ class Step:
     """Description of a training step, and its results, which are still on the device.
 
     Attributes:
-        iteration: The number of the iteration.
-        data_time: The seconds spent waiting for the batch.
+        iteration: The iteration index.
+        data_time: The time spent waiting for the batch, in seconds.
         batch: The fields that identify this process's images; see :func:`describe_batch`.
         seed: The seed of the step, which determines all of its random numbers.
-        problem: The error that the model raised, or "".
+        problem: The message of the FloatingPointError that the model raised in any process. Empty
+            if there was no such error.
         losses: The names of this process's losses.
         gradients: The names of the parameters that have gradients.
         values: A float64 tensor on the device. The first value is 1 if the step was skipped because
@@ -75,8 +76,8 @@ class StepGuard:
             model: The model to train.
             max_skips: The number of steps that may be skipped. If more are skipped, the run ends
                 with an error.
-            output_dir: The folder for reports about skipped steps, which help to reproduce them.
-                If empty, no reports are written.
+            output_dir: The folder for reports that help to reproduce skipped steps. If empty, no
+                reports are written.
             deferred: If True, no method except :meth:`report` reads a value from the device.
         """
         self.model = model
@@ -117,8 +118,8 @@ class StepGuard:
             error: The error raised in this process, or None.
 
         Returns:
-            A description of the non-finite value on the lowest rank that found one, or "" if all
-            values are finite.
+            The message of the FloatingPointError on the lowest rank that passes one, or "" if no
+            rank does.
 
         Raises:
             UserError: In all processes, if any process passes a UserError.
@@ -186,8 +187,8 @@ class StepGuard:
     def _norms(self) -> tuple[list[str], Tensor]:
         """Return the names of parameters with gradients, and the norms of these gradients.
 
-        A norm is finite if and only if its gradient is finite. The norms are L2 norms or maximum
-        norms.
+        A norm is finite if and only if its gradient is finite. The norms are maximum norms if
+        ``deferred`` is True or an L2 norm overflows, and L2 norms otherwise.
         """
         named = [(n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
         if not named:

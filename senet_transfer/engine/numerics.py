@@ -15,10 +15,10 @@ from senet_transfer.config import AUTO_KEYS, config_value, is_classification, se
 
 
 def resolve_auto(cfg: CfgNode, before: CfgNode | None = None) -> None:
-    """Replace the value "auto" of config keys with the setting for the device, in place.
+    """Replace each "auto" value in the config with the setting for the device, in place.
 
     Args:
-        cfg: The config. The device must exist.
+        cfg: The config. The device in ``MODEL.DEVICE`` must be available.
         before: The saved config of the run to resume, which contains the values to use. None for a
             new run.
     """
@@ -59,7 +59,7 @@ def set_memory_format(cfg: CfgNode, model: nn.Module) -> nn.Module:
 
 
 def apply_settings(cfg: CfgNode) -> None:
-    """Apply the numerical settings that are global in PyTorch."""
+    """Set PyTorch's global options, such as TF32 and determinism, as specified in the config."""
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     if cfg.SOLVER.TF32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = cfg.SOLVER.TF32

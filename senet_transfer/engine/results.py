@@ -31,7 +31,7 @@ def write_results(path: str | Path, results: Any, *, indent: int | None = 2) -> 
 def metrics(results: dict[str, Any]) -> dict[str, float]:
     """Return the metrics of a run's results by name, such as ``classification/top1_error``.
 
-    With several evaluation datasets, each name starts with the dataset, as in
+    With several evaluation datasets, each name starts with the dataset name, as in
     ``coco_2017_val/bbox/AP``. Diagnostics are excluded.
     """
     found: dict[str, float] = {}

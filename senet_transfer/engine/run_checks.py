@@ -138,7 +138,7 @@ def check_augmentation(cfg: CfgNode) -> None:
         )
     if several and not 0 <= cfg.TEST.ENSEMBLE.IOU < 1:
         raise UserError(
-            f"TEST.ENSEMBLE.IOU is {cfg.TEST.ENSEMBLE.IOU}; expected 0 or more and less than 1."
+            f"TEST.ENSEMBLE.IOU is {cfg.TEST.ENSEMBLE.IOU}; expected a value in [0, 1)."
         )
     if several and cfg.TEST.LOSS:
         raise UserError(
@@ -200,9 +200,9 @@ def _check_anchors(cfg: CfgNode) -> None:
             )
         if len(rows) not in (1, len(features)):
             raise UserError(
-                f"{key} has {len(rows)} inner lists, but anchors are placed on {len(features)} "
-                f"feature maps ({', '.join(features)}). Expected one inner list for all feature "
-                "maps, or one for each."
+                f"{key} contains {len(rows)} inner lists, but anchors are placed on "
+                f"{len(features)} feature maps ({', '.join(features)}); expected one inner list "
+                "for all feature maps, or one list per feature map."
             )
 
 
@@ -276,7 +276,7 @@ def _check_norms(cfg: CfgNode) -> None:
 
 
 def check_batch_norms(cfg: CfgNode, model: nn.Module) -> None:
-    """Check that a classifier's batch norms have more than one value per channel in training.
+    """Check that a classifier's batch norms receive more than one value per channel in training.
 
     With one image per forward pass and a last feature map of one pixel, the variance is undefined.
 
@@ -303,8 +303,8 @@ def check_batch_norms(cfg: CfgNode, model: nn.Module) -> None:
                 f"pass and INPUT.CLASSIFICATION.CROP {side}, the last feature map has a single "
                 f"pixel (SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH} for "
                 f"{comm.get_world_size()} processes, SOLVER.MICRO_BATCHES is "
-                f"{cfg.SOLVER.MICRO_BATCHES}). Use more images per process and micro-batch or a "
-                "larger crop, or set MODEL.RESNETS.NORM to GN or FrozenBN."
+                f"{cfg.SOLVER.MICRO_BATCHES}). Increase SOLVER.IMS_PER_BATCH or the crop size, "
+                "reduce SOLVER.MICRO_BATCHES, or set MODEL.RESNETS.NORM to GN or FrozenBN."
             ) from error
     except RuntimeError:
         logger.debug("The network's shapes can't be computed on the meta device.", exc_info=True)
@@ -383,7 +383,7 @@ def _check_compile(cfg: CfgNode) -> None:
         )
     if comm.get_world_size() > 1:
         raise UserError(
-            "SOLVER.COMPILE is graph, which supports a single process, but this run has "
+            "SOLVER.COMPILE is graph, which supports only one process, but this run has "
             f"{comm.get_world_size()} processes. {remedy}"
         )
     if cfg.SOLVER.UNFREEZE_ITERS or cfg.SOLVER.UNFREEZE_EPOCHS:

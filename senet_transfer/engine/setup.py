@@ -78,15 +78,16 @@ class RunOptions:
         options: Alternating config keys and values that override the config file.
         datasets: Datasets to register, each as (name, annotations) or (name, annotations, image
             folder); see ``DATASETS.REGISTER``.
-        classes: The order of a classifier's labels: "numeric", or a file with one class name per
+        classes: The class order of a classifier: "numeric", or a file with one class name per
             line.
         resume: If True, continue from the newest checkpoint in ``OUTPUT_DIR``.
         eval_only: If True, evaluate ``MODEL.WEIGHTS`` without training.
-        deterministic: If True, set the key ``DETERMINISTIC``.
+        deterministic: If True, set the config key ``DETERMINISTIC`` to True.
         quiet: If True, print only warnings. The full log is always written to ``log.txt``.
         overwrite: If True, delete the files of an earlier run in ``OUTPUT_DIR`` before training.
-        data: Training data, for which a config is made instead of reading ``config_file``.
-        val: Validation data. If empty, ``data`` is searched for it.
+        data: Training data. If set, the run uses a config made for this data instead of
+            ``config_file``.
+        val: Validation data. If empty, it is found in ``data`` or split off from the training data.
         images: Image folder for the JSON files in ``data`` and ``val``. If empty, the folder is
             found automatically.
     """
@@ -106,7 +107,7 @@ class RunOptions:
 
 
 def setup(options: RunOptions) -> CfgNode:
-    """Set up a run: load the config, start logging, register datasets and check everything.
+    """Set up a run: load the config, start logging, and check the datasets and the config.
 
     The full config, the command line and the package versions are written to the output folder.
 
@@ -223,7 +224,7 @@ def _prepare(options: RunOptions) -> CfgNode:
 
 
 def _examine_weights(cfg: CfgNode, resumed: str | None, *, eval_only: bool) -> Source | None:
-    """Examine the weight file. If its download fails, recommend a config without weights."""
+    """Examine the weight file. If its download fails, recommend training from scratch."""
     try:
         return examine_config_weights(cfg, resumed)
     except UserError as error:
@@ -296,7 +297,7 @@ def use_available_device(cfg: CfgNode, logger: logging.Logger) -> None:
 
 
 def available_device(name: str, logger: logging.Logger) -> str:
-    """Return the device name. If it is a GPU and there are no GPUs, warn and return "cpu".
+    """Return the device name. If it names a GPU but there are no GPUs, warn and return "cpu".
 
     Raises:
         UserError: If the name is invalid, or if it is a GPU that does not exist.
@@ -331,7 +332,7 @@ def use_named_datasets(cfg: CfgNode, options: RunOptions, logger: logging.Logger
     Args:
         cfg: The config, which is changed in place.
         options: The run's options.
-        logger: The logger for messages about the choice.
+        logger: The logger for messages about changed keys.
     """
     register_shapes()
     # A malformed entry or name is rejected when the datasets are registered and checked.
@@ -469,10 +470,12 @@ def _check_images(cfg: CfgNode, *, eval_only: bool) -> None:
 
 
 def _use_mask_format(cfg: CfgNode, names: Sequence[str]) -> None:
-    """Check the `segmentation` of all objects, and set ``INPUT.MASK_FORMAT`` accordingly.
+    """Check the ``segmentation`` of all objects.
+
+    If any mask is run-length encoded, set ``INPUT.MASK_FORMAT`` to "bitmask".
 
     Raises:
-        UserError: If a `segmentation` is missing or invalid, or a required package is not
+        UserError: If a ``segmentation`` is missing or invalid, or a required package is not
             installed.
     """
     check_choice("INPUT.MASK_FORMAT", cfg.INPUT.MASK_FORMAT, ("polygon", "bitmask"))
@@ -485,6 +488,7 @@ def _use_mask_format(cfg: CfgNode, names: Sequence[str]) -> None:
     if crops and importlib.util.find_spec("shapely") is None:
         key = "CROP" if cfg.INPUT.CROP.ENABLED else "LARGE_SCALE_JITTER"
         raise UserError(
-            f"INPUT.{key}.ENABLED with polygons requires the package shapely, which is not "
-            "installed. Run pip install shapely, or set INPUT.MASK_FORMAT to bitmask."
+            f"INPUT.{key}.ENABLED is True, which requires the package shapely for polygon masks, "
+            "but shapely is not installed. Run pip install shapely, or set INPUT.MASK_FORMAT to "
+            "bitmask."
         )

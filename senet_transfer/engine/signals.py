@@ -68,8 +68,10 @@ def _watch(reader: socket.socket, process: int) -> None:
             if first is None:
                 first = now
                 _requested.set()
-                message = "saving a checkpoint after this step; repeat to stop immediately"
-                print(f"{name} in process {process}: {message}.", file=sys.stderr, flush=True)
+                message = "saving a checkpoint after this step. Send it again to stop immediately"
+                print(
+                    f"Received {name} in process {process}: {message}.", file=sys.stderr, flush=True
+                )
             elif now - first > _SAME_REQUEST:
                 os._exit(128 + number[0])
 

@@ -171,8 +171,8 @@ def fill_momentum(optimizer: torch.optim.SGD) -> None:
 def tensor_rates(optimizer: Optimizer, rates: Sequence[Tensor]) -> Iterator[None]:
     """Temporarily replace the learning rates with scalar tensors, one per parameter group.
 
-    A CUDA graph of the optimizer's step reads the current value of a tensor in each replay, whereas
-    a number keeps its value from the capture. The scheduler and the checkpoints use numbers.
+    On each replay, a CUDA graph of the optimizer's step reads the current value of a tensor. The
+    value of a Python number would be fixed at capture. Schedulers and checkpoints use numbers.
     """
     groups = optimizer.param_groups
     captures = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
@@ -242,7 +242,7 @@ def lower_is_better(metric: str) -> bool:
 class PlateauLR(LRMultiplier):
     """Schedule that reduces the learning rate when a metric stops improving.
 
-    It works like torch's ReduceLROnPlateau, but subclasses Detectron2's LRMultiplier to support
+    It works like PyTorch's ReduceLROnPlateau, but subclasses Detectron2's LRMultiplier to support
     warm-up, hooks and checkpoints. :meth:`observe` must be called after each evaluation.
     """
 
@@ -275,9 +275,10 @@ class PlateauLR(LRMultiplier):
         """
         if not 0 < factor < 1 or patience < 0 or threshold < 0 or max_drops < 1:
             raise UserError(
-                f"WarmupPlateauLR has an invalid option. SOLVER.GAMMA is {factor}; expected a "
-                f"number between 0 and 1. SOLVER.PLATEAU.PATIENCE is {patience}; expected 0 or "
-                f"more. SOLVER.PLATEAU.THRESHOLD is {threshold}; expected 0 or more. "
+                "At least one option of WarmupPlateauLR is invalid. "
+                f"SOLVER.GAMMA is {factor}; expected a value between 0 and 1. "
+                f"SOLVER.PLATEAU.PATIENCE is {patience}; expected 0 or more. "
+                f"SOLVER.PLATEAU.THRESHOLD is {threshold}; expected 0 or more. "
                 f"SOLVER.PLATEAU.MAX_DROPS is {max_drops}; expected 1 or more."
             )
         self.metric = metric

@@ -41,7 +41,7 @@ class StepTrainer(SimpleTrainer):
     Unlike Detectron2's AMPTrainer, it also runs on a CPU.
 
     Attributes:
-        waited: The seconds spent waiting for batches.
+        waited: The total time spent waiting for batches, in seconds.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class StepTrainer(SimpleTrainer):
         self._batches = None
 
     def run_step(self) -> None:
-        """Run one training step; skip the update if any process has a non-finite value.
+        """Run one training step; skip the update if a loss or gradient of any rank is not finite.
 
         Raises:
             UserError: If any process can't read its data.
@@ -154,7 +154,7 @@ class StepTrainer(SimpleTrainer):
             self.read()
 
     def use_average(self, average: ModelEMA) -> None:
-        """If steps are captured, update an average of the weights inside the captured graph."""
+        """Update ``average`` inside the captured graph. Do nothing if steps are not captured."""
         if self._captured is not None:
             self._average = average
             average.in_step = True
@@ -186,7 +186,7 @@ class StepTrainer(SimpleTrainer):
         return step.values, step.norms
 
     def _compute(self, step: Step, batch: Any) -> None:
-        """Compute losses and gradients, update the parameters, and fill in ``step``."""
+        """Compute losses and gradients, update the parameters, and store results in ``step``."""
         self.optimizer.zero_grad()
         self.guard.remember()
         totals: dict[str, torch.Tensor] = defaultdict(float)
@@ -225,7 +225,7 @@ class StepTrainer(SimpleTrainer):
             tensor.copy_(torch.where(skip, value, tensor))
 
     def read(self) -> None:
-        """Read the values of all steps since the last call, and log or report them.
+        """Read the losses of all steps since the last call, log them, and report skipped steps.
 
         All processes must call this method together.
 
@@ -250,7 +250,7 @@ class StepTrainer(SimpleTrainer):
                 _log(step, [rank[index] for rank in ranks])
 
     def _next_batch(self) -> tuple[Any, float]:
-        """Return the next batch and the seconds spent waiting for it.
+        """Return the next batch and the time spent waiting for it, in seconds.
 
         If one process fails to read its batch, all processes raise an error.
         """

@@ -68,18 +68,21 @@ logger = logging.getLogger(__name__)
 class _EndOfTraining(BaseException):
     """Exception that ends Detectron2's training loop early, without an error.
 
-    It is not a subclass of Exception, because the loop logs such exceptions as errors.
+    It subclasses BaseException, because the loop logs every subclass of Exception as an error.
     """
 
 
 class Trainer(DefaultTrainer):
     """Trainer for detectors and classifiers.
 
-    It extends Detectron2's DefaultTrainer as follows: it also trains classifiers; it checks images
-    against their entries in the annotation file; it loads checkpoints strictly; it supports mixed
-    precision and multiple processes on a CPU; it can repeat the evaluation with test-time
-    augmentation; and it has the additional solver options of
-    ``senet_transfer/config/defaults.py``.
+    It extends Detectron2's DefaultTrainer with:
+
+    - training of classifiers;
+    - checks of images against their entries in the annotation file;
+    - strict loading of checkpoints;
+    - mixed precision and multiple processes on a CPU;
+    - an optional second evaluation with test-time augmentation;
+    - the additional solver options in ``senet_transfer/config/defaults.py``.
 
     Attributes:
         results: The metrics of the last evaluation, by task. Empty before the first evaluation.
@@ -164,11 +167,11 @@ class Trainer(DefaultTrainer):
 
     @property
     def waited(self) -> float:
-        """The time in seconds that this process has waited for batches."""
+        """Total time that this process has spent waiting for batches, in seconds."""
         return self._trainer.waited
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Resume from the newest checkpoint, at the batch that follows it, or load initial weights.
+        """Resume from the newest checkpoint, with the next batch, or load the initial weights.
 
         A new run deletes the checkpoint list left by an earlier run in the same folder, so that it
         can be resumed only from its own checkpoints.
@@ -211,16 +214,17 @@ class Trainer(DefaultTrainer):
         saved = {**numerics, **state_dict.get("numerics", {})}
         if changed := [key for key in numerics if numerics[key] != saved[key]]:
             logger.warning(
-                "Resumed approximately: %s. These settings affect rounding, so the results differ "
-                "from those of an uninterrupted run.",
+                "The run can't be resumed exactly: %s. These settings affect rounding, so the "
+                "results differ from those of an uninterrupted run.",
                 ", ".join(f"{key} {saved[key]} before, {numerics[key]} now" for key in changed),
             )
         now = self._division()
         before = state_dict.get("divided", now)
         if changed := [key for key in now if now[key] != before[key]]:
             logger.warning(
-                "Resumed approximately: %s. The weights and the schedule continue exactly, but the "
-                "data order and the random numbers differ from those of an uninterrupted run.",
+                "The run can't be resumed exactly: %s. The weights and the schedule continue "
+                "exactly, but the data order and the random numbers differ from those of an "
+                "uninterrupted run.",
                 ", ".join(f"{key} {before[key]} before, {now[key]} now" for key in changed),
             )
 
@@ -310,7 +314,7 @@ class Trainer(DefaultTrainer):
     def build_test_loader(
         cls, cfg: CfgNode, dataset_name: str
     ) -> RaisingLoader | ClassificationLoader | CifarEvalLoader:
-        """Build the data loader for an evaluation dataset; broken images raise an error."""
+        """Build the data loader for an evaluation dataset. Broken images raise an error."""
         if is_classification(cfg):
             return classification.test_loader(cfg, dataset_name)
         mapper = CheckedDatasetMapper(cfg, is_train=False)

@@ -22,7 +22,7 @@ class ClassificationEvaluator(DatasetEvaluator):
 
     Attributes:
         confusion: Confusion matrix, int64 ``(C, C)``: the number of images by label and prediction.
-            After :meth:`evaluate`, the main process has the sum over all processes.
+            After :meth:`evaluate`, the main process holds the sum over all processes.
         predictions: One row per image, in the order of the data. Empty unless predictions or
             logits are kept.
     """
@@ -45,9 +45,9 @@ class ClassificationEvaluator(DatasetEvaluator):
             with_loss: If True, compute the mean cross-entropy, without label smoothing.
             keep_predictions: If True, keep the key, label and top classes of each image.
             keep_logits: If True, also keep the logits of each image.
-            output_dir: The folder for ``predictions.json``; if empty, the file isn't written. It
-                contains one list per column: ``index`` (in the dataset), ``label``, ``top`` (the
-                top classes) and ``probability`` (of the best class, in [0, 1]).
+            output_dir: The folder for ``predictions.json``. If empty, the file isn't written. The
+                file contains one list per column: ``index`` (in the dataset), ``label``, ``top``
+                (the top classes) and ``probability`` (of the best class, in [0, 1]).
         """
         self.num_classes = num_classes
         self.expected = expected

@@ -144,10 +144,10 @@ def _indexed(truth: Any, dataset: dict[str, Any]) -> Any:
 
 @contextmanager
 def _fast_metrics() -> Iterator[None]:
-    """Replace the metric classes in Detectron2's module, if faster-coco-eval is installed.
+    """Make Detectron2 use faster-coco-eval, if it is installed, inside the context.
 
-    Detectron2's own fast implementation is not used: it is not part of every build, and rounds
-    differently.
+    Detectron2's own fast implementation is not used because some builds lack it, and because it
+    rounds differently than pycocotools.
     """
     if faster_coco_eval is None:
         yield

@@ -57,10 +57,11 @@ def diagnose(
     - ``summary``: the main results in a few sentences;
     - ``images``, ``objects``, ``detections``: the number of each;
     - ``AP``, ``AP50``, ``AP75``: the COCO metrics;
-    - ``by_size``, ``by_count``: the ``AP``, ``AP50`` and the numbers of objects and images, for
-      objects grouped by area, and for images grouped by number of objects;
-    - ``errors``: for each error type, the lost ``AP50`` and the ``count``. ``false_positive`` and
-      ``false_negative`` have the loss for all such errors together;
+    - ``by_size``: the COCO metrics and the number of objects, for objects grouped by area;
+    - ``by_count``: the COCO metrics and the numbers of images and objects, for images grouped by
+      number of objects;
+    - ``errors``: for each error type, the lost ``AP50`` and the ``count``. The entries
+      ``false_positive`` and ``false_negative`` contain the ``AP50`` lost to all such errors;
     - ``error_AP50``: the AP50 on which these losses are based. It includes classes that are
       detected but have no objects;
     - ``best``: the score threshold with the highest F1 at an IoU of 0.5, and the ``precision``,
@@ -119,7 +120,10 @@ def _mean(values: Floats) -> float:
 
 
 def _aps(curves: Floats) -> dict[str, float]:
-    """Compute AP, AP50 and AP75 in percent from precisions per class, IoU threshold and recall."""
+    """Compute AP, AP50 and AP75, in percent, from the precision ``(C, T, 101)``.
+
+    The dimensions are class, IoU threshold and recall.
+    """
     one = {"AP50": curves[:, _IOU50], "AP75": curves[:, _IOU75]}
     return {name: 100 * _mean(values) for name, values in ({"AP": curves} | one).items()}
 
@@ -127,7 +131,7 @@ def _aps(curves: Floats) -> dict[str, float]:
 def _curve(curves: Floats) -> list[float]:
     """Return the mean of the classes' precision-recall curves ``(C, 101)``.
 
-    Classes without objects are ignored. If no class has objects, the list is empty.
+    Classes without objects are ignored. If no class has objects, return an empty list.
     """
     known = curves[np.isfinite(curves[:, 0])]
     return np.round(known.mean(0), _DIGITS).tolist() if len(known) else []
@@ -177,7 +181,7 @@ def _best_threshold(
     Args:
         overlaps: The detections and objects, with the IoU of each overlapping pair.
         matches: The matches of these detections and objects.
-        rows: The detections to consider.
+        rows: The indices of the detections to consider.
         label: The class whose objects are counted. If None, all objects are counted.
     """
     objects = ~overlaps.crowd

@@ -1,7 +1,7 @@
 """Error types of detectors, and the AP lost to each type.
 
 The definitions are those of Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection
-Errors" (ECCV 2020), and the numbers equal those of the authors' program. Each error has one of six
+Errors" (ECCV 2020), and the results equal those of the authors' code. Each error has one of six
 types:
 
 - classification: IoU of 0.5 or more with an object of another class;
@@ -38,7 +38,7 @@ ERROR_TYPES = ("classification", "localisation", "both", "duplicate", "backgroun
 _CLASSIFICATION, _LOCALISATION, _BOTH, _DUPLICATE, _BACKGROUND = range(5)
 
 IOU = 0.5
-# The recalls of the authors' program, which differ from those of pycocotools in the last bit.
+# The recalls of the authors' code, which differ from those of pycocotools in the last bit.
 _RECALLS = np.arange(101) / 100
 
 
@@ -47,9 +47,9 @@ class Errors:
     """Errors of a detector.
 
     Attributes:
-        kind: Index of each detection's error type in :data:`ERROR_TYPES`, ``(D,)``. True positives
-            and detections that are not considered have -1. Detections in a crowd have an error
-            type, but don't count as false positives.
+        kind: Index of each detection's error type in :data:`ERROR_TYPES`, ``(D,)``. The index is
+            -1 for true positives and for detections that are not considered. Detections in a crowd
+            have an error type, but don't count as false positives.
         target: Index of the object for a classification or localisation error, otherwise -1,
             ``(D,)``.
         corrected: True for the errors that become true positives when corrected, ``(D,)``.
@@ -216,7 +216,7 @@ def error_costs(overlaps: Overlaps, errors: Errors, classes: int) -> ErrorCosts:
         objects=per_class(~overlaps.crowd),
     )
     ap = base.ap()
-    # When it corrects errors, the authors' program sorts false positives first among equal scores.
+    # When it corrects errors, the authors' code sorts false positives first among equal scores.
     sorted_last = replace(base, order=position + len(position) * errors.hit)
     costs = {}
     for number, name in enumerate(ERROR_TYPES):

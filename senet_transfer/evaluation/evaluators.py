@@ -128,8 +128,8 @@ def check_evaluators(cfg: CfgNode, train: Sequence[str], test: Sequence[str]) ->
             _check_package(kind, name)
         if "sem_seg" in kinds and MetadataCatalog.get(name).get("ignore_label") is None:
             raise UserError(
-                f"The metadata of the dataset {name} has no ignore_label, which is required to "
-                "evaluate semantic segmentation. Set it in the code that registers the dataset: "
+                f"The metadata of the dataset {name} contains no ignore_label, which is required "
+                "to evaluate semantic segmentation. Set it in the code that registers the dataset: "
                 f"MetadataCatalog.get({name!r}).set(ignore_label=255)."
             )
 
@@ -147,7 +147,7 @@ def other_evaluator(kind: str, name: str, output_dir: str) -> DatasetEvaluator:
     """Build an evaluator of any kind except "coco".
 
     Args:
-        kind: One of :func:`evaluator_kinds`.
+        kind: An evaluator kind, as returned by :func:`evaluator_kinds`.
         name: The name of the dataset.
         output_dir: The folder for the predictions.
     """
@@ -206,7 +206,7 @@ class CurrentCityscapesInstanceEvaluator(_CurrentNumpy, CityscapesInstanceEvalua
 
 @contextlib.contextmanager
 def _attributes(module: ModuleType, attributes: dict[str, Any]) -> Iterator[None]:
-    """Set attributes of a module, and restore them afterwards."""
+    """Set attributes of a module inside the context, and restore them on exit."""
     before = {name: getattr(module, name) for name in attributes if hasattr(module, name)}
     for name, value in attributes.items():
         setattr(module, name, value)

@@ -11,11 +11,11 @@ _FIRST = 1 / (1 + np.spacing(1))
 
 
 def recalls_of_two(counts: np.ndarray) -> np.ndarray:
-    """Return recall thresholds that two correct detections reach but one does not.
+    """Return recall thresholds that are reached by two correct detections, but not by one.
 
-    There is one threshold for each number of objects in `counts`. All thresholds are powers of two,
-    so there are few different values. For fewer than two objects, the threshold is 2, which no
-    recall reaches.
+    The array contains one threshold for each number of objects in ``counts``. All thresholds are
+    powers of two, so there are few different values. For fewer than two objects, the threshold is
+    2, which no recall reaches.
     """
     _, exponents = np.frexp(np.maximum(counts, 1) - 1)
     return np.ldexp(1.0, 1 - exponents)
@@ -24,8 +24,9 @@ def recalls_of_two(counts: np.ndarray) -> np.ndarray:
 class ExactCOCOeval(COCOeval_faster):
     """COCO metrics computed in C++ that are bitwise identical to those of pycocotools.
 
-    This class corrects two deviations of faster-coco-eval: the last bit of a precision of 1 that is
-    based on a single detection, and the omission of classes without objects in keypoint evaluation.
+    This class corrects two deviations of faster-coco-eval. Its precision after a single correct
+    detection is 1, whereas that of pycocotools is slightly lower. In the evaluation of keypoints,
+    it omits classes without objects.
     """
 
     def __init__(self, truth: COCO, predictions: COCO, task: str, **options: Any):

@@ -33,7 +33,8 @@ class ImageObjects:
         classes: Class indices, ``(N,)``.
         crowd: True for crowds (regions with many objects), in which detections are ignored,
             ``(N,)``.
-        areas: Areas in square pixels that determine the objects' sizes, ``(N,)``.
+        areas: Areas in square pixels, ``(N,)``. They determine which objects are small, medium or
+            large.
     """
 
     regions: Regions
@@ -93,7 +94,7 @@ class Overlaps:
 
     @property
     def same_class(self) -> Bools:
-        """True for pairs with equal classes, ``(P,)``."""
+        """True for pairs whose detection and object have the same class, ``(P,)``."""
         return self.classes[self.detection] == self.object_classes[self.object]
 
 
@@ -175,23 +176,24 @@ def greedy_matches(
     ignored: Bools,
     first_of_equal: bool = False,
 ) -> Ints:
-    """Match each detection with the best object that no higher-ranked detection has matched.
+    """Match detections with objects greedily, in the order of their rank.
 
-    As in the COCO metrics, an ignored object is matched only if no other object is available, and a
-    crowd can be matched repeatedly.
+    Each detection is matched with the unmatched object of highest IoU. As in the COCO metrics, an
+    ignored object is matched only if no other object is available, and a crowd can be matched
+    repeatedly.
 
     Args:
         overlaps: The detections and objects, with the IoU of each overlapping pair.
         pairs: The indices of the pairs that may be matched.
-        rank: The rank of each detection. Detections with equal ranks must have no objects in
-            common, ``(D,)``.
+        rank: The rank of each detection, ``(D,)``; rank 0 is matched first. Detections of the same
+            rank must not be paired with the same object.
         thresholds: The minimum IoU for a match, ``(T,)``.
         ignored: True for objects that are ignored, ``(G,)``.
         first_of_equal: If True, match the first of several objects with equal IoU, otherwise the
             last one.
 
     Returns:
-        The index of each detection's object, or -1, ``(T, D)``.
+        The index of the object matched with each detection, or -1 without a match, ``(T, D)``.
     """
     detection, target = overlaps.detection[pairs], overlaps.object[pairs]
     iou = overlaps.iou[pairs]
@@ -227,7 +229,7 @@ class Matches:
     Attributes:
         hit: True for detections that are matched with an object, ``(T, D)``.
         ignored: True for detections that are neither true nor false positives, ``(T, D)``.
-        match: Index of each detection's object, or -1, ``(T, D)``.
+        match: Index of the object matched with each detection, or -1 without a match, ``(T, D)``.
         counted: True for objects that are not ignored, ``(G,)``.
         considered: Indices of the highest-scoring detections of each image and class, sorted by
             class and then by decreasing score, ``(N,)``.

@@ -17,7 +17,7 @@ _CLASSIFICATION = ("top1_error", "top5_error", "images")
 
 
 def check_metric(cfg: CfgNode, key: str, metric: str) -> None:
-    """Check that evaluation during training can return the given metric.
+    """Check that the evaluation during training can return the given metric.
 
     Args:
         cfg: The config of the run.
@@ -38,7 +38,8 @@ def check_metric(cfg: CfgNode, key: str, metric: str) -> None:
         return
     why = "which the evaluation doesn't return"
     if prefix is None:
-        why = f"but DATASETS.TEST has {len(tests)} datasets, whose names begin the metrics' names"
+        why = f"but with {len(tests)} datasets in DATASETS.TEST, metric names start with "
+        why += "a dataset name"
     examples = [f"{prefix}{name}" for prefix in prefixes for name in known[:4]]
     raise UserError(
         f"{key} is {metric!r}, {why}. Set it to a metric such as: {first_of(examples, 8)}."

@@ -85,10 +85,10 @@ LARGE_CROPS = {("senet154", 320): Published("SENet-154", 17.28, 3.79, _TABLE_VII
 
 
 def published_on_imagenet(classes: Sequence[str], model: str) -> Published | None:
-    """Return the paper's result for a model trained on ImageNet, or None if there is none.
+    """Return the SENet paper's ImageNet result for a model, or None if there is none.
 
     Args:
-        classes: The classes of the data, which are WordNet ids for ImageNet.
+        classes: The class names of the data. For ImageNet, these are WordNet ids.
         model: The model name.
     """
     imagenet = len(classes) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in classes)

@@ -75,7 +75,7 @@ def convert_file(
         weights: The path of the file, or a name in the catalogue.
         out: The path of the new file. If ``to`` is None, the suffixes ``.pth`` and ``.safetensors``
             select this project's format, and ``.pkl`` selects Detectron2's format.
-        to: One of ``senet_transfer.weights.convert.TARGETS``.
+        to: The target format, one of ``senet_transfer.weights.convert.TARGETS``.
         family: The file's family. It is only required if several families use its tensor names.
         force: If True, replace an existing file.
         check: If True, check that the network has the same outputs with the weights of both files,
@@ -112,7 +112,7 @@ def convert_file(
         notes, comparison = write_converted(source, out, to), None
     for note in notes:
         logger.info(note)
-    logger.info("Wrote %s (%s), for %s", out, _size(out), to)
+    logger.info("Wrote %s (%s) in the format of %s", out, _size(out), to)
     if config:
         with written_whole(config_out) as partial:
             partial.write_text(config)
@@ -187,7 +187,7 @@ def _model(source: Source, architecture: Architecture) -> nn.Module:
 
 
 def _check_complete(source: Source) -> None:
-    """Raise UserError if a registered model's file doesn't contain exactly the model's tensors."""
+    """Raise a UserError if a registered model's file lacks tensors or contains other tensors."""
     architecture = _registered(source)
     if architecture is not None:
         with torch.device("meta"):
@@ -197,7 +197,7 @@ def _check_complete(source: Source) -> None:
 
 @torch.no_grad()
 def compare_files(first: Source, second: Source) -> FileDifference:
-    """Compare the outputs of the networks in two files.
+    """Compare the outputs of the networks in two weight files for the same random images.
 
     If a file's network is not a registered model, compare the tensors instead.
     """

@@ -55,7 +55,12 @@ class ImageModel(nn.Module):
         self.register_buffer("std", std)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return logits, or feature maps from fine to coarse, for images ``(N, C, H, W)``."""
+        """Return a tuple of the logits, or of the feature maps from high to low resolution.
+
+        Args:
+            images: RGB images ``(N, 3, H, W)`` in 0-255. For a format such as "C5", images
+                ``(N, 5, H, W)``.
+        """
         found = self.network(normalise(images, self.mean, self.std, self.format))
         return tuple(found.values()) if isinstance(found, dict) else (found,)
 
@@ -85,8 +90,8 @@ def export_network(
         size: The image height and width in pixels.
         classes: The class names, for the metadata.
         mode: The evaluation mode, for the metadata; see
-            :class:`~senet_transfer.data.images.transforms.EvalTransform`. The program that runs the
-            file must average the logits of several crops.
+            :class:`~senet_transfer.data.images.transforms.EvalTransform`. For a mode with several
+            crops, the code that runs the exported file must average their logits.
         reading: The settings for reading images, for the metadata.
 
     Returns:
@@ -99,7 +104,7 @@ def export_network(
     if form not in FORMATS:
         raise UserError(f"The format is {form!r}; expected one of: {', '.join(FORMATS)}.")
     names = ["logits"]
-    # The caller's network stays on its device and in its mode.
+    # Copy the network, so the original's device and mode do not change.
     network = copy.deepcopy(network).cpu().eval()
     with torch.no_grad():
         found = network(torch.zeros(1, len(preprocessing.mean), *size))
@@ -135,7 +140,7 @@ def written_if_valid(path: str | Path) -> Iterator[Path]:
 
     The block should write and check the file. If the block raises an exception, any existing file
     at ``path`` is left unchanged. The temporary file is in a temporary folder and has the same name
-    as the final file, because some formats depend on the name.
+    as the final file, because some formats store or check the name.
     """
     path = Path(path)
     with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:

@@ -207,10 +207,13 @@ def _runner(path: str | Path) -> Callable[[Tensor], Arrays]:
 def _compare(
     path: str | Path, expected: Arrays, found: Arrays, limit: int, compared: Comparison
 ) -> None:
-    """Compare the objects that two detectors find, in any order; add the result to ``compared``.
+    """Check that two detectors return the same objects in any order, and update ``compared``.
 
-    If a detector returns the maximum number of objects, those with the lowest scores may be missing
-    from the other detector's results because of rounding.
+    If a detector returns its maximum number of objects, the objects with the lowest scores may be
+    missing from the other detector's results, because scores differ by rounding errors.
+
+    Raises:
+        UserError: If the objects differ.
     """
     boxes = np.abs(expected["boxes"][:, None] - found["boxes"][None]).max(2, initial=0)
     scores = np.abs(expected["scores"][:, None] - found["scores"][None])

@@ -29,8 +29,8 @@ def require_onnx() -> None:
 def write_onnx(model: "ModelProto", path: str | Path, metadata: Mapping[str, str]) -> None:
     """Write an ONNX model with metadata to a file, and check the file.
 
-    The exporters' documentation strings and metadata are removed first, because they contain stack
-    traces with paths on this machine.
+    The doc strings and metadata added by the exporters are removed first, because they contain
+    stack traces with local paths.
 
     Args:
         model: The model. It is modified.

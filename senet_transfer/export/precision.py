@@ -28,12 +28,12 @@ _CALIBRATED = 512
 
 @dataclass(frozen=True)
 class CalibrationImages:
-    """Images in a folder for int8 calibration and for measuring the accuracy.
+    """Folder of images for int8 calibration and for measuring the accuracy.
 
     Attributes:
         folder: The folder of images. Subfolders are included.
-        transform: Maps an encoded image to the network's input, uint8 ``(3, H, W)``, or to several
-            crops, ``(crops, 3, H, W)``.
+        transform: Function that converts an encoded image to the network's input, uint8
+            ``(3, H, W)``, or to several crops, ``(crops, 3, H, W)``.
         classes: The class names. If every image is in a subfolder named after a class, the
             subfolders are used as labels.
     """
@@ -76,7 +76,7 @@ class CalibrationImages:
 
 
 def convert_precision(path: str | Path, precision: str, images: CalibrationImages) -> str:
-    """Convert the network in an ONNX file, and compare it with the original network.
+    """Convert the network in an ONNX file to a lower precision, and compare it with the original.
 
     The network's inputs and outputs remain float32.
 
@@ -84,10 +84,11 @@ def convert_precision(path: str | Path, precision: str, images: CalibrationImage
         path: An ONNX file with a classifier or backbone. The file is replaced.
         precision: "float16", or "int8" for static quantisation of convolutions and linear layers
             with one scale per channel.
-        images: The images for the comparison and for the ranges of int8 activations.
+        images: The images for the comparison and for computing the ranges of int8 activations.
 
     Returns:
-        A sentence with the accuracy before and after the conversion.
+        Sentences that compare the outputs and, if the images have labels, the top-1 errors before
+        and after the conversion.
 
     Raises:
         UserError: If there are no images, or if one of them can't be read.

@@ -68,7 +68,7 @@ def export_model(
             f"--precision is {precision}, the architecture is {cfg.MODEL.META_ARCHITECTURE}, the "
             f"output is {output}, and --calibration is {calibration!r}. This precision is only "
             "available for classifiers and backbones in ONNX files (.onnx), and requires a folder "
-            "of images. Change these options, or omit --precision."
+            "of images (--calibration). Change these options, or omit --precision."
         )
     if network:
         preprocessing = preprocessing_of(cfg)

@@ -33,7 +33,7 @@ def softmax_focal_loss(
         logits: Logits `(N, C)`. The loss is computed in float32, or in the precision of the logits
             if it is higher.
         target: Class indices `(N,)`, int64, or class probabilities `(N, C)`.
-        gamma: Exponent of the factor that reduces the loss of images that are classified well.
+        gamma: Focusing parameter. A higher value reduces the loss of well-classified images more.
         weight: Weight of each class, `(C,)`; None for equal weights.
         label_smoothing: Label smoothing, in [0, 1).
     """

@@ -1,24 +1,23 @@
-"""CPU implementation of a residual block's end: the sum of the gated branch and the shortcut.
+"""CPU implementation of the end of a residual block: the gated branch plus the shortcut.
 
 In the expression ``gate(r) * r + y`` with ``r = norm(conv(x))``, autograd saves ``r`` for the
-backward pass, although a block without a gate does not need it. The functions in this module
-compute the same result, up to rounding, and save only tensors that a block without a gate saves
-anyway:
+backward pass. A block without a gate does not need ``r``. The functions in this module compute the
+same result, up to rounding, but save only tensors that a block without a gate saves, too:
 
-* Batch norm, in training or evaluation mode, saves the convolution's output. The gradients of gate
-  and norm need only two sums per channel and image over these feature maps. One further pass
-  computes the gradient of the convolution's output (:class:`_NormSum`).
-* A frozen norm saves nothing, but norm and gate only scale and shift channels, so the norm is
-  folded into the weights of a 1x1 convolution. The gradient of these weights, computed per image,
-  also yields the gradient of the gates (:class:`_LargeConvSum`). For small feature maps with many
-  weights, recomputing the convolution is cheaper (:class:`_SmallConvSum`).
+* A batch norm, in training or evaluation mode, saves the convolution's output. The gradients of the
+  gate and the norm are computed from this output and two sums per image and channel. One further
+  pass computes the gradient of the convolution's output (:class:`_NormSum`).
+* A frozen norm saves no feature map. It only scales and shifts channels, so it is folded into the
+  weights of a 1x1 convolution. The gradient of these weights, computed per image, also yields the
+  gradient of the gates (:class:`_LargeConvSum`). For small feature maps and many weights, it is
+  cheaper to recompute the convolution (:class:`_SmallConvSum`).
 * The mean over positions commutes with a 1x1 convolution and with a norm with fixed statistics. The
   squeeze can therefore read the convolution's input. In a bottleneck, the input has a quarter of
   the output's channels.
 
-The expression is evaluated as written on other devices, for modules with hooks, under compilers,
-tracers and dispatch modes, and for variants that these methods do not support. For the kernels used
-on GPUs, see :mod:`senet_transfer.layers.fused`.
+On other devices, the expression is evaluated as written. The same applies to modules with hooks, to
+compilers, tracers and dispatch modes, and to variants that these methods do not support. For the
+kernels used on GPUs, see :mod:`senet_transfer.layers.fused`.
 """
 
 from collections.abc import Callable

@@ -1,11 +1,11 @@
 """PyTorch operators for rotated boxes, for Detectron2 builds without compiled operators.
 
 Detectron2 implements these operators in C++ and CUDA. If its compiled extension is missing, for
-example for a new Python version, its heads for rotated boxes fail in the first step. The operators
-in this module have the same names, arguments and results, but need more time and memory.
+example because it can't be built, heads for rotated boxes raise an error as soon as they run. The
+operators in this module have the same names, arguments and results, but need more time and memory.
 
-A rotated box has five numbers: centre x and y, width, height, and angle in degrees,
-counterclockwise.
+A rotated box consists of five values: the x and y coordinates of the centre, the width, the height,
+and the counterclockwise angle in degrees.
 """
 
 import importlib
@@ -154,12 +154,12 @@ def _cross(first: Tensor, second: Tensor) -> Tensor:
 
 
 def nms_rotated(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """Return the indices of the boxes (N, 5) that non-maximum suppression keeps, best first.
+    """Return the indices of the boxes kept by non-maximum suppression, in descending score order.
 
     Args:
-        boxes: Rotated boxes.
+        boxes: Rotated boxes (N, 5).
         scores: Scores of the boxes, (N,).
-        iou_threshold: The IoU with a higher-scoring box above which a box is suppressed.
+        iou_threshold: A box is suppressed if its IoU with a kept box is at least this value.
     """
     left = scores.argsort(descending=True, stable=True)
     kept = []
@@ -176,7 +176,7 @@ def nms_rotated(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
 
 def _overlapping(boxes1: Tensor, boxes2: Tensor, threshold: float) -> Tensor:
-    """Return a mask (N, M) of the pairs of rotated boxes whose IoU reaches a threshold."""
+    """Return a mask (N, M) of the pairs of rotated boxes with an IoU of at least ``threshold``."""
     area1, area2 = boxes1[:, 2:4].prod(1)[:, None], boxes2[:, 2:4].prod(1)
     # The IoU is at most the ratio of the areas.
     possible = torch.minimum(area1, area2) >= 0.999 * threshold * torch.maximum(area1, area2)
@@ -201,11 +201,11 @@ def roi_align_rotated(
     Args:
         input: Feature maps (N, C, H, W).
         rois: Regions (K, 6): an image index and a rotated box.
-        spatial_scale: Scale from box coordinates to feature map coordinates.
-        pooled_height: The number of rows of bins.
-        pooled_width: The number of columns of bins.
-        sampling_ratio: The number of samples per bin and direction. If 0, there is one sample per
-            pixel.
+        spatial_scale: Factor that converts box coordinates to feature map coordinates.
+        pooled_height: The number of rows of the output.
+        pooled_width: The number of columns of the output.
+        sampling_ratio: The number of samples per output bin in each direction. If 0, the number is
+            chosen per region, so that samples are at most one feature map pixel apart.
     """
     sides = rois[:, [4, 3]].detach() * spatial_scale  # height and width
     pooled = sides.new_tensor([pooled_height, pooled_width])

@@ -161,9 +161,9 @@ class SqueezeExcitation(nn.Module):
         check_choice("The initialisation", init, INITS)
         if not 1 <= ratio <= channels:
             raise UserError(
-                f"The SE reduction ratio is {ratio}; expected 1 to {channels}, because a layer "
-                f"with {channels} channels has no hidden units if the ratio is larger. Lower the "
-                "ratio."
+                f"The SE reduction ratio is {ratio}; expected an integer from 1 to {channels}, "
+                f"because a layer with {channels} channels has no hidden units if the ratio is "
+                "larger. Choose a different ratio."
             )
         hidden = hidden_width(channels, ratio, divisor)
         self.channels = channels
@@ -237,7 +237,7 @@ class SqueezeExcitation(nn.Module):
         return self(x, y, scale)
 
     def forward(self, x: Tensor, y: Tensor | None = None, scale: float = 1.0) -> Tensor:
-        """Return ``gate(x) * x``; with ``y``, return ``scale * gate(x) * x + y``."""
+        """Return ``gate(x) * x`` or, if ``y`` is given, ``scale * gate(x) * x + y``."""
         gate = self.gate(x)
         return x * gate if y is None else torch.addcmul(y, x, gate, value=scale)
 
@@ -264,9 +264,9 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
 def _generated(x: Tensor) -> bool:
     """Return whether ``torch.compile`` is compiling for inference on a CPU with a small batch.
 
-    In this case, the compiler should generate loops for the whole gate, from the feature map to the
-    sum. Calls to a matrix library between these loops would cost more than the small matrix
-    products themselves.
+    In this case, it is faster if the compiler generates loops for the whole SE block, from the
+    pooling to the residual addition. Calls of a matrix library between these loops would cost more
+    than the small matrix products themselves.
     """
     return (
         torch.compiler.is_dynamo_compiling()

@@ -34,7 +34,7 @@ _weights_follow: ContextVar[bool] = ContextVar("weights_follow", default=False)
 
 @contextlib.contextmanager
 def weights_follow() -> Iterator[None]:
-    """Suppress, inside this context, the warning that a model's weights must be loaded."""
+    """Suppress the warning that weights must be loaded, for callers that load them themselves."""
     token = _weights_follow.set(True)
     try:
         yield
@@ -222,7 +222,7 @@ def _check_fpn_features(backbone: Backbone, names: list[str]) -> None:
         raise UserError(
             f"The input features of the FPN, {list(names)}, have the strides {strides}, but each "
             "stride must be twice the previous one. Set MODEL.FPN.IN_FEATURES to consecutive "
-            "stages from fine to coarse, without dilation (MODEL.RESNETS.RES5_DILATION 1)."
+            "stages in the order of the network, and MODEL.RESNETS.RES5_DILATION to 1."
         )
     if missing or not names:
         raise UserError(

@@ -105,7 +105,7 @@ def create_classifier(
         family: Family of the file, required only if several families use the same tensor names.
         prefix: Prefix of the network's tensor names in a file with several networks. See
             :func:`senet_transfer.load_weights` for details of ``prefix``, ``ema`` and ``head``.
-        ema: Whether to load the averaged (EMA) weights; None makes the same choice as the project
+        ema: Whether to load the averaged (EMA) weights. None follows the convention of the project
             that saved the file.
         head: "strict", or "ignore" to load a file without its classifier or projection head.
         dropout: Dropout probability before the linear layer, in [0, 1); None uses the network's

@@ -62,11 +62,11 @@ class ImageClassifier(Classifier):
             neck: Function that builds a replacement for the pooling; see :class:`Classifier`.
             label_smoothing: Label smoothing of the loss, in [0, 1).
             loss: Training loss, "cross_entropy" or "focal".
-            focal_gamma: Gamma of the focal loss, 0 or more.
+            focal_gamma: Focusing parameter of the focal loss, a non-negative number.
             class_weights: Weight of each class in the loss; None for equal weights.
             mixup: Alpha of MixUp's Beta distribution (Zhang et al. 2018); 0 disables MixUp.
             cutmix: Alpha of CutMix's Beta distribution (Yun et al. 2019); 0 disables CutMix. If
-                both are enabled, one of the two is drawn for each batch.
+                MixUp is enabled, too, one of the two is chosen at random for each batch.
             cutout: Side length in pixels of the squares that are set to zero; 0 disables Cutout.
                 The centres of the squares are in the batch's ``cutout`` entry.
             channels_last: Whether images and weights use the channels-last memory format.
@@ -84,8 +84,8 @@ class ImageClassifier(Classifier):
         check_choice("MODEL.CLASSIFIER.LOSS", loss, LOSSES)
         if class_weights is not None and len(class_weights) != num_classes:
             raise UserError(
-                f"MODEL.CLASSIFIER.CLASS_WEIGHTS has {len(class_weights)} numbers; expected one "
-                f"for each of the {num_classes} classes."
+                f"MODEL.CLASSIFIER.CLASS_WEIGHTS contains {len(class_weights)} values; expected "
+                f"one for each of the {num_classes} classes."
             )
         backbone.preprocessing = preprocessing
         self.label_smoothing = label_smoothing

@@ -298,7 +298,7 @@ def create_backbone(
         family: Family of the file, required only if several families use the same tensor names.
         prefix: Prefix of the network's tensor names in a file with several networks. See
             :func:`senet_transfer.load_weights` for details of ``prefix``, ``ema`` and ``head``.
-        ema: Whether to load the averaged (EMA) weights; None makes the same choice as the project
+        ema: Whether to load the averaged (EMA) weights. None follows the convention of the project
             that saved the file.
         head: "strict", or "ignore" to load a file without its classifier or projection head.
         out_features: Names of the stages to return, from "stem" and "res2" to "res5"; None returns

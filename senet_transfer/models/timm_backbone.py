@@ -128,7 +128,7 @@ class TimmBackbone(Backbone):
                 )
 
     def freeze(self, freeze_at: int) -> None:
-        """Freeze the first stages, so their parameters get no gradients and batch norms are fixed.
+        """Freeze the parameters and the batch norm statistics of the first stages.
 
         Args:
             freeze_at: Number of stages, counted from the stem; 0 freezes nothing.

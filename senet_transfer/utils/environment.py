@@ -36,8 +36,8 @@ def environment_report() -> str:
 def origin(*, on_gpu: bool = True) -> dict[str, Any]:
     """Return a description of the machine and the code's commit, for the record of a run.
 
-    The commit ends with "-dirty" if a file outside ``docs`` and ``results`` differs from the
-    commit. Changes in these folders don't count, because writing records and figures causes them.
+    The commit ends with "-dirty" if a tracked file differs from the commit. Files in ``docs`` and
+    ``results`` are ignored, because writing a run's record and figures changes them.
 
     Args:
         on_gpu: Whether the run uses a GPU if one is available.

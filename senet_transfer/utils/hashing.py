@@ -51,8 +51,8 @@ def verify_sha256(path: Path, expected: str | None) -> list[str]:
     if expected is not None:
         if not re.fullmatch("[0-9a-fA-F]{8,64}", expected):
             raise UserError(
-                f"sha256 is {expected!r}; expected 8 to 64 hexadecimal digits: the SHA-256 of "
-                f"{path}, or its first digits."
+                f"sha256 is {expected!r}; expected 8 to 64 hexadecimal digits: the SHA-256 "
+                f"hash of {path}, or its first digits."
             )
         stated.append((expected.lower(), "was requested"))
     listing = path.with_name(path.name + ".sha256")
@@ -81,6 +81,6 @@ def _hash_in(listing: Path, name: str) -> str:
         if len(words) == 1 or words[-1].lstrip("*").rpartition("/")[2] == name:
             return words[0].lower()
     raise UserError(
-        f"{listing} contains no SHA-256 for {name}. Expected a line in sha256sum format. Correct "
-        "or remove the file."
+        f"{listing} contains no SHA-256 hash for {name}; expected a line in sha256sum format. "
+        "Correct or remove the file."
     )

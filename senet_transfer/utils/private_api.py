@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def intercepts_operators() -> bool:
-    """Return whether a functorch transform or a dispatch mode intercepts operators.
+    """Return whether a functorch transform or a dispatch mode is active.
 
     Private API (torch 2.11 to 2.14): ``torch._C._are_functorch_transforms_active`` and
     ``torch.utils._python_dispatch._get_current_dispatch_mode``.
@@ -41,8 +41,8 @@ def intercepts_operators() -> bool:
 def is_exporting() -> bool:
     """Return whether ``torch.export`` is tracing, as opposed to ``torch.compile``.
 
-    In torch 2.11 to 2.13, ``torch.compiler.is_exporting`` also returns True in a function that
-    ``torch.compile`` compiles.
+    In torch 2.11 to 2.13, ``torch.compiler.is_exporting`` also returns True while
+    ``torch.compile`` compiles a function.
 
     Private API (torch 2.11 to 2.14): ``torch.compiler._is_exporting_flag``.
     """
@@ -86,7 +86,7 @@ def set_state_dict_metadata(state: Any, metadata: Mapping[str, Any]) -> None:
 
 
 def norms_of(tensors: Sequence[Tensor], order: float) -> Tensor:
-    """Return the norm of each tensor, ``(N,)``, using few kernel launches.
+    """Return the norms of N tensors as a tensor of shape ``(N,)``, using few kernel launches.
 
     Private API (torch 2.11 to 2.14): ``torch._foreach_norm``.
     """
@@ -96,7 +96,7 @@ def norms_of(tensors: Sequence[Tensor], order: float) -> Tensor:
 
 
 def multiply_all(tensors: Sequence[Tensor], factors: Tensor) -> None:
-    """Multiply each tensor in place by the corresponding element of ``factors``, ``(N,)``.
+    """Multiply each of N tensors in place by its element of ``factors``, a ``(N,)`` tensor.
 
     Private API (torch 2.11 to 2.14): ``torch._foreach_mul_``.
     """
@@ -106,7 +106,7 @@ def multiply_all(tensors: Sequence[Tensor], factors: Tensor) -> None:
 
 
 def copy_all(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Copy each value into its target, using few kernel launches.
+    """Copy tensors into the corresponding targets, using few kernel launches.
 
     Private API (torch 2.11 to 2.14): ``torch._foreach_copy_``.
     """
@@ -129,8 +129,8 @@ def lerp_all(
     Args:
         targets: Tensors to change.
         values: Finite tensors with the same shapes and dtypes as the targets.
-        weight: Weight of the values, in [0, 1], as a number or a tensor ``()`` on the same device.
-        held: Tensor ``()`` on the same device: 1 leaves the targets unchanged, 0 interpolates them.
+        weight: Weight of the values, in [0, 1], as a number or a scalar tensor on the same device.
+        held: Scalar tensor on the same device: 1 leaves the targets unchanged, 0 interpolates them.
             None is equivalent to 0.
     """
     import torch
@@ -168,7 +168,7 @@ def scaler_state(scaler: GradScaler) -> list[Tensor]:
 
 
 def cpu_group() -> ProcessGroup:
-    """Return the process group of all ranks for tensors on the CPU.
+    """Return a process group of all ranks that can communicate CPU tensors.
 
     Private API (Detectron2 0.6 to 0.7): ``_get_global_gloo_group``, which ``comm.all_gather`` uses.
     """
@@ -178,7 +178,7 @@ def cpu_group() -> ProcessGroup:
 
 
 def inductor_freezing() -> AbstractContextManager[None]:
-    """Return a context in which ``torch.compile`` treats the weights as constants.
+    """Return a context manager that makes ``torch.compile`` treat the weights as constants.
 
     This has the same effect as the environment variable ``TORCHINDUCTOR_FREEZING=1``.
 
@@ -272,7 +272,7 @@ def compile_program(program: ExportedProgram, path: str, metadata: Mapping[str, 
 
 
 def open_compiled(path: str) -> tuple[Callable[..., Any], dict[str, str]]:
-    """Load the function and the metadata from a file that :func:`compile_program` wrote.
+    """Load a compiled function and its metadata from a package written by :func:`compile_program`.
 
     Private API (torch 2.11 to 2.14): ``torch._inductor.aoti_load_package``.
     """

@@ -14,7 +14,7 @@ def progress(items: Iterable[Any] | None = None, *, quiet: bool = False, **optio
     """Return a progress bar, which is shown on stderr if stderr is a terminal.
 
     Args:
-        items: Items to iterate over; None returns a bar that is advanced with its ``update``
+        items: Items to iterate over. If None, the caller advances the bar with its ``update``
             method.
         quiet: Whether to hide the bar even if stderr is a terminal.
         options: Further tqdm arguments, such as ``total``, ``unit`` and ``desc``.
@@ -27,10 +27,8 @@ def progress(items: Iterable[Any] | None = None, *, quiet: bool = False, **optio
 def no_bars(quiet: bool = True) -> Iterator[None]:
     """Hide all progress bars created within the block.
 
-    Commands use this context manager. Long-running functions also have a ``quiet`` argument.
-
     Args:
-        quiet: Whether to hide the bars; False has no effect.
+        quiet: Whether to hide the bars. If False, the context manager has no effect.
     """
     token = _QUIET.set(quiet or _QUIET.get())
     try:

@@ -32,7 +32,7 @@ def read_once() -> Iterator[None]:
 def once_per_file(
     function: Callable[Concatenate[str | Path, _Rest], _Result],
 ) -> Callable[Concatenate[str | Path, _Rest], _Result]:
-    """Cache the results of a file-reading function within :func:`read_once`.
+    """Decorate a file-reading function so that its results are cached within :func:`read_once`.
 
     Results are cached per file and arguments. A file that has been replaced or modified is read
     again. Outside :func:`read_once`, results are not cached.

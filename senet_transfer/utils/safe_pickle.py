@@ -5,9 +5,10 @@ in a table of stand-ins, never in a module. Names that are not in the table beco
 :class:`Placeholder`. Functions and classes that can affect the system, such as ``os.system``,
 raise an error.
 
-The base class is the standard library's Python implementation. The C implementation can be made to
-exhaust memory before any name is looked up (eight bytes, ``LONG_BINPUT`` with a huge index, take 20
-seconds and 4.7 GB), and its opcode handlers can't be overridden.
+The base class is the standard library's Python implementation. The C implementation is
+not used, because its opcode handlers can't be overridden, and because a pickle can make it exhaust
+the memory before any name is looked up. For example, an eight-byte pickle (``LONG_BINPUT`` with a
+huge index) takes 20 seconds and 4.7 GB.
 """
 
 import functools
@@ -104,14 +105,14 @@ class _DType:
     def build(self, state: tuple) -> None:
         _, byteorder, subdtype, names, fields, size, _, flags = state[:8]
         if subdtype is not None or names is not None or fields is not None:
-            raise ValueError("a dtype is structured")
+            raise ValueError("a dtype has unexpected fields or an unexpected subarray")
         if size not in (-1, self.value.itemsize) or (flags and self.value.kind in "biufc"):
             raise ValueError(f"dtype {self.value} has an unexpected size or flags")
         self.value = self.value.newbyteorder(byteorder)
 
 
 def _dtype(code: Any, *_: Any) -> "_DType | Placeholder":
-    """Return the dtype for a type code. Types other than numbers and text become a placeholder."""
+    """Return the dtype for a type code, or a placeholder for types other than numbers and text."""
     if isinstance(code, str) and re.fullmatch(r"[<>|=]?[biufcSU]\d{0,9}", code):
         return _DType(code)
     return Placeholder("numpy.dtype")
@@ -151,7 +152,7 @@ def _encode(text: str, codec: str = "latin1") -> bytes:
 
 
 def _reconstructed(kind: Any, _base: Any = None, state: Any = None) -> Any:
-    """Replace ``copyreg._reconstructor``, which pickle protocols 0 and 1 call to create objects.
+    """Create an object in place of ``copyreg._reconstructor``, used by pickle protocols 0 and 1.
 
     If the object is a dictionary, ``state`` contains its items.
     """
@@ -230,7 +231,8 @@ _NAMESPACE_VALUES = (str, int, float, list, tuple, dict, types.NoneType, Placeho
 class _Tuple(tuple):
     """Tuple that is hashed by identity if it is long or nested.
 
-    Hashing a deeply nested tuple overflows the C stack, and a long tuple can be hashed many times.
+    Hashing a deeply nested tuple overflows the C stack. A malicious pickle can also have a long
+    tuple hashed many times, which takes too long.
     """
 
     __slots__ = ()
@@ -253,7 +255,7 @@ class _Instructions(dict):
     """Supported pickle instructions by opcode."""
 
     def __missing__(self, code: int) -> NoReturn:
-        raise ValueError(f"byte {bytes([code])!r} is not a pickle instruction for plain data")
+        raise ValueError(f"byte {bytes([code])!r} is not a supported pickle opcode")
 
 
 _Unpickler: Any = pickle._Unpickler  # typed as Any, because it is missing from the type stubs
@@ -397,7 +399,10 @@ class _PlainUnpickler(_Unpickler):
         elif hasattr(type(target), "build"):
             target.build(state)
         else:
-            raise ValueError(f"the pickle sets attributes of a {type(target).__name__}")
+            raise ValueError(
+                f"the pickle sets attributes of an object of type {type(target).__name__}, which "
+                "is not supported"
+            )
 
     dispatch[pickle.BUILD[0]] = load_build
 
@@ -441,7 +446,8 @@ def load_plain(
     structures becomes a placeholder or an empty array of dtype void.
 
     Args:
-        stream: In-memory content of the file, so a wrong length can't cause a large allocation.
+        stream: In-memory copy of the file, so that an invalid length in the pickle can't cause a
+            large allocation.
         path: Path of the file, for error messages.
         allowed: Functions that are called in place of the classes and functions in the pickle, by
             full name. If the returned object has a ``build`` method, this method is called with the

@@ -24,7 +24,7 @@ def first_of(names: Iterable[str], limit: int = 20) -> str:
 
 
 def shown(text: object, limit: int = 80) -> str:
-    """Convert untrusted text to a short, printable, single line for a message."""
+    """Convert untrusted text to a short line of printable characters for a message."""
     words = "".join(c if c.isprintable() else " " for c in str(text)[: 4 * limit]).split()
     line = " ".join(words)
     return line if len(line) <= limit else line[: limit - 3] + "..."
@@ -42,18 +42,18 @@ def counted(number: int, singular: str, plural: str = "") -> str:
 
 
 def check_utf8(path: str, use: str) -> None:
-    """Raise a UserError for a path that is not UTF-8; ``use`` says what requires this encoding."""
+    """Raise UserError if a path is not valid UTF-8; ``use`` names what requires this encoding."""
     try:
         path.encode()
     except UnicodeEncodeError:
         raise UserError(
-            f"The path {os.fsencode(path)!r} is not UTF-8; expected UTF-8 for {use}. Rename the "
-            "file or the folder."
+            f"The path {os.fsencode(path)!r} is not valid UTF-8, which is required for {use}. "
+            "Rename the file or the folder."
         ) from None
 
 
 def mean_text(values: Sequence[float]) -> str:
-    """Format the mean and, for several values, the sample standard deviation: ``"7.30 ± 0.12"``."""
+    """Format the mean and, for several values, their sample standard deviation."""
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.2f}{spread}"
 

@@ -1,7 +1,7 @@
 """Loading, checking and saving of weight files of all supported families.
 
 This package operates on tensors and modules. It does not import any network classes, so the
-backbones can import it.
+backbones can import it without a circular import.
 """
 
 from senet_transfer.weights.families.registry import FAMILIES

@@ -24,8 +24,8 @@ class Choice(TypedDict, total=False):
             :func:`senet_transfer.load_weights`.
         stated: Values that the user has set for fields of :class:`Geometry` (such as the stride
             placement) and :class:`Preprocessing`, by field name.
-        network: Model name, such as "timm/regnety_002", if timm builds the network. Files from
-            timm then contain the network's state dict. Empty for other networks.
+        network: Name of a model that timm builds, such as "timm/regnety_002"; empty for other
+            models.
     """
 
     prefix: str | None
@@ -70,7 +70,7 @@ def _kept_values(cfg: CfgNode) -> Iterator[tuple[str, Any]]:
 
 
 def config_choice(cfg: CfgNode) -> Choice:
-    """Return the options with which a config selects a network in the file ``MODEL.WEIGHTS``.
+    """Return the options in a config that select a network in the file ``MODEL.WEIGHTS``.
 
     Raises:
         UserError: If a value is invalid.

@@ -129,7 +129,7 @@ def write_converted(source: Source, path: Path, to: str) -> list[str]:
         to: Conversion target, one of :data:`TARGETS`.
 
     Returns:
-        Sentences with notes for the user about the new file.
+        Notes for the user about the new file, as complete sentences.
 
     Raises:
         UserError: If the target project has no equivalent network, or the file can't be written.
@@ -215,7 +215,7 @@ def _keys_for_detectron2(source: Source) -> list[str]:
 
 
 def _keys_for_images(pixels: Preprocessing | None) -> list[str]:
-    """Return a note with the settings for reading images, because the new file can't store them."""
+    """Return a note that lists the preprocessing settings that the new file can't store."""
     keys = []
     if pixels and pixels.upright:
         keys.append("INPUT.EXIF apply")

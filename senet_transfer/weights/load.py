@@ -33,7 +33,7 @@ class LoadReport:
         loaded: Names of the loaded tensors in the model.
         initialised: Names of the model's tensors that keep their initial values, and why.
         ignored: Names of the file's tensors that were not used, and why.
-        notes: Sentences on other changes to the tensors.
+        notes: Notes for the user, for example about other changes to the tensors.
         lookalikes: Other projects' networks with the same tensors but different outputs, unless the
             file rules them out.
         geometry: Layer options of the file's network, such as the stride placement. Unknown options
@@ -107,8 +107,8 @@ def load_weights(
         prefix: Prefix of the network's tensor names in a file with several networks, such as
             "encoder_q." or "teacher.". The other tensors are ignored.
         ema: Whether to load the averaged (EMA) weights if a checkpoint contains both averaged and
-            plain weights. None or "auto" does what the project that saved the file would do. The
-            report specifies which weights were loaded.
+            plain weights. With None or "auto", the convention of the project that saved the file
+            applies. The report specifies which weights were loaded.
         head: "strict", or "ignore" to load only the backbone, without the file's classifier or
             projection head.
 
@@ -203,7 +203,7 @@ def _check_geometry(source: Source, target: Target) -> None:
 
 
 def pixel_contradictions(file: Preprocessing, model: Preprocessing) -> list[str]:
-    """Return a message for each difference in channel order, mean or std from the file."""
+    """Return a message for each difference in channel order, mean or std between file and model."""
     found = []
     for name, key in (
         ("format", "INPUT.FORMAT"),

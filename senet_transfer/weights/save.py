@@ -43,7 +43,7 @@ def model_metadata(model: nn.Module, classes: Sequence[str] = ()) -> dict[str, A
 def with_classes(metadata: dict[str, Any], classes: Sequence[str]) -> dict[str, Any]:
     """Return a network's metadata, extended with the class names if there are any.
 
-    The class names are omitted if there are more of them than readers accept as metadata.
+    More than 10,000 class names are omitted, because readers limit the size of metadata.
     """
     if not 0 < len(classes) <= _MAX_CLASSES:
         return metadata
@@ -126,7 +126,7 @@ def check_suffix(path: Path, suffixes: tuple[str, ...] = (".pth", ".safetensors"
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary path next to ``path``, and rename this file to ``path`` on success.
+    """Yield a temporary path next to ``path``, and rename the written file to ``path`` on success.
 
     Raises:
         UserError: If the file can't be written.

@@ -19,7 +19,7 @@ def _one_thread(one_thread):
 
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory) -> Path:
-    """Write three class folders with 5, 5 and 6 images of coloured noise (40x36 pixels)."""
+    """Write three class folders with 5, 5 and 6 random colour images (40x36 pixels)."""
     root = tmp_path_factory.mktemp("kinds")
     random = np.random.default_rng(0)
     for label, name in enumerate(CLASSES):

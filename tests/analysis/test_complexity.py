@@ -1,4 +1,4 @@
-"""Tests that compare complexity counts with hooks, closed formulas and the paper's tables."""
+"""Tests that compare complexity counts with hooks, closed-form results and the paper's tables."""
 
 import pytest
 import torch
@@ -91,7 +91,7 @@ def test_a_gates_cost_includes_layers_pooling_and_product():
 
 @pytest.mark.long
 def test_the_share_of_se_follows_the_papers_formula():
-    """Check Equation 5: SE adds 2/r * sum(N_s C_s^2) parameters and as many MACs."""
+    """Check Equation 5: SE adds 2/r * sum(N_s C_s^2) parameters and the same number of MACs."""
     cost = measure(empty("se_resnet50", se_bias=False), torch.zeros(1, 3, 224, 224)).total
     stages = ((3, 256, 56), (4, 512, 28), (6, 1024, 14), (3, 2048, 7))
     layers = sum(2 * blocks * width**2 // 16 for blocks, width, _ in stages)

@@ -61,7 +61,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    """Disable the figures, which take most of an analysis's time."""
+    """Disable plotting, which takes up most of the analysis time."""
     for name in ("write_blocks", "write_overview"):
         monkeypatch.setattr(
             f"senet_transfer.analysis.excitations.analyze.{name}", lambda *_, **__: []
@@ -373,7 +373,7 @@ def test_gates_by_object_size_equal_those_of_detectron2_on_whole_images(
     analyse(detector, tmp_path, "--group-by", "size")
     said = capsys.readouterr().out
     assert "3 images of 2 groups" in said
-    assert "Left out 1 image, because at most half of the objects per image have the same" in said
+    assert "Skipped 1 image in which no size is shared by more than half of the objects" in said
     with open(tmp_path / "gates.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["block"] == "SE_4_1"]
     cfg = load_config(str(detector / "config.yaml"))

@@ -209,7 +209,7 @@ def test_a_sample_keeps_the_original_order():
 
 @pytest.fixture
 def coco(tmp_path):
-    """Write a grey image with a red object, and a COCO file with this object and two others."""
+    """Write an image with a red object, and a COCO file with this object and two others."""
     pixels = np.full((60, 100, 3), 128, np.uint8)
     pixels[10:30, 70:95] = (200, 0, 0)
     Image.fromarray(pixels).save(tmp_path / "image.png")

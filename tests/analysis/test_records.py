@@ -117,7 +117,7 @@ def test_the_curves_have_the_evaluations_that_all_runs_have(tmp_path):
     assert blue > 300
     assert orange == 0  # no run has SE
     (tmp_path / "bccd_r18" / "seed1.csv").write_text("iteration,total_loss,bbox/AP\n9,,high")
-    with pytest.raises(UserError, match=r"seed1.csv can't be read as the curve of a run"):
+    with pytest.raises(UserError, match=r"seed1.csv can't be read as a training curve"):
         draw_curves(tmp_path, tmp_path)
 
 

@@ -199,7 +199,10 @@ def test_after_the_time_limit_runs_stop_and_no_others_start(options, tmp_path, m
 
 
 def test_ctrl_c_that_ends_the_process_first_is_not_a_failed_run(options, tmp_path, monkeypatch):
-    """Simulate Ctrl-C in a terminal, which sends SIGINT to this and the training process."""
+    """Check that Ctrl-C is not reported as a failed run if the training process ends first.
+
+    In a terminal, Ctrl-C sends SIGINT to this process and to the training process.
+    """
 
     def start(command, **_):
         os.kill(os.getpid(), signal.SIGINT)

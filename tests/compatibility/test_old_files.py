@@ -109,7 +109,7 @@ def test_an_old_onnx_file_gives_its_original_logits(expected):
 
 
 def logits_of(model: torch.nn.Module) -> np.ndarray:
-    """Return a classifier's logits for :func:`draw_pixels`, normalised by its ``preprocessing``."""
+    """Return a classifier's logits for the images of :func:`draw_pixels`, after normalisation."""
     values = model.preprocessing
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (values.mean, values.std))
     with torch.no_grad():

@@ -38,7 +38,7 @@ def write_val(root: Path, count: int, seed: int = 0) -> Path:
 
 
 def shard_bytes(root: Path) -> dict[str, bytes]:
-    """Return the contents of all files in a shard folder, except the lock file, by name."""
+    """Return the contents of a shard folder's files, except the lock file, keyed by file name."""
     return {path.name: path.read_bytes() for path in root.iterdir() if path.name != ".lock"}
 
 

@@ -30,7 +30,9 @@ repeated = settings(derandomize=True, deadline=None, database=None, max_examples
 
 
 def by_class(sizes, group=1):
-    """Return the single class of each image, by file name. Consecutive images alternate in class.
+    """Return a dict that maps each image name to a list with one class.
+
+    Consecutive images alternate in class.
 
     Args:
         sizes: Number of groups of each class.
@@ -128,10 +130,10 @@ def test_single_frames_and_frames_of_videos_are_kept_together(caplog):
         ({"val": 0.0}, "--val is 0.0"),
         ({"val": 0.7, "test": 0.3}, "whose sum is below 1"),
         ({"folds": 1}, "two or more folds"),
-        ({"folds": 4}, "leave no images for fold3"),
-        ({"group_by": "("}, "not a regular expression"),
+        ({"folds": 4}, "no images are left for fold3"),
+        ({"group_by": "("}, "not a valid regular expression"),
         ({"group_by": "frame"}, "matches none of the 3 file names: 1.jpg"),
-        ({"group_by": "jpg"}, "3 images in 1 groups: they leave no images for val"),
+        ({"group_by": "jpg"}, "3 images in 1 groups: no images are left for val"),
     ],
 )
 def test_a_split_that_is_impossible_is_rejected(options, complaint):
@@ -161,7 +163,7 @@ def test_the_files_of_a_coco_split_contain_all_objects_once(shared_data, tmp_pat
         numbers = [len(part.getAnnIds(catIds=category["id"], iscrowd=False)) for part in parts]
         row = [category["name"], *map(str, numbers), str(sum(numbers))]
         assert " ".join(row) in " ".join(printed.split())
-    assert "images of 8 classes are in val: horse, bear, skis, banana, sand" in caplog.text
+    assert "8 classes have no images in val: horse, bear, skis, banana, sand" in caplog.text
 
 
 @pytest.mark.long

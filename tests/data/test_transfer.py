@@ -10,7 +10,10 @@ CPU = torch.device("cpu")
 
 
 class Recorder:
-    """Stand-in for a CUDA stream that records all calls and returns negated copies."""
+    """Stand-in for a CUDA stream that records all calls.
+
+    Its copies are negated, so that tests can tell them from the original tensors.
+    """
 
     def __init__(self):
         self.copied, self.joined = [], []

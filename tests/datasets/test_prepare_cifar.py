@@ -1,4 +1,4 @@
-"""Tests for the command that prepares CIFAR."""
+"""Tests for the command that prepares the CIFAR datasets."""
 
 import numpy as np
 from PIL import Image

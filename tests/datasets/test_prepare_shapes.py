@@ -30,7 +30,7 @@ def data_set(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rendered():
-    """Return the images and objects in the training split of `data_set` by image id."""
+    """Return the images and objects in the training split, keyed by image id."""
     return {index: render_image(0, "train", index) for index in range(1, COUNTS["train"] + 1)}
 
 
@@ -44,7 +44,7 @@ def annotation_file(root, split):
 
 
 def snapshot(folder):
-    """Return the contents of all files in a folder, by relative path."""
+    """Return the contents of all files in a folder, keyed by relative path."""
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 

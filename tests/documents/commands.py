@@ -185,7 +185,7 @@ class Command:
 
 
 def code(text: str) -> list[tuple[str, str]]:
-    """Return (language, text) pairs for a document's code. Inline code is marked as "inline"."""
+    """Return (language, text) pairs for a document's code; inline code has language "inline"."""
     return [(m[1], m[2]) if m[3] is None else ("inline", m[3]) for m in _CODE.finditer(text)]
 
 
@@ -208,10 +208,10 @@ COMMANDS = {document: commands_in(document, text) for document, text in DOCUMENT
 
 
 def run_here(document: str) -> list[Command]:
-    """Return the commands in a document that are to be run.
+    """Return the commands in a document that the tests run.
 
-    The config tables contain a command for each recipe. One command per task is enough, because
-    test_instant.py runs the smoke-test config of every recipe.
+    The config tables contain a command for each recipe. Of commands with the same form, only one
+    is run, because test_instant.py runs the smoke-test config of every recipe.
     """
     found = [command for command in COMMANDS[document] if not command.reason_not_run]
     if document != "configs/README.md":

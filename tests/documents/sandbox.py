@@ -35,7 +35,7 @@ TINY = "datasets/shapes/annotations/instances_tiny.json"
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Return environment variables for running this checkout with this Python in the sandbox."""
+    """Return environment variables that make sandbox commands use this checkout and Python."""
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     kept = {k: v for k, v in os.environ.items() if k not in ("DETECTRON2_DATASETS", "MAKEFLAGS")}
     return {**kept, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
@@ -167,7 +167,7 @@ def _places365_shards(split: str) -> Callable[[Path], None]:
 
 
 def _imagenet(place: str) -> Callable[[Path], None]:
-    """Return a function that writes both ImageNet splits with three classes, and a blacklist."""
+    """Return a function that writes both ImageNet splits and the validation blacklist."""
 
     def make(root: Path) -> None:
         rng = np.random.default_rng(0)

@@ -18,7 +18,7 @@ WIDTH, HEIGHT = 96, 64
 
 @dataclass(frozen=True)
 class Drawn:
-    """Image file with its objects.
+    """Image file and its objects.
 
     Attributes:
         path: Path of the image file.

@@ -180,7 +180,7 @@ def test_a_detector_is_trained_evaluated_exported_and_predicts(command, shapes, 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"INPUT.CHANNELS": "17"}, "INPUT.CHANNELS is 17; expected a number from 1 to 16"),
+        ({"INPUT.CHANNELS": "17"}, "INPUT.CHANNELS is 17; expected an integer from 1 to 16"),
         ({"INPUT.CHANNELS": "4"}, "has 3 values and MODEL.PIXEL_STD has 3; expected 4 values"),
         ({**FIVE, "TEST.AUG.ENABLED": "True"}, "TEST.AUG.ENABLED is True, which is not supported"),
         ({"INPUT.FORMAT": "C5"}, "set INPUT.CHANNELS instead"),

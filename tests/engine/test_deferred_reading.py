@@ -1,4 +1,4 @@
-"""Tests that training can read the losses only every 20 steps, as it does on a GPU.
+"""Tests for reading the losses only every 20 steps, as in training on a GPU.
 
 The tests run on a CPU. Each run must be bit-for-bit equal to one that reads the losses after each
 step.
@@ -68,7 +68,7 @@ def fused(parameters, kind):
 
 
 def train(net, period, folder, *, optimizer="SGD", rank=None, ema=True, **options):
-    """Train, and return everything that training changes: state, metrics, reports and error."""
+    """Train, and return the final state, the metrics, the JSON reports and the error message."""
     folder.mkdir()
     model = net if rank is None else DistributedDataParallel(net, broadcast_buffers=False)
     trainer = StepTrainer(

@@ -92,7 +92,7 @@ def test_the_ema_with_a_weight_on_the_device_is_equal_up_to_rounding():
     ("logged", "message"),
     [
         ({"bbox/AP": float("nan")}, "The metric 'bbox/AP' is nan in this evaluation"),
-        ({"segm/AP": 3.0}, "returned no metric 'bbox/AP'. Available metrics: segm/AP."),
+        ({"segm/AP": 3.0}, "did not return the metric 'bbox/AP'. Available metrics: segm/AP."),
     ],
 )
 def test_a_metric_without_a_value_is_distinguished_from_a_missing_one(

@@ -118,7 +118,7 @@ def test_a_backbone_of_one_channel_is_saved_and_created_again(tmp_path):
             {"MODEL.PIXEL_MEAN": "[1.0]"},
             "has 1 and MODEL.PIXEL_STD has 3 values; expected 3",
         ),
-        ({"MODEL.PIXEL_STD": "[1.0, 0.0, 1.0]"}, "no standard deviation of 0"),
+        ({"MODEL.PIXEL_STD": "[1.0, 0.0, 1.0]"}, "non-zero standard deviations"),
         ({"INPUT.FORMAT": "L", "MODEL.PIXEL_MEAN": "[1.0, 2.0]"}, "expected 1 value each, or 3"),
         ({"INPUT.VALUE_RANGE": "[5]"}, r"VALUE_RANGE is \[5\]; expected \[low, high\]"),
         ({"INPUT.VALUE_RANGE": "[4095, 0]"}, "expected the lower value first"),
@@ -132,7 +132,7 @@ def test_a_backbone_of_one_channel_is_saved_and_created_again(tmp_path):
         ({"MODEL.ANCHOR_GENERATOR.SIZES": "[[32], []]"}, "SIZES is .*expected positive numbers"),
         (
             {"MODEL.ANCHOR_GENERATOR.SIZES": "[[32], [64]]"},
-            "SIZES has 2 inner lists, but .* 5",
+            "SIZES contains 2 inner lists, but .* 5",
         ),
         ({"MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": "[[[0.5, 1.0]]]"}, "ASPECT_RATIOS is"),
         ({"MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": "[[-1.0]]"}, "ASPECT_RATIOS is"),

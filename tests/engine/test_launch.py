@@ -10,7 +10,10 @@ from senet_transfer.engine import launch
 
 @pytest.fixture
 def one_gpu(monkeypatch):
-    """Simulate one GPU. Return a list of each launched job's value of ``$CUDA_VISIBLE_DEVICES``."""
+    """Simulate a machine with one GPU.
+
+    Return a list to which each launched job adds its value of ``$CUDA_VISIBLE_DEVICES``.
+    """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     jobs = []

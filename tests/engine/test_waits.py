@@ -113,7 +113,7 @@ def asynchronous(monkeypatch):
 
 
 def waits_of_steps(trainer, waits):
-    """Return how often each operator waits for the device in each step, including the hooks."""
+    """Count each operator's waits for the device in every step, including those in hooks."""
     found = []
     with EventStorage() as trainer.storage:
         trainer.start_iter = 0

@@ -61,7 +61,10 @@ def box(*region, label, score=1.0, crowd=False):
 
 @pytest.fixture(scope="module")
 def by_hand():
-    """Return the diagnostics of an image with each type of detection, and of a missed object."""
+    """Return the diagnostics of two images.
+
+    The first one contains each type of detection. The second one contains a missed object.
+    """
     objects = [
         box(0, 0, 10, 10, label=0),
         box(50, 50, 10, 10, label=0),

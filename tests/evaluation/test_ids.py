@@ -191,7 +191,7 @@ def evaluated(tmp_path, monkeypatch):
 
 
 def compared(drawn: Drawn, evaluated) -> int:
-    """Compare all metrics with pycocotools, and return how many differ from -1, 0 and 1."""
+    """Compare all metrics with pycocotools; return how many have a value other than -1, 0 or 1."""
     plain = dict(enumerate(drawn.outputs, 1))
     hostile = dict(zip(drawn.image_ids, drawn.outputs, strict=True))
     expected = evaluated(COCOEvaluator, drawn.plain, plain)

@@ -1,4 +1,4 @@
-"""Tests that converted files give the original outputs, including in the target project."""
+"""Tests that weights converted between packages give the same outputs in both packages."""
 
 import json
 import pickle
@@ -54,7 +54,7 @@ SLOW_ROUND_TRIPS = [
 
 
 def _again(package, name):
-    """Build the other package's network with weights that differ from those of the first model."""
+    """Build the same network as ``peer(package, name)``, but with different random weights."""
     return peer(package, name, seed=7)
 
 

@@ -30,7 +30,7 @@ STAGES = ["res2", "res3", "res4", "res5"]
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    """Randomise norms and gates, as if trained, and return the model in evaluation mode."""
+    """Set norm and gate tensors to random values, and return the model in evaluation mode."""
     torch.manual_seed(0)
     for key, tensor in model.state_dict().items():
         if key.endswith("running_var"):
@@ -198,7 +198,7 @@ def test_every_classifier_is_exported_as_it_is_built_from_a_config(name, tmp_pat
 
 
 class Hidden(nn.Module):
-    """Neck with one hidden layer between the backbone and the linear layer. (VGG has two.)"""
+    """Neck with one hidden layer, unlike VGG's neck, which has two."""
 
     out_channels = 5
 

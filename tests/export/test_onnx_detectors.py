@@ -56,7 +56,7 @@ def check_detections(
 ) -> int:
     """Compare detections of detect_onnx.py and ``senet predict``; return the number of detections.
 
-    Both programs report coordinates in pixels of the original images.
+    Both tools report pixel coordinates in the original images.
     """
     output = folder / "detections.json"
     detect_without_torch(model, *images, "--output", output, "--threshold", threshold)

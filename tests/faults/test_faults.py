@@ -90,7 +90,7 @@ def test_a_second_signal_stops_a_run_immediately(work, straight, number):
     process = run.start(harm=harms.slow_steps)
     run.wait_for("Starting training", process)
     os.kill(process.pid, number)
-    run.wait_for("repeat to stop immediately", process)
+    run.wait_for("Send it again to stop immediately", process)
     time.sleep(1.2)
     os.kill(process.pid, number)
     assert runs.end_of(process, limit=10) == 128 + number

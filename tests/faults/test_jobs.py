@@ -174,7 +174,7 @@ def test_resuming_with_other_processes_is_logged_as_approximate(half):
     processes = run.start_ranks("--resume", ranks=2)
     assert [runs.end_of(process) for process in processes] == [0, 0], run.output()[-3000:]
     assert run.started_at() == 9
-    assert "Resumed approximately: processes 1 before, 2 now." in run.output()
+    assert "can't be resumed exactly: processes 1 before, 2 now." in run.output()
 
 
 def test_resuming_with_another_batch_size_is_logged_as_approximate(half):
@@ -182,4 +182,4 @@ def test_resuming_with_another_batch_size_is_logged_as_approximate(half):
     run.words = [*run.words, "SOLVER.IMS_PER_BATCH", "2"]
     assert run.run("--resume") == 0, run.output()[-3000:]
     assert run.started_at() == 9
-    assert "Resumed approximately: images a step 4 before, 2 now." in run.output()
+    assert "can't be resumed exactly: images a step 4 before, 2 now." in run.output()

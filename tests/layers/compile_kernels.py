@@ -1,7 +1,7 @@
 """Script that compiles the fused kernels for Hopper GPUs, on a machine without a GPU.
 
 It prints the number of registers that each kernel uses. It fails if a kernel can't be compiled,
-spills registers, or does not load and store its feature maps in units of 16 bytes.
+spills registers, or does not access its feature maps with 16-byte loads and stores.
 """
 
 import re

@@ -398,7 +398,7 @@ def test_running_statistics_over_several_steps():
 
 @runs_kernels
 def test_tensors_that_a_hook_copies_until_the_backward_pass():
-    """Compare with PyTorch's operators if a hook replaces saved tensors by contiguous copies.
+    """Compare fused and unfused operations with a hook that makes saved tensors contiguous.
 
     An example of such a hook is ``torch.autograd.graph.save_on_cpu``.
     """
@@ -638,7 +638,7 @@ def shifted(tensor: torch.Tensor) -> torch.Tensor:
 @runs_kernels
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
 def test_tensors_at_any_address(norm):
-    """Check unaligned tensors with kernels that were compiled for aligned tensors."""
+    """Check that kernels compiled for aligned tensors give the same results for unaligned ones."""
     aligned = End(6, norm).to(DEVICE, DOUBLE)
     other = copy.deepcopy(aligned)
     for parameter in other.parameters():

@@ -171,7 +171,7 @@ def test_autocast_adds_tensors_of_two_dtypes():
     ("arguments", "words"),
     [
         ({"ratio": 0}, "ratio"),
-        ({"ratio": 33}, "expected 1 to 32"),
+        ({"ratio": 33}, "expected an integer from 1 to 32"),
         ({"squeeze": "sum"}, "'sum'; expected one of: avg, max, none"),
         ({"excitation": "gelu"}, "'gelu'; expected one of: sigmoid, tanh, relu"),
     ],

@@ -164,7 +164,7 @@ def test_the_focal_loss_uses_the_config():
 def test_losses_and_weights_that_do_not_exist_are_rejected():
     with pytest.raises(UserError, match="LOSS is 'bce'; expected one of: cross_entropy, focal"):
         build(**{"MODEL.CLASSIFIER.LOSS": "bce"})
-    with pytest.raises(UserError, match="has 2 numbers; expected one for each of the 7 classes"):
+    with pytest.raises(UserError, match="contains 2 values; expected one for each of the 7"):
         build(**{"MODEL.CLASSIFIER.CLASS_WEIGHTS": "[1.0, 2.0]"})
 
 

@@ -194,7 +194,7 @@ def test_the_evaluation_mode_equals_timms(monkeypatch, timm):
     bordered = replace(timm.get_pretrained_cfg("resnet18"), crop_mode="border")
     monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: bordered)
     with pytest.raises(
-        UserError, match="timm/resnet18 is evaluated in the mode border; expected one"
+        UserError, match="timm/resnet18 uses the evaluation mode border; expected one"
     ):
         mode("resnet18")
 

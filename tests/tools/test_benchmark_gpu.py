@@ -48,7 +48,7 @@ def test_the_document_lists_every_target():
 
 @pytest.fixture
 def parts(monkeypatch):
-    """Return a function that replaces the benchmark's parts, ``run.PARTS``, with functions."""
+    """Return a function that replaces ``run.PARTS`` with one part per given function."""
 
     def use(**functions):
         module = types.ModuleType("benchmark.gpu.fakes")

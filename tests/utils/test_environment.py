@@ -10,7 +10,10 @@ from senet_transfer.utils import environment
 
 @pytest.fixture
 def commit_of(tmp_path, monkeypatch):
-    """Make a Git repository, and return a function that returns the commit of a package in it."""
+    """Create a Git repository.
+
+    Return a function that returns the commit recorded for a package in a folder of the repository.
+    """
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *words]

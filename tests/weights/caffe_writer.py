@@ -98,7 +98,7 @@ class CaffeNet:
     def layer(
         self, kind: str, name: str, bottoms: list[str], top: str, blobs: Any = (), **params: Any
     ) -> str:
-        """Add a layer of any kind with messages such as ``scale_param={"axis": 0}``."""
+        """Add a layer of any type, with parameter messages such as ``scale_param={"axis": 0}``."""
         arrays = [np.ascontiguousarray(blob, dtype=np.float32) for blob in blobs]
         self.layers.append(
             {"type": kind, "name": name, "bottoms": bottoms, "top": top}
@@ -166,7 +166,7 @@ class CaffeNet:
             bottom: Input of the convolution.
             weight: Weight of the convolution, which has no bias.
             bn: ``weight``, ``bias``, ``running_mean`` and ``running_var`` of the norm.
-            relu: Name of the ReLU. None adds no ReLU.
+            relu: Name of the ReLU. If None, no ReLU is added.
             factor: See :meth:`batch_norm`.
             **geometry: Options of :meth:`conv`.
         """

@@ -28,14 +28,14 @@ import yacs.config
 
 
 class Mode(enum.Enum):
-    """Enum, which training scripts may save in a checkpoint."""
+    """Enum with members that a training script may save in a checkpoint."""
 
     TRAIN = "train"
     TEST = "test"
 
 
 class Trainer:
-    """Class with a nested class and methods, which checkpoints of training scripts may contain."""
+    """Class with a nested class and methods that a training script may save in a checkpoint."""
 
     class Mode(enum.Enum):
         """Enum that is defined inside a class."""

@@ -34,7 +34,10 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def peer(package: str, name: str, seed: int = 0) -> nn.Module:
-    """Build a random network of another package, or skip the test if it is not installed."""
+    """Build a network from another package, or skip the test if the package is not installed.
+
+    The weights are random.
+    """
     library = pytest.importorskip(package)
     if package == "timm":
         model = library.create_model(name)

@@ -35,7 +35,7 @@ def _changed(path, folder, change):
 
 
 def _is_filled_from(model, prefix, path):
-    """Return whether a model's backbone has the weights in the file."""
+    """Return whether a model's backbone contains the weights stored in a file."""
     backbone = create_backbone("se_resnet18", weights=path).state_dict()
     state = model.state_dict()
     return all(torch.equal(state[prefix + name], tensor) for name, tensor in backbone.items()

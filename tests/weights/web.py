@@ -10,7 +10,7 @@ class Site:
     """Content and behaviour of a local server, with a log of its requests.
 
     Attributes:
-        pages: Status, headers and body by path.
+        pages: Status, headers and body for each path.
         breaks: Number of upcoming responses that are cut off after half of the body.
         ranges: Whether range requests are supported.
         asked: Requested paths and ranges, in order.

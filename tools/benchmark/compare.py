@@ -224,6 +224,6 @@ def _time(function: Callable[[], object]) -> float:
 
 
 def synchronise() -> None:
-    """Wait until all kernels have finished if there is a GPU."""
+    """Wait until all kernels on the GPU have finished. Without a GPU, return immediately."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

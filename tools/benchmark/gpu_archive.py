@@ -57,7 +57,7 @@ class PackError(Exception):
 
 
 def pins() -> dict[str, str]:
-    """Return the versions in constraints.txt by normalised package name."""
+    """Return the versions in constraints.txt, keyed by normalised package name."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pairs = [line.split("==") for line in lines if "==" in line and not line.startswith("#")]
     return {canonicalize_name(name): version.strip() for name, version in pairs}
@@ -88,7 +88,7 @@ def fetch_wheels(folder: Path) -> None:
 
 
 def check_wheels(folder: Path) -> None:
-    """Check that the wheels are compatible with the machine and that no package is missing.
+    """Check that the wheels run on the target machine and that no package is missing.
 
     Raises:
         PackError: If a wheel is for a different Python version or platform, or a dependency is
@@ -97,7 +97,10 @@ def check_wheels(folder: Path) -> None:
     wheels = sorted(folder.glob("*.whl"))
     packed = {parse_wheel_filename(wheel.name)[0] for wheel in wheels}
     if missing := {canonicalize_name(name) for name in PACKED} - packed:
-        raise PackError(f"There is no wheel for {', '.join(sorted(missing))}.")
+        raise PackError(
+            f"There is no wheel for {', '.join(sorted(missing))}. The archive must contain all "
+            "packages in PACKED."
+        )
     known = packed | {canonicalize_name(name) for name in (*PROVIDED, "sal-detectron2")}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     wanted = {"this project": project}
@@ -113,7 +116,10 @@ def check_wheels(folder: Path) -> None:
         if not _is_known(Requirement(requirement), known)
     ]
     if problems:
-        raise PackError(f"Some packages are in neither PACKED nor PROVIDED: {'; '.join(problems)}.")
+        raise PackError(
+            f"Some requirements are in neither PACKED nor PROVIDED: {'; '.join(problems)}. Add "
+            "each package to one of the two."
+        )
 
 
 def _runs(tag: str) -> bool:

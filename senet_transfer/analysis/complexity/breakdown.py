@@ -1,4 +1,4 @@
-"""Parameters and computation of each part of a classifier or detector."""
+"""Parameter count and computational cost of each part of a classifier or detector."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from senet_transfer.models.timm_backbone import TimmBackbone
 
 @dataclass(frozen=True)
 class Report:
-    """Parameters and computation of a model for one image size.
+    """Parameter count and computational cost of a model for one image size.
 
     Attributes:
         size: Height and width of the network's input in pixels.
@@ -71,7 +71,8 @@ def report(model: nn.Module, cfg: CfgNode, size: tuple[int, int] | None = None) 
 class _Whole(nn.Module):
     """Wrapper for the part of a model that runs once per image, without the preprocessing.
 
-    For a detector, this part is the backbone and the RPN head or the head of a dense detector.
+    For a two-stage detector, this part consists of the backbone and the RPN head. For a dense
+    detector, it consists of the backbone and the detection head.
     """
 
     def __init__(self, model: nn.Module):
@@ -166,7 +167,7 @@ def _stages(model: nn.Module, backbone: str, found: Measured) -> dict[str, Cost]
 
 
 def _named(found: Measured) -> dict[str, Cost]:
-    """Return the costs by module name, without the prefix ``model.`` of the measured wrapper."""
+    """Return the costs by module name, with the wrapper's prefix ``model.`` removed."""
     return {
         name.removeprefix("model."): cost
         for name, cost in found.modules.items()

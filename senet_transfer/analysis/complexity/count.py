@@ -2,10 +2,10 @@
 
 The counting rules reproduce the paper's numbers. Multiply-accumulates (MACs) are counted for
 convolutions, linear layers and matrix products. For SE gates, one MAC per element is added for
-global pooling and one for the multiplication with the feature map. fvcore doesn't count these, but
-they explain the difference between 3.86 and 3.87 GFLOPs in the paper. Norms are not counted because
-they can be folded into the preceding convolution. Other pooling, additions, scaling and
-non-linearities are not counted either.
+global pooling and one for the multiplication with the feature map. fvcore doesn't count these MACs,
+but they explain why the paper reports 3.86 GFLOPs for ResNet-50 and 3.87 GFLOPs for SE-ResNet-50.
+Norms are not counted because they can be folded into the preceding convolution. Other pooling,
+additions, scaling and non-linearities are not counted either.
 """
 
 from collections import Counter
@@ -47,7 +47,7 @@ _ACTIVATIONS, _GATE_WORK = "activations", "gate"
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters and computation of a module in one forward pass.
+    """Parameter count and computational cost of a module in one forward pass.
 
     Attributes:
         parameters: Number of weights and biases, including frozen ones but not the running
@@ -82,12 +82,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class Measured:
-    """Parameters and computation of all modules in a forward pass.
+    """Parameter counts and computational costs of all modules in a forward pass.
 
     Attributes:
         modules: Cost of each module including its submodules, by name. ``""`` is the whole model.
-        unknown: Number of calls of each operator with unknown cost. These operators are not
-            counted.
+        unknown: Number of calls to each operator whose cost is unknown. The cost excludes these
+            operators.
     """
 
     modules: dict[str, Cost]

@@ -212,7 +212,7 @@ _REASONS: dict[str, Callable[[nn.Module, Report], str]] = {
 
 
 def compare_with_paper(rows: tuple[Row, ...] = ROWS, *, quiet: bool = False) -> list[Compared]:
-    """Count the parameters and operations of the networks in the paper's tables.
+    """Count the parameters and MACs of the networks in the paper's tables.
 
     Args:
         rows: The table rows whose networks are counted.

@@ -11,7 +11,7 @@ PAPER_HEADERS = (
 
 
 def cost_row(name: str, cost: Cost) -> tuple[str, ...]:
-    """Format a cost as a row for :data:`COST_HEADERS`, with the share of SE gates in percent."""
+    """Format a cost as a table row with the columns :data:`COST_HEADERS`."""
     return (
         name,
         f"{cost.parameters:,}",
@@ -29,7 +29,8 @@ def _share(part: int, whole: int) -> str:
 def paper_rows(found: list[Compared]) -> tuple[list[tuple[str, ...]], list[str]]:
     """Format a comparison with the paper as table rows and footnotes.
 
-    The rows have the columns :data:`PAPER_HEADERS`. The last column refers to the footnotes.
+    The rows have the columns :data:`PAPER_HEADERS`. The last column contains references to the
+    footnotes.
     """
     reasons: list[str] = []
     rows: list[tuple[str, ...]] = []

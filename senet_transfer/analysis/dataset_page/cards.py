@@ -1,4 +1,4 @@
-"""Pictures of training inputs, unusual annotations and duplicates for the HTML page."""
+"""Images of training inputs, unusual annotations and duplicates for the HTML page."""
 
 import math
 from collections.abc import Sequence
@@ -14,18 +14,18 @@ from senet_transfer.data.detection.mapper import read_image
 from senet_transfer.data.images.channels import as_rgb, decode_shown
 from senet_transfer.data.images.decode import Reading
 
-# Maximum length of a picture's longer side in pixels.
+# Maximum length of an image's longer side in pixels.
 SIDE, THUMBNAIL = 640, 160
 # Maximum number of images shown per group of duplicates.
 MOST_MEMBERS = 6
 # Side of a crop, as a multiple of the object's longer side, and its minimum in pixels.
 _CONTEXT, _LEAST_CROP = 2.5, 48
-# Minimum length of a picture's longer side in the units of the drawing.
+# Minimum length of an image's longer side in units of the SVG drawing.
 _LEAST_PICTURE = 320
 
 
 def input_card(views: Sequence[View], classes: Sequence[str], *, detection: bool) -> dict[str, Any]:
-    """Return pictures of a training input with and without augmentation."""
+    """Return images of a training input with and without augmentation."""
     panels = []
     for view, text in zip(views, ("training input", "without augmentation"), strict=True):
         height, width = view.pixels.shape[:2]
@@ -50,7 +50,7 @@ def _view_picture(view: View) -> dict[str, Any]:
 
 
 def unusual_card(split: Split, item: Unusual, reading: Reading) -> dict[str, Any]:
-    """Return a picture of an unusual annotation and its surroundings, or of an unusual image.
+    """Return a crop around an unusual annotation, or an unusual image as a whole.
 
     Args:
         split: The dataset.
@@ -73,7 +73,7 @@ def unusual_card(split: Split, item: Unusual, reading: Reading) -> dict[str, Any
         flagged = np.isin(indices, item.objects)
     left, top, right, bottom = crop_around(boxes[flagged], pixels.shape[1], pixels.shape[0])
     source, (width, height) = data_uri(pixels[top:bottom, left:right], SIDE)
-    # Lines and labels are drawn in the picture's units, so the picture must not be tiny.
+    # Lines and labels are drawn in the image's units, so the image must not be tiny.
     enlarged = max(1.0, _LEAST_PICTURE / max(width, height))
     width, height = round(width * enlarged), round(height * enlarged)
     moved = (boxes - (left, top, left, top)) * (width / (right - left))
@@ -94,11 +94,12 @@ def unusual_card(split: Split, item: Unusual, reading: Reading) -> dict[str, Any
 
 
 def crop_around(boxes: np.ndarray, width: int, height: int) -> tuple[int, int, int, int]:
-    """Return the edges of a square crop around the boxes, inside the image.
+    """Return the left, top, right and bottom edges of a square crop around the boxes.
+
+    The crop is clipped to the image. If there are no boxes, it is the whole image.
 
     Args:
-        boxes: Left, top, right and bottom in pixels, ``(N, 4)``. If there are no boxes, the crop is
-            the whole image.
+        boxes: Left, top, right and bottom in pixels, ``(N, 4)``.
         width: Width of the image.
         height: Height of the image.
     """
@@ -118,7 +119,7 @@ def crop_around(boxes: np.ndarray, width: int, height: int) -> tuple[int, int, i
 def duplicates_card(
     members: Sequence[tuple[Split, int]], *, identical: bool, reading: Reading
 ) -> dict[str, Any]:
-    """Return the pictures of a group of identical or almost identical images.
+    """Return thumbnails of a group of identical or almost identical images.
 
     Args:
         members: Dataset and index of each image.

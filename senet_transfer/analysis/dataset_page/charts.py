@@ -23,14 +23,15 @@ def object_charts(
 
     Args:
         cfg: Config of a detector.
-        names: Names of the datasets, the training data first.
+        names: Names of the datasets, starting with the training data.
         objects: The annotated objects of each dataset.
-        anchors: The largest IoU of each training object with an anchor.
+        anchors: The largest IoU of each training object with any anchor.
 
     Returns:
         One dict per chart with ``title``, ``across`` (label of the horizontal axis), ``labels`` of
-        the bins, ``ticks`` (the bins whose label is shown), ``stacked``, and ``series`` with
-        ``name``, ``style`` and ``values`` in percent.
+        the bins, ``ticks`` (indices of the bins whose label is shown), ``stacked`` (True if the
+        bars of the series are stacked), and ``series``. Each series is a dict with ``name``,
+        ``style`` and ``values`` in percent.
     """
     counts = [one.counts for one in objects]
     top = np.percentile(np.concatenate(counts), 99)
@@ -48,7 +49,7 @@ def object_charts(
 
 
 def image_charts(names: Sequence[str], sizes: Sequence[np.ndarray]) -> list[dict[str, Any]]:
-    """Return histograms of image sizes and aspect ratios, except those with a single bin.
+    """Return histograms of image sizes and aspect ratios. Those with a single bin are omitted.
 
     Args:
         names: Names of the datasets.
@@ -68,7 +69,7 @@ def _ratio(sides: np.ndarray) -> np.ndarray:
 
 
 def _size_chart(cfg: CfgNode, objects: Objects, anchors: AnchorFit | None) -> dict[str, Any]:
-    """Return a histogram of object sizes in training, split by IoU with the best anchor."""
+    """Return a histogram of training object sizes, split by the IoU with the best anchor."""
     scale = training_scale(cfg, objects.sizes)[objects.images]
     sides = (objects.boxes[:, 2:] - objects.boxes[:, :2]) * scale
     values = np.sqrt(sides.clip(0).prod(1))

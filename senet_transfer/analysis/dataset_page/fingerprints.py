@@ -77,7 +77,7 @@ def fingerprint_images(
 ) -> Fingerprints:
     """Read and decode images, and compute their fingerprints.
 
-    JPEG images are decoded at a fraction of their size.
+    To save time, JPEG images are decoded at a reduced resolution.
 
     Args:
         images: The images.
@@ -128,7 +128,7 @@ def _fingerprint_part(part: list[int], argument: tuple) -> tuple[list[tuple], li
         try:
             small = decode_shown(sample.data, reading, 4 * SIDE)
             size = small.shape[1::-1]
-            if not reading.channels:  # JPEG images are decoded at a fraction of their size.
+            if not reading.channels:  # JPEG images are decoded at a reduced resolution.
                 with Image.open(io.BytesIO(sample.data)) as opened:
                     size = size_of(opened, upright=reading.upright)
         except BrokenImageError as error:
@@ -211,7 +211,7 @@ def find_duplicates(
 def _join(
     keys: np.ndarray, items: Iterable[int], parents: list[int], root: Callable[[int], int]
 ) -> dict[int, int]:
-    """Merge the groups of all items with the same key. Return the first item of each key."""
+    """Merge the groups of items with the same key, and return the first item of each key."""
     first: dict[int, int] = {}
     for key, item in zip(keys.tolist(), items, strict=True):
         parents[root(item)] = root(first.setdefault(key, item))

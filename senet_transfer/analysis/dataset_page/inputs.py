@@ -41,7 +41,7 @@ class View:
 
 
 def training_views(cfg: CfgNode, count: int) -> list[tuple[View, View]]:
-    """Return the first training inputs of a run, each with the same image without augmentation.
+    """Return the first training inputs of a run, each paired with the unaugmented image.
 
     The training loader uses the config's seed, or seed 0 if the config has no seed. A second loader
     returns the same images in the same order, with the evaluation transform.

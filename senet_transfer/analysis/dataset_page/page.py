@@ -1,4 +1,4 @@
-"""Writer for the HTML page about a dataset, as shown by ``senet data show``."""
+"""Writer for the HTML page about a dataset, used by ``senet data show``."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -49,11 +49,11 @@ class _Content:
 
     Attributes:
         cfg: The config.
-        splits: The datasets, the training data first.
+        splits: The datasets, starting with the training data.
         prints: The fingerprints of each dataset.
         groups: The groups of duplicates. Members are numbered consecutively across all datasets.
         unusual: The unusual annotations or images.
-        anchors: The largest IoU of each training object with an anchor.
+        anchors: The largest IoU of each training object with any anchor.
     """
 
     cfg: CfgNode
@@ -65,7 +65,7 @@ class _Content:
 
     @cached_property
     def indices(self) -> list[tuple[int, int]]:
-        """Index of the dataset, and of the image in it, for each member of ``groups``."""
+        """Dataset index and image index of each member number in ``groups``."""
         return [(k, index) for k, found in enumerate(self.prints) for index in found.index.tolist()]
 
     @cached_property
@@ -94,7 +94,7 @@ def write_data_page(
     say: Callable[[str], None] = print,
     quiet: bool = False,
 ) -> None:
-    """Write a page about the datasets of a config.
+    """Write the HTML page about the datasets of a config.
 
     Args:
         cfg: Config returned by :func:`~.splits.data_config`.
@@ -238,7 +238,7 @@ def _summary(split: Split, found: Fingerprints) -> dict[str, Any]:
 
 
 def _class_rows(splits: list[Split]) -> list[dict[str, Any]]:
-    """Return the counts of each class in each dataset, the most frequent class first."""
+    """Return image and object counts by class, the class with the most training objects first."""
     counts = [split.class_counts() for split in splits]
     order = np.argsort(-counts[0][1], kind="stable")
     return [
@@ -277,7 +277,7 @@ def _anchor_values(content: _Content) -> dict[str, Any] | None:
 
 
 def _kinds(content: _Content) -> list[tuple[str, list[int]]]:
-    """Return each kind of unusual item as text, with the number of such items per dataset."""
+    """Return a description of each kind of unusual item, and the number of items per dataset."""
     counts = Counter((item.kind, item.split) for item in content.unusual)
     kinds = IMAGE_KINDS if is_classification(content.cfg) else KINDS
     numbers = range(len(content.splits))

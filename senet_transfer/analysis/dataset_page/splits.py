@@ -1,4 +1,4 @@
-"""Config and datasets for the page that ``senet data show`` writes, with images and objects."""
+"""Config, images and annotated objects for the HTML page written by ``senet data show``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ RECIPES = ("finetune_detector", "finetune_folder", "cifar10_resnet20")
 
 @dataclass(frozen=True)
 class Objects:
-    """Annotated objects of a dataset, without crowds.
+    """Annotated objects of a dataset, excluding crowd annotations.
 
     Attributes:
         boxes: Left, top, right and bottom in pixels, float64 ``(N, 4)``.
@@ -75,7 +75,11 @@ class Split:
     objects: Objects | None = None
 
     def name_of(self, index: int) -> str:
-        """Return an image's file name in detection, or the end of its path in classification."""
+        """Return a short name for an image.
+
+        The name is the file name for detection data, and the last two parts of the path for
+        classification data.
+        """
         if self.files:
             return self.files[index].rpartition("/")[2]
         sample = self.images.read_sample(index)
@@ -174,7 +178,8 @@ def data_config(
     """Return a frozen config whose datasets are registered and checked as for training.
 
     Args:
-        data: Data as in ``senet train --data``, or the name of a registered dataset.
+        data: Data in any form that ``senet train --data`` accepts, or the name of a registered
+            dataset.
         val: Evaluation data, in the same form. If empty, ``data`` is searched for it.
         images: Image folder for annotation files. If empty, the folder is searched for.
         datasets: Detection datasets as in ``--dataset``, in addition to ``data`` and ``val``.
@@ -205,8 +210,8 @@ def data_config(
         use_datasets(cfg)
         if not cfg.DATASETS.CLASSES:
             raise UserError(
-                f"{cfg.MODEL.META_ARCHITECTURE} does not use boxes. Pass the config of a box "
-                "detector or of a classifier."
+                f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, which does not use "
+                "boxes; expected a box detector or a classifier. Pass a different --config-file."
             )
     cfg.freeze()
     return cfg
@@ -221,7 +226,7 @@ def _corners(box: Sequence[float], mode: BoxMode) -> Sequence[float]:
 
 
 def _named(data: str, val: str, images: str) -> tuple[list[str], list[list[str]]]:
-    """Return the names of the datasets, and ``DATASETS.REGISTER`` entries for annotation files."""
+    """Return the dataset names, and the ``DATASETS.REGISTER`` entries of annotation files."""
     if not data or data in DatasetCatalog:
         return [name for name in (data, val) if name], []
     names: list[str] = []

@@ -30,7 +30,7 @@ def training_scale(cfg: CfgNode, sizes: np.ndarray) -> np.ndarray:
     """Return the resize factors used in training, ``(M, 2)`` for width and height.
 
     Training draws the short side from ``INPUT.MIN_SIZE_TRAIN``; this function uses the median. With
-    ``INPUT.LARGE_SCALE_JITTER``, it uses 1 for the random factor.
+    ``INPUT.LARGE_SCALE_JITTER``, it sets the random factor to 1.
 
     Args:
         cfg: Config of a detector.
@@ -51,7 +51,7 @@ def training_scale(cfg: CfgNode, sizes: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class AnchorFit:
-    """Largest IoU of each object with an anchor, in images resized as for training.
+    """Largest IoU of each object with any anchor, in images resized as for training.
 
     Attributes:
         overlaps: The IoUs, float64 ``(N,)``.
@@ -69,7 +69,10 @@ class AnchorFit:
 
 
 def anchor_fit(cfg: CfgNode, objects: Objects) -> AnchorFit | None:
-    """Return how well anchors cover the objects; None for a model without upright anchors."""
+    """Return the largest IoU of each object with any anchor of the model.
+
+    Return None if the model has no axis-aligned anchors.
+    """
     single = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
     if cfg.MODEL.ANCHOR_GENERATOR.NAME != "DefaultAnchorGenerator" or not (
         single or cfg.MODEL.PROPOSAL_GENERATOR.NAME == "RPN"
@@ -104,7 +107,7 @@ def best_overlaps(
     divisor: int = 1,
     border: float = -1,
 ) -> np.ndarray:
-    """Return the largest IoU of each box with an anchor.
+    """Return the largest IoU of each box with any anchor.
 
     All anchors with the same shape lie on a grid, and the IoU of two boxes with fixed sizes
     decreases with the distance between their centres in each direction. Therefore, it is enough to

@@ -98,7 +98,7 @@ def select(found: Sequence[Unusual], count: int) -> list[Unusual]:
 
 
 def unusual_annotations(objects: Objects, classes: Sequence[str]) -> list[Unusual]:
-    """Return the annotations in detection data that match one of :data:`KINDS`."""
+    """Find unusual annotations in detection data, of all kinds in :data:`KINDS`."""
     return [
         *_degenerate(objects, classes),
         *_outside(objects, classes),

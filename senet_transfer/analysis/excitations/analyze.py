@@ -67,10 +67,10 @@ def open_labelled(
     Args:
         data: A path accepted by :func:`~senet_transfer.data.classification.open.open_dataset`, a
             prepared CIFAR split (its path, or a name such as "cifar10_test"), or object annotations
-            in COCO or another format, such as "bccd:test".
+            in any supported format. A split can be appended, as in "bccd:test".
         images: The image folder for annotations. Required for a JSON file in COCO format.
-        group_by: "class" or "size" for whole images, grouped by the class or size of more than half
-            of their objects. If empty, the objects are cropped and grouped by class.
+        group_by: If "class" or "size", whole images are grouped by the class or size that more than
+            half of their objects share. If empty, the objects are cropped and grouped by class.
         reading: Settings for reading the images with objects.
 
     Raises:

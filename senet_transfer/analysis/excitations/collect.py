@@ -30,7 +30,7 @@ class Excitations:
         blocks: Statistics of each gate, by the gate's name in the paper.
         drawn: Names of the classes to plot, by label.
         counts: Name and number of images of each class in the sample.
-        unit: Name of an image group in figures, "class" or "size".
+        unit: Term for a group of images in figures, "class" or "size".
     """
 
     blocks: dict[str, GateStatistics]
@@ -50,7 +50,7 @@ class Excitations:
 
     @property
     def units(self) -> str:
-        """Name of the image groups in the labels of figures, "classes" or "sizes"."""
+        """Plural of ``unit``: "classes" or "sizes"."""
         return "sizes" if self.unit == "size" else "classes"
 
 

@@ -21,8 +21,8 @@ def gates_of(backbone: nn.Module) -> dict[str, nn.Module]:
 
     Names follow the paper's ``SE_stageID_blockID`` with blocks counted from 1: ``res4.5.se`` is
     named SE_4_6. If a gate is in a branch, its name ends with the branch's name. A gate outside all
-    stages is named after its module. In timm's networks, the gates of a stage are counted from 1,
-    and stage 1 is the stem.
+    stages is named after its module. In timm's networks, stage 1 is the stem, and blockID is the
+    gate's position among the gates of its stage, counted from 1.
 
     Raises:
         UserError: If the backbone has no gates.
@@ -40,7 +40,7 @@ def gates_of(backbone: nn.Module) -> dict[str, nn.Module]:
     if not found:
         raise UserError(
             "The network has no SE, so it has no gates to analyze. Use a checkpoint of an se_... "
-            "network or of a network trained with MODEL.SE.ENABLED True."
+            "network or of a network trained with MODEL.SE.ENABLED set to True."
         )
     return found
 

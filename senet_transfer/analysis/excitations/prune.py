@@ -45,7 +45,7 @@ _LAST: dict[type[nn.Module], tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Pruned:
-    """Evaluation of a network with or without gates.
+    """Evaluation results of a network with all or some of its gates.
 
     Attributes:
         name: Description of the network's gates.
@@ -215,7 +215,7 @@ def pruning_table(rows: list[Pruned]) -> str:
 
 
 def save_pruned(cfg: CfgNode, rows: list[Pruned], folder: str) -> str:
-    """Save the best network without gates, together with its config.
+    """Save the pruned network with the lowest error, together with its config.
 
     Returns:
         The path of the checkpoint.

@@ -75,7 +75,11 @@ class Summary:
 
     @property
     def verdict(self) -> str:
-        """Reason why the gate has little effect: ``"open"`` or ``"constant"``; otherwise ``""``."""
+        """Reason why the gate has little effect.
+
+        ``"open"`` if most values are close to 1, ``"constant"`` if the values hardly vary, or
+        ``""`` for other gates.
+        """
         if self.saturated >= 0.9:
             return "open"
         # If a gate has the same value for all images, it can be folded into a norm or convolution.

@@ -64,7 +64,8 @@ def detection_galleries(
 
     Returns:
         One dict per dataset with ``data`` (its name), ``classes``, ``total`` (number of images),
-        ``errors`` (names of the error types), ``runs`` (indices into the argument) and ``images``.
+        ``errors`` (names of the error types), ``runs`` (indices into the argument ``runs``) and
+        ``images``.
         Each image is a dict with ``name``, ``src`` (a data URI), ``width``, ``height``, ``truth``
         (for each object: left, top, width, height and class) and ``found`` (a dict from the run's
         index to its detections, with left, top, width, height, class, score in percent, index of

@@ -1,4 +1,4 @@
-"""Diagnostics of detectors, as written by their evaluations."""
+"""Reader for the diagnostics that are written when a detector is evaluated."""
 
 import json
 from collections.abc import Callable

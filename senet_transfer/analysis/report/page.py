@@ -191,7 +191,7 @@ def _results(run: Run) -> list[dict[str, Any]]:
 
 
 def _class_tables(runs: list[Run], classification: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return tables of the AP or error by class and run, sorted by each class's worst value."""
+    """Return tables of the AP or error by class and run, worst class first."""
     tables = []
     by_data: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
     for position, run in enumerate(runs):

@@ -67,7 +67,10 @@ class Run:
         return (self.folder / "model_final.pth").is_file()
 
     def value(self, data: str, task: str, metric: str) -> float | None:
-        """Return a metric of the last evaluation on a dataset in ``DATASETS.TEST``, or None."""
+        """Return a metric of the last evaluation on a dataset in ``DATASETS.TEST``.
+
+        Return None if the results don't contain the metric.
+        """
         for name in (data, ""):
             if (name, task, metric) in self.results:
                 return self.results[name, task, metric]
@@ -130,7 +133,7 @@ def load_run(folder: Path, name: str = "") -> Run:
 
 
 def load_runs(folders: list[Path]) -> list[Run]:
-    """Load runs, and name each after the shortest suffix of its path that is unique."""
+    """Load runs, and name each run after the shortest unique suffix of its path."""
     parts = [folder.resolve().parts for folder in folders]
     depth = 1
     while len({path[-depth:] for path in parts}) < len(parts):
@@ -194,7 +197,7 @@ def _total_seconds(path: Path) -> float:
 
 
 def _read_results(run: Run) -> None:
-    """Read the ``--eval-only`` results if they are newer than the evaluations during training."""
+    """Read ``results.json``, unless evaluations during training (``metrics.json``) are newer."""
     path, metrics = run.folder / "results.json", run.folder / "metrics.json"
     if not path.is_file():
         return

@@ -1,1 +1,1 @@
-"""Published results: one small file per finished run, and the tables made from them."""
+"""Records of finished training runs, and result tables generated from the records."""

@@ -100,6 +100,7 @@ def evaluations(folder: Path, records: Records) -> dict[int, list[float]]:
             runs.append({int(row[0]): float(row[2]) for row in rows[1:] if row[2]})
         except (OSError, ValueError, IndexError) as error:
             raise UserError(
-                f"{path} can't be read as the curve of a run: {error}. Write the record again."
+                f"{path} can't be read as a training curve: {error}. Delete the record of this "
+                "run, and write it again with senet sweep --results."
             ) from error
     return {step: [run[step] for run in runs] for step in runs[0] if all(step in r for r in runs)}

@@ -52,7 +52,7 @@ _KEYS = ("config", "options", "seed", "network", "data", "metric", "metrics", "t
 
 
 def write_record(run: Run, folder: str | Path) -> Path:
-    """Write the record of a finished run. An existing record of the same run is kept.
+    """Write the record of a finished run. An existing record of the same run is not overwritten.
 
     Args:
         run: The run.
@@ -159,7 +159,10 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _difference(found: dict[str, Any], record: dict[str, Any], *, steps: bool) -> str:
-    """Return the first training setting in which two records differ, or "". Seeds may differ."""
+    """Return the first training setting in which two records differ, ignoring the seed.
+
+    Return "" if they don't differ.
+    """
     if unlike := training_difference([found], [record], steps=steps):
         return unlike
     keys = ("settings", "initial_weights_sha256")
@@ -169,7 +172,9 @@ def _difference(found: dict[str, Any], record: dict[str, Any], *, steps: bool) -
 def training_difference(
     found: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], *, steps: bool = True
 ) -> str:
-    """Return the first key in which two networks' training settings differ, or "".
+    """Return the first key in which two networks' training settings differ.
+
+    Return "" if they don't differ.
 
     Args:
         found: The records of one network.
@@ -246,7 +251,10 @@ def _record(run: Run, config: str, cfg: CfgNode) -> dict[str, Any]:
 
 
 def _quoted(word: str) -> str:
-    """Quote a word for a shell, if possible in double quotes: options can contain single quotes."""
+    """Quote a word for a shell.
+
+    Double quotes are preferred because options can contain single quotes.
+    """
     quoted = shlex.quote(word)
     return quoted if quoted == word or re.search(r'["$`\\]', word) else f'"{word}"'
 
@@ -274,7 +282,7 @@ def _network(cfg: CfgNode) -> str:
 
 
 def _curve(folder: RunFolder, metric: str) -> str:
-    """Return the training loss and a metric as CSV, thinned to a few dozen rows."""
+    """Return the training loss and a metric as CSV, subsampled to a few dozen rows."""
     rows: dict[int, list[Any]] = {}
     for column, name in ((1, "total_loss"), (2, metric)):
         points = folder.curves.get(name, [])

@@ -174,7 +174,10 @@ def _check_comparable(first: Records, second: Records) -> None:
 
 
 def with_se(name: str, records: dict[str, Records]) -> str:
-    """Return a baseline's SE counterpart: the config whose name differs only by ``_se_``."""
+    """Return the config of a baseline's SE counterpart, such as ``cifar10_se_resnet20``.
+
+    Return "" if there are no records of the counterpart.
+    """
     return next((se for se in records if se != name and se.replace("_se_", "_") == name), "")
 
 
@@ -209,7 +212,7 @@ def _signed(value: float) -> str:
 
 
 def _paper(records: Records) -> str:
-    """Return the paper's value for the network, or "-"."""
+    """Return the paper's value for the network, or "-" if the paper reports none."""
     if not records or is_probe(records[0]):
         return "-"
     record = records[0]

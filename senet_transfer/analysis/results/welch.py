@@ -1,4 +1,4 @@
-"""Confidence interval for the difference of two means, by Welch's method.
+"""Welch's confidence interval for the difference between two means.
 
 Welch's interval assumes independent, normally distributed values, but not equal variances. SciPy is
 not a dependency of this package, so the quantile of Student's t distribution is computed here.

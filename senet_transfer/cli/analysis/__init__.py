@@ -1,1 +1,1 @@
-"""Commands that analyse models and runs, or repeat runs to compare them."""
+"""Commands that analyse models and runs, and commands that train several runs for comparison."""

@@ -9,8 +9,8 @@
 
 Each variant changes one key in MODEL.SE of the configured network. Each run has a separate folder.
 After an interruption, repeat the command: finished runs are not trained again, and an unfinished
-run is resumed. The exit status is 75 if runs are unfinished. The networks in the paper use
-MODEL.SE.BIAS False.
+run is resumed. The exit status is 75 if runs are unfinished. To match the paper's
+networks, set MODEL.SE.BIAS to False.
 """
 
 import argparse
@@ -39,7 +39,11 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         help="one or several seeds for each variant (default: 0)",
     )
-    add("--output", default="output/ablation", help="parent folder of all runs (output/ablation)")
+    add(
+        "--output",
+        default="output/ablation",
+        help="parent folder of all runs (default: output/ablation)",
+    )
     add("--list", action="store_true", help="only show the variants and their complexity")
     add("--num-gpus", type=int, default=1, help="number of processes per run (default: 1)")
     add("--quiet", action="store_true", help="write the runs' logs only to their log.txt files")

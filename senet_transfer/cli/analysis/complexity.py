@@ -23,15 +23,19 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", action="append", default=[], help="model name or pattern; can be repeated")
     add("--config-file", default="", help="config of a classifier or detector, instead of --model")
-    add("--weights", default="", help="checkpoint of the model; its layer options are used")
+    add("--weights", default="", help="checkpoint that specifies the model and its layer options")
     add(
         "--size",
         type=int,
         action="append",
         help="image size in pixels: height and width, or one side length",
     )
-    add("--paper", action="store_true", help="compare with all values in the paper")
-    add("--quiet", action="store_true", help="no progress bar")
+    add(
+        "--paper",
+        action="store_true",
+        help="compare this project's networks with all values in the paper",
+    )
+    add("--quiet", action="store_true", help="hide the progress bar")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser
 
@@ -50,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
         return
     if args.size and len(args.size) > 2:
         raise UserError(
-            f"--size has {len(args.size)} numbers; expected height and width, or one side length."
+            f"--size has {len(args.size)} values; expected height and width, or one side length."
         )
     size = (args.size[0], args.size[-1]) if args.size else None
     names = [found for name in args.model for found in list_models(name) or [name]]

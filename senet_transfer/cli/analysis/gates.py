@@ -42,7 +42,11 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--weights", required=True, help="weights of an SE classifier or detector")
     add("--model", default="", help="model name, unless a config or the weights specify it")
-    add("--config-file", default="", help="default: the config.yaml next to the weights")
+    add(
+        "--config-file",
+        default="",
+        help="config file; default: the config.yaml next to the weights",
+    )
     add("--data", required=True, help="labelled images")
     add("--images", default="", help="image folder for annotations")
     add(
@@ -50,14 +54,14 @@ def parser() -> argparse.ArgumentParser:
         choices=("class", "size"),
         default="",
         help="use whole annotated images instead of crops, grouped by the class or size (small, "
-        "medium, large) of more than half of their objects; other images are left out",
+        "medium, large) that more than half of their objects share; other images are skipped",
     )
     add("--output", required=True, help="output folder for figures and tables")
     add(
         "--record",
         default="",
         metavar="FILE",
-        help="also write a record of the command, the machine and the numbers of images",
+        help="also write a record of the command, the machine and the image counts",
     )
     add(
         "--classes",
@@ -126,7 +130,7 @@ def main(args: argparse.Namespace) -> None:
     if left_out := getattr(dataset, "left_out", 0):
         few = counted(left_out, "image")
         by = args.group_by
-        print(f"Left out {few}, because at most half of the objects per image have the same {by}")
+        print(f"Skipped {few} in which no {by} is shared by more than half of the objects")
     print(block_table(excitations))
     print(f"{len(found.files)} figures and tables in {args.output}")
     if found.pruned:

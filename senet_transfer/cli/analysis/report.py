@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         help="maximum number of images in a report on detectors; reports on classifiers show up to "
         "four times as many (default: 240)",
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--quiet", action="store_true", help="hide the progress bars")
     return parser
 
 

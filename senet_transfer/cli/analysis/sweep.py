@@ -6,7 +6,7 @@
     senet sweep --config-file configs/finetune_folder.yaml --folds flowers_folds \\
         --output output/flowers_folds
 
-Compare a network without and with SE, in sessions of 40 minutes, and record the results:
+Train a network without and with SE, stop after 40 minutes, and record finished runs:
     senet sweep --config-file configs/cifar10_resnet20.yaml \\
         --config-file configs/cifar10_se_resnet20.yaml --output output --minutes 40 \\
         --results results
@@ -47,26 +47,26 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         action="append",
         default=[],
-        help="one or several seeds to train with (0 1 2)",
+        help="one or several seeds to train with (default: 0 1 2)",
     )
     runs.add_argument(
         "--folds",
         default="",
         metavar="FOLDER",
-        help="train on each fold in this folder, written by senet data split --folds K",
+        help="train on each fold in a folder written by senet data split --folds K",
     )
     add("--images", default="", help="image folder of detection data, for --folds")
     add(
         "--output",
         default="",
-        help="parent folder of all runs. With several configs, each config has a subfolder",
+        help="parent folder of all runs; with several configs, each config has a subfolder",
     )
     add("--num-gpus", type=int, default=1, help="number of processes per run (default: 1)")
     add("--jobs", type=int, default=1, help="number of runs to train at the same time (default: 1)")
     add(
         "--minutes",
         type=float,
-        help="after this time, save checkpoints and stop. Repeat the command to continue",
+        help="after this many minutes, save checkpoints and stop; repeat the command to continue",
     )
     add(
         "--results",

@@ -78,7 +78,7 @@ def prepare(name: str, words: list[str] | None = None) -> None:
     """Parse the arguments for a dataset, and prepare, check or show it.
 
     Args:
-        name: One of :data:`PREPARATIONS`.
+        name: A key of :data:`PREPARATIONS`.
         words: The arguments after ``senet data NAME``. If None, the script's arguments are used.
     """
     chosen = PREPARATIONS[name]

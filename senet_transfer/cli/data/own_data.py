@@ -29,17 +29,17 @@ def check_parser() -> argparse.ArgumentParser:
         help="folder that file names are relative to; default: the format's usual folder",
     )
     add("--masks", action="store_true", help="also check the outlines that instance masks require")
-    add("--headers-only", action="store_true", help="read only the sizes of the images")
+    add("--headers-only", action="store_true", help="read only image headers, without decoding")
     add(
         "--value-range",
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
         default=(),
-        help="INPUT.VALUE_RANGE, for images with 16 or 32 bits per channel",
+        help="value of INPUT.VALUE_RANGE, for images with 16 or 32 bits per channel",
     )
     _add_exif_argument(parser)
-    add("--quiet", action="store_true", help="no progress bar")
+    add("--quiet", action="store_true", help="hide the progress bar")
     return parser
 
 
@@ -47,8 +47,8 @@ def _add_exif_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ignore-exif",
         action="store_true",
-        help="the boxes refer to the images without their EXIF orientation; train with INPUT.EXIF "
-        "ignore",
+        help="the boxes refer to the images as stored, without EXIF rotation; for training, set "
+        "INPUT.EXIF to ignore",
     )
 
 
@@ -216,8 +216,8 @@ def show_parser() -> argparse.ArgumentParser:
         "--data",
         default="",
         metavar="PATH",
-        help="data in any form that senet train --data accepts, or the name of a registered data "
-        "set",
+        help="data in any form that senet train --data accepts, or the name of a registered "
+        "dataset",
     )
     add(
         "--val",
@@ -252,7 +252,7 @@ def show_parser() -> argparse.ArgumentParser:
     add(
         "--workers", type=int, default=2, help="number of processes that decode images (default: 2)"
     )
-    add("--quiet", action="store_true", help="no progress bars")
+    add("--quiet", action="store_true", help="hide the progress bars")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser
 

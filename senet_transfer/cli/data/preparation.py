@@ -1,4 +1,4 @@
-"""Preparation of published and rendered datasets, and conversion of images to shards."""
+"""Commands that prepare CIFAR, render the shapes dataset, and convert images to shards."""
 
 import argparse
 import os
@@ -24,7 +24,10 @@ def places365_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--split", choices=PLACES365_SPLITS, required=True, help="split to convert")
     parser.add_argument(
-        "--size", choices=PLACES365_SIZES, default="256", help="image size (default: 256)"
+        "--size",
+        choices=PLACES365_SIZES,
+        default="256",
+        help="image version: 256x256 pixels or large (default: 256)",
     )
     return parser
 
@@ -46,8 +49,8 @@ def imagenet_parser() -> argparse.ArgumentParser:
         "--exclude",
         metavar="FILE",
         type=Path,
-        help="file that lists images to leave out, one per line: file names, or numbers of "
-        "validation images as in the challenge's blacklist",
+        help="file that lists images to leave out, one per line: file names, or validation "
+        "image numbers as in the challenge's blacklist",
     )
     return parser
 
@@ -95,7 +98,7 @@ def run_folder(args: argparse.Namespace) -> None:
 
 def manifest_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Write manifest.json and indices next to shards that another program has "
+        description="Write manifest.json and index files next to shards that another tool has "
         "written in WebDataset's layout. The shards can also be used without these files, "
         "but then their samples are counted at each start."
     )
@@ -103,7 +106,7 @@ def manifest_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--classes",
         metavar="FILE",
-        help="file with one class name per line; default: the classes are named by their numbers",
+        help="file with one class name per line; default: the label numbers are used as names",
     )
     return parser
 
@@ -137,7 +140,7 @@ def cifar_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="accept data in the official layout with a different checksum or number of images",
     )
-    add("--quiet", action="store_true", help="no progress bars while reading")
+    add("--quiet", action="store_true", help="hide the progress bars")
     return parser
 
 
@@ -162,11 +165,11 @@ def shapes_parser() -> argparse.ArgumentParser:
     root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
     parser = argparse.ArgumentParser(description="Render the shapes dataset in COCO format.")
     add = parser.add_argument
-    add("--output", type=Path, default=root / "shapes", help="output folder (%(default)s)")
+    add("--output", type=Path, default=root / "shapes", help="output folder (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed for the random images (default: 0)")
     add("--train", type=int, default=400, help="number of training images (default: 400)")
     add("--val", type=int, default=100, help="number of validation images (default: 100)")
-    add("--quiet", action="store_true", help="no progress bar")
+    add("--quiet", action="store_true", help="hide the progress bar")
     return parser
 
 
@@ -196,7 +199,7 @@ def _shards_parser(description: str, *, source: str) -> argparse.ArgumentParser:
         help="maximum number of unreadable images to skip and record (default: 0)",
     )
     add("--verify", action="store_true", help="read all written shards and verify them")
-    add("--quiet", action="store_true", help="no progress bars")
+    add("--quiet", action="store_true", help="hide the progress bars")
     return parser
 
 

@@ -1,1 +1,1 @@
-"""Commands for small datasets."""
+"""Commands for small datasets: feature extraction and linear probes with a frozen backbone."""

@@ -5,7 +5,7 @@
 
 The file contains the features (one row per image), the labels, the paths of the images and the
 names of the classes. Features are the input of the classifier's linear layer: the last feature map,
-averaged over all positions. The data can have any format that training supports.
+averaged over all spatial positions. The data can have any format that training supports.
 """
 
 import argparse

@@ -23,10 +23,14 @@ def parser() -> argparse.ArgumentParser:
     add("--data", required=True, help="labelled images to evaluate the classifier on")
     add("--output", required=True, help="output folder for the classifier and the results")
     add(
-        "--neighbours", type=int, default=20, metavar="K", help="number of neighbours (default: 20)"
+        "--neighbours",
+        type=int,
+        default=20,
+        metavar="K",
+        help="number of nearest neighbours (default: 20)",
     )
     add("--seed", type=int, default=0, help="seed for the held-out part of --train (default: 0)")
-    add("--record", default="", metavar="FILE", help="write a record of the run to a file")
+    add("--record", default="", metavar="FILE", help="write a record of the results to FILE")
     add_backbone_arguments(parser)
     add_running_arguments(parser)
     return parser

@@ -1,4 +1,6 @@
-"""Official CIFAR-10 and CIFAR-100 distributions: Python and binary versions, archives or folders.
+"""Functions for downloading and reading the official CIFAR-10 and CIFAR-100 distributions.
+
+The Python and binary versions are supported, as archives or unpacked folders.
 
 torchvision downloads the Python version and provides its file names and checksums. Other data in
 the same format is also supported and may be untrusted, so pickles are always loaded with
@@ -48,9 +50,10 @@ _REMEDY = (
 
 @dataclass(frozen=True)
 class BinaryVersion:
-    """Files and checksums of CIFAR's binary version. Attribute names are those of torchvision.
+    """File names and checksums of CIFAR's binary version.
 
-    Each image is preceded by ``meta["label_bytes"]`` bytes, the last of which is the label.
+    The attribute names match those of torchvision's CIFAR classes. In the binary files, each image
+    is preceded by ``meta["label_bytes"]`` bytes, the last of which is the label.
     """
 
     filename: str
@@ -170,7 +173,7 @@ def _verify_checksums(
 
 
 def _checksums(form: type[CIFAR10] | BinaryVersion) -> dict[str, str | None]:
-    """Return each required file's MD5 checksum by file name, or None if it is unknown."""
+    """Return a dictionary from required file name to MD5 checksum; unknown checksums are None."""
     return dict([*form.train_list, *form.test_list, (form.meta["filename"], form.meta["md5"])])
 
 
@@ -180,7 +183,11 @@ def _match(names: Iterable[str]) -> type[CIFAR10] | BinaryVersion | None:
 
 
 def _read_folder(path: Path) -> dict[str, bytes]:
-    """Read the official files in a folder or one of its subfolders, and return them by name."""
+    """Read the official files in a folder or one of its subfolders.
+
+    Returns:
+        Dictionary from file name to content; empty if there are no official files.
+    """
     _, subfolders, _ = next(walk(path))
     for folder in (path, *(path / name for name in subfolders)):
         _, _, files = next(walk(folder))
@@ -199,7 +206,11 @@ def _read_folder(path: Path) -> dict[str, bytes]:
 
 
 def _read_archive(path: Path) -> dict[str, bytes]:
-    """Read the official files in a tar archive, and return them by name."""
+    """Read the official files in a tar archive.
+
+    Returns:
+        Dictionary from file name to content; empty if there are no official files.
+    """
     wanted = {name for form in FORMS for name in _checksums(form)}
     files: dict[str, bytes] = {}
     with open_tar(path) as archive:
@@ -257,7 +268,7 @@ def _classes(meta: dict[str, Any], data: bytes, where: str) -> list[str]:
 
 
 def _batch(meta: dict[str, Any], data: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Parse the images, uint8 `(N, 3072)`, and labels, int64 `(N,)`, in a file."""
+    """Parse a file into images, uint8 `(N, 3072)`, and labels, int64 `(N,)`."""
     if before := meta.get("label_bytes"):
         record = before + _PIXELS
         if not data or len(data) % record:
@@ -288,7 +299,7 @@ def _batch(meta: dict[str, Any], data: bytes, where: str) -> tuple[np.ndarray, n
 
 
 def _load_pickle(data: bytes, where: str) -> dict[str, Any]:
-    """Load a dictionary from a Python 2 or 3 pickle, with keys and list items as text."""
+    """Load a dictionary from a Python 2 or 3 pickle, converting keys and list items to `str`."""
     try:
         value = load_plain(io.BytesIO(data), where)
     except UserError as error:

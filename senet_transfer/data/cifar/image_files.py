@@ -1,4 +1,4 @@
-"""Reading of small image files from one folder per class, in a folder or archive per split."""
+"""Functions for reading small images stored by class in one folder or archive per split."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -129,10 +129,11 @@ def _in_archive(path: Path, folders: set[str]) -> Iterator[tuple[str, bytes]]:
 
 
 def _by_class(names: Iterable[str], folders: set[str]) -> dict[str, list[str]]:
-    """Return the sorted names of the images in each class folder of an archive.
+    """Group the images in an archive by class folder.
 
-    The paths of the class folders are relative to the folder that contains all of them. Empty class
-    folders are included.
+    Returns:
+        Dictionary from class folder to sorted image names, including empty class folders. The paths
+        of the class folders are relative to the folder that contains all of them.
     """
     parents = {name: os.path.dirname(name) for name in names}
     used = set(parents.values())

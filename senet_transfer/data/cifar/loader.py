@@ -47,9 +47,9 @@ class CifarTrainLoader:
         Args:
             data: Training data.
             batch_size: Number of images per iteration in this process.
-            seed: Random seed of the order and augmentation, 0 or more.
+            seed: Non-negative random seed of the order and augmentation.
             augment: Augmentation to apply; None to disable it.
-            start_iter: Iteration to start from.
+            start_iter: Iteration to start from; must be non-negative.
             rank: Rank of this process.
             world_size: Number of processes.
             device: Device on which the data is stored (150 MB for CIFAR) and augmented.
@@ -63,7 +63,7 @@ class CifarTrainLoader:
         _check_share(batch_size, rank, world_size)
         if seed < 0 or start_iter < 0:
             raise UserError(
-                f"seed is {seed} and start_iter is {start_iter}; expected 0 or more for both."
+                f"seed is {seed} and start_iter is {start_iter}; expected non-negative integers."
             )
         self.images, self.labels = data.images.to(device), data.labels.to(device)
         self.batch_size, self.seed, self.augment = batch_size, seed, augment

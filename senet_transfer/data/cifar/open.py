@@ -69,7 +69,7 @@ def open_cifar(
 
 
 def cifar_name(dataset: str) -> str | None:
-    """Return "cifar10" or "cifar100" for a prepared CIFAR file's name or path, otherwise None."""
+    """Return "cifar10" or "cifar100" if a name or path refers to prepared CIFAR data, else None."""
     for name, place in NAMES.items():
         if dataset == name or dataset.endswith(f"/{place}"):
             return name.partition("_")[0]

@@ -36,7 +36,7 @@ class Draws:
     """Random augmentation parameters for N images.
 
     Attributes:
-        flip: True for each image to flip, bool `(N,)`.
+        flip: Whether to flip each image, bool `(N,)`.
         offset: Top and left edges of the crops in the padded images, in pixels, int64 `(N, 2)`.
         centre: Rows and columns of the Cutout squares' centres, in pixels, int64 `(N, 2)`.
     """
@@ -46,7 +46,7 @@ class Draws:
     centre: Tensor
 
     def part(self, rank: int, size: int) -> "Draws":
-        """Return the parameters for the `size` images of the process with this rank."""
+        """Return the parameters for the images of a rank. Each rank has `size` images."""
         rows = slice(rank * size, (rank + 1) * size)
         return Draws(self.flip[rows], self.offset[rows], self.centre[rows])
 
@@ -94,8 +94,8 @@ class CifarAugment:
 
         Args:
             images: Number of images in the batch across all processes.
-            seed: Random seed of the run, 0 or more.
-            iteration: Iteration in which the batch is used, 0 or more.
+            seed: Non-negative random seed of the run.
+            iteration: Iteration in which the batch is used; must be non-negative.
             side: Side length of the images, in pixels.
         """
         rng = np.random.default_rng((seed, iteration, _STREAM))

@@ -1,11 +1,12 @@
 """Data loaders for image classification.
 
-Worker processes build complete uint8 batches, with a random crop and flip for each image. On each
-rank, worker `b % num_workers` builds batch `b` as its own batch number `b // num_workers`. The
-training data is divided among the `world_size * num_workers` workers of all ranks, as described in
-`sampling`. Worker `w` of rank `r` has the index `r * num_workers + w` among them. A run that is
-resumed with the same seed, ranks, workers and batch size gets the same batches as an uninterrupted
-run.
+Worker processes build complete uint8 batches, with a random crop and flip for each image. The
+workers of a rank take turns: worker `b % num_workers` builds batch `b`.
+
+The training data is divided among the `world_size * num_workers` workers of all ranks; see
+:mod:`~senet_transfer.data.classification.sampling`. The global index of worker `w` of rank `r` is
+`r * num_workers + w`. A run that is resumed with the same seed, ranks, workers and batch size gets
+the same batches as an uninterrupted run.
 
 The rank and the world size are arguments because worker processes cannot query them.
 """
@@ -134,12 +135,15 @@ def build_classification_eval_loader(
 ) -> ClassificationLoader:
     """Build an evaluation loader that loads each image once across all ranks and workers.
 
-    A batch contains the entries of a training batch and `index`, the image indices in the dataset
-    (`list[int]`). With V views of each image, such as ten crops, `image` is `(N, V, 3, H, W)`. For
-    whole images, `image` and `shapes` are the output of `pack`. The last batch of a worker may be
-    smaller, and the number of images per rank may differ by one. A broken image raises an error,
-    because skipping it would change the metrics. A wrong number of loaded images also raises an
-    error.
+    In addition to the entries of a training batch, each batch contains `index`, the image indices
+    in the dataset (`list[int]`), and `path`, the image paths (`list[str]`). With V views of each
+    image, such as ten crops, the shape of `image` is `(N, V, 3, H, W)`. If whole images of
+    different sizes are evaluated, `image` is a flat tensor and `shapes` contains the image shapes;
+    see :func:`~senet_transfer.data.images.multi_scale.pack`.
+
+    The last batch of a worker may be smaller. The number of images may differ by one between
+    ranks. A broken image raises an error, because skipping it would change the metrics. Loading a
+    wrong number of images also raises an error.
 
     Args:
         dataset: Evaluation data.
@@ -258,9 +262,10 @@ class _TrainBatches(IterableDataset):
             yield error
 
     def _samples(self, iteration: int) -> Iterator[tuple[int, RawSample]]:
-        """Return an iterator over (epoch, sample) pairs, from the batch for ``iteration`` on.
+        """Return an infinite iterator over (epoch, sample) pairs for one worker.
 
-        It contains only the samples for the worker that builds this batch.
+        Args:
+            iteration: Iteration of the worker's first batch; determines the worker.
         """
         readers, order = self.readers, self.order
         if order.class_aware:
@@ -303,7 +308,7 @@ class _TrainBatches(IterableDataset):
     def _fill(
         self, images: torch.Tensor, samples: list[tuple[int, RawSample]], good: list[int], last: str
     ) -> None:
-        """Replace each broken sample with the next valid sample in the batch, cyclically."""
+        """Replace each broken sample with the next valid one; wrap around at the batch's end."""
         if not good:
             raise UserError(
                 f"All {len(samples)} images of a batch are broken; the last one is {last}. Verify "

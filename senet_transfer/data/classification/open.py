@@ -209,7 +209,7 @@ def open_dataset(
 
 
 def check_classes(path: str | Path, found: Sequence[str], expected: Sequence[str] | None) -> None:
-    """Raise a UserError if a dataset's classes differ from `expected`; None skips the check."""
+    """Raise a UserError if `expected` is not None and differs from the classes of a dataset."""
     if expected is None or list(found) == list(expected):
         return
     raise UserError(
@@ -277,8 +277,8 @@ def _common_folder(path: object, folders: Sequence[str]) -> str:
     if len(set(folders)) > 1:
         raise UserError(
             f"{path} matches shards in {len(set(folders))} folders, such as "
-            f"{first_of(sorted(set(folders)), 2)}; expected shards in one folder. Pass several "
-            "datasets instead."
+            f"{first_of(sorted(set(folders)), 2)}; expected shards in one folder. Pass the "
+            "shards of a single folder."
         )
     return folders[0]
 
@@ -286,7 +286,7 @@ def _common_folder(path: object, folders: Sequence[str]) -> str:
 def _matches(path: Path) -> list[Path]:
     """Return the files that match a pattern with wildcards and braces.
 
-    They are in the order of the expanded braces and, for each expanded name, sorted.
+    Braces are expanded in order, as in a shell. The files that match each expanded name are sorted.
 
     Raises:
         UserError: If a name expanded from braces does not exist, or the files are in several
@@ -342,8 +342,8 @@ def _open_places365(path: Path, split: str, size: str | None) -> ImageDataset | 
     """Open the official Places365 distribution; return None for other data.
 
     Raises:
-        UserError: If the name of the folder fits both train splits, and `split` is neither of
-            them.
+        UserError: If the name of the folder or archive is used for several splits, but not for
+            `split`.
     """
     sizes = places365.SIZES if size is None else (size,)
     known = [
@@ -359,8 +359,7 @@ def _open_places365(path: Path, split: str, size: str | None) -> ImageDataset | 
         if split not in known and len(known) > 1:
             raise UserError(
                 f"{path} may contain the images of {' or '.join(known)}, but the split is "
-                f"{split}; expected one of these two splits, which have different lists of "
-                "images. Specify the split."
+                f"{split}; expected {' or '.join(known)}. Specify the split."
             )
         split = split if split in known else known[0]
         return ImageDataset(places365.open_places365_images(path, path.parent, split))

@@ -1,11 +1,13 @@
 """Resumable sampling of training and evaluation data for data loader workers.
 
 In training, W = ranks x workers data loader workers read the data. They are numbered across all
-ranks. The U units (shards or single images) of all epochs form one infinite sequence: epoch e
-covers the positions e*U to (e+1)*U-1, in a random order that depends on the seed and e. Worker w
-reads the positions g with g % W == w. As a result, every worker gets data even if there are fewer
-shards than workers, the workers together read each epoch exactly once, and a worker's state is
-determined by the number of samples it has read. Only this number is required to resume.
+ranks. An epoch consists of U units (shards or single images) in a random order that depends on the
+seed and the epoch. The epochs form one infinite sequence: epoch e covers the positions e*U to
+(e+1)*U-1. Worker w reads the positions g with g % W == w.
+
+As a result, every worker gets data even if there are fewer shards than workers, and the workers
+together read each epoch exactly once. A worker's state is determined by the number of samples it
+has read. Only this number is required to resume.
 
 The samples of a shard are shuffled in blocks. Only one block of encoded images is kept in memory,
 and the position of every sample can be computed.

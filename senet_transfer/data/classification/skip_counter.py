@@ -19,8 +19,8 @@ class SkipCounter:
         """
         Args:
             workers: Number of worker processes; 0 to count in the main process.
-            max_ratio: Tolerated fraction of broken samples, 0-1. It is relative to the number of
-                samples seen, or to 1000 if fewer have been seen.
+            max_ratio: Tolerated fraction of broken samples, 0-1. The fraction is relative to the
+                number of samples seen, or to 1000 if fewer have been seen.
 
         Raises:
             UserError: If `max_ratio` is out of range.

@@ -371,7 +371,7 @@ def _is_usual(item: dict, sizes: dict, id_map: dict) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    """Return True for a finite number."""
+    """Return True if a value is a finite integer or float."""
     return (type(value) is int or type(value) is float) and -math.inf < value < math.inf
 
 
@@ -482,10 +482,10 @@ def _check_folder(image_dir: str, json_file: str) -> None:
 
 
 def _find_files(json_file: str, names: list[str], image_dir: str) -> dict[str, str]:
-    """Check that all listed images exist, and find those with a different spelling on disk.
+    """Check that all listed images exist, and find files whose names on disk differ in spelling.
 
     Returns:
-        A dict from the listed name to the name on disk, for names that are spelled differently.
+        Dictionary from the listed name to the name on disk, for names that are spelled differently.
 
     Raises:
         UserError: If listed images are missing from the folder.

@@ -203,8 +203,8 @@ def register_coco_dataset(
             default folder, which for COCO is the folder of the annotation file.
         allow_empty: Whether to accept a file without objects, such as a test set whose ground truth
             is not public.
-        outlines: Whether to also examine the outlines. If they are examined here, a run with masks
-            does not read the file again.
+        outlines: Whether to also check the `segmentation` entries, which mask heads require. If
+            True, a run with masks does not need to read the file again.
         upright: Whether the annotations refer to the images with EXIF orientation applied.
 
     Raises:

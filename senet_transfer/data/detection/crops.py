@@ -19,8 +19,8 @@ class CocoCrops(SingleImages):
     """Dataset with one crop for each object in an annotation file.
 
     A crop is the square around an object's box, limited to the image, so that a classification
-    network sees the object undistorted and in context. Crowds are left out. Boxes with a side
-    shorter than ``min_side`` are also left out, because they show little detail.
+    network sees the object undistorted and in context. Crowd annotations are excluded. Boxes with
+    a side shorter than ``min_side`` are also excluded, because they show little detail.
     """
 
     def __init__(
@@ -83,12 +83,12 @@ class CocoImages(SingleImages):
     """Dataset of the images in an annotation file, labelled with a property of their objects.
 
     The label of an image is the class or size of more than half of its objects. Images without
-    such a majority are left out. Crowds are ignored. Samples contain only the image's path, no
-    data.
+    such a majority are excluded. Crowd annotations are ignored. A sample contains only the path of
+    an image, not the encoded image.
 
     Attributes:
         by: Property by which the images are grouped, "class" or "size".
-        left_out: Number of images that were left out.
+        left_out: Number of excluded images.
     """
 
     def __init__(self, json_file: str, image_dir: str, *, by: str, upright: bool = True):

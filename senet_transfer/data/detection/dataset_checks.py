@@ -132,7 +132,7 @@ def category_ids(name: str) -> list[int]:
 
 
 def warn_of_many_objects(names: Sequence[str], limit: int) -> None:
-    """Log a warning for each dataset with images that contain more objects than can be detected.
+    """Warn about datasets in which an image contains more objects than the detection limit.
 
     Args:
         names: Names of the datasets to evaluate.
@@ -206,7 +206,7 @@ def check_trainable(names: Sequence[str]) -> None:
 
 
 def check_objects(files: Sequence[str], summaries: Sequence[CocoSummary]) -> None:
-    """Raise a UserError if the summaries of annotation files contain no object to train on."""
+    """Raise a UserError if none of the summarised annotation files has an object to train on."""
     if any(summary.num_trainable for summary in summaries):
         return
     total, zero, crowd = (
@@ -214,9 +214,10 @@ def check_objects(files: Sequence[str], summaries: Sequence[CocoSummary]) -> Non
         for key in ("num_annotations", "num_zero_size", "num_crowd")
     )
     raise UserError(
-        f"{' and '.join(files)}: none of the {total} annotations can be trained on: {zero} boxes "
-        f"have zero width or height, and {crowd} annotations have iscrowd=1. Expected objects with "
-        "iscrowd=0 and a box [x, y, width, height] in pixels. Check how the file was exported."
+        f"{' and '.join(files)}: none of the {total} annotations can be used for training: {zero} "
+        f"boxes have zero width or height, and {crowd} annotations have iscrowd=1. Expected "
+        "objects with iscrowd=0 and a box [x, y, width, height] in pixels. Check how the file was "
+        "exported."
     )
 
 

@@ -1,7 +1,7 @@
-"""Image decoding and resizing for detectors, faster than in Detectron2.
+"""Faster versions of Detectron2's image decoding and resizing.
 
 Decoding with simplejpeg returns the same pixels as Pillow, because both bundle libjpeg-turbo.
-Enlarging with PyTorch returns slightly different pixels, so it is optional and only used in
+Enlarging images with PyTorch returns slightly different pixels, so it is optional and only used in
 training.
 """
 
@@ -41,10 +41,10 @@ def decode_jpeg(data: bytes, image_format: str) -> np.ndarray | None:
 class FastResize(T.ResizeTransform):
     """Variant of Detectron2's `ResizeTransform` that enlarges images with PyTorch.
 
-    The values differ from Pillow's by at most 1, because both interpolate linearly.
-    Pillow is still used for shrinking (it is faster), for other interpolation modes, and for images
-    that are not uint8 `(H, W, C)`. OpenCV is avoided: its threads do not survive the fork of a
-    worker process, and the worker would wait for them forever.
+    The pixel values differ from Pillow's by at most 1, because both use bilinear interpolation.
+    Pillow is still used for shrinking, because it is faster. It is also used for other
+    interpolation modes, and for images that are not uint8 `(H, W, C)`. OpenCV is not used, because
+    its threads are not copied to a forked worker process, which would wait for them forever.
     """
 
     def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
@@ -65,7 +65,7 @@ class FastResizeShortestEdge(T.ResizeShortestEdge):
     """Variant of Detectron2's `ResizeShortestEdge` that uses :class:`FastResize`."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
-        """Sample the same sizes as Detectron2, and return the transform."""
+        """Sample a size in the same way as Detectron2, and return the transform."""
         found = super().get_transform(image)
         if not isinstance(found, T.ResizeTransform):
             return found

@@ -14,7 +14,7 @@ _SHOWN = 3
 
 
 def is_inside(name: str) -> bool:
-    """Return True if a relative path stays inside its folder."""
+    """Return True if a path is relative and does not contain `..` as a folder name."""
     slashed = name.replace("\\", "/")
     return not slashed.startswith("/") and ".." not in slashed.split("/")
 

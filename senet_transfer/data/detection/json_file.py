@@ -1,4 +1,4 @@
-"""Loading of JSON annotation files, with descriptive errors for files that are not JSON."""
+"""Functions for loading JSON annotation files, with descriptive errors for invalid files."""
 
 import codecs
 import json

@@ -166,18 +166,20 @@ def _tell_passes(cfg: CfgNode, images: int) -> None:
     facts = (solver.MAX_ITER, solver.IMS_PER_BATCH, passes, images)
     if passes <= MANY_PASSES:
         logger.info(
-            "Training runs for %d steps of %d images: %.3g passes over %d training images.", *facts
+            "Training runs for %d steps of %d images, which is %.3g passes over %d training "
+            "images.",
+            *facts,
         )
         return
     logger.warning(
-        "Training runs for %d steps of %d images: %.0f passes over only %d training images. The "
-        "paper's schedule makes 24 passes over COCO. Reduce SOLVER.MAX_ITER and SOLVER.STEPS to "
-        "shorten training.", *facts
+        "Training runs for %d steps of %d images, which is %.0f passes over only %d training "
+        "images. The paper's schedule makes 24 passes over COCO. Reduce SOLVER.MAX_ITER and "
+        "SOLVER.STEPS to shorten training.", *facts
     )  # fmt: skip
 
 
 def _shapes(records: Dataset) -> Callable[[int], bool]:
-    """Return a predicate that returns True for the index of an image that is wider than high.
+    """Return a function that returns whether the image with a given index is wider than tall.
 
     Detectron2 groups images by this criterion.
     """

@@ -334,7 +334,8 @@ def read_labels(
     if found.shape != tuple(shape):
         raise UserError(
             f"The label image {path} is {found.shape[1]}x{found.shape[0]} pixels (width x height); "
-            f"expected {shape[1]}x{shape[0]}, the size of its image."
+            f"expected {shape[1]}x{shape[0]}, the size of the labelled image. Correct the label "
+            "image."
         )
     if labels is not None:
         count, ignored = labels

@@ -98,7 +98,7 @@ def use_keypoints(cfg: CfgNode, names: Sequence[str]) -> None:
             f"keypoints ({', '.join(keypoints)}); expected one value per keypoint. A sigma is the "
             "typical deviation between annotators, relative to the object's size. COCO's values "
             "are 0.025 (eyes) to 0.107 (hips). To use the same value for all keypoints, set "
-            f"TEST.KEYPOINT_OKS_SIGMAS {[0.05] * count}."
+            f"TEST.KEYPOINT_OKS_SIGMAS to {[0.05] * count}."
         )
 
 

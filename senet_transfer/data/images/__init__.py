@@ -1,1 +1,1 @@
-"""Listing, decoding and transforms of images in folders and archives."""
+"""Functions for listing, decoding and transforming images in folders and archives."""

@@ -68,7 +68,7 @@ def build_augmentation(cfg: CfgNode) -> Callable[[Tensor], Tensor] | None:
 
 
 def _mean_colour(cfg: CfgNode) -> list[float]:
-    """Return the mean pixel in RGB order, rounded to integers. Normalisation maps it to about 0."""
+    """Return the mean RGB colour, rounded to integers. Normalisation maps it to about 0."""
     mean = [round(value) for value in cfg.MODEL.PIXEL_MEAN]
     if cfg.INPUT.FORMAT == "L" and len(mean) == 1:
         return mean * 3
@@ -87,11 +87,11 @@ def _check_values(options: CfgNode) -> None:
     whole = len(rand) == 2 and all(type(value) is int for value in rand)
     if not whole or rand[0] < 1 or not 0 <= rand[1] <= 30:
         raise UserError(
-            f"{key}.RAND_AUGMENT is {tuple(rand)}; expected two whole numbers: at least 1 "
-            "operation, and a magnitude from 0 to 30."
+            f"{key}.RAND_AUGMENT is {tuple(rand)}; expected two integers: the number of "
+            "operations (at least 1), and a magnitude from 0 to 30."
         )
     if len(sigma) != 2 or not 0 < sigma[0] <= sigma[1] <= options.CROP / 4:
         raise UserError(
             f"{key}.BLUR_SIGMA is {tuple(sigma)}; expected the minimum and the maximum standard "
-            f"deviation in pixels, above 0 and at most a quarter of CROP ({options.CROP})."
+            f"deviation in pixels, both positive and at most a quarter of CROP ({options.CROP})."
         )

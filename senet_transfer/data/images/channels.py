@@ -1,8 +1,8 @@
 """Decoding of images with any number of channels, such as multispectral images.
 
 The supported files are NumPy arrays (.npy) of shape ``(H, W)`` or ``(H, W, C)``, TIFF files with
-several bands, pages or both, and all other formats that Pillow reads. The order of the channels is
-that of the file.
+several bands, pages or both, and all other formats that Pillow reads. The channels are returned in
+the order of the file.
 """
 
 import io
@@ -84,7 +84,7 @@ def to_channels(values: np.ndarray, reading: Reading) -> np.ndarray:
     if values.dtype != np.uint8:
         raise BrokenImageError(
             f"its values have the type {values.dtype}, whose value range is unknown; set "
-            "INPUT.VALUE_RANGE to [low, high], the values of black and white"
+            "INPUT.VALUE_RANGE to [low, high], the pixel values of black and white"
         )
     return np.ascontiguousarray(values)
 
@@ -103,7 +103,10 @@ def _values(data: bytes, reading: Reading) -> np.ndarray:
 
 
 def as_rgb(pixels: np.ndarray) -> np.ndarray:
-    """Return the first three channels of an image ``(H, W, C)``. A single channel becomes grey."""
+    """Return the first three channels of an image ``(H, W, C)``.
+
+    A single channel is repeated three times. For an image with two channels, the third is zero.
+    """
     if pixels.shape[2] == 1:
         return pixels.repeat(3, axis=2)
     missing = max(3 - pixels.shape[2], 0)
@@ -131,7 +134,7 @@ def _tiff_values(data: bytes, reading: Reading) -> np.ndarray:
     """Return the values of a TIFF file ``(H, W, C)``.
 
     Pillow is used for palette images, 1-bit images and compression methods that the installed
-    tifffile does not support. It reads at most four bands.
+    tifffile does not support. Pillow supports at most four bands.
     """
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         page, series = file.pages.first, file.series[0]

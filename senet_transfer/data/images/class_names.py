@@ -32,7 +32,7 @@ def sort_by_name(names: Iterable[str], root: str | Path) -> list[str]:
         by_number = _sort_by_number(by_name)
         if by_number != by_name:
             logger.warning(
-                "The classes in %s are numbers. Their labels are in the order of the names, as in "
+                "The classes in %s are numbers. Their labels are in alphabetical order, as in "
                 "torchvision's ImageFolder: %s. The numeric order would be: %s. To use this "
                 "order, add --classes numeric.",
                 root,
@@ -68,8 +68,8 @@ def read_class_list(path: str | Path) -> list[str]:
         lines = Path(path).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"Cannot read the class list {path}: {error}. Expected {NUMERIC}, or a UTF-8 text file "
-            "with one class name per line in label order."
+            f"Cannot read the class list {path}: {error}. Expected the value {NUMERIC}, or a UTF-8 "
+            "text file with one class name per line in label order."
         ) from error
     names = [line for line in lines if line.strip()]
     twice = sorted({name for name in names if names.count(name) > 1}) if names else []
@@ -112,15 +112,15 @@ def normal_form(name: str) -> str:
 
 
 def check_encoding(names: Iterable[str], root: str | Path) -> None:
-    """Raise a UserError for class names that are not UTF-8, because a model can't store them."""
+    """Raise a UserError for class names that are not valid UTF-8, which a model can't store."""
     for name in names:
         try:
             name.encode()
         except UnicodeEncodeError as error:
             raise UserError(
-                f"The name of the class folder {os.fsencode(name)!r} in {root} is not UTF-8, so it "
-                "can't be stored with the model. Rename the folder, for example with convmv -f "
-                "latin1 -t utf8."
+                f"The name of the class folder {os.fsencode(name)!r} in {root} is not valid UTF-8, "
+                "so it can't be stored with the model. Rename the folder, for example with convmv "
+                "-f latin1 -t utf8."
             ) from error
 
 

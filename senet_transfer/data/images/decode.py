@@ -71,8 +71,8 @@ def bits_of(image: Image.Image) -> int:
 def exif_orientation(image: Image.Image) -> int | None:
     """Return the EXIF orientation of an opened image, from 1 to 8.
 
-    None is returned if the image has no orientation, if its EXIF data is broken, and for TIFF
-    files, because Pillow applies the orientation when it decodes these files.
+    Return None if the image has no orientation or its EXIF data is broken. Also return None for
+    TIFF files, because Pillow applies the orientation when it decodes these files.
     """
     if image.format == "TIFF":
         return None
@@ -134,7 +134,7 @@ def to_8_bit(
     kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
     raise BrokenImageError(
         f"its pixels are {kind}, whose value range is unknown; set INPUT.VALUE_RANGE to [low, "
-        "high], the values of black and white, or convert the image to 8 bits per channel"
+        "high], the pixel values of black and white, or convert the image to 8 bits per channel"
     )
 
 
@@ -245,7 +245,7 @@ def jpeg2000_bits(data: bytes) -> int:
 
 
 def _white(image: Image.Image) -> int:
-    """Return the largest possible value of an opened grayscale image with 16 bits."""
+    """Return the largest possible pixel value of an opened 16-bit grayscale image."""
     # A TIFF file can also specify 12 bits.
     return (1 << (_bits_per_sample(image) if image.format == "TIFF" else 16)) - 1
 
@@ -264,7 +264,7 @@ def _white_is_zero(image: Image.Image) -> bool:
 
 
 def _tile_arguments(image: Image.Image) -> tuple:
-    """Return the arguments of Pillow's decoder for an opened image, such as the raw mode."""
+    """Return the decoder arguments that Pillow stores in an opened image, such as the raw mode."""
     tiles = getattr(image, "tile", ())
     arguments = tiles[0][3] if tiles else ()
     return arguments if isinstance(arguments, tuple) else (arguments,)
@@ -276,10 +276,11 @@ def to_rgb(image: Image.Image, reading: Reading, data: bytes = b"") -> Image.Ima
     Args:
         image: Opened image.
         reading: Settings for reading the image; ``channels`` is ignored.
-        data: See :func:`to_8_bit`.
+        data: The encoded image. If it is given, 16-bit colour images are read with full precision;
+            see :func:`to_8_bit`.
 
     Raises:
-        BrokenImageError: If the image requires a value range.
+        BrokenImageError: If :func:`to_8_bit` cannot convert the image to 8 bits per channel.
     """
     orientation = exif_orientation(image) if reading.upright else None
     rgb = to_8_bit(image, reading.value_range, data).convert("RGB")
@@ -306,7 +307,8 @@ def no_truncated_images() -> Iterator[None]:
 def decode_exact(data: bytes, reading: Reading = AS_STORED) -> Image.Image:
     """Decode an image like `PIL.Image.open(...).convert("RGB")`.
 
-    In contrast to Pillow, images with more than 8 bits per channel are scaled, not clipped.
+    Unlike Pillow, this function scales images with more than 8 bits per channel instead of clipping
+    them.
 
     Args:
         data: Encoded image.
@@ -356,13 +358,13 @@ def largest_of_16_bits(data: bytes) -> int | None:
 
 @functools.cache
 def allowed_formats() -> list[str]:
-    """Return the formats that Pillow may open. Formats added by later versions are excluded."""
+    """Return the formats in ``FORMATS`` that the installed Pillow version can open."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
 
 def encode_exact(image: Image.Image) -> bytes:
-    """Encode an image losslessly: `decode_exact` returns the same pixels."""
+    """Encode an image losslessly, so that `decode_exact` returns the same pixels."""
     stored = io.BytesIO()
     image.save(stored, "BMP")  # lossless and fast
     return stored.getvalue()

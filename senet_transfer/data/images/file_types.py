@@ -1,4 +1,4 @@
-"""Names of image files, and of system files and folders that are not part of a dataset."""
+"""Functions that identify image files, hidden files and system files by their names."""
 
 import re
 
@@ -44,7 +44,7 @@ _SYSTEM = {
 
 
 def is_hidden(name: str) -> bool:
-    """Return True if any part of a relative path is hidden, or is a system file or folder.
+    """Return True if any component of a relative path is hidden, or is a system file or folder.
 
     Hidden files are not part of a dataset, even if they have the extension of an image file.
     """

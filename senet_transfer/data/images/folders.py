@@ -74,8 +74,8 @@ def label_images(
     """Assign labels to the images in class folders.
 
     Args:
-        by_class: Image paths in each class folder. A class folder has the path "" if it is the
-            root.
+        by_class: Dictionary from class folder to image paths. The key "" contains the images that
+            are directly in `root`.
         root: Folder or archive that contains the class folders.
         classes: Class names in label order; see :func:`open_folder`.
 
@@ -129,7 +129,7 @@ def _check_class_folders(
 
 
 def _check_splits(found: list[str], root: Path, classes: list[str] | None) -> None:
-    """Raise a UserError if the folders are splits instead of classes."""
+    """Raise a UserError if the folders are splits, such as `train` and `val`, not classes."""
     splits = _splits(found)
     if splits and (classes is None or not set(found).issubset(classes)):
         raise UserError(
@@ -142,8 +142,8 @@ def _check_splits(found: list[str], root: Path, classes: list[str] | None) -> No
 def _splits(found: list[str]) -> list[str]:
     """Return the top-level folders that are splits, or an empty list if they are classes.
 
-    The folders are splits if all of them have the names of splits, or if one has the name of a
-    training split and another contains mostly the same class folders.
+    The folders are splits if all of them are named like splits, or if one is named like a training
+    split and another contains mostly the same class folders.
     """
     inner: dict[str, set[str]] = {}
     for folder in found:
@@ -172,7 +172,8 @@ def choose_classes(choice: str, root: str | Path) -> list[str]:
         root: Folder with one folder per class, or CSV file.
 
     Raises:
-        UserError: If the file is invalid, or the class names are not numbers.
+        UserError: If the file is invalid, or if `choice` is "numeric" and a class name is not a
+            whole number.
     """
     return numeric_classes(root) if choice == NUMERIC else read_class_list(choice)
 

@@ -1,9 +1,9 @@
-"""ImageNet (ILSVRC 2012) as downloaded: archives or unpacked folders.
+"""The official ImageNet (ILSVRC 2012) distribution: archives and unpacked folders.
 
 Russakovsky et al. 2015, "ImageNet Large Scale Visual Recognition Challenge". The classes are
 WordNet ids such as `n01440764`, sorted by name. This is the label order of torchvision's ImageNet
-class and of most published weights. The development kit, which is read with torchvision, numbers
-the classes differently and uses its own numbers as labels of the validation images.
+class and of most published weights. The development kit numbers the classes differently, and uses
+these numbers as labels of the validation images. The kit is read with torchvision.
 """
 
 import os
@@ -72,13 +72,17 @@ def open_imagenet(
 
 
 def find_imagenet(path: Path, split: str) -> tuple[Path, str] | None:
-    """Return the ImageNet archive or folder at a path and its split, or None for other data.
+    """Find the ImageNet archive or image folder at a path.
 
     Args:
         path: ImageNet archive, folder that contains an archive or the development kit, or folder of
             validation images that are not in class folders.
         split: Split to select in a folder that contains both. Names that begin with "train" select
             the training images, other names the validation images.
+
+    Returns:
+        The path of the archive or folder, and the split, "train" or "val". None if the path
+        contains other data.
     """
     for name, archive in ARCHIVES.items():
         if path.name == archive:
@@ -100,8 +104,9 @@ def _images_of(folder: Path, split: str) -> Path | None:
 def open_imagenet_images(path: Path, split: str, *, skip_missing: int = 0) -> Images:
     """Find the images in an archive, a folder of class folders, or a folder of validation images.
 
-    The development kit, or the `meta.bin` that torchvision creates from the kit, is searched for in
-    the parent folder. One of them is required for validation images that are not in class folders.
+    The parent folder of `path` is searched for the development kit, or for the `meta.bin` that
+    torchvision creates from the kit. One of them is required for validation images that are not in
+    class folders.
 
     Raises:
         UserError: If a file is missing or damaged, or the labels do not match the images.
@@ -119,7 +124,7 @@ def open_imagenet_images(path: Path, split: str, *, skip_missing: int = 0) -> Im
     else:
         raise UserError(
             f"{path} contains no labels; expected {DEVKIT} in the same folder. Download the "
-            "development kit (task 1 and 2) from image-net.org."
+            "development kit (tasks 1 and 2) from image-net.org."
         )
     if len(ids) != len(names):
         raise UserError(

@@ -33,7 +33,7 @@ def read_label_csv(path: str | Path) -> dict[str, tuple[str, int]]:
         path: CSV file. Its image paths are relative to the folder that contains it.
 
     Returns:
-        Dictionary from image path to label and line number.
+        Dictionary from image path to a tuple with the label and the line number.
 
     Raises:
         UserError: If the file is not UTF-8, lacks a column, has an empty value, or has two
@@ -103,7 +103,7 @@ def open_label_csv(
 
 
 def _existing(root: Path, name: str) -> str:
-    """Replace the backslashes in a path written on Windows, if the resulting file exists."""
+    """Replace the backslashes in a Windows path with slashes, if the resulting path exists."""
     slashed = name.replace("\\", "/")
     return slashed if slashed != name and os.path.exists(root / slashed) else name
 

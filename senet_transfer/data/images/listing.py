@@ -68,8 +68,8 @@ def read_image_bytes(root: Path, name: str, size: int, offset: int | None) -> by
         raise UserError(f"Cannot read {name} in {root}: {error}. Restore the file.") from error
     if len(data) != size:
         raise UserError(
-            f"{name} in {root} is {len(data)} bytes; expected {size}, the size when it was "
-            "listed. Run the command again, and do not change the images while it runs."
+            f"{name} in {root} has a size of {len(data)} bytes; expected {size} bytes, as when the "
+            "images were listed. Run the command again, and do not change the images while it runs."
         )
     return data
 
@@ -80,8 +80,8 @@ def find_images(root: str | Path) -> dict[str, list[str]]:
     NumPy arrays are only treated as images if there are no other images.
 
     Returns:
-        Dictionary from folder to sorted image paths. All paths are relative to the root, whose own
-        path is "". Folders without images are included if they have no subfolders.
+        Dictionary from folder to sorted image paths. All paths are relative to the root; the key ""
+        is the root itself. Folders without images are included if they have no subfolders.
 
     Raises:
         UserError: If a folder cannot be read, or a symbolic link is broken.
@@ -122,8 +122,8 @@ def walk(
 ) -> Iterator[tuple[str, list[str], list[str]]]:
     """Yield each folder's path, and the sorted names of its subfolders and files.
 
-    Hidden files and folders are left out. Links to folders are followed, but a link to a folder
-    that contains the link is left out with a warning.
+    Hidden files and folders are left out. Symbolic links to folders are followed. A link to a
+    folder that contains the link is left out with a warning.
 
     Args:
         root: Folder to list.
@@ -221,7 +221,10 @@ def find_listed_images(
 
 
 def _folder_files(root: Path, names: Sequence[str], complete: bool) -> dict[str, tuple[int, int]]:
-    """Return a dictionary from file name to (0, size), like :func:`archive_members`."""
+    """Return a dictionary from image path to (0, size), in the format of :func:`archive_members`.
+
+    If ``complete`` is True, the dictionary also contains unlisted images, with a placeholder size.
+    """
     found = {}
     for name in names:
         try:

@@ -22,7 +22,7 @@ CROPS = (1, 10)
 
 @dataclass(frozen=True)
 class MultiScaleTransform:
-    """Transform that applies several transforms to an image, and returns all crops or whole images.
+    """Transform that returns the crops or the resized copies of an image at several scales.
 
     Attributes:
         parts: One transform per scale.
@@ -34,7 +34,7 @@ class MultiScaleTransform:
 
     @property
     def output_shape(self) -> tuple[int, ...] | None:
-        """Shape ``(V, C, crop, crop)`` of an image's V crops at all scales; None if not cropped."""
+        """Shape ``(V, C, crop, crop)`` of an image's V crops; None if ``dense`` is set."""
         if self.dense:
             return None
         shapes = [part.output_shape for part in self.parts]
@@ -92,7 +92,9 @@ def pack(images: Sequence[Sequence[Tensor]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ViewOptions:
-    """Options for the crops or whole images to evaluate. The defaults are the model's values.
+    """Options that specify the crops or whole images to evaluate.
+
+    The values of options that are not set are taken from the model's transform.
 
     Attributes:
         mode: Evaluation mode, one of ``EVAL_MODES``.
@@ -116,7 +118,7 @@ class ViewOptions:
             raise UserError("Both --scales and --resize are given. Remove one of them.")
         if min(self.scales, default=1) < 1 or len(set(self.scales)) < len(self.scales):
             raise UserError(
-                f"--scales is {' '.join(map(str, self.scales))}; expected different sizes of at "
+                f"--scales is {' '.join(map(str, self.scales))}; expected distinct sizes of at "
                 "least 1 pixel."
             )
         if self.crops is not None and (self.crops not in CROPS or self.mode):

@@ -28,7 +28,7 @@ _LIST_ARCHIVES = ("filelist_places365-standard.tar", "filelist_places365-challen
 
 @functools.cache
 def places365_classes() -> dict[str, bool]:
-    """Map the 365 class names, in label order, to whether the scene is outdoors."""
+    """Return a dictionary from the 365 class names, in label order, to True for outdoor scenes."""
     text = files(__package__).joinpath("places365_classes.txt").read_text("utf-8")
     rows = [line.split() for line in text.splitlines() if not line.startswith("#")]
     return {name: kind == "2" for name, kind in rows}

@@ -21,8 +21,8 @@ def published_classes(family: str, count: int) -> list[str]:
     """Return the class names of a published classifier, or an empty list if they are unknown.
 
     Args:
-        family: Family of the weight file.
-        count: Number of classes.
+        family: Family of the weight file, such as "timm" or "places365".
+        count: Number of classes of the classifier.
     """
     if family in _IMAGENET and count == 1000:
         from torchvision.models import ResNet50_Weights

@@ -1,4 +1,4 @@
-"""Transforms from encoded images to square network inputs.
+"""Transforms that convert encoded images to square network inputs.
 
 All outputs are uint8; the model normalises them on its device.
 """
@@ -53,8 +53,8 @@ class TrainTransform:
         draft: Whether to decode JPEG images at 1/2, 1/4 or 1/8 of their size if the crop is still
             at least as large as the output. This is faster for large images, but changes the
             pixels.
-        reading: Settings for reading images. They may specify the number of channels, which is 3 by
-            default.
+        reading: Settings for reading images. Images are converted to RGB unless these settings
+            specify a number of channels.
         augment: Additional augmentation of the flipped crop, which uses PyTorch's global generator;
             see :func:`.build_augmentation`.
     """
@@ -85,7 +85,7 @@ class TrainTransform:
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """Output shape for one sample."""
+        """Shape `(C, size, size)` of the output."""
         return (self.reading.channels or 3, self.size, self.size)
 
     def __call__(self, data: bytes, rng: random.Random) -> Tensor:
@@ -161,8 +161,8 @@ class TrainTransform:
 class EvalTransform:
     """Deterministic resize and crop for evaluation.
 
-    Images are decoded and resized with Pillow. Resizing tensors instead would change pixels by up
-    to 1, which changes the third digit of the logits.
+    Images are decoded and resized with Pillow. Resizing tensors instead would change pixel values
+    by up to 1, which changes the third digit of the logits.
 
     Attributes:
         mode: "short_side" resizes the short side to `resize` and crops the centre; "squash" resizes
@@ -171,8 +171,8 @@ class EvalTransform:
         resize: Side length after resizing, in pixels.
         crop: Side length of the crop, in pixels.
         interpolation: Interpolation mode, "bilinear" or "bicubic".
-        reading: Settings for reading images. They may specify the number of channels, which is 3 by
-            default.
+        reading: Settings for reading images. Images are converted to RGB unless these settings
+            specify a number of channels.
     """
 
     mode: str = "short_side"
@@ -192,7 +192,7 @@ class EvalTransform:
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """Output shape for one sample."""
+        """Shape of the output, `(C, crop, crop)` or, for "ten_crop", `(10, C, crop, crop)`."""
         shape = (self.reading.channels or 3, self.crop, self.crop)
         return (10, *shape) if self.mode == "ten_crop" else shape
 
@@ -224,7 +224,7 @@ class EvalTransform:
         return F.pil_to_tensor(F.center_crop(image, square))
 
     def resized(self, image: Image.Image) -> Image.Image:
-        """Return the resized image before the crop."""
+        """Return the resized image before cropping."""
         size = [self.resize] * (2 if self.mode == "squash" else 1)
         return F.resize(image, size, interpolation=_interpolation(self.interpolation))
 

@@ -1,4 +1,4 @@
-"""Small classification dataset with crops from the shapes dataset; no download is required."""
+"""Small classification dataset of object crops from the shapes dataset."""
 
 import json
 import logging

@@ -1,9 +1,8 @@
 """The shapes dataset: a small detection dataset that is rendered rather than downloaded.
 
 It consists of a few hundred images of coloured shapes on textured backgrounds, with annotations in
-COCO format. The shapes occlude each other, extend beyond the image and vary in size, so the task
-requires a real detector. Their contrast is high enough to train a small detector from scratch on a
-CPU.
+COCO format. The shapes occlude each other, extend beyond the image and vary in size, as objects in
+photographs do. The contrast is high enough to train a small detector from scratch on a CPU.
 """
 
 import json
@@ -51,11 +50,11 @@ def make_shapes(
 
     The folder is created atomically, so an interrupted run leaves no incomplete folder behind. It
     contains the images `{train,val,tiny}/000001.jpg` and so on,
-    `annotations/instances_{train,val,tiny}.json` in COCO format, and the settings, `shapes.json`.
+    `annotations/instances_{train,val,tiny}.json` in COCO format, and the settings in `shapes.json`.
 
     Args:
         output_dir: Folder to create. An existing folder must be empty or contain this dataset.
-        seed: Random seed, 0 or more.
+        seed: Non-negative random seed.
         train: Number of training images.
         val: Number of validation images.
         quiet: Whether to hide the progress bar.
@@ -64,8 +63,8 @@ def make_shapes(
         `output_dir` as a path.
 
     Raises:
-        UserError: If the folder contains anything else or cannot be written, or a number is out of
-            range. An existing folder is not changed in this case.
+        UserError: If the folder contains anything else or cannot be written, or an argument is out
+            of range. An existing folder is not changed in this case.
     """
     _check_numbers(seed, train, val)
     output_dir = Path(output_dir)
@@ -74,7 +73,9 @@ def make_shapes(
     settings = {"version": VERSION, "seed": seed, "train": train, "val": val, "tiny": TINY_IMAGES}
     try:
         if _is_present(target, settings):
-            logger.info("%s already contains this dataset (%s)", output_dir, _listed(settings))
+            logger.info(
+                "%s already contains the shapes dataset (%s)", output_dir, _listed(settings)
+            )
             return output_dir
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".shapes-", dir=target.parent) as scratch:
@@ -94,7 +95,7 @@ def _check_numbers(seed: int, train: int, val: int) -> None:
     if seed < 0 or train < 1 or val < 1:
         raise UserError(
             f"Cannot create a shapes dataset with seed={seed}, train={train}, val={val}; "
-            "expected a seed of 0 or more and at least 1 image per split. Correct the value."
+            "expected a non-negative seed and at least 1 image per split. Correct these values."
         )
 
 
@@ -128,7 +129,7 @@ def _is_present(target: Path, settings: dict[str, int]) -> bool:
 def _difference(target: Path, settings: dict[str, int]) -> str | None:
     """Describe how a non-empty folder differs from the dataset.
 
-    The result is None if there is no difference.
+    Return None if there is no difference.
     """
     try:
         found = json.loads((target / "shapes.json").read_text())
@@ -228,7 +229,7 @@ def _annotation(shape: ShapeObject, image_id: int, annotation_id: int) -> dict:
 def _keypoints(mask: np.ndarray) -> list[int]:
     """Return the outermost pixels of a mask (H, W) in the order of `SHAPE_KEYPOINTS`.
 
-    Each keypoint consists of x, y and 2, COCO's value for a visible keypoint.
+    Each keypoint consists of x, y and the COCO visibility flag 2, which means visible.
     """
     y, x = np.nonzero(mask)
     ends = (x.argmin(), x.argmax(), y.argmin(), y.argmax())

@@ -38,8 +38,8 @@ class ShapeObject:
     Attributes:
         category: Class name, one of `SHAPE_CLASSES`.
         mask: Visible pixels of the shape, bool (H, W).
-        visible: Visible fraction of the complete shape, 0-1. Parts that are occluded by other
-            shapes or outside the image do not count as visible.
+        visible: Visible fraction of the complete shape, from 0 to 1. Parts that are occluded by
+            other shapes or outside the image do not count as visible.
     """
 
     category: str
@@ -66,7 +66,7 @@ def render_image(seed: int, split: str, index: int) -> tuple[np.ndarray, list[Sh
     The image depends only on the three arguments, not on the size of the dataset.
 
     Args:
-        seed: Random seed of the dataset, 0 or more.
+        seed: Non-negative random seed of the dataset.
         split: One of `SHAPE_SPLITS`.
         index: Number of the image in its split, starting at 1. It is also the image's COCO id and
             file name.
@@ -119,7 +119,7 @@ def _background(
 
 
 def _cloud_noise(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Return smooth noise at several scales, float32 (H, W), 0-1."""
+    """Return smooth noise at several scales, float32 (H, W), with values from 0 to 1."""
     noise = np.zeros((height, width), np.float32)
     for cells in (3, 6, 12, 48):
         grid = rng.random((cells, cells), dtype=np.float32) / math.sqrt(cells)

@@ -38,7 +38,8 @@ class ShardCache:
         """Return the path of a shard's local copy, and create the copy if necessary.
 
         Raises:
-            UserError: If the shard cannot be read or written, or does not match the manifest.
+            UserError: If the shard cannot be read or does not match the manifest, or if its copy
+                cannot be written.
         """
         path = self.path(url, shard)
         if self.is_present(url, shard):

@@ -1,9 +1,9 @@
 """Support for shards without a manifest, such as those written by webdataset.
 
 A sample consists of consecutive members with the same name up to the first dot: an image and a
-label. The label is in a `.cls` file, or is the number `label` or `cls` in a `.json` file. Other
-members, such as captions, are ignored. When the dataset is opened, the headers are read once to
-count and locate the samples.
+label. The label is an integer, either in a `.cls` file, or in the entry `label` or `cls` of a
+`.json` file. Other members, such as captions, are ignored. When the dataset is opened, the headers
+are read once to count and locate the samples.
 """
 
 import hashlib
@@ -105,7 +105,7 @@ def scan_shards(
     ]
     manifest = Manifest(classes, shards, plan=FOREIGN)
     logger.info(
-        "%s: counted %d images with %d labels in %d shards without %s.",
+        "%s: found %d images with labels for %d classes in %d shards without %s.",
         paths[0].parent, manifest.samples, largest + 1, len(shards), MANIFEST,
     )  # fmt: skip
     return manifest, indices
@@ -168,7 +168,7 @@ def write_manifest(folder: str | Path, classes: list[str] | None = None) -> Mani
 
     Args:
         folder: Folder with tar files.
-        classes: Class names in label order; None uses the numbers of the classes as names.
+        classes: Class names in label order; None to use the names "0", "1" and so on.
 
     Raises:
         UserError: If the folder already has a manifest, or its files are not shards of labelled
@@ -197,7 +197,7 @@ def write_manifest(folder: str | Path, classes: list[str] | None = None) -> Mani
 
 
 def _check_uncompressed(paths: Sequence[Path]) -> None:
-    """Raise a UserError if a file is compressed, whatever its name."""
+    """Raise a UserError if a file is compressed, even if its name ends in `.tar`."""
     commands = {}
     for path in paths:
         try:
@@ -220,7 +220,7 @@ def _check_uncompressed(paths: Sequence[Path]) -> None:
 
 
 def _scan(path: Path) -> np.ndarray:
-    """Read a tar file. Return its index, int64 `(n, 3)`: offset, size and label of each image."""
+    """Read a tar file, and return the offset, size and label of each image, int64 `(n, 3)`."""
     rows = []
     try:
         size = path.stat().st_size
@@ -237,8 +237,8 @@ def _scan(path: Path) -> np.ndarray:
         ) from error
     if not rows:
         raise UserError(
-            f"Shard {path} contains no samples; expected images with labels in .cls or .json files "
-            f"of the same name, as in webdataset's shards, which have no {MANIFEST}."
+            f"Shard {path} contains no samples. Without {MANIFEST}, each image requires a label in "
+            "a .cls or .json file of the same name, as in webdataset."
         )
     index = np.array(rows, np.int64)
     if not complete or int((index[:, 0] + index[:, 1]).max()) > size:
@@ -290,8 +290,8 @@ def _row(
         raise UserError(
             f"Sample {key} in shard {path} has {len(images)} images and the members "
             f"{first_of(members)}; expected one image, and its label as a number in {key}.cls or "
-            f'as "label" in {key}.json. Convert the data to one folder per class, or write such '
-            "shards."
+            f'as "label" in {key}.json. Convert the data to one folder per class, or write the '
+            "shards in this format."
         )
     image = members[images[0]]
     return image.offset_data, image.size, label

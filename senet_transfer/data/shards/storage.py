@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class AbsentFileError(UserError):
-    """Error for a remote file that does not exist."""
+    """Error raised if a remote file does not exist."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ class ResumingReader(io.RawIOBase):
     def __init__(self, url: str, storage: RemoteOptions, size: int | None = None, start: int = 0):
         """
         Args:
-            url: Address of the file.
+            url: URL of the file.
             storage: Options for reading remote files.
             size: Size of the complete file in bytes; None if unknown.
             start: Offset of the first byte to read.

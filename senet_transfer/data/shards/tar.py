@@ -112,8 +112,9 @@ def read_shard(
 
 def _damaged(url: str, found: str) -> UserError:
     return UserError(
-        f"Shard {url} is damaged: found {found}. Compare its SHA-256 with manifest.json and copy "
-        "it again, or delete the shard and its .json file and run the preparation again."
+        f"Shard {url} is damaged: found {found}. Compare its SHA-256 checksum with the one in "
+        "manifest.json and copy the shard again. Alternatively, delete the shard and its .json "
+        "file, and run the preparation again."
     )
 
 

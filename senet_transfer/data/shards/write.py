@@ -87,7 +87,7 @@ def convert(
         images: Images to convert.
         output: Output folder, created if it does not exist.
         split: Prefix of the shard names.
-        seed: Random seed of the global shuffle, 0 or more.
+        seed: Random seed of the global shuffle, from 0 to 2^32 - 1.
         shard_mb: Approximate size of each shard, in 10^6 bytes.
         workers: Number of worker processes.
         skip_broken: Maximum number of broken images to leave out and record in the manifest. If
@@ -100,14 +100,14 @@ def convert(
     """
     if not 0 <= seed < 2**32 or shard_mb <= 0 or workers < 1 or skip_broken < 0:
         raise UserError(
-            f"seed={seed}, shard-mb={shard_mb}, workers={workers}, skip-broken={skip_broken}; "
-            "expected seed from 0 to 2^32 - 1, shard-mb greater than 0, workers at least 1 and "
-            "skip-broken at least 0."
+            f"Invalid settings: seed={seed}, shard-mb={shard_mb}, workers={workers}, "
+            f"skip-broken={skip_broken}; expected a seed from 0 to 2^32 - 1, shard-mb greater than "
+            "0, at least 1 worker and a non-negative skip-broken."
         )
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", split):
         raise UserError(
-            f"The split is {split!r}; expected a name that consists of letters, digits, '-' and "
-            "'_'."
+            f"Invalid split name {split!r}; expected letters, digits, '-' and '_', starting with a "
+            "letter or digit."
         )
     output = Path(output)
     plans = plan_shards(images, split=split, seed=seed, shard_mb=shard_mb)
@@ -153,7 +153,7 @@ def plan_shards(images: Images, *, split: str, seed: int, shard_mb: float) -> li
 
 
 def write_shard(plan: ShardPlan, output: Path) -> dict[str, Any]:
-    """Write a shard, its index and then its JSON file; return the content of the JSON file."""
+    """Write a shard, its index and its JSON file, and return the content of the JSON file."""
     skipped: list[dict[str, str]] = []
     counts: Counter[int] = Counter()
     with atomic_file(output / plan.name) as stream:
@@ -249,8 +249,8 @@ def _finished(output: Path, plans: list[ShardPlan]) -> dict[str, dict[str, Any]]
             plan = entry["plan"]
         except (ValueError, KeyError, TypeError):
             raise UserError(
-                f"{path} does not belong to a shard; expected only shards in {output}. Move it, "
-                "or choose a different folder."
+                f"{path} does not belong to a shard; expected {output} to contain only shards. "
+                "Move this file, or choose a different folder."
             ) from None
         if plan != plans[0].plan:
             raise UserError(
@@ -289,15 +289,20 @@ def _too_many_broken(
         stream.write(_on_disk([*lines, ""]))
     return UserError(
         f"{len(skipped)} images in {root} are missing or cannot be decoded: {first_of(lines)}. "
-        f"Expected at most {tolerated}. All of them are listed in {output / 'broken.txt'}. Restore "
-        f"these images and run again, or leave them out with --skip-broken {len(skipped)}."
+        f"Expected at most {tolerated}. All affected images are listed in "
+        f"{output / 'broken.txt'}. Restore them and run the command again, or leave them out with "
+        f"--skip-broken {len(skipped)}."
     )
 
 
 def _written(
     pending: list[ShardPlan], output: Path, workers: int
 ) -> Iterator[tuple[dict[str, Any], int]]:
-    """Write shards. Yield the content of each shard's JSON file and the number of input images."""
+    """Write shards.
+
+    Yields:
+        The content of each shard's JSON file, and the number of images planned for the shard.
+    """
     if workers == 1 or len(pending) <= 1:
         for plan in pending:
             yield write_shard(plan, output), len(plan.names)

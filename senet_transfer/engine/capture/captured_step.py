@@ -122,7 +122,10 @@ class CapturedStep:
 
 
 def _pinned(value: Tensor, target: Tensor) -> Tensor:
-    """Return a value in pinned memory if the target is on a GPU, for an asynchronous copy."""
+    """Copy a tensor to pinned memory if it is on the CPU and the target is on a GPU.
+
+    Copies from pinned memory are asynchronous. Other tensors are returned unchanged.
+    """
     on_host = value.device.type == "cpu" and target.device.type == "cuda"
     return value.pin_memory() if on_host else value
 

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def sum_file(path: Path) -> Path:
-    """Return the path of the checksum file, in ``sha256sum`` format, for ``path``."""
+    """Return the path of the ``sha256sum`` checksum file of ``path``."""
     return path.with_name(f"{path.name}.sha256")
 
 

@@ -180,7 +180,7 @@ def _training_state(filename: str, names: list[str]) -> dict[str, Any]:
 
 
 class UntaggedCheckpointer(Checkpointer):
-    """Checkpointer for models from which training does not resume, such as the best model."""
+    """Checkpointer for models that are not used to resume training, such as the best model."""
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Do nothing, so that ``last_checkpoint`` keeps the name of a checkpoint to resume from."""

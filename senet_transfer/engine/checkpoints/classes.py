@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 def config_next_to(weights: str) -> str:
     """Return the path of the ``config.yaml`` next to a checkpoint, or "" if there is none.
 
-    Files in a Hugging Face Hub repository are downloaded. Weights that are part of this package
-    also have a config.
+    Files in a Hugging Face Hub repository are downloaded. For weights that are part of this
+    package, the path of the config in the package is returned.
     """
     if names_published(weights):
         return bundled_config(weights)
@@ -96,9 +96,9 @@ def use_trained_classes(
     found = differences(data, model)
     if keeps:
         raise UserError(
-            f"The model in {source.path} was trained on classes that differ from those of the data "
-            f"sets: {found}. The model's classes are {model}; the datasets' classes are {data}. "
-            "Use data with the same classes in the same order."
+            f"The model in {source.path} was trained on classes that differ from those of the "
+            f"datasets: {found}. The model's classes are {model}; the datasets' classes are "
+            f"{data}. Use data with the same classes in the same order."
         )
     if len(model) == len(data):
         logger.warning(

@@ -103,7 +103,11 @@ def _written(folder: Path) -> Iterator[Path]:
 
 
 def drop_earlier_log(folder: str | Path, size: int) -> None:
-    """Remove the first ``size`` bytes of the log while this process keeps appending to it."""
+    """Remove the messages of an earlier run from the log.
+
+    These messages are the first ``size`` bytes. The file is rewritten in place, because this
+    process keeps appending to it.
+    """
     path = Path(folder, LOG)
     if size and path.is_file():
         with open(path, "r+b") as log:

@@ -10,8 +10,8 @@ from senet_transfer.engine.inference.fused_detector import FusedDetector
 def with_augmentation(cfg: CfgNode, model: nn.Module) -> GeneralizedRCNNWithTTA | FusedDetector:
     """Return a detector with the test-time augmentation configured in ``TEST.AUG``.
 
-    A single R-CNN is augmented by Detectron2, which also averages masks. All other detectors are
-    augmented by :class:`FusedDetector`.
+    For a single R-CNN, this is Detectron2's :class:`GeneralizedRCNNWithTTA`, which also averages
+    masks. For all other detectors, it is a :class:`FusedDetector`.
 
     Detectron2's default sizes, 400 to 1200 pixels, assume ``INPUT.MIN_SIZE_TEST: 800``. If
     ``TEST.AUG`` has its default values, the sizes are scaled to the config's test size.

@@ -1,4 +1,4 @@
-"""Drawings of predictions on images, with one colour per class and labels that do not overlap."""
+"""Visualization of predictions, with one colour per class and labels that do not overlap."""
 
 import colorsys
 from collections.abc import Sequence
@@ -63,7 +63,10 @@ class ClassNames:
 
     @classmethod
     def of(cls, things: Sequence[str], stuff: Sequence[str] = ()) -> "ClassNames":
-        """Replace names that can't be drawn, and find fonts; see :func:`~.fonts.drawable_names`."""
+        """Create an instance with fonts for the given names.
+
+        Names that can't be drawn are replaced; see :func:`~.fonts.drawable_names`.
+        """
         drawn, families = drawable_names([*things, *stuff])
         return cls(drawn[: len(things)], drawn[len(things) :], families)
 
@@ -80,7 +83,7 @@ class PredictionDrawing(Visualizer):
     def __init__(self, image: np.ndarray, classes: ClassNames):
         """
         Args:
-            image: An RGB image (H, W, 3), 0-255.
+            image: An RGB image (H, W, 3) with values from 0 to 255.
             classes: The class names.
         """
         short, long = sorted(image.shape[:2])
@@ -95,7 +98,7 @@ class PredictionDrawing(Visualizer):
 
     @property
     def image(self) -> np.ndarray:
-        """The drawing as an RGB image (H, W, 3), 0-255."""
+        """The drawing as an RGB image (H, W, 3) with values from 0 to 255."""
         return self.output.get_image()
 
     def draw_instances(self, instances: Instances) -> None:
@@ -263,7 +266,7 @@ def free_corner(
 
 
 def _connection(rect: Rect, label: Rect) -> list[tuple[float, float]] | None:
-    """Return the end points of a line from an object to its label, or None if the two touch."""
+    """Return the end points of a line from an object to its label, or None if they touch."""
     ends = []
     for low, high in ((0, 2), (1, 3)):
         gap_before, gap_after = rect[low] - label[high], label[low] - rect[high]

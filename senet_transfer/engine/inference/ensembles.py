@@ -57,7 +57,7 @@ def _class_count(found: ModelSource) -> int:
 
 
 def has_caffe_order(found: ModelSource) -> bool:
-    """Return whether a model uses the order of ImageNet classes in the authors' Caffe models."""
+    """Return whether a model uses the ImageNet class order of the SENet authors' Caffe models."""
     published = found.source is not None and found.source.family.name == "caffe"
     return published and not found.cfg.DATASETS.CLASSES and _class_count(found) == 1000
 

@@ -81,7 +81,7 @@ class FusedDetector(nn.Module):
         )
 
     def _views(self, item: dict[str, Any]) -> list[tuple[dict[str, Any], Transform]]:
-        """Return the augmented copies of an image, each with the transform back to the image."""
+        """Return the augmented copies of an image, each with the inverse of its transform."""
         if self.views is None:
             return [(item, NoOpTransform())]
         found = []

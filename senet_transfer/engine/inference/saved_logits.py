@@ -22,10 +22,10 @@ class SavedLogits:
 
     Attributes:
         file: Path of the file.
-        rows: Row index of each image, from 0, by image key.
+        rows: Dictionary from image key to row index, starting at 0.
         labels: Label and class name of each image.
         paths: Path of each image.
-        logits: Float32 ``(N, C)``.
+        logits: Logits of each image, float32 ``(N, C)``.
     """
 
     file: str
@@ -39,7 +39,7 @@ class SavedLogits:
         """Read a CSV file.
 
         Raises:
-            UserError: If the file can't be read or has no logits.
+            UserError: If the file can't be read or contains no logits.
         """
         rows: dict[str, int] = {}
         labels, paths, logits = [], [], []
@@ -47,7 +47,7 @@ class SavedLogits:
             for index, (key, label, name, path, values) in enumerate(_lines(file)):
                 if rows.setdefault(key, index) != index:
                     raise UserError(
-                        f"{file} has two rows with the key {key}; expected one row per image."
+                        f"{file} contains two rows with the key {key}; expected one row per image."
                     )
                 labels.append((int(label), name))
                 paths.append(path)
@@ -129,13 +129,13 @@ def _check_same(first: SavedLogits, other: SavedLogits) -> None:
     counts = first.logits.shape[1], other.logits.shape[1]
     if counts[0] != counts[1]:
         raise UserError(
-            f"{files} have logits of {counts[0]} and {counts[1]} classes; expected the same "
+            f"{files} contain logits for {counts[0]} and {counts[1]} classes; expected the same "
             "classes. Evaluate both models on the same data."
         )
     if differing := first.rows.keys() ^ other.rows.keys():
         raise UserError(
-            f"{files} have different images: {len(differing)} are in only one of the files, such "
-            f"as {min(differing)}. Evaluate both models on the same data."
+            f"{files} contain different images: {len(differing)} are in only one of the files, "
+            f"such as {min(differing)}. Evaluate both models on the same data."
         )
     for key, row in first.rows.items():
         labels = first.labels[row], other.labels[other.rows[key]]

@@ -1,1 +1,1 @@
-"""Training and evaluation from Detectron2's LazyConfigs, which are written in Python."""
+"""Training and evaluation with Detectron2's LazyConfigs, which are written in Python."""

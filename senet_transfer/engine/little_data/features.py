@@ -90,7 +90,7 @@ def load_backbone(found: ModelSource, device: str = "") -> LoadedModel:
     if not found.cfg.MODEL.WEIGHTS:
         raise UserError(
             "There are no weights: neither --weights nor MODEL.WEIGHTS is set. The features of a "
-            "random network are not useful."
+            "randomly initialised network are not useful. Pass --weights."
         )
     return found.build(device, backbone_only=True)
 
@@ -130,7 +130,7 @@ def extract_features(
 ) -> Features:
     """Compute the pooled features of all images with the evaluation transform of the config.
 
-    With ten-crop evaluation, the features are averaged over the views.
+    With ten-crop evaluation, the features are averaged over the ten crops.
 
     Args:
         loaded: A classifier. It is not changed.

@@ -43,12 +43,12 @@ class LinearProbe:
 def fit_linear_probe(
     features: Tensor, labels: Tensor, num_classes: int, *, seed: int = 0
 ) -> LinearProbe:
-    """Fit a linear probe, and select its regularisation on a held-out part of the training images.
+    """Fit a linear probe, and select its L2 regularisation strength on held-out training images.
 
     A fifth of the images in each class is held out. The strength with the lowest top-1 error on
     these images is selected; ties are resolved by the lowest loss. The probe is then fitted to all
-    images. Features are standardised for the fit, and the fitted layer is then converted so that
-    it applies to the original features.
+    training images. The features are standardised for the fit. The fitted layer is then converted
+    so that it applies to the original features.
 
     Args:
         features: Features of the training images ``(N, D)``.
@@ -57,7 +57,7 @@ def fit_linear_probe(
         seed: The seed for choosing the held-out images.
 
     Raises:
-        UserError: If no class has two images.
+        UserError: If no class has at least two images.
     """
     values = features.double()
     std, mean = torch.std_mean(values, 0, correction=0)
@@ -102,15 +102,15 @@ def logistic_regression(
 ) -> tuple[Tensor, Tensor]:
     """Minimise the mean cross-entropy plus ``weight_decay / 2`` times the sum of squared weights.
 
-    This is scikit-learn's ``LogisticRegression`` with ``C = 1 / (N * weight_decay)``. The bias is
-    not regularised. The minimum is found with L-BFGS.
+    The result is equivalent to scikit-learn's ``LogisticRegression`` with
+    ``C = 1 / (N * weight_decay)``. The bias is not regularised. The optimizer is L-BFGS.
 
     Args:
         features: Features ``(N, D)``, float64.
         labels: Labels ``(N,)``.
         num_classes: The number of classes, ``C``.
         weight_decay: The strength of the regularisation.
-        start: The weight and bias to start from; None for zeros.
+        start: The initial weight and bias. If None, both are initialised with zeros.
         iterations: The maximum number of iterations.
 
     Returns:

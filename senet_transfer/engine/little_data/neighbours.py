@@ -15,10 +15,10 @@ _CHUNK = 1024
 def neighbour_scores(
     train: Tensor, labels: Tensor, features: Tensor, *, k: int, num_classes: int
 ) -> Tensor:
-    """Return a score for each class from the ``k`` nearest training images.
+    """Return class scores for each image, computed from its ``k`` nearest training images.
 
-    The neighbours are those with the largest cosine similarity ``s``. Each neighbour adds the
-    weight ``exp(s / 0.07)`` to the score of its class.
+    The nearest images are those whose features have the largest cosine similarity ``s``. Each of
+    them adds the weight ``exp(s / 0.07)`` to the score of its class.
 
     Args:
         train: Features of the training images ``(M, D)``.
@@ -28,7 +28,7 @@ def neighbour_scores(
         num_classes: Number of classes.
 
     Returns:
-        Scores ``(N, num_classes)``, which are 0 for classes without neighbours.
+        Scores ``(N, num_classes)``. The score of a class without neighbours is 0.
     """
     known = F.normalize(train.double()).T
     scores = []
@@ -43,8 +43,8 @@ def top_errors(scores: Tensor, labels: Tensor) -> dict[str, float]:
     """Return the number of images and the top-1 and top-5 errors in percent.
 
     Args:
-        scores: Scores of the classes ``(N, C)``. A class whose score is minus infinity never counts
-            as predicted, even if fewer than five classes have finite scores.
+        scores: Class scores ``(N, C)``. Classes with a score of minus infinity are not among the
+            top 5, even if fewer than five classes have finite scores.
         labels: Class indices ``(N,)``.
     """
     values, best = scores.topk(min(TOP, scores.shape[1]))

@@ -44,18 +44,18 @@ def run_probe(
     workers: int = 2,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Evaluate a linear probe and nearest neighbours, and save the results.
+    """Evaluate a linear probe and nearest-neighbour classification, and save the results.
 
-    The classifier, whose linear layer is the probe, is saved as ``model_final.pth`` with a
-    ``config.yaml``, and the results are saved as ``probe.json``.
+    The classifier with the probe as its linear layer is saved as ``model_final.pth``, and its
+    config as ``config.yaml``. The results are saved as ``probe.json``.
 
     Args:
-        found: A classifier, whose linear layer is replaced.
+        found: The classifier to evaluate. The probe replaces its linear layer.
         train: The training data.
         data: The evaluation data.
         output: The output folder.
-        device: The device for the features. If empty, ``MODEL.DEVICE`` is used.
-        classes: Order of the labels; see :func:`~.features.open_labelled`.
+        device: The device for computing the features. If empty, ``MODEL.DEVICE`` is used.
+        classes: The class order; see :func:`~.features.open_labelled`.
         neighbours: The number of nearest neighbours.
         seed: The seed for choosing the held-out training images.
         batch_size: The number of images per batch.
@@ -66,8 +66,8 @@ def run_probe(
         The results, with errors in percent.
 
     Raises:
-        UserError: If a file is missing or does not match the other files, or the output folder
-            contains another run.
+        UserError: If a file is missing or does not match the other files, or if the
+            output folder contains a training run.
     """
     if neighbours < 1:
         raise UserError(f"The number of neighbours is {neighbours}; expected 1 or more.")

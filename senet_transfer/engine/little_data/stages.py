@@ -15,9 +15,9 @@ _STAGE = re.compile(r"(?:backbone\.(?:bottom_up\.)?|roi_heads\.)(stem|res[2-5])"
 
 
 def backbone_stages(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the stages of a model's backbone by module name, from the stem to the last stage.
+    """Return a dict from module names to the backbone's stages, from the stem to the last stage.
 
-    The last stage of a C4 detector is part of the ROI heads. It is included, because it is also
+    The last stage of a C4 detector is part of the ROI heads. It is included because it is also
     pretrained.
     """
     found = {name: module for name, module in model.named_modules() if _STAGE.fullmatch(name)}
@@ -26,7 +26,7 @@ def backbone_stages(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def layer_factors(model: nn.Module, decay: float) -> Callable[[str], float]:
-    """Return a function that maps a parameter's name to a factor for its learning rate.
+    """Return a function that maps a parameter name to the factor for its learning rate.
 
     The factor is 1 for parameters outside the stages, ``decay`` in the last stage, ``decay ** 2``
     in the stage before it, and so on. This is the layer decay of BEiT (Bao et al. 2022) and timm,
@@ -38,7 +38,7 @@ def layer_factors(model: nn.Module, decay: float) -> Callable[[str], float]:
     stages = list(backbone_stages(model))
     if not stages:
         raise UserError(
-            f"SOLVER.LAYER_DECAY is {decay:g}, but the backbone has no stages called stem and res2 "
+            f"SOLVER.LAYER_DECAY is {decay:g}, but the backbone has no stages named stem and res2 "
             "to res5. Set it to 1."
         )
     powers = {f"{name}.": decay ** (len(stages) - depth) for depth, name in enumerate(stages)}
@@ -50,7 +50,7 @@ def layer_factors(model: nn.Module, decay: float) -> Callable[[str], float]:
 
 
 class GradualUnfreezing(HookBase):
-    """Hook that freezes a backbone's stages at first and then unfreezes them, last stage first.
+    """Hook that initially freezes all backbone stages, then unfreezes them from last to first.
 
     The weights of a frozen stage do not change, its batch norms use their running statistics and do
     not update them, and no gradients are computed for it. The frozen stages depend only on the
@@ -60,15 +60,15 @@ class GradualUnfreezing(HookBase):
     def __init__(self, model: nn.Module, starts: Sequence[int], wrap: Callable[[], Any]):
         """
         Args:
-            model: The model, without a wrapper for distributed training.
+            model: The unwrapped model (not ``DistributedDataParallel``).
             starts: The iterations at which the last stage, the stage before it, and so on are
                 unfrozen. If there are fewer iterations than stages, the other stages stay frozen.
             wrap: A function that wraps the model for distributed training again. The wrapper only
                 supports the parameters that required gradients when it was created.
 
         Raises:
-            UserError: If the iterations are not in ascending order, or if there are more of them
-                than stages.
+            UserError: If an iteration is negative, if the iterations are not in ascending order, or
+                if there are more iterations than trainable stages.
         """
         stages = [
             (name, stage, parameters)
@@ -77,15 +77,17 @@ class GradualUnfreezing(HookBase):
         ]
         if len(starts) > len(stages):
             raise UserError(
-                f"SOLVER.UNFREEZE_ITERS (or UNFREEZE_EPOCHS) has {len(starts)} numbers, but the "
-                f"backbone has {len(stages)} trainable stages: "
-                f"{', '.join(name for name, *_ in stages)}. Set at most one number per stage, "
-                "starting with the last stage. MODEL.BACKBONE.FREEZE_AT freezes stages permanently."
+                f"SOLVER.UNFREEZE_ITERS (or UNFREEZE_EPOCHS) contains {len(starts)} values, but "
+                f"the backbone has {len(stages)} trainable stages: "
+                f"{', '.join(name for name, *_ in stages)}. Set at most one value per trainable "
+                "stage, starting with the last stage. Stages frozen by MODEL.BACKBONE.FREEZE_AT "
+                "are not trainable."
             )
         if list(starts) != sorted(starts) or any(start < 0 for start in starts):
             raise UserError(
-                f"SOLVER.UNFREEZE_ITERS (or UNFREEZE_EPOCHS) is {list(starts)}; expected numbers "
-                "of 0 or more in ascending order, because the last stage is unfrozen first."
+                f"SOLVER.UNFREEZE_ITERS (or UNFREEZE_EPOCHS) is {list(starts)}; expected "
+                "non-negative values in ascending order, because the last stage is unfrozen "
+                "first."
             )
         self.stages = [(stage, parameters) for _, stage, parameters in stages]
         self.starts = [*starts, *[math.inf] * (len(stages) - len(starts))]
@@ -93,7 +95,7 @@ class GradualUnfreezing(HookBase):
         self.trained: int | None = None
 
     def before_step(self) -> None:
-        """Freeze and unfreeze stages, and keep frozen stages in evaluation mode."""
+        """Apply the unfreezing schedule, and keep the frozen stages in evaluation mode."""
         trained = sum(start <= self.trainer.iter for start in self.starts)
         if trained != self.trained:
             for place, (stage, parameters) in enumerate(self.stages):

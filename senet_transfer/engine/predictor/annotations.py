@@ -9,14 +9,17 @@ from pycocotools import mask as mask_util
 
 
 def objects(output: dict[str, Any], threshold: float) -> Instances | None:
-    """Return the objects in a model's output for an image, or None if the output has no objects.
+    """Return the objects in a model's output for an image.
 
-    The proposals of a region proposal network become objects of class 0, and their scores are the
-    sigmoid of the logits.
+    The proposals of a region proposal network become objects of class 0. Their scores are the
+    sigmoid of the objectness logits.
 
     Args:
         output: The output of any of Detectron2's meta-architectures.
         threshold: The minimum score.
+
+    Returns:
+        The objects, or None if the model does not predict objects or proposals.
     """
     if "instances" in output:
         found = output["instances"].to("cpu")
@@ -66,12 +69,13 @@ def object_annotations(found: Instances, image_id: int) -> list[dict[str, Any]]:
 def segment_annotations(
     segments: dict[int, np.ndarray], image_id: int, first: int
 ) -> list[dict[str, Any]]:
-    """Return a COCO annotation with a mask for each class of a semantic segmentation.
+    """Return one COCO annotation, with a mask, for each class in a semantic segmentation.
 
     Args:
         segments: The mask (H, W) of each class; see :func:`segments`.
         image_id: The image id.
-        first: The ``category_id`` of class 0. The other classes have the ids that follow.
+        first: The ``category_id`` of class 0. The ids of the other classes are ``first`` plus the
+            class index.
     """
     annotations = []
     for index, segment in segments.items():
@@ -89,7 +93,7 @@ def segment_annotations(
 
 
 def segments(output: dict[str, Any]) -> dict[int, np.ndarray]:
-    """Return the mask (H, W) of each class in a model's semantic segmentation of an image.
+    """Return a dict from class indices to masks ``(H, W)`` for an image's semantic segmentation.
 
     For a panoptic segmentation, only the stuff segments are returned, not the objects.
     """

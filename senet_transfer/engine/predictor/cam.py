@@ -39,11 +39,11 @@ class ActivationMap:
 
     @property
     def added(self) -> np.ndarray | None:
-        """Change caused by the last gate: ``cam - plain``. None if the network has no gates."""
+        """Change caused by the last SE gate, ``cam - plain``. None if the network has no gates."""
         return None if self.plain is None else self.cam - self.plain
 
     def plot(self) -> Image.Image:
-        """Return a figure of the map and of the change caused by the last SE gate."""
+        """Return a figure of ``cam`` and, in a second panel, ``added``, overlaid on the image."""
         maps = [(self.cam, f"{self.name} {self.probability:.1%}")]
         if self.added is not None:
             maps.append((self.added, "added by the last SE gate"))
@@ -74,7 +74,8 @@ def class_activation_map(
         label: The index of the class. If None, the most probable class is used.
 
     Raises:
-        UserError: If the network has no global average pooling, or the model is an exported file.
+        UserError: If the network has no global average pooling, or the model was loaded from an
+            exported file.
     """
     model = predictor.run
     if not isinstance(model, ImageClassifier) or model.neck is not None:

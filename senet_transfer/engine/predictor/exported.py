@@ -32,7 +32,7 @@ def load_exported(
         path: The exported file. Load only trusted files: formats other than ONNX can execute
             arbitrary code.
         threshold: The minimum score of objects.
-        top: The number of most probable classes in a classifier's results.
+        top: The number of most probable classes to include in a classifier's results.
         options: Further arguments for the predictor.
 
     Raises:
@@ -53,8 +53,9 @@ def load_exported(
         return _detector(run, found, threshold=threshold, **options)
     if found.get("task", "classification") != "classification" or "preprocessing" not in found:
         raise UserError(
-            f"{path} does not describe its preprocessing, which prediction requires. Expected a "
-            "classifier, or a detector in ONNX format, written by senet export."
+            f"{path} contains no description of its preprocessing, so it can't be used for "
+            "prediction. Expected a classifier, or a detector in ONNX format, written by senet "
+            "export."
         )
     return _classifier(run, found, size, top=top, **options)
 

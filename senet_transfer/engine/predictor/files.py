@@ -1,4 +1,4 @@
-"""Prediction on files and videos, with drawings and results in several formats."""
+"""Prediction on image files and videos, with results and drawings written to files."""
 
 import csv
 import itertools
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 FORMATS = ("json", "coco", "csv", "yolo")
 
-# Maximum number of problems to list in an error message.
+# Maximum number of errors to list in an error message.
 _LISTED = 10
 
 Result = Classification | Detections
@@ -48,7 +48,7 @@ def predict_files(
     report: Callable[[Result], object] = lambda result: None,
     plot: Callable[[Any], Image.Image] = lambda result: result.plot(),
 ) -> str:
-    """Run prediction on images, write the results and draw them.
+    """Run prediction on images, and write the results and, optionally, drawings of them.
 
     After Ctrl-C, the results so far are kept.
 
@@ -58,14 +58,15 @@ def predict_files(
             occurs several times is processed once.
         output_dir: The output folder for ``predictions.json`` (or ``.csv``, or the folder
             ``labels`` for YOLO) and the drawings. A drawing has the relative path of its image.
-        form: One of :data:`FORMATS`; by default "coco" for detectors and "json" for classifiers.
+        form: The output format, one of :data:`FORMATS`. The default is "coco" for detectors and
+            "json" for classifiers.
         draw: If True, write images with the predictions drawn on them. The default is True for
             detectors and False for classifiers.
         batch_size: See :meth:`Predictor.stream`.
         workers: See :meth:`Predictor.stream`.
         quiet: If True, show no progress bar.
         report: A function that is called with each result.
-        plot: A function that draws a result.
+        plot: A function that returns the drawing of a result.
 
     Returns:
         The path of the results file or folder.
@@ -100,7 +101,7 @@ def predict_files(
     except KeyboardInterrupt:
         path = writer.close()
         logger.warning(
-            "Prediction was interrupted. Only some of the %d images have predictions in %s",
+            "Prediction was interrupted. The predictions for some of the %d images are in %s",
             len(photos),
             path,
         )
@@ -202,7 +203,7 @@ def check_all_read(broken: list[str], images: int, path: str) -> None:
         more = f"\n... and {len(broken) - _LISTED} more" if len(broken) > _LISTED else ""
         raise UserError(
             f"{len(broken)} of {images} images can't be read or processed. The predictions for the "
-            f"other images are in {path}. The problems:\n" + "\n".join(broken[:_LISTED]) + more
+            f"other images are in {path}. Errors:\n" + "\n".join(broken[:_LISTED]) + more
         )
 
 
@@ -260,7 +261,7 @@ def _writer(form: str, detects: bool, output_dir: str, photos: Sequence[Photo]) 
 
 
 def _opened(path: str) -> IO[str]:
-    """Open a text file for writing. Image paths in it that are not UTF-8 keep their bytes."""
+    """Open a text file for writing. Image paths that are not UTF-8 are written byte for byte."""
     try:
         make_output_folder(os.path.dirname(path))
         return open(path, "w", newline="", encoding="utf-8", errors="surrogateescape")
@@ -269,13 +270,13 @@ def _opened(path: str) -> IO[str]:
 
 
 class _Writer:
-    """Base class for writers of results in a given format."""
+    """Base class for writers of prediction results."""
 
     def __init__(self, output_dir: str, photos: Sequence[Photo]):
         self.path = os.path.join(output_dir, "predictions.json")
 
     def add(self, result: Any, number: int) -> None:
-        """Add the result for an image. Images are numbered from 1."""
+        """Add the result for an image. ``number`` is the image's position in the input, from 1."""
 
     def close(self) -> str:
         """Write the remaining results, and return the path."""

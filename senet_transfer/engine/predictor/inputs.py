@@ -1,4 +1,4 @@
-"""Input images for prediction: files, folders, patterns, lists, URLs and images in memory."""
+"""Input images for prediction: files, folders, glob patterns, lists, URLs, images in memory."""
 
 import glob
 import itertools
@@ -32,8 +32,8 @@ class Photo:
 
     Attributes:
         source: Path, HTTP(S) URL, PIL image, or RGB or grayscale pixels: an array ``(H, W, 3)`` or
-            ``(H, W)``, or a tensor ``(3, H, W)`` or ``(1, H, W)``, uint8. If ``reading`` contains a
-            number of channels, an array ``(H, W, C)`` or a tensor ``(C, H, W)`` of any number type.
+            ``(H, W)``, or a tensor ``(3, H, W)`` or ``(1, H, W)``, uint8. If ``reading.channels``
+            is set, the pixels are an array ``(H, W, C)`` or a tensor ``(C, H, W)`` of any dtype.
         name: Path or URL, or a description of an image in memory.
         relative: Path of the image relative to the input folder. Output files are named after it.
         reading: Settings for reading the image.
@@ -55,7 +55,7 @@ class Photo:
         return cls(source, name, name)
 
     def pillow(self) -> Image.Image:
-        """Return the image for a classifier, in RGB.
+        """Return the image for a classifier, as a PIL image in RGB.
 
         Raises:
             UserError: If the image can't be read.
@@ -70,7 +70,7 @@ class Photo:
             raise self._unreadable(error) from error
 
     def pixels(self) -> np.ndarray:
-        """Return the image for a detector: RGB, uint8 ``(H, W, 3)``.
+        """Return the image for a detector, as an RGB array ``(H, W, 3)``, uint8.
 
         Raises:
             UserError: If the image can't be read.
@@ -125,7 +125,7 @@ def _in_memory(image: Any) -> Image.Image:
     given = " ".join(str(part) for part in (type(image).__name__, dtype, shape) if str(part))
     raise UserError(
         f"The image is a {given}; expected a path, a URL, a PIL image, or RGB or grayscale pixels "
-        "in 0-255 with the data type uint8: an array (H, W, 3) or (H, W), or a tensor (C, H, W)."
+        "of type uint8: an array (H, W, 3) or (H, W), or a tensor (C, H, W)."
     )
 
 
@@ -143,7 +143,7 @@ def is_address(name: str) -> bool:
 
 
 def is_video(name: str) -> bool:
-    """Return whether a name refers to a video file, a stream, or a camera index."""
+    """Return whether a name is the path or URL of a video, a stream URL, or a camera index."""
     if is_address(name):
         return name.partition("?")[0].lower().endswith(VIDEO_SUFFIXES)
     if name.startswith(_STREAMS) or (name.isdigit() and not os.path.exists(name)):
@@ -154,8 +154,9 @@ def is_video(name: str) -> bool:
 def find_photos(inputs: Iterable[str]) -> list[Photo]:
     """Find images by paths, URLs, folders, glob patterns and lists of images.
 
-    Folders are searched recursively. A list is a ``.txt`` file with one path or URL per line; paths
-    are relative to the list's folder or to the working directory.
+    Folders are searched recursively. A list is a ``.txt`` file with one path or URL per line. A
+    path in a list is relative to the list's folder or, if it does not exist there, to the working
+    directory.
 
     Returns:
         Each image once, sorted by name.

@@ -47,13 +47,16 @@ def load(
     ```
 
     Args:
-        source: The output folder of a run (its best model or, if there is none, its final model is
-            loaded); a checkpoint or weight file; a config file whose ``MODEL.WEIGHTS`` is a
-            complete model; a published name such as "cadene/se_resnet50" (names that start with
-            "senet_transfer/" are weights in this package) or "timm/NAME" for weights that only timm
-            provides; a Hugging Face Hub repository such as "hf-hub:owner/name"; a detector in
-            Detectron2's model zoo such as "COCO-Detection/faster_rcnn_R_50_FPN_3x"; or a file
-            written by ``senet export`` (.onnx, .pt2 or .ts; for detectors, only .onnx).
+        source: One of the following:
+
+            - The output folder of a run. The best model is loaded or, without one, the final model.
+            - A checkpoint or weight file.
+            - A config file whose ``MODEL.WEIGHTS`` contains all weights of the model.
+            - The name of published weights, such as "cadene/se_resnet50"; "senet_transfer/NAME" for
+              weights in this package; or "timm/NAME" for weights that only timm provides.
+            - A Hugging Face Hub repository, such as "hf-hub:owner/name".
+            - A model in Detectron2's model zoo, such as "COCO-Detection/faster_rcnn_R_50_FPN_3x".
+            - A file written by ``senet export`` (.onnx, .pt2 or .ts; for detectors, only .onnx).
         config_file: The config of a weight file. If empty, the ``config.yaml`` next to the file or,
             without one, the file's metadata is used.
         options: Alternating keys and values that override the config, such as
@@ -64,7 +67,7 @@ def load(
             rounding and because Detectron2 pads smaller images to the size of the largest, which
             affects results near the edges.
         threshold: The minimum score of objects.
-        top: The number of most probable classes in a classifier's results.
+        top: The number of most probable classes to include in a classifier's results.
 
     Returns:
         A :class:`~senet_transfer.engine.predictor.predictor.ClassifierPredictor`, which returns
@@ -122,8 +125,8 @@ def load_trained(
         ) from error
     if not found.cfg.MODEL.WEIGHTS:
         raise UserError(
-            f"{config_file} has no weights (MODEL.WEIGHTS is empty). Pass a checkpoint of this "
-            "config, or published weights."
+            f"{config_file} specifies no weights (MODEL.WEIGHTS is empty). Pass a checkpoint "
+            "trained with this config, or set MODEL.WEIGHTS to published weights."
         )
     if not found.cfg.DATASETS.CLASSES:
         take_classes(found.cfg)
@@ -132,8 +135,8 @@ def load_trained(
     # The boxes predicted by a region proposal network have no classes.
     if config_file and not classes and predicts(found.cfg) != {PROPOSALS}:
         raise UserError(
-            f"{config_file} has no class names (DATASETS.CLASSES is empty). Use the config.yaml "
-            "in the run's output folder."
+            f"{config_file} contains no class names (DATASETS.CLASSES is empty). Use the "
+            "config.yaml in the run's output folder."
         )
     check_augmentation(found.cfg)
     return build_detectors(found, device)
@@ -163,7 +166,7 @@ def _find(name: str, config_file: str) -> tuple[str, str]:
 
 
 def take_classes(cfg: CfgNode) -> None:
-    """Copy the datasets' class names to the config if they are known without reading files."""
+    """Copy the datasets' class names to the config if Detectron2's metadata contains them."""
     register_shapes()
     for name in [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]:
         known = MetadataCatalog.get(name).as_dict() if name in MetadataCatalog else {}

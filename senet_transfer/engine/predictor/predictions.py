@@ -57,7 +57,7 @@ class Classes:
 
     @functools.cached_property
     def outdoors(self) -> np.ndarray | None:
-        """Bool array ``(C,)``, True for outdoor classes; None if a class is not in Places365."""
+        """Bool array ``(C,)``, True for outdoor classes; None if any class isn't in Places365."""
         known = places365_classes()
         if not self.things or not known.keys() >= set(self.things):
             return None
@@ -81,7 +81,7 @@ class Classes:
 
 
 class _Shown(ABC):
-    """Base class for results, which notebooks display as a drawing above text."""
+    """Base class for results, which notebooks display as a drawing with a caption."""
 
     photo: Photo
 
@@ -110,8 +110,8 @@ class Classification(_Shown):
         scores: Probabilities of the most probable classes.
         probabilities: Probabilities of all classes, float32 ``(C,)``.
         classes: All classes of the model.
-        outdoor: Probability that the scene is outdoors, which is the sum over the outdoor classes
-            of Places365; None for other classes.
+        outdoor: Probability of an outdoor scene: the sum of the probabilities of the outdoor
+            classes. None if any class of the model is not in Places365.
     """
 
     photo: Photo
@@ -177,7 +177,7 @@ class Detections(_Shown):
         photo: The image.
         instances: The objects as Detectron2's ``Instances``, on the CPU.
         classes: The classes of the model.
-        segments: Mask ``(H, W)`` of each class of a semantic segmentation.
+        segments: Masks ``(H, W)`` of a semantic segmentation, by class index.
     """
 
     photo: Photo
@@ -190,11 +190,11 @@ class Detections(_Shown):
 
     @property
     def boxes(self) -> np.ndarray:
-        """Boxes, float32 ``(N, 4)``: x1, y1, x2, y2 in pixels of the image as it is read.
+        """Boxes, float32 ``(N, 4)``: x1, y1, x2, y2 in pixel coordinates.
 
-        The model's ``INPUT.EXIF`` determines whether the EXIF orientation is applied.
-
-        A rotated box has five values; see :func:`~.annotations.object_annotations`.
+        The coordinates refer to the image as the model reads it. ``INPUT.EXIF`` determines whether
+        the EXIF orientation is applied. Rotated boxes are ``(N, 5)``; see
+        :func:`~.annotations.object_annotations`.
         """
         if not len(self):
             return np.zeros((0, 4), np.float32)
@@ -236,7 +236,8 @@ class Detections(_Shown):
     def to_dict(self) -> dict[str, Any]:
         """Return the path, the image size, and the class, label, score and box of each object.
 
-        An object has a ``segmentation`` or ``keypoints`` in COCO format if the model predicts them.
+        If the model predicts masks or keypoints, each object also contains ``segmentation`` or
+        ``keypoints`` in COCO format.
         """
         height, width = self.instances.image_size
         objects = []

@@ -56,10 +56,10 @@ class Prepared:
 
     Attributes:
         photo: The image.
-        tensor: The model's input, uint8 ``(C, H, W)``, with a leading dimension for several views.
-            None if the image can't be read.
+        tensor: The model's input, uint8 ``(C, H, W)``, or ``(10, C, H, W)`` for ten crops of the
+            image. None if the image can't be read.
         size: Height and width of the image.
-        problem: The reason why the image can't be read.
+        problem: The error that occurred while reading the image, or None.
     """
 
     photo: Photo
@@ -99,8 +99,8 @@ class Predictor(ABC, Generic[Result]):
 
         Args:
             images: A path or HTTP(S) URL, a PIL image, RGB or grayscale pixels (an array
-                ``(H, W, 3)`` or ``(H, W)``, or a tensor ``(C, H, W)``, uint8), or a list
-                of these; or a folder, a glob pattern, a ``.txt`` list of paths or a video.
+                ``(H, W, 3)`` or ``(H, W)``, or a tensor ``(C, H, W)``, uint8), or a list of these.
+                Alternatively, a folder, a glob pattern, a ``.txt`` list of paths, or a video.
             batch_size: The number of images per batch. By default, the predictor's batch size.
 
         Returns:
@@ -120,13 +120,13 @@ class Predictor(ABC, Generic[Result]):
         workers: int = 0,
         broken: list[str] | None = None,
     ) -> Iterator[Result]:
-        """Yield the results one by one, using a constant amount of memory.
+        """Yield the results one by one, without keeping all images in memory.
 
         Args:
             images: Images as in :meth:`__call__`, or any iterable of them.
             batch_size: The number of images per batch. By default, the predictor's batch size.
-            workers: The number of processes that read and resize images. Videos are read by this
-                process only.
+            workers: The number of processes that read and resize images. Videos are read in the
+                main process only.
             broken: A list to which a message is appended for each image that can't be read or
                 processed. If None, the first such image raises an error.
         """
@@ -134,7 +134,7 @@ class Predictor(ABC, Generic[Result]):
         if size < 1 or workers < 0:
             raise UserError(
                 f"batch_size is {size} and workers is {workers}; expected at least 1 image per "
-                "batch, and 0 or more workers."
+                "batch, and a non-negative number of workers."
             )
         if isinstance(images, str | os.PathLike) and is_video(os.fspath(images)):
             workers = 0
@@ -176,7 +176,10 @@ class Predictor(ABC, Generic[Result]):
             return Prepared(photo, problem=UserError(reason))
 
     def _results(self, batch: list[Prepared], broken: list[str] | None) -> Iterator[Result]:
-        """Yield the results for a batch. If the batch fails, process its images one by one."""
+        """Yield the results for a batch.
+
+        If ``broken`` is a list and the batch fails, process the images of the batch one by one.
+        """
         try:
             for item in batch:
                 if item.problem:
@@ -226,7 +229,7 @@ class ClassifierPredictor(Predictor[Classification]):
                 RGB ``(N, 3, H, W)``.
             transform: The evaluation transform of the model.
             classes: The classes of the model.
-            top: The number of most probable classes in a result.
+            top: The number of most probable classes to include in a result.
             options: Further arguments for :class:`Predictor`.
         """
         super().__init__(classes, reading=transform.reading, **options)
@@ -282,7 +285,7 @@ class DetectorPredictor(Predictor[Detections]):
             classes: The classes of the model.
             input_format: The model's channel order, such as "BGR"; "L" for grayscale images; or
                 a format such as "C5" for images with 5 channels.
-            threshold: The minimum score of the objects in a result.
+            threshold: The minimum score of the objects to include in a result.
             options: Further arguments for :class:`Predictor`.
         """
         super().__init__(classes, **options)
@@ -333,10 +336,13 @@ class DetectorPredictor(Predictor[Detections]):
 
 
 class Resize(ResizeShortestEdge):
-    """Detectron2's resizing with a minimum side of 1 pixel, for very elongated images."""
+    """Detectron2's ``ResizeShortestEdge``, but the result is at least 1 pixel high and wide.
+
+    Very elongated images would otherwise be resized to a height or width of 0.
+    """
 
     def get_transform(self, image: np.ndarray) -> Transform:
-        """Return the transform for an image."""
+        """Return the transform that resizes an image ``(H, W, C)``."""
         found = super().get_transform(image)
         if not isinstance(found, ResizeTransform) or min(found.new_h, found.new_w) > 0:
             return found

@@ -16,7 +16,7 @@ _USUAL_RATE = 25.0
 class Video:
     """Iterable over the frames of a video, which are read one by one.
 
-    A video is also a context manager, which closes it on exit.
+    As a context manager, a ``Video`` is closed on exit.
 
     Attributes:
         name: Path of a file, URL of a stream, or index of a camera.
@@ -46,7 +46,7 @@ class Video:
         self.frames = count if count > 0 else None
 
     def __iter__(self) -> Iterator[Photo]:
-        """Yield the frames as images."""
+        """Yield each frame as an RGB image."""
         index = 0
         while True:
             read, frame = self._capture.read()

@@ -15,9 +15,9 @@ from senet_transfer.weights.hub.bundled import MAX_BYTES, PUBLISHER, bundled_fil
 from senet_transfer.weights.save import write_own
 
 USE = (
-    "The model is meant for trying this package without a download, for comparing networks with "
-    "and without SE, and as initial weights. It was trained on a small dataset for research, and "
-    "has not been tested for any other use."
+    "The model is intended for trying this package without a download, for comparing networks with "
+    "and without SE, and for initialising other models. It was trained on a small research dataset "
+    "and has not been tested for any other use."
 )
 
 
@@ -30,7 +30,7 @@ def bundle(
     half: bool = False,
     **statements: Any,
 ) -> Path:
-    """Write a model to this package's folder of weights. Files with the same name are replaced.
+    """Write a model to this package's weights folder. Existing files of this model are replaced.
 
     The files are ``NAME-HASH.safetensors``, ``NAME.yaml`` and ``NAME.md``. The weight file and its
     hash depend only on the arguments and the model.
@@ -84,7 +84,7 @@ def bundle(
 
 
 def _changes(cfg: CfgNode) -> str:
-    """Return the config values that differ from the defaults, as YAML."""
+    """Return ``VERSION`` and the config values that differ from the defaults, as YAML."""
     tree = CfgNode()
     for key, value in {"VERSION": cfg.VERSION, **changed_items(cfg)}.items():
         node = tree
@@ -96,12 +96,13 @@ def _changes(cfg: CfgNode) -> str:
 
 
 def index(folder: Path) -> str:
-    """Return the text of the README.md for a folder of weights, with a table of its networks."""
+    """Return the README.md text for a weights folder, with a table of the networks in it."""
     lines = [
         "# Weights in this package",
         "",
-        "`senet push --bundle` writes the files in this folder, including this README. To load a",
-        "network without a download, specify its name as weights (`--weights` or `MODEL.WEIGHTS`).",
+        "`senet push --bundle` writes the files in this folder, including this README. You can load",
+        "these networks without a download: pass the name of a network as `--weights`, or set",
+        "`MODEL.WEIGHTS` to the name.",
         "",
     ]
     if not bundled_files(folder):

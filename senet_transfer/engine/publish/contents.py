@@ -36,7 +36,7 @@ class Contents:
     """Contents of a published model.
 
     Attributes:
-        tensors: Tensors by their names in the model.
+        tensors: Tensors by name.
         cfg: Config without weights and local paths.
         metadata: Metadata for the weight file; see
             :func:`senet_transfer.weights.save.model_metadata`.
@@ -60,8 +60,8 @@ class Contents:
 
         Args:
             weights: The weight file.
-            options: Alternating keys and values that override the run's config, such as the
-                local datasets.
+            options: Alternating keys and values that override the run's config, for example to
+                set the paths of the datasets on this machine.
 
         Returns:
             The results, as in ``results.json``.
@@ -145,24 +145,24 @@ def _published_config(loaded: LoadedModel) -> CfgNode:
 
 
 def _is_local(value: str) -> bool:
-    """Return whether a value is a path on this machine, not, for example, the name of a model."""
+    """Return whether a value is a local path rather than a name, such as a model name."""
     path = os.path.expanduser(value)
     relative = path.startswith((f".{os.sep}", f"..{os.sep}"))
     return os.path.isabs(path) or relative or (os.sep in path and os.path.exists(path))
 
 
 def _stored_values(loaded: LoadedModel) -> dict[str, Any]:
-    """Return the values stored next to the tensors in a model's weight file."""
+    """Return the metadata stored in a model's weight file."""
     if loaded.family != "senet_transfer":
         return {OWN_METADATA: {"source": target_of(loaded.model).backbone.weights_source}}
     return read_tensors(local_weights(loaded.cfg.MODEL.WEIGHTS)[0]).metadata
 
 
 def _results(cfg: CfgNode, stored: dict[str, Any]) -> dict[str, Any]:
-    """Return the evaluation results of a checkpoint, if they are known.
+    """Return the evaluation results of a checkpoint, or an empty dict if they are unknown.
 
-    For a run's final model, they are in the ``results.json`` next to it. A run's best model
-    contains its own results.
+    The results of a run's final model are stored in the ``results.json`` next to it. The file of a
+    run's best model contains the value of the metric by which it was selected.
     """
     path = Path(cfg.MODEL.WEIGHTS)
     if path.name == f"{BEST_NAME}.pth":
@@ -179,8 +179,12 @@ def _results(cfg: CfgNode, stored: dict[str, Any]) -> dict[str, Any]:
 def read_json(path: Path, remedy: str) -> Any:
     """Return the contents of a JSON file.
 
+    Args:
+        path: The file.
+        remedy: A sentence on how to fix the error, which is added to the error message.
+
     Raises:
-        UserError: If the file can't be read. The message ends with ``remedy``.
+        UserError: If the file can't be read or is not valid JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))

@@ -21,8 +21,8 @@ def push(
 ) -> str:
     """Upload a model with its config, class names, preprocessing and a generated model card.
 
-    The repository is created if it does not exist. :func:`senet_transfer.load` and all options that
-    take weights accept it as "hf-hub:owner/name".
+    The repository is created if it does not exist. The model can then be passed as
+    "hf-hub:owner/name" to :func:`senet_transfer.load` and to all options that take weights.
 
     Args:
         source: The output folder of a run, a checkpoint, or another source of a complete model; see
@@ -69,7 +69,7 @@ def write_repository(
     """Write the files of a repository to a folder.
 
     The files are ``model.safetensors``, ``config.yaml`` (without local paths), ``config.json``
-    (class names, preprocessing and network, for other programs) and ``README.md``.
+    (class names, preprocessing and network, for other tools) and ``README.md``.
 
     Args:
         source: The model, as in :func:`push`.

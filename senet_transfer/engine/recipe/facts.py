@@ -1,4 +1,4 @@
-"""Facts about a dataset and a machine that determine a recipe."""
+"""Properties of the dataset and the hardware from which a recipe is derived."""
 
 import io
 import math
@@ -27,7 +27,7 @@ class DataFacts:
 
     Attributes:
         task: "detection" or "classification".
-        images: Number of training images. For detection, only images with objects count.
+        images: Number of training images. For detection, only images with objects are counted.
         classes: Number of classes.
         short_side: Median of the images' shorter sides, in pixels.
         object_size: 10th percentile of the objects' sizes (square root of the area), divided by
@@ -64,7 +64,7 @@ def describe_data(train: DataPart, val: DataPart, *, upright: bool = True) -> Da
 
     Args:
         train: Training data.
-        val: Validation data. Only the maximum number of objects depends on it.
+        val: Validation data. It is used only for the maximum number of objects.
         upright: True if annotations refer to images with the EXIF orientation applied.
 
     Raises:
@@ -113,7 +113,11 @@ def describe_data(train: DataPart, val: DataPart, *, upright: bool = True) -> Da
 
 
 def describe_machine(device: str) -> MachineFacts:
-    """Return the memory, processes and cores of this run on a device such as "cuda" or "cpu"."""
+    """Return the GPU memory and the number of processes and CPU cores that this run can use.
+
+    Args:
+        device: The device of the run, such as "cuda" or "cpu".
+    """
     memory = 0.0
     if device.startswith("cuda") and torch.cuda.is_available():
         gpus = range(torch.cuda.device_count())

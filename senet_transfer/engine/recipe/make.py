@@ -42,12 +42,13 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def use_recipe(options: "RunOptions", *, resume: bool) -> Iterator["RunOptions"]:
-    """Replace ``options.data`` with a config file for the data, and save the file on exit.
+    """Context manager that yields options with a config file chosen for ``options.data``.
 
-    All processes of a job must call this function together. The main process chooses the settings.
+    The config file is saved to the output folder on exit. All processes of a job must use this
+    context manager together. The main process chooses the settings.
 
     Args:
-        options: The run's options. They are not changed if ``data`` is empty.
+        options: The run's options. If ``options.data`` is empty, they are yielded unchanged.
         resume: If True, the config file that the original run saved is used, if it exists.
 
     Raises:
@@ -94,7 +95,7 @@ def _check(options: "RunOptions") -> None:
     ):
         if given:
             raise UserError(
-                f"--data makes a config for training, so it can't be combined with {flag}. Remove "
+                f"--data creates a training config, so it can't be combined with {flag}. Remove "
                 "one of the two. To evaluate a trained model or train it differently, use its "
                 "config: --config-file OUTPUT_DIR/config.yaml."
             )

@@ -216,5 +216,5 @@ def _schedule(
 
 
 def _multiple(value: float, of: int, low: int, high: int) -> int:
-    """Round a number to a multiple of ``of`` within limits."""
+    """Round a number to the nearest multiple of ``of``, and clamp it to ``[low, high]``."""
     return max(low, min(round(value / of) * of, high))

@@ -1,1 +1,1 @@
-"""Fused Triton kernels that compute norm, SE gate, sum and ReLU of residual blocks on a GPU."""
+"""Fused Triton kernels that compute the norm, SE gate, sum and ReLU of residual blocks on a GPU."""

@@ -1,12 +1,16 @@
-"""Parts of residual blocks that use the fused operators where these are supported and selected.
+"""Functions that compute parts of residual blocks, with the fused operators where possible.
 
-A layer's option ``fused`` is "auto", True or False. True raises an error if the kernels cannot run
-on the device. In eager mode on a GPU, "auto" fuses everything except batch norms in training mode
-without a gate. For these norms, the fused kernels run faster on the GPU than PyTorch's kernels, but
-the CPU needs longer to launch them. They are useful in CUDA graphs, for which the engine sets True.
-Under ``torch.compile``, "auto" uses PyTorch's operators, because the compiler fuses them itself.
-With any option, PyTorch's operators are used for modules with hooks and for modules that the fused
-operators do not support, such as SyncBN and gates without average pooling.
+A layer's option ``fused`` has one of these values:
+
+* True: Use the fused operators. Raise an error if they cannot run on the device.
+* False: Use PyTorch's operators.
+* "auto": Use the fused operators in eager mode on a GPU, except for batch norms in training mode
+  without a gate. For these norms, the fused kernels run faster than PyTorch's kernels, but take the
+  CPU longer to launch. They are useful in CUDA graphs, for which the engine sets the option to
+  True. Under ``torch.compile``, "auto" uses PyTorch's operators, which the compiler itself fuses.
+
+PyTorch's operators are always used for modules with hooks and for modules that the fused operators
+do not support, such as SyncBN and gates without average pooling.
 """
 
 import importlib.util
@@ -175,7 +179,7 @@ def residual_end(
 
 
 def norm_relu(norm: nn.Module, x: Tensor, fused: str | bool) -> Tensor:
-    """Return ``relu(norm(x))``."""
+    """Return ``relu(norm(x))``, computed with fused kernels if possible."""
     if not _is_selected(fused, x, norm, None) or _lacks_variance(norm, x):
         return F.relu_(norm(x))
     return norm_gate_add(norm, None, x, None, None)
@@ -184,7 +188,7 @@ def norm_relu(norm: nn.Module, x: Tensor, fused: str | bool) -> Tensor:
 def gate_and_add(
     se: SqueezeExcitation, x: Tensor, shortcut: Tensor, fused: str | bool, scale: float = 1.0
 ) -> Tensor:
-    """Return ``scale * gate(x) * x + shortcut``.
+    """Return ``scale * gate(x) * x + shortcut``, computed with fused kernels if possible.
 
     Args:
         se: The gate.
@@ -264,7 +268,7 @@ def _uses_batch(norm: nn.Module) -> bool:
 
 
 def _lacks_variance(norm: nn.Module | None, x: Tensor) -> bool:
-    """Return whether the norm would reject ``x``: training needs several values per channel."""
+    """Return whether the norm is in training mode, but ``x`` has only one value per channel."""
     return norm is not None and norm.training and x.numel() == x.shape[1]
 
 
@@ -275,9 +279,10 @@ def _learns(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor | N
 
 
 def _repeats_conv(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) -> bool:
-    """Return whether the backward pass repeats the convolution instead of saving its output.
+    """Return whether the backward pass recomputes the convolution, so its output isn't saved.
 
-    With a frozen norm, a block with a gate therefore saves no more feature maps than one without.
+    With a frozen norm, a block with a gate then saves no more feature maps than a block without a
+    gate.
     """
     one = (1, 1)
     is_pointwise = conv.kernel_size == conv.stride == one and conv.padding == (0, 0)
@@ -328,10 +333,11 @@ def _call(
 
     Args:
         norm: The norm, whose running statistics are updated in training; None for no norm.
-        function: The autograd function.
-        operator: The custom operator.
-        options: Arguments for the function or the operator.
-        position: Index of the batch mean in the operator's results. The variance is the next
+        function: The autograd function, which is called in eager mode. It updates the running
+            statistics itself.
+        operator: The custom operator, which is called under ``torch.compile``.
+        options: Arguments of the operator.
+        position: Index of the batch mean in the operator's results. The batch variance is the next
             result.
     """
     trained = norm if norm is not None and _uses_batch(norm) else None

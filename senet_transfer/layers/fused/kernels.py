@@ -22,7 +22,7 @@ import triton.language as tl
 
 @triton.jit
 def _locate(C, BC: tl.constexpr):
-    """Return a program's row index, its channel indices, and a mask of indices less than ``C``."""
+    """Return a program's row index, its channel indices, and a mask of the valid channels."""
     blocks = tl.cdiv(C, BC)
     pid = tl.program_id(0)
     c = pid % blocks * BC + tl.arange(0, BC)
@@ -314,9 +314,9 @@ def gradient_sums(
 ):  # fmt: skip
     """Sum the product of the gradient and the feature map over each chunk of positions.
 
-    ``NORM`` first subtracts the mean from the feature map, and also sums the gradient itself.
-    ``RELU`` first masks the gradient by the block's output. ``KEEP`` also writes the masked
-    gradient, which is the gradient of the shortcut.
+    With ``NORM``, first subtract the mean from the feature map, and also sum the gradient itself.
+    With ``RELU``, first set the gradient to 0 where the block's output is 0. With ``KEEP``, also
+    write this masked gradient, which is the gradient of the shortcut.
     """
     row, c, inside = _locate(C, BC)
     base = (row // S).to(tl.int64) * C * P
@@ -481,11 +481,11 @@ def input_gradient(
 ):  # fmt: skip
     """Compute the gradient of the norm's input or, without a norm, of the gate's input.
 
-    ``BATCH`` adds the gradients through the batch mean and variance, which are constants otherwise.
-    ``GATE`` adds the gradient through the squeeze. ``RELU`` masks the gradient by the output, and
-    ``KEEP`` writes the masked gradient. ``EXTRA`` adds another gradient of ``x``. ``DOT`` then
-    multiplies the result by the feature map ``branch`` and sums the products over each chunk of
-    positions.
+    With ``RELU``, first set the output's gradient to 0 where the output is 0. With ``KEEP``, also
+    write this masked gradient. With ``BATCH``, add the gradients through the batch mean and
+    variance, which are constants otherwise. With ``GATE``, add the gradient through the squeeze.
+    With ``EXTRA``, add another gradient of ``x``. With ``DOT``, also multiply the result by the
+    feature map ``branch``, and sum the products over each chunk of positions.
     """
     row, c, inside = _locate(C, BC)
     image = row // S

@@ -1,4 +1,4 @@
-"""Launching of the fused kernels, and the forward and backward passes built from them."""
+"""Functions that launch the fused kernels, and the forward and backward passes built from them."""
 
 import functools
 from collections.abc import Callable, Sequence

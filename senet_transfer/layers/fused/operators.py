@@ -11,16 +11,17 @@ operator         result
 The gate is optional, except in `conv_gate_add`. In `norm_gate_add`, norm, shortcut and ReLU are
 optional, too.
 
-Each operator exists in two forms, which use the same kernels. Eager code calls an autograd
-function, which takes a quarter of a custom operator's host time and updates the running statistics
-in one of the kernels. Compilers get a custom operator, such as
-``torch.ops.senet_transfer.norm_gate_add``, with a fake implementation and a registered gradient, so
-it does not break their graphs.
+Each operator exists in two forms, which use the same kernels:
+
+* Eager code calls an autograd function. It takes a quarter of a custom operator's host time, and
+  updates the running statistics in one of the kernels.
+* Compiled code calls a custom operator, such as ``torch.ops.senet_transfer.norm_gate_add``. With
+  its fake implementation and its registered gradient, it causes no graph breaks.
 
 For the backward pass, the operators save the norm's input and the ReLU's output, as PyTorch does
-for a block without a gate, and a few values per image and channel. With a frozen norm, PyTorch
-saves the output only, so `conv_gate_add` recomputes the convolution. In a pre-activation block, a
-gate before the sum additionally saves the gate's input.
+for a block without a gate. They also save a few values per image and channel. With a frozen norm,
+PyTorch saves only the ReLU's output, so `conv_gate_add` recomputes the convolution. If a
+pre-activation block has a gate, `gate_add_norm` also saves the gate's input.
 """
 
 from collections.abc import Callable, Sequence

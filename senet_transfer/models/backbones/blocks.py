@@ -1,7 +1,7 @@
 """Stems and residual blocks with and without SE, derived from Detectron2's classes.
 
-A block with SE has the parameter names of Detectron2's block without SE. In addition, it has the
-gate's parameters, with the prefix ``se.``.
+Blocks with SE have the same parameter names as Detectron2's blocks. The names of the gate's
+parameters start with ``se.``.
 """
 
 from typing import Any

@@ -1,12 +1,13 @@
 """BN-Inception, with and without SE.
 
-Network: Ioffe and Szegedy 2015, "Batch Normalization", as in the SENet authors' network definition,
-which differs from the paper's figure in two widths and in the last module's max pool. Max pools
-with stride 2 have no padding, and their last window is clipped at the edge.
+Paper: Ioffe and Szegedy, "Batch Normalization" (2015). The layers follow the SENet authors' network
+definition. It differs from the paper's figure in two channel counts and in the max pool of the last
+module. Max pools with stride 2 have no padding, and their last window is clipped at the edge.
 
-With SE (Figure 2 of the SENet paper; the authors' released SE-BN-Inception), a gate is applied to
-the concatenated branches of each module. All ten modules have a gate, including those with stride
-2. With r = 16 and 1000 classes, the gates add 646,398 parameters to the plain network's 11,285,224.
+With SE, a gate is applied to the concatenated branches of each module, as in Figure 2 of the SENet
+paper and in the authors' released SE-BN-Inception. All ten modules have a gate, including those
+with stride 2. With r = 16 and 1000 classes, the gates add 646,398 parameters to the 11,285,224
+parameters of the network without SE.
 
 Modules are assigned to stages by the resolution of their output: 3a and 3b are in res3, 3c to 4d in
 res4, and 4e to 5b in res5. Stage res2 consists of two convolutions and has no gate.

@@ -139,8 +139,8 @@ def check_se(
         )
     if se.relu_before:
         raise UserError(
-            "A ReLU before the gate (se_relu_before) is supported only by ResNets, not by "
-            f"{network}. Set se_relu_before to False."
+            f"se_relu_before is True, but {network} does not support a ReLU before the gate. Set "
+            "se_relu_before to False."
         )
     if not set(se.stages) & set(stages):
         raise UserError(

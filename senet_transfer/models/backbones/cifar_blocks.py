@@ -1,7 +1,7 @@
 """Building blocks of networks for 32x32 images: the stem and pre-activation blocks.
 
-Networks: He et al. 2016, "Identity Mappings in Deep Residual Networks" (pre-activation); Zagoruyko
-and Komodakis 2016 (wide).
+Papers: He et al., "Identity Mappings in Deep Residual Networks" (2016), for pre-activation ResNets;
+Zagoruyko and Komodakis, "Wide Residual Networks" (2016).
 
 In a pre-activation block, norms and ReLUs precede the convolutions. The SE placement determines
 what is gated:
@@ -76,8 +76,8 @@ class NormReLU(Fusable, CNNBlockBase):
     def forward(self, x: Tensor | SumAndOutput) -> Tensor:
         """Apply norm and ReLU to ``(N, C, H, W)``.
 
-        If the preceding block has already applied them, ``x`` is a tuple of the sum and the output,
-        and the output is returned.
+        If the preceding block has already applied them, ``x`` is a tuple of that block's sum and
+        the output of the norm and ReLU, and this output is returned.
         """
         return x[1] if isinstance(x, tuple) else norm_relu(self.norm, x, self.fused)
 
@@ -123,8 +123,8 @@ class PreActBlock(GatedBlock):
             se: SE variant; None for a block without SE.
             projection: Whether a shortcut that changes the shape is a 1x1 convolution. Otherwise,
                 it is a :class:`PaddedShortcut`.
-            shared: Whether the shortcut starts after the first norm and ReLU; None means only if
-                the shortcut changes the shape.
+            shared: Whether the shortcut starts after the first norm and ReLU. If None, this is the
+                case only for a shortcut that changes the shape.
 
         Raises:
             UserError: If the block does not support the SE placement.
@@ -221,8 +221,8 @@ def check_cifar_se(se: SEOptions) -> None:
     """Raise UserError if CIFAR networks do not support an SE variant."""
     if se.relu_before:
         raise UserError(
-            "A ReLU before the gate (se_relu_before) is supported only by ImageNet ResNets, not by "
-            "CIFAR networks. Set se_relu_before to False."
+            "se_relu_before is True, but CIFAR networks do not support a ReLU before the gate. Set "
+            "se_relu_before to False."
         )
     if not set(se.stages) & {2, 3, 4}:
         raise UserError(

@@ -53,7 +53,7 @@ def make_conv(
     Args:
         inputs: Number of input channels.
         outputs: Number of output channels.
-        kernel: Kernel size, as one number or as (height, width).
+        kernel: Kernel size, an integer or (height, width).
         stride: Stride in pixels.
         groups: Number of groups.
         norm: Detectron2 norm name, such as "BN"; None for no norm.
@@ -118,11 +118,11 @@ class MaxPool(CNNBlockBase):
 
 
 class GatedBlock(Fusable, CNNBlockBase):
-    """Base class of residual blocks with an optional SE gate outside of their branches.
+    """Base class of residual blocks with an optional SE gate outside their branches.
 
     Attributes:
         placement: SE placement; None for a block without SE.
-        se: SE gate; None if there is none or it is inside a branch.
+        se: SE gate; None if the block has no SE, or if its gates are inside the branches.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
@@ -135,10 +135,10 @@ class GatedBlock(Fusable, CNNBlockBase):
         return self.se(x) if self.se is not None and self.placement == "pre" else x
 
     def _sum(self, residual: Tensor, shortcut: Tensor, scale: float = 1.0) -> Tensor:
-        """Compute ``scale * residual + shortcut``, and apply the SE gate to one of the summands.
+        """Compute ``scale * residual + shortcut``, with an SE gate if the placement requires it.
 
-        The placement determines which one, if any. The input of a gate on the residual branch is
-        not scaled.
+        With the placement "standard" or "mixture", the gate multiplies the residual, and is
+        computed from the unscaled residual. With "identity", the gate multiplies the shortcut.
         """
         if self.se is not None and self.placement in ("standard", "mixture"):
             return gate_and_add(self.se, residual, shortcut, self.fused, scale)

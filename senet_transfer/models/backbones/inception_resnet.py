@@ -1,19 +1,19 @@
 """Inception-ResNet-v2, with and without SE.
 
-Network: Szegedy et al. 2017, "Inception-v4, Inception-ResNet and the Impact of Residual Connections
-on Learning", in the version that the authors published in TensorFlow and that timm and
-``pretrainedmodels`` provide. This version's widths differ from the paper's figures.
+Paper: Szegedy et al., "Inception-v4, Inception-ResNet and the Impact of Residual Connections on
+Learning" (2017). This module implements the version that the authors published in TensorFlow, which
+timm and ``pretrainedmodels`` also provide. Its channel counts differ from the paper's figures.
 
-With SE, each of the 40 residual blocks gates its residual branch, between the branch's last 1x1
-convolution and the scaling before the sum. The modules that change resolution have no identity
-branch and no gate. The SENet paper does not specify the position of the gate and only mentions
-"similar schemes" (section 3.3). With r = 16 and 1000 classes, the gates add 8,543,980 parameters to
-the plain network's 55,843,464.
+With SE, each of the 40 residual blocks gates its residual branch, after the last 1x1 convolution
+and before the residual is scaled. The modules that change the resolution have no shortcut and no
+gate. The SENet paper does not specify the position of the gate. It only mentions "similar schemes"
+(section 3.3). With r = 16 and 1000 classes, the gates add 8,543,980 parameters to the 55,843,464
+parameters of the network without SE.
 
 With ``padding="valid"``, as in the published network, many convolutions and pools are not padded.
-With ``padding="same"``, they are padded, so feature maps are aligned with the image according to
-their strides, as detectors and FPNs require. TensorFlow's detectors with this backbone also use
-padding, with the same weights.
+With ``padding="same"``, they are padded, so the feature maps are aligned with the image, as
+detectors and FPNs require. TensorFlow's detectors with this backbone also pad these layers, and use
+the same weights.
 """
 
 import torch

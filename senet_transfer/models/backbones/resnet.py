@@ -1,8 +1,8 @@
 """ResNet, ResNeXt and SENet-154, with and without SE, as instances of Detectron2's ``ResNet``.
 
-Networks: He et al. 2016 (ResNet), Xie et al. 2017 (ResNeXt), Hu et al. (SE; SENet-154 as in the
-authors' network definition). Backbones without SE use Detectron2's own blocks, with fused kernels
-on a GPU.
+Papers: He et al. 2016 (ResNet), Xie et al. 2017 (ResNeXt), and Hu et al. 2018 (SE). SENet-154
+follows the authors' network definition. Backbones without SE use Detectron2's own blocks, with
+fused kernels on a GPU.
 """
 
 from detectron2.layers import CNNBlockBase

@@ -1,23 +1,33 @@
 """Shake-Shake 26 2x96d and Shake-Even 29 2x4x64d, for CIFAR.
 
-Networks: Gastaldi 2017, "Shake-Shake regularization". The first network follows the author's
-released code. Its blocks have two branches, each with ReLU, 3x3 convolution, norm, ReLU, 3x3
-convolution and norm. A shortcut that changes the shape consists of two 1x1 convolutions of half the
-width, the second of which reads the feature map shifted by one pixel. The author did not release
-the second network. Here, it is the ResNeXt-29 of Xie et al. 2017 with two branches instead of one:
-bottlenecks with a ReLU after the sum, and 1x1 convolutions as shortcuts.
+Paper: Gastaldi, "Shake-Shake regularization" (2017).
 
-The SENet paper does not specify the position of SE in these blocks. Here, each branch is treated as
-a residual function, so the standard placement gates each branch before the two are mixed.
-``se_placement="mixture"`` gates the mixture, with half as many gates. "pre" gates the common input
-of the branches, "identity" the shortcut, and "post" the sum (after the ReLU, if there is one).
-"3x3" adds a gate to each branch and is only available in the second network. A gate on C channels
-has ``2 C (C // r) + C + C // r`` parameters. The table shows the parameters of the plain networks
-and the parameters that the gates add, with r = 16 and the number of classes in parentheses. In the
-first stage of the two networks, the gates have 6 and 16 hidden units.
+Shake-Shake 26 follows the author's released code. Its blocks have two branches, each with ReLU, 3x3
+convolution, norm, ReLU, 3x3 convolution and norm. If a block changes the shape, its shortcut
+concatenates the outputs of two 1x1 convolutions. The second convolution reads the feature map
+shifted by one pixel.
+
+The author did not release Shake-Even 29. In this project, it is the ResNeXt-29 of Xie et al. 2017
+with two branches instead of one. Its blocks are bottlenecks with a ReLU after the sum, and its
+shortcuts are 1x1 convolutions.
+
+The SENet paper does not specify the position of SE in these blocks. This module supports the
+following values of ``se_placement``:
+
+- "standard": a gate on each branch, before the branches are mixed.
+- "mixture": a single gate on the mixture.
+- "pre": a gate on the common input of the branches.
+- "identity": a gate on the shortcut.
+- "post": a gate on the sum, after the ReLU if there is one.
+- "3x3": a gate on each branch's 3x3 convolution, only in Shake-Even 29.
+
+A gate on C channels has ``2 C (C // r) + C + C // r`` parameters. The table lists the parameters of
+the networks without SE, and the parameters that the gates add with r = 16. The number of classes is
+in parentheses. In the first stage, the gates have 6 hidden units in Shake-Shake 26, and 16 in
+Shake-Even 29.
 
 ===========================  ==========  ===========  ==========
-network                      plain       standard     mixture
+network                      without SE  standard     mixture
 ===========================  ==========  ===========  ==========
 shake_shake26_2x96d (10)     26,192,922  +199,248     +99,624
 shake_even29_2x4x64d (100)   34,529,700  +1,043,616   +521,808
@@ -155,7 +165,7 @@ class _ShakeBlock(GatedBlock, ABC):
         """Build the shortcut of a block that changes the shape."""
 
     def freeze(self) -> CNNBlockBase:
-        """Freeze the block as in Detectron2, and mix its branches as in evaluation."""
+        """Freeze the block as in Detectron2, and mix its branches equally, as in evaluation."""
         self.mix.random = False
         return super().freeze()
 
@@ -218,7 +228,7 @@ def build_shake_shake26(
     Only res4 ends with a ReLU.
 
     Args:
-        width: Number of channels in res2, which must be even and doubles in each later stage.
+        width: Number of channels in res2, an even number. Each later stage doubles it.
         se: SE variant; None builds the network without SE.
         norm: Detectron2 norm name, such as "BN".
         in_channels: Number of image channels.

@@ -6,9 +6,10 @@ shortcut is an average pool, and is concatenated with the branch instead of bein
 
 With SE (Table III of the SENet paper), each of the 16 units gates its residual branch, after its
 last norm and before the sum or the concatenation. The paper does not specify the position. With
-r = 16 and 1000 classes, the gates add 618,805 parameters to the plain network's 1,865,728, which
-agrees with the 2.4M and 1.8M in the table if these are truncated. With gates on the concatenated
-output of the units with stride 2, the total would be 2.5M.
+r = 16 and 1000 classes, the gates add 618,805 parameters to the 1,865,728 parameters of the network
+without SE. The totals agree with the table, which lists 1.8M and 2.4M, if its values are truncated
+rather than rounded. With gates on the concatenated output of the units with stride 2, the total
+would be 2.5M.
 """
 
 import torch
@@ -86,7 +87,7 @@ class ShuffleUnit(GatedBlock):
 
 
 def shuffle(x: Tensor, groups: int) -> Tensor:
-    """Shuffle the channels of ``(N, C, H, W)`` so that each group is spread over all groups."""
+    """Interleave the channels of all groups in a feature map ``(N, C, H, W)``."""
     return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 

@@ -100,8 +100,8 @@ def build_vgg(
 ) -> ResNet:
     """Build VGG-16.
 
-    The feature "stem" is the output of conv2, which has stride 2; "res4" is the output of conv5,
-    and "res5" that of the last pool.
+    The feature "stem" is the output of conv2, which has stride 2. The feature "res4" is the output
+    of conv5, and "res5" is the output of the last max pool.
     """
     check_se(se, "VGG-16", stages=(2, 3, 4))
     groups: list[list[CNNBlockBase]] = []

@@ -33,12 +33,13 @@ class Architecture:
     """Backbone architecture, as far as it can be inferred from tensor names and shapes.
 
     Attributes:
-        blocks: Number of blocks per stage, starting with res2; shorter for a truncated backbone.
+        blocks: Number of blocks in each stage, starting with res2. A truncated backbone has fewer
+            entries.
         bottleneck: Whether the blocks are bottlenecks.
         groups: Number of groups in the 3x3 convolutions.
         width_per_group: Number of channels per group in res2.
         deep_stem: Whether the stem has three 3x3 convolutions.
-        se_stages: Stages with SE.
+        se_stages: Numbers of the stages with SE, such as 2 for res2.
         se_ratio: Ratio of channels to hidden units in the last stage with SE; 0 without SE.
         se_divisor: 8 if the hidden widths are rounded to multiples of 8, else 1.
         se_bias: Whether the SE layers have biases; True without SE.

@@ -78,7 +78,7 @@ def adjust_variances(
     The difference is added to the variance, so the outputs stay the same.
 
     Returns:
-        Sentences with notes for the user.
+        Notes for the user about the adjusted variances.
     """
     count, found = 0, set()
     for layer in layers:

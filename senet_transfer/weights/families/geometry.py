@@ -26,9 +26,8 @@ class Geometry:
     Attributes:
         stride_in_1x1: Whether bottlenecks have their stride in the first 1x1 convolution instead of
             the 3x3 convolution (ResNet and ResNeXt with 50 or more layers).
-        stem_pool: Border handling of the stem's max pool: "pad" (padding 1) or "ceil" (no padding,
-            ceil mode). "none" means that the network has no max pool, and is therefore a separate
-            model.
+        stem_pool: Border handling of the stem's max pool: "pad" (padding 1), "ceil" (no padding,
+            ceil mode), or "none" if the network has no max pool (only ``wideresnet18``).
         se_relu_before: Whether a ReLU is applied to the residual branch before its SE gate.
     """
 

@@ -27,7 +27,7 @@ class Family:
     """Family of weight files with the same tensor names and conventions, such as timm's.
 
     Attributes:
-        name: Name that users type.
+        name: Family name, such as "torchvision_v1".
         title: Description, for messages.
         detect: Detection function, which takes a file's tensors and metadata.
         rename: Function that maps a tensor name in the file to this project's name, or to None if

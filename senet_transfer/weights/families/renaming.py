@@ -241,9 +241,9 @@ def backbone_prefix(names: Iterable[str]) -> str:
 
 
 def canonical(name: str, prefix: str) -> str:
-    """Return the name that a detector's tensor has in a backbone without a detector.
+    """Convert the name of a detector's backbone tensor to its name in a standalone backbone.
 
-    The prefix of the backbone is removed, or, for res5 in a C4 head, the prefix of the head.
+    The function removes the prefix of the backbone or, for res5 in a C4 head, the head's prefix.
     """
     if name.startswith(_RES5):
         return name.removeprefix("roi_heads.")

@@ -13,8 +13,8 @@ def _by_layer(layers: Mapping[str, str], norm: str) -> Rename:
 
     Args:
         layers: Mapping from the other project's layer names to this project's.
-        norm: Regular expression for the text between the layer name and the tensor name. Its only
-            group matches a non-empty string only for tensors of norms.
+        norm: Regular expression for the text between the layer name and the tensor name. Its single
+            group must be non-empty for tensors of norms and empty for all other tensors.
     """
     pattern = re.compile(rf"(.+?){norm}{_TENSOR}")
 

@@ -60,10 +60,10 @@ class Statements:
     """Information in a weight file about its network.
 
     Attributes:
-        contradiction: Sentence on how the information contradicts the tensors or the supported
-            networks; empty if there is no contradiction, or only those in ``notes``.
-        notes: Sentences on tolerated contradictions: entries that contradict the tensors, while
-            another entry confirms the network.
+        contradiction: Sentence that describes how the information contradicts the tensors or the
+            supported networks; empty if there are no contradictions other than those in ``notes``.
+        notes: Sentences that describe tolerated contradictions: entries that contradict the
+            tensors although another entry confirms the network.
         confirmed: Whether the file names the network that was detected from the tensors.
         wide: Whether the network is CSAIL's ``wideresnet18``.
         preprocessing: Channel order, mean and std; None if they are not specified.
@@ -194,7 +194,7 @@ def _plain(name: str) -> str:
 
 
 def _judge(name: str, architecture: Architecture) -> bool | None:
-    """Return whether a network name is correct for an architecture; None for an unknown name.
+    """Return whether a network name is correct for an architecture, or None if it is unknown.
 
     The number of channels is not compared, because scripts also use the standard names for wider
     or narrower networks.

@@ -11,7 +11,7 @@ _SUFFIXES = (
 
 
 def describe(folder: Path) -> str:
-    """Return two sentences: the kind of folder, and the file to use instead."""
+    """Return a message that names the kind of folder and says which file to use instead."""
     names = {entry.name for entry in folder.iterdir()}
     inside = [name for name in sorted(names) if name.endswith(_SUFFIXES)]
     if ".metadata" in names or any(name.endswith(".distcp") for name in names):

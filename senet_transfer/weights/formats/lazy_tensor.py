@@ -83,7 +83,7 @@ class TensorRef:
 
 
 def is_numeric(value: Any) -> bool:
-    """Return whether a value is a lazy tensor, or an array with one of PyTorch's dtypes."""
+    """Return whether a value is a lazy tensor or an array with a dtype that PyTorch supports."""
     if not isinstance(value, np.ndarray):
         return isinstance(value, TensorRef)
     # The limit on the item size excludes numpy.longdouble.

@@ -121,13 +121,13 @@ def read_tensors(
 
 
 def check_values(tensors: dict[str, torch.Tensor], path: str | Path = "weights") -> None:
-    """Raise UserError if tensors have non-finite values or variances are negative.
+    """Check that all tensors are finite and that no variance is negative.
 
-    Batch counters are not checked, because they have no effect on outputs and overflow in half
-    precision.
+    Batch counters (``num_batches_tracked``) are not checked, because they have no effect on
+    outputs and overflow in half precision.
 
     Raises:
-        UserError: If there are such values. The message lists the tensors.
+        UserError: If a tensor contains an invalid value. The message lists these tensors.
     """
     bad = []
     for name, tensor in tensors.items():
@@ -161,7 +161,7 @@ def _verify_own_hash(path: Path, checkpoint: Checkpoint, verified: list[str]) ->
     renamed = {names.get(name, name): tensor for name, tensor in checkpoint.tensors.items()}
     if stated not in (tensors_sha256(renamed), tensors_sha256(checkpoint.tensors)):
         raise UserError(
-            f"The tensors in {path} have a different SHA-256 from the one in the file's metadata. "
+            f"The SHA-256 of the tensors in {path} does not match the one in the file's metadata. "
             "The file is damaged or was edited. Download or save it again."
         )
     verified.append("sha256")
@@ -190,7 +190,8 @@ def _from_safetensors(
     """Read one network from safetensors files.
 
     Args:
-        files: Names of the tensors that each file must contain; None for any names.
+        files: Mapping from the path of each file to the names of the tensors that it must contain,
+            or to None if any names are accepted.
         path: Path specified by the user, for error messages.
         wanted: Network to read.
     """
@@ -209,7 +210,9 @@ def _from_safetensors(
             place |= dict.fromkeys(opened.keys(), opened)
             metadata |= opened.metadata() or {}
         if not place:
-            raise UserError(f"{path} contains no tensors. Check the file.")
+            raise UserError(
+                f"{path} contains no tensors; expected a model's weights. Check the file."
+            )
         if OWN_METADATA in metadata:
             metadata[OWN_METADATA] = json.loads(metadata[OWN_METADATA])
         sizes = {n: math.prod(file.get_slice(n).get_shape()) for n, file in place.items()}

@@ -68,7 +68,9 @@ def _head(path: Path) -> bytes:
         if path.is_dir():
             raise UserError(folders.describe(path))
         if not path.exists():
-            raise UserError(f"{path} does not exist. Check the path (relative to {Path.cwd()}).")
+            raise UserError(
+                f"{path} does not exist. Check the path; relative paths start at {Path.cwd()}."
+            )
         if not path.is_file():
             raise UserError(f"{path} is not a regular file. Use the path of a weight file.")
         with path.open("rb") as file:

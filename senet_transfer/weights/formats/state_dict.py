@@ -178,9 +178,9 @@ class _Choice(NamedTuple):
 
 
 class _Pair(NamedTuple):
-    """Keys in the checkpoints of a project that swaps plain and averaged weights when saving.
+    """Keys of the plain and the averaged weights in checkpoints of a project that swaps them.
 
-    For example, mmengine saves the averaged weights as "state_dict".
+    For example, mmengine saves the averaged weights under the key "state_dict".
     """
 
     plain: str
@@ -233,7 +233,7 @@ def _by_prefix(tree: dict, prefix: str, ema: bool | None) -> _Choice | None:
 
 
 def _plain_and_averaged(tree: dict, ema: bool | None) -> tuple[str | None, str | None]:
-    """Return the keys of the weights without averaging and of the averaged weights.
+    """Return the key of the non-averaged weights and the key of the averaged weights.
 
     A key is None if there are no such weights, or if they can't be identified.
     """
@@ -330,8 +330,8 @@ def check_named_ema(path: Path, wanted: Wanted, selected: Selected) -> None:
         raise UserError(
             f"{path} contains copies of the weights from mmcv's EMAHook, which can't be selected "
             "with ema=True (MODEL.WEIGHTS_EMA). If the hook had a higher priority than "
-            "CheckpointHook (50), as in MMDetection's configs, the weights under the usual names "
-            "are the EMA weights. Remove ema=True to load them."
+            "CheckpointHook (50), as in MMDetection's configs, the weights under the usual tensor "
+            "names are the EMA weights. Remove ema=True to load them."
         )
     raise UserError(
         f"{path} contains no EMA weights in a separate state dict. Remove ema=True "
@@ -409,9 +409,9 @@ def _check_partitions(tree: dict, key: str, path: Path) -> None:
 
 
 def _model_entries(tree: dict) -> dict:
-    """Return a flat checkpoint's items, without unsupported objects and dicts without tensors.
+    """Return a flat checkpoint's items, excluding unsupported objects and dicts without tensors.
 
-    Items whose key contains a dot are always returned.
+    Items whose key contains a dot may belong to the model, so they are never excluded.
     """
     return {
         key: value
@@ -445,7 +445,7 @@ def _reject_objects(tree: dict, path: Path) -> None:
 
 
 def _networks(tree: dict) -> dict | None:
-    """Return the state dicts in ``tree`` if it contains only several state dicts, else None."""
+    """Return the state dicts in ``tree`` if it consists of several state dicts, else None."""
     if any(map(is_numeric, tree.values())):
         return None
     found = {key: tree[key] for key in _candidates(tree)}
@@ -457,7 +457,7 @@ def _is_nested(value: dict) -> bool:
 
 
 def _candidates(tree: dict) -> list[str]:
-    """Return the keys in ``tree`` of possible state dicts of the model or its submodules."""
+    """Return the keys in ``tree`` that may contain state dicts of the model or its submodules."""
     budget = [_MAX_TOTAL]
     keys = [k for k, v in tree.items() if isinstance(k, str) and not _is_averaged(k, v, budget)]
     found = [k for k in keys if not _is_trainer_state(k) and _has_parameters(tree[k], budget)]
@@ -490,7 +490,7 @@ def _is_deepspeed(tree: dict) -> bool:
 def _is_flat(tree: dict) -> bool:
     """Return whether ``tree`` itself is a state dict.
 
-    The tensors of any other dictionary are, for example, metrics or random number generator states.
+    Other dictionaries can also contain tensors, such as metrics or random number generator states.
     If no tensor is named like a parameter, ``tree`` is a state dict only if no dictionary in it
     contains parameters.
     """

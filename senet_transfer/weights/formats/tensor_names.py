@@ -104,7 +104,8 @@ def _without_inserted(names: Iterable[str]) -> dict[str, str]:
 def _drop_copies(selected: Selected) -> None:
     """Drop the buffers with copies of the weights that mmcv's EMAHook adds to a model.
 
-    Their names are those of the weights, such as ``ema_conv1_weight`` for ``conv1.weight``.
+    Their names are derived from those of the weights. For example, ``ema_conv1_weight`` is a copy
+    of ``conv1.weight``.
     """
     copies = {f"ema_{name.replace('.', '_')}" for name in selected.kept if "." in name}
     for name in copies & selected.kept.keys():
@@ -114,8 +115,8 @@ def _drop_copies(selected: Selected) -> None:
 def _drop_counters(selected: Selected, sizes: Mapping[str, int]) -> None:
     """Drop the counters of averaged models, which are not part of the network.
 
-    ``n_averaged`` is dropped if other tensors have the same parent. Counters with other names, such
-    as ``step``, are dropped only if these tensors are all inside wrappers such as ``ema_model``.
+    ``n_averaged`` is dropped if other tensors have the same prefix. Counters with other names, such
+    as ``step``, are dropped only if all of these tensors belong to wrappers such as ``ema_model``.
     """
     found: dict[str, list[str]] = {}
     for name, own in selected.kept.items():
@@ -159,8 +160,8 @@ def _keep_prefix(selected: Selected, prefix: str, path: Path) -> None:
     if not kept:
         known = dict.fromkeys(name.partition(".")[0] for name in selected.kept)
         raise UserError(
-            f"{path} has no tensors with the prefix {shown(prefix)!r}. Its tensor names begin with "
-            f"{first_of(map(shown, known), 8)}."
+            f"{path} contains no tensors with the prefix {shown(prefix)!r}. Its tensor names begin "
+            f"with {first_of(map(shown, known), 8)}. Check prefix= (MODEL.WEIGHTS_PREFIX)."
         )
     for name, own in selected.kept.items():
         if not name.startswith(start):

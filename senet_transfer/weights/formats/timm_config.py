@@ -115,7 +115,7 @@ def train_options(metadata: Mapping[str, Any], default: Preprocessing) -> dict[s
 
 
 def _channel_values(values: Any, low: float) -> tuple[float, ...]:
-    """Return one value per channel in 0-255 units, or an empty tuple if the values are invalid."""
+    """Return one value per channel, for pixels from 0 to 255; empty if the values are invalid."""
     if not isinstance(values, list | tuple) or len(values) not in (1, 3):
         return ()
     if not all(_is_number(value, low) for value in values):

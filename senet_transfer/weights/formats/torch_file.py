@@ -107,7 +107,7 @@ def _device(*parts: Any) -> str:
 
 
 def _unchanged(data: Any, *_: Any) -> Any:
-    """Return ``data``, in place of functions that wrap tensors, such as ``_rebuild_parameter``."""
+    """Return ``data``. Stand-in for functions that wrap tensors, such as ``_rebuild_parameter``."""
     return data
 
 
@@ -203,7 +203,10 @@ def read_zip(path: Path, wanted: Wanted) -> Checkpoint:
         def persistent_load(identity: Any) -> Storage:
             storage = storages.named(identity, read_record)
             if archive.getinfo(f"{root}/data/{identity[2]}").file_size != storage.nbytes:
-                raise ValueError(f"record data/{identity[2]} does not have {storage.nbytes} bytes")
+                raise ValueError(
+                    f"record data/{identity[2]} does not contain the expected {storage.nbytes} "
+                    "bytes"
+                )
             return storage
 
         stream = io.BytesIO(archive.read(f"{root}/data.pkl"))
@@ -222,8 +225,8 @@ def _check_records(archive: zipfile.ZipFile, path: Path) -> str:
         )
     if root is None and names and all(name.endswith(".npy") for name in names):
         raise UserError(
-            f"{path} is a numpy archive (.npz), not written by torch.save. Save its arrays: "
-            f'torch.save({{name: torch.from_numpy(array) for name, array in numpy.load("'
+            f"{path} is a numpy archive (.npz) that was not written by torch.save. Save its "
+            f'arrays: torch.save({{name: torch.from_numpy(array) for name, array in numpy.load("'
             f'{path.name}").items()}}, "weights.pth").'
         )
     if root is None:
@@ -279,7 +282,10 @@ def read_legacy(stream: io.BytesIO, path: Path, wanted: Wanted) -> Checkpoint:
 
 
 def read_tar(path: Path, wanted: Wanted) -> Checkpoint:
-    """Read a tar archive in torch's oldest format: ``storages``, ``tensors`` and ``pickle``."""
+    """Read a tar archive in torch's oldest format.
+
+    The archive contains the files ``storages``, ``tensors`` and ``pickle``.
+    """
     with tarfile.open(path, mode="r:") as tar:
         members = {member.name: member for member in tar.getmembers()}
         if not {"storages", "tensors", "pickle"} <= members.keys():

@@ -27,7 +27,7 @@ def is_bundled_name(name: object) -> bool:
 
 
 def bundled_files(folder: Path | None = None) -> dict[str, tuple[Path, str]]:
-    """Return the weight file of each network: its path and the start of its SHA-256 checksum."""
+    """Return the path of each weight file and the first digits of its SHA-256, by network name."""
     found = {}
     for path in sorted((folder or FOLDER).glob("*.safetensors")):
         if match := _FILE.fullmatch(path.name):

@@ -45,7 +45,7 @@ class Entry:
     """Published weight file.
 
     Attributes:
-        name: Name that users type.
+        name: Catalogue name, such as "cadene/se_resnet50".
         url: URL of the file, or of a page that links to it if it must be downloaded by hand. Empty
             for a file in this package.
         file: File name in the cache or in ``folder``.
@@ -122,7 +122,7 @@ def _entries(
     cache_prefix: str = "",
     view: dict[str, Any] | None = None,
 ) -> Iterator[Entry]:
-    """Yield the entries of a group in ``catalogue.yaml``, where the arguments are described."""
+    """Yield the entries of a group in ``catalogue.yaml``; see this file for the arguments."""
     for name, path in files.items():
         file = cache_prefix + path.rpartition("/")[2]
         stated = _HASH.search(file)

@@ -42,7 +42,7 @@ _PAGE_STARTS = (b"<!doctype", b"<html")
 
 
 class _DownloadError(Exception):
-    """Failed download.
+    """Error for a failed download.
 
     Attributes:
         temporary: Whether another attempt may succeed.

@@ -46,10 +46,10 @@ def parse_hub_name(name: str) -> tuple[str, str | None]:
 def hub_weights(name: str) -> Path:
     """Return the path of a repository's weight file, after downloading it if it has changed.
 
-    The file is in huggingface_hub's cache, next to the ``config.yaml`` and ``config.json`` of the
-    repository. Without network access, the cached files are used. Each process contacts the Hub
-    only once per name. Credentials for private repositories are those of huggingface_hub, such as
-    the environment variable HF_TOKEN.
+    The file is stored in huggingface_hub's cache, next to the ``config.yaml`` and ``config.json``
+    of the repository. Without network access, the cached files are used. Each process contacts the
+    Hub only once per name. huggingface_hub provides the credentials for private repositories, for
+    example from the environment variable HF_TOKEN.
 
     Args:
         name: Name such as "hf-hub:owner/name" or "hf-hub:owner/name@revision". The revision is a
@@ -103,9 +103,9 @@ def hub_errors(name: str) -> Iterator[None]:
     except errors.LocalEntryNotFoundError as error:
         raise UserError(
             f"{name} is not completely cached in {constants.HF_HUB_CACHE}, and "
-            f"{constants.ENDPOINT} can't be reached. Check the network access (HF_HUB_OFFLINE, "
-            "HF_ENDPOINT), or download the repository on a different machine and pass the path of "
-            "its weight file."
+            f"{constants.ENDPOINT} can't be reached. Check the network access and the environment "
+            "variables HF_HUB_OFFLINE and HF_ENDPOINT, or download the repository on a different "
+            "machine and pass the path of its weight file."
         ) from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code

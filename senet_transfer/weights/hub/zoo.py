@@ -18,7 +18,8 @@ def is_zoo_name(name: str) -> bool:
 def zoo_model(name: str) -> tuple[str, Path]:
     """Return the paths of a detector's config and weights, after downloading the weights if needed.
 
-    The weights are stored in torch.hub's cache. The publisher provides no hash.
+    The weights are stored in torch.hub's cache. They can't be verified, because Detectron2
+    publishes no hashes.
 
     Args:
         name: A name such as "COCO-Detection/faster_rcnn_R_50_FPN_3x"; the suffix ".yaml" is

@@ -13,7 +13,7 @@ _COLOURS = 3
 
 
 def adapt_channels(source: Source, target: Target) -> Source:
-    """Adapt the first convolution of a network for colour images to the model's channels.
+    """Adapt the first convolution of a network for colour images to the model's input channels.
 
     If the model is for colour or grayscale images, or the file's network is not for colour images,
     the source is returned unchanged. Otherwise, the returned source contains a note about the

@@ -108,9 +108,9 @@ def _not_in_file(result: Match, source: Source, target: Target, name: str, exact
 
 
 def _other_classes(source: Source, target: Target, name: str) -> str | None:
-    """Return why a tensor isn't loaded from the tensor with the same name in the file.
+    """Return the reason for not loading a tensor whose size depends on the number of classes.
 
-    The only valid reason is a different number of classes. In all other cases, None is returned.
+    The result is None if the number of classes does not explain the difference in shape or dtype.
     """
     found, expected = source.tensors[name], target.tensors[name]
     if not found.is_floating_point() or found.shape[1:] != expected.shape[1:]:

@@ -1,4 +1,4 @@
-"""Search for networks in weight files whose tensor names have prefixes, such as ``backbone.``."""
+"""Search for networks in weight files by tensor-name prefixes, such as ``backbone.``."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -39,7 +39,7 @@ class Network(NamedTuple):
     Attributes:
         file: File content reduced to the network's tensors, with the prefix removed from the names.
         prefix: Prefix that was removed from the names.
-        outside: Names of the tensors outside the prefix.
+        outside: Names of the tensors without this prefix.
     """
 
     file: WeightFile
@@ -48,7 +48,7 @@ class Network(NamedTuple):
 
 
 def only_network(file: WeightFile, timm: str = "") -> Network:
-    """Return the only network in a file, without the prefix of its tensor names.
+    """Return the state dict of the only network in a file, without the prefix of its tensor names.
 
     If no network is found, the content is returned unchanged.
 
@@ -89,7 +89,7 @@ def contains_network(names: Iterable[str], timm: str = "") -> bool:
 
     Args:
         names: Tensor names.
-        timm: Name of a timm model whose tensor names are searched for as well; empty for none.
+        timm: Name of a timm model whose tensor names are also searched for, or an empty string.
     """
     tensors = dict.fromkeys(names, torch.empty(0))
     found = bool(timm) and bool(_prefixes(tensors, {}, timm))
@@ -97,10 +97,10 @@ def contains_network(names: Iterable[str], timm: str = "") -> bool:
 
 
 def _without_parallel(tensors: dict[str, Tensor], timm: str) -> dict[str, Tensor]:
-    """Remove the name component that DataParallel adds if a script wraps only part of a network.
+    """Remove ``module.``, which DataParallel adds if a script wraps only part of a network.
 
     The names are left unchanged if they would no longer be unique, or if the network's own names
-    contain this component.
+    contain ``module.``.
     """
     renamed = {_PARALLEL.sub("", name): tensor for name, tensor in tensors.items()}
     if len(renamed) < len(tensors) or renamed.keys() == tensors.keys():

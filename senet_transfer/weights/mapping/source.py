@@ -56,7 +56,7 @@ class Source:
         unknown: Tensor names in the file that are not part of the family.
         prefix: Prefix that was removed from the file's tensor names.
         outside: Names in ``unknown`` that do not have the prefix.
-        notes: Sentences on changes made to the tensors.
+        notes: Notes for the user, for example about changes to the tensors.
         architecture: Backbone architecture; None if it is unknown.
         geometry: Layer options of the backbone that tensor shapes do not determine, such as the
             stride placement. Unknown fields are None.
@@ -148,8 +148,8 @@ def examine(
     Args:
         path: Path of the file.
         family: Name of the file's family. If None, the family is detected. If several families
-            match, the first one in ``FAMILIES`` is assumed, and the others are logged: as a warning
-            if their preprocessing differs.
+            match, the first one in ``FAMILIES`` is assumed. The others are logged, as a warning if
+            their preprocessing differs.
         prefix: Prefix of the network's tensor names. See :func:`senet_transfer.load_weights` for
             details of ``prefix``, ``ema`` and ``head``.
         ema: Whether to use the averaged weights.
@@ -222,7 +222,7 @@ def _has_others(file: WeightFile, wanted: Wanted, timm: str = "") -> bool:
 
 
 def _with_train_options(source: Source, file: WeightFile) -> Source:
-    """Use the preprocessing of timm's ``train.py`` if this script wrote the file."""
+    """Replace the preprocessing with the options of timm's ``train.py`` if it wrote the file."""
     if source.preprocessing is None or file.timm or OWN_METADATA in file.metadata:
         return source
     default = source.preprocessing
@@ -254,7 +254,7 @@ def _as_published(source: Source, published: Iterable[Entry]) -> Source:
 
 
 def with_stated(source: Source, stated: Iterable[tuple[str, Any]]) -> Source:
-    """Replace layer options and preprocessing inferred from tensor names by the user's values.
+    """Replace layer options and preprocessing inferred from tensor names with the user's values.
 
     Values that the file itself or the catalogue specifies are not replaced.
 
@@ -391,10 +391,10 @@ def _with_statements(
     geometry: Geometry,
     preprocessing: Preprocessing | None,
 ) -> tuple[Geometry, Preprocessing | None]:
-    """Update a family's layer options and preprocessing with those stored in the file itself.
+    """Update a family's layer options and preprocessing with the values stored in the file.
 
     Raises:
-        UserError: If the information contradicts the tensors or describes an unsupported network.
+        UserError: If the stored values contradict the tensors or describe an unsupported network.
     """
     if said.contradiction:
         raise UserError(
@@ -441,7 +441,7 @@ def _joined(*prefixes: str) -> str:
 
 
 def _without_head(known: Mapping[str, str], prefix: str) -> tuple[dict[str, str], list[str]]:
-    """Separate the backbone's tensors from all others of the classifier or detector."""
+    """Split the known tensor names into those inside and those outside the backbone."""
     kept, removed = {}, []
     for name, ours in known.items():
         if ours.startswith(names.CLASSIFIER) or names.is_outside_backbone(ours, prefix):
@@ -530,7 +530,7 @@ def _drop_background(tensors: dict[str, Tensor]) -> list[str]:
 def _computes(
     file: WeightFile, family: Family, architecture: Architecture | None
 ) -> tuple[Geometry, Preprocessing | None, frozenset[str]]:
-    """Return layer options and preprocessing from a file's metadata or else from its family.
+    """Return the layer options and preprocessing that a file specifies, or those of its family.
 
     Returns:
         The layer options, the preprocessing, and the names of the fields that were not taken from

@@ -53,7 +53,7 @@ def names(gallery):
 
 
 def means(gallery):
-    """Return the F1 score of each image in a gallery, averaged over the captions of two runs."""
+    """Return the mean F1 score of two runs for each image in a gallery, read from the captions."""
     captions = [text for text in gallery.locator("figcaption").all_inner_texts() if "F1" in text]
     found = [float(text.rpartition(" ")[2]) for text in captions]
     return [round((a + b) / 2, 2) for a, b in zip(found[::2], found[1::2], strict=True)]

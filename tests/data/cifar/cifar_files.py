@@ -34,7 +34,7 @@ def binary_batch(images: int, seed: int = 0, coarse: bool = False) -> bytes:
 
 
 def python_batch(images: int, seed: int = 0, key: str = "labels", protocol: int = 2) -> bytes:
-    """Return a pickled batch whose keys are bytes, as when Python 3 loads a pickle of Python 2."""
+    """Return a pickled batch whose keys are bytes, like a Python 2 pickle loaded in Python 3."""
     pixels, labels = made_up(images, seed)
     batch = {
         b"data": pixels,

@@ -1,4 +1,4 @@
-"""Tests for the loaders for datasets in memory."""
+"""Tests for the loaders of in-memory datasets."""
 
 from itertools import islice
 

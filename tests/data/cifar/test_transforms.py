@@ -13,7 +13,7 @@ MANY = 20_000
 
 
 def chi_square(counts: torch.Tensor) -> float:
-    """Return the chi-square statistic of uniform counts, scaled to mean 0 and variance 1."""
+    """Return the standardised chi-square statistic of counts against a uniform distribution."""
     mean = counts.double().mean()
     freedom = counts.numel() - 1
     return float((((counts - mean) ** 2 / mean).sum() - freedom) / (2 * freedom) ** 0.5)
@@ -117,7 +117,7 @@ def test_invalid_values_are_rejected(options):
 
 
 def test_augmentation_is_fast():
-    """Require 2000 images/s. The target is 20,000, but the CPU may be busy during the tests."""
+    """Check that at least 2,000 images/s are augmented. The target of 20,000 needs an idle CPU."""
     augment = CifarAugment(cutout=16)
     images = torch.randint(0, 256, (128, 3, 32, 32), dtype=torch.uint8)
     start = time.perf_counter()

@@ -18,7 +18,7 @@ SMALL = EvalTransform(resize=24, crop=16)
 
 
 def evaluated(dataset, ranks=1, workers=0, transform=SMALL, batch_size=5):
-    """Load a dataset on all ranks. Return a dict from unique keys to images and labels."""
+    """Load a dataset on all ranks, and return the image and the label of each sample by key."""
     found = {}
     for rank in range(ranks):
         loader = build_classification_eval_loader(

@@ -141,7 +141,7 @@ def test_augmentation_depends_only_on_seed_epoch_and_key(val):
 
 
 def damage(folder, count):
-    """Zero the ends of some images in a folder's shards; the tar structure stays intact."""
+    """Overwrite the ends of ``count`` images in shards with zeros, and keep the tar files valid."""
     done = []
     for tar in sorted(folder.glob("*.tar")):
         data = bytearray(tar.read_bytes())

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("catalogs")
 
 
 def spoil(data, path, value):
-    """Set the entry at a path such as "images.0.width", or delete it if the value is REMOVED."""
+    """Set the JSON value at a path such as "images.0.width". If ``value`` is REMOVED, delete it."""
     *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
     for part in parents:
         data = data[part]

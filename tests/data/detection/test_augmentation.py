@@ -1,4 +1,4 @@
-"""Tests for detectors' optional augmentation: flips, rotations, seeding, copy-paste, errors."""
+"""Tests for the optional augmentation in detection: transforms, copy-paste, seeding, errors."""
 
 import functools
 import itertools
@@ -65,7 +65,7 @@ def config(**options):
 
 @pytest.fixture
 def person(tmp_path):
-    """Return the record of an image whose only object has a box, an outline and 3 keypoints."""
+    """Return a dataset dict with one object, which has a box, a polygon and three keypoints."""
     MetadataCatalog.get("own").set(
         keypoint_names=["nose", "left_eye", "right_eye"],
         keypoint_flip_map=[("left_eye", "right_eye")],
@@ -214,7 +214,7 @@ def test_large_scale_jitter_equals_detectron2s(records):
 
 
 def picture(colour, size, *boxes):
-    """Return a single-colour image with an object in each box, as a dataset mapper returns it."""
+    """Return a single-colour image with an object in each box, in a dataset mapper's format."""
     masks = torch.zeros(len(boxes), *size, dtype=torch.bool)
     for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True):
         mask[y0:y1, x0:x1] = True
@@ -227,7 +227,7 @@ def picture(colour, size, *boxes):
 
 @pytest.fixture
 def every_object(monkeypatch):
-    """Make copy-paste select every object."""
+    """Make copy-paste select all objects of an image."""
     monkeypatch.setattr(torch, "rand", lambda count: torch.zeros(count))
 
 
@@ -372,13 +372,13 @@ def test_16_bit_images_are_augmented_as_8_bit_images(tmp_path, image_format):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"INPUT.BRIGHTNESS": "(1.2, 0.8)"}, "INPUT.BRIGHTNESS is .* two numbers above 0"),
+        ({"INPUT.BRIGHTNESS": "(1.2, 0.8)"}, "INPUT.BRIGHTNESS is .* two positive numbers"),
         ({"INPUT.SATURATION": "(0.8, 1.2)", "INPUT.FORMAT": "L"}, "have no saturation"),
         ({"INPUT.RANDOM_FLIP": "both"}, "expected one of: horizontal, vertical, none"),
         ({"INPUT.CROP.TYPE": "any"}, "INPUT.CROP.TYPE is 'any'"),
         ({"INPUT.CROP.SIZE": "(0.5, 1.5)"}, "expected two fractions from 0 to 1"),
         ({"INPUT.LARGE_SCALE_JITTER.SIZE": "(1024,)"}, "the height and width in pixels"),
-        ({"INPUT.LARGE_SCALE_JITTER.SCALE": "()"}, "SCALE is .*; expected two numbers"),
+        ({"INPUT.LARGE_SCALE_JITTER.SCALE": "()"}, "SCALE is .*; expected two positive numbers"),
         ({"INPUT.COPY_PASTE": "0.5", "MODEL.MASK_ON": "False"}, "MODEL.MASK_ON is False"),
         ({"INPUT.COPY_PASTE": "0.5", "MODEL.KEYPOINT_ON": "True"}, "MODEL.KEYPOINT_ON is True"),
         ({"INPUT.COPY_PASTE": "0.5", "MODEL.META_ARCHITECTURE": "PanopticFPN"}, "is PanopticFPN"),

@@ -47,7 +47,7 @@ def paths(cases, case):
 
 
 def load(json_file, images, *, masks=False, evaluated=False, value_range=()):
-    """Check, load and map an annotation file as in training, and return the number of objects."""
+    """Check an annotation file and map its images as in training; return the number of objects."""
     cfg = get_senet_config()
     cfg.MODEL.MASK_ON = masks
     cfg.INPUT.VALUE_RANGE = value_range
@@ -242,7 +242,7 @@ SIGMAS = [0.05, 0.07, 0.09]  # for the three keypoints in ev3_kp
 
 
 def renumbered(content):
-    """Return an annotation file's content with image, category and annotation ids from 1 to N."""
+    """Return a copy of COCO annotations with images, categories and objects renumbered from 1."""
     content = json.loads(json.dumps(content))
     images = {image["id"]: number for number, image in enumerate(content["images"], 1)}
     ordered = sorted(content["categories"], key=lambda category: category["id"])
@@ -304,7 +304,8 @@ def as_instances(found, size):
 def evaluate(cfg, content, found):
     """Evaluate detections with the evaluator of a training run, and return the metrics.
 
-    ``found`` maps the number of each image, starting at 1, to its detections.
+    ``found`` maps the position of each image in the annotation file, starting at 1, to its
+    detections.
     """
     evaluator = Trainer.build_evaluator(cfg, "own")
     evaluator.reset()

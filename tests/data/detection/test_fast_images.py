@@ -30,7 +30,7 @@ def jpegs(shared_data):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """Return a list that gets one entry for each image that simplejpeg decodes."""
+    """Return a list to which an entry is added whenever simplejpeg decodes an image."""
     found, decode = [], simplejpeg.decode_jpeg
     monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *args: found.append(0) or decode(*args))
     return found

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("catalogs")
 
 @pytest.fixture
 def damaged(data, files):
-    """Return the annotation file and image folder of a dataset with three bad images."""
+    """Return the annotation file and image folder of a dataset with three invalid images."""
     path, images = files(data)
     (images / "a.png").write_bytes(b"<html>")
     Image.new("RGB", (5, 5)).save(images / "b.png")

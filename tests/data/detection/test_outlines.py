@@ -1,4 +1,4 @@
-"""Tests for outline checks, with masks decoded by pycocotools as the reference."""
+"""Tests for the validation of polygons and RLE masks, compared with pycocotools' decoder."""
 
 import json
 

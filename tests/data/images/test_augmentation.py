@@ -1,4 +1,4 @@
-"""Tests for classifiers' optional augmentation: flips, rotations, colours, seeding, errors."""
+"""Tests for the optional augmentation in classification: transforms, seeding and errors."""
 
 import functools
 import io

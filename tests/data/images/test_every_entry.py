@@ -45,12 +45,12 @@ def encoded(image: Image.Image, form: str, **options: object) -> bytes:
 
 
 def deep(suffix: str) -> bytes:
-    """Return the 16-bit colour test image, encoded by OpenCV in the format of a file suffix."""
+    """Encode the 16-bit colour test image with OpenCV, in the format given by a file extension."""
     return cv2.imencode(suffix, COLOUR[:, :, ::-1].astype(np.uint16))[1].tobytes()
 
 
 def transparent() -> Image.Image:
-    """Return the test image with an alpha channel that is not constant."""
+    """Return the test image with a non-constant alpha channel."""
     image = RGB.copy()
     image.putalpha(Image.fromarray((RAMP // 257).astype(np.uint8)))
     return image
@@ -58,7 +58,7 @@ def transparent() -> Image.Image:
 
 @functools.cache
 def files() -> dict[str, bytes]:
-    """Return encoded images of different formats, modes and variants, by file name."""
+    """Return encoded images of different formats and modes, keyed by file name."""
     jpeg = encoded(RGB, "JPEG", quality=95)
     whole = {
         "rgb.jpg": jpeg,
@@ -118,7 +118,7 @@ def files() -> dict[str, bytes]:
 def by_entry(
     folder: Path, value_range: tuple[float, ...], exif: str
 ) -> dict[str, Callable[[str], object]]:
-    """Return a function for each way to read images, by name.
+    """Return functions that read an image through each entry point, keyed by entry point name.
 
     The argument of each function is a file name in ``images/c``.
     """
@@ -170,7 +170,8 @@ def by_entry(
 def expected(name: str, value_range: tuple[float, ...], upright: bool) -> np.ndarray | str:
     """Return a file's expected pixels, or REJECTED.
 
-    The pixels are Pillow's or, for images with more than 8 bits, computed from the value range.
+    Pillow decodes 8-bit images, and 16-bit colour images if no value range is given. Other images
+    are converted with the value range.
     """
     kind = name.partition(".")[0]
     if kind in ("truncated", "html", "drawing", "document"):

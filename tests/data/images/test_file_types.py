@@ -1,4 +1,4 @@
-"""Tests that image files of all types are read and system files are ignored everywhere."""
+"""Tests for reading image files of all types, and for ignoring files such as Thumbs.db."""
 
 import io
 import json
@@ -58,7 +58,7 @@ def mixed(tmp_path_factory) -> Path:
 
 
 def by_pillow(root: Path) -> list[bytes]:
-    """Return the sorted pixels of all files that are images according to Pillow's registry."""
+    """Return the pixels of all files whose extension Pillow knows, as a sorted list of bytes."""
     Image.init()
     paths = [
         path

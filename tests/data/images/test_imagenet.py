@@ -1,4 +1,4 @@
-"""Tests that ImageNet's archives and folders give the labels of torchvision's ImageNet class."""
+"""Tests that ImageNet archives and folders give the same labels as torchvision's ImageNet."""
 
 import hashlib
 import io

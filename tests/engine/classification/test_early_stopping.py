@@ -84,7 +84,7 @@ def test_a_run_that_stops_early_is_complete(command, tmp_path, monkeypatch):
 
     # When a run that stopped early is resumed, it stops again unless the patience is increased.
     main(command("--resume", **CONSTANT))
-    assert (run / "log.txt").read_text().count("Training ends early") == 2
+    assert (run / "log.txt").read_text().count("Early stopping: ") == 2
     assert (
         json.loads((run / "results.json").read_text())["classification"]
         == (results["classification"])
@@ -133,7 +133,7 @@ def test_a_metric_that_cannot_exist_is_rejected_at_start(command, overrides, mes
 
 def test_with_several_data_sets_metrics_have_their_names(command, tree, shards):
     sets = {"DATASETS.TEST": f"('{tree}', '{shards}')"}
-    message = f"2 datasets, whose names begin the metrics' names.*{tree}/classification/top1_error"
+    message = f"2 datasets in DATASETS.TEST, metric names start .*{tree}/classification/top1_error"
     with pytest.raises(UserError, match=message):
         setup(command(**sets))
     for name in (f"{shards}/classification/top5_error", f"{tree}/validation/total_loss"):

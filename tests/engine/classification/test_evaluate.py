@@ -46,7 +46,7 @@ def listed(places: Path) -> list[tuple[str, int]]:
 
 
 def copy_of(places: Path, target: Path, images: int | None = None) -> Path:
-    """Link the validation set, or only its first images, into a folder that a test may change."""
+    """Copy the validation set, or its first images, with symbolic links to the image files."""
     (target / "val_256").mkdir(parents=True)
     lines = (places / "places365_val.txt").read_text().splitlines(keepends=True)[:images]
     (target / "places365_val.txt").write_text("".join(lines))

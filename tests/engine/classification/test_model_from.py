@@ -56,7 +56,7 @@ def trained(train, tmp_path) -> Path:
 
 @pytest.fixture
 def own_weights(tmp_path) -> str:
-    """Return a weight file that describes its own network, in a folder without a config."""
+    """Save a weight file whose metadata specifies the network, in a folder without a config."""
     (tmp_path / "weights").mkdir()
     save_weights(create_classifier("se_resnet18", 4), tmp_path / "weights" / "own.pth")
     return str(tmp_path / "weights" / "own.pth")

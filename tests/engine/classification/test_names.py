@@ -98,7 +98,7 @@ def test_class_folders_that_are_not_utf8_are_rejected_when_listed(command, share
     root = write(tmp_path / "train", ["tea"])
     os.mkdir(os.fsencode(root) + b"/caf\xe9")
     shutil.copy(root / "tea" / "1.jpg", os.fsdecode(os.fsencode(root) + b"/caf\xe9/1.jpg"))
-    with pytest.raises(UserError, match=r"caf\\xe9.* is not UTF-8"):
+    with pytest.raises(UserError, match=r"caf\\xe9.* is not valid UTF-8"):
         setup(command(**{"DATASETS.TRAIN": f"('{root}',)", "DATASETS.TEST": "()"}))
     folders = shared_data.parent / "cases" / "classification" / "folders"
     train = open_dataset(folders / "nfc_nfd" / "train")
@@ -109,7 +109,7 @@ def test_class_folders_that_are_not_utf8_are_rejected_when_listed(command, share
 def test_a_root_whose_name_is_not_utf_8_is_an_error(command, tmp_path, monkeypatch):
     root = tmp_path / os.fsdecode(b"donn\xe9es")
     write(root / "train", ["cat", "dog"])
-    message = r"DATASETS.TRAIN is .*donn\\udce9es.*, which is not UTF-8 .* symbolic link"
+    message = r"DATASETS.TRAIN is .*donn\\udce9es.*, which is not valid UTF-8 .* symbolic link"
     with pytest.raises(UserError, match=message):
         setup(command(**{"DATASETS.TRAIN": f"['{root / 'train'}']"}))
     monkeypatch.setenv("DETECTRON2_DATASETS", str(root))

@@ -55,7 +55,7 @@ def torchvisions_se_resnet18(tensors: dict[str, torch.Tensor]) -> nn.Module:
 
 @torch.inference_mode()
 def plain_loop(model: nn.Module, places: Path, resize: int, crop: int) -> torch.Tensor:
-    """Compute logits in the order of places365_val.txt, only with Pillow and torchvision."""
+    """Compute logits in the order of places365_val.txt, using only Pillow and torchvision."""
     steps = [transforms.Resize(resize), transforms.CenterCrop(crop)]
     view = transforms.Compose([*steps, transforms.ToTensor(), NORMALISE])
     names = [line.split()[0] for line in (places / "places365_val.txt").read_text().splitlines()]
@@ -100,7 +100,10 @@ def test_a_classifier_trained_on_the_official_files_agrees_with_torchvision(shar
 
 
 def check_sources(weights: Path, sources: dict[str, Path], folder: Path) -> tuple[dict, list]:
-    """Check that the errors for all data sources are equal; return the results and the logits."""
+    """Check that all data sources give the same top-1 and top-5 errors.
+
+    Return the results and the logits of the last data source.
+    """
     errors = set()
     for kind, data in sources.items():
         files = ["--output", folder / f"{kind}.json", "--predictions", folder / f"{kind}.csv"]
@@ -116,7 +119,7 @@ def check_sources(weights: Path, sources: dict[str, Path], folder: Path) -> tupl
 
 
 def check_logits(weights: Path, rows: list[dict], source: Path) -> None:
-    """Compare the logits and top 5 classes of each image with torchvision's."""
+    """Compare each image's logits and top-5 classes with those of torchvision's modules."""
     tensors = torch.load(weights, weights_only=True)["model"]
     model = torchvisions_se_resnet18(tensors)
     # These are the sizes in the recipe. The tools read them from the checkpoint.

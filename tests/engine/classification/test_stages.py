@@ -61,7 +61,7 @@ def test_the_stages_of_detectors_are_found_below_the_fpn_and_in_the_c4_head(zero
     ("overrides", "message"),
     [
         ({"SOLVER.BIAS_LR_FACTOR": "2.0"}, "SOLVER.LAYER_DECAY is 0.5 and SOLVER.BIAS_LR_FACTOR"),
-        ({}, "no stages called stem"),
+        ({}, "no stages named stem"),
     ],
 )
 def test_a_decay_that_cannot_be_applied_is_rejected(overrides, message):

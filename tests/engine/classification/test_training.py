@@ -197,7 +197,7 @@ def test_a_classifier_of_other_classes_is_replaced_and_logged(train, tree, tmp_p
     [
         ((), {"DATASETS.TRAIN": "('no/such',)"}, "Dataset no/such not found.*DETECTRON2_DATASETS"),
         ((), {"DATASETS.TRAIN": "()"}, "expected exactly one: a folder of shards"),
-        ((), {"DATASETS.REGISTER": "[['a', 'b', 'c']]"}, "set the path of the data instead"),
+        ((), {"DATASETS.REGISTER": "[['a', 'b', 'c']]"}, "set DATASETS.TRAIN to the path"),
         (
             (),
             {"DATASETS.CLASSES": "['a', 'b']"},

@@ -176,7 +176,7 @@ def test_dense_evaluation_applies_fully_connected_layers_at_all_positions():
     ("words", "message"),
     [
         (["--scales", "40", "30", "--crop", "32"], "contains 30, but the crop is 32 pixels"),
-        (["--scales", "40", "40"], "expected different sizes"),
+        (["--scales", "40", "40"], "expected distinct sizes"),
         (["--scales", "40", "--resize", "40"], "Remove one of them"),
         (["--crops", "10", "--crop-mode", "squash"], "without --crop-mode"),
         (["--dense", "--crops", "10"], "whole images"),
@@ -254,7 +254,7 @@ def test_models_are_compared_even_if_the_first_one_has_no_class_names():
         ("a,0,x", "a,1,y", r"the label of a is 0 \(x\) and 1 \(y\)"),
         ("a,0,x", "c,0,x", "2 are in only one of the files, such as a"),
         ("a,0,x", "b,0,x", "two rows with the key b"),
-        ("logit1,", "", "of 2 and 1 classes"),
+        ("logit1,", "", "for 2 and 1 classes"),
         ("logit0", "other", "can't be read: .*Expected a CSV file"),
         (",0.5,", ",,", "can't be read"),
         ("\na,", "\n\na,", "line 2 has 0 columns; expected 6"),

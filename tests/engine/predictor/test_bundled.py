@@ -158,7 +158,7 @@ def test_a_card_states_the_metrics_of_the_file_and_of_all_seeds(classifier, phot
     bundle(classifier, "senet_transfer/scenes", place, *words, f"('{tmp_path / 'val'}',)")
     card = (place / "scenes.md").read_text()
     # All three class folders contain the same image, so exactly one prediction is right.
-    assert "| metric | this file | all runs (2 seeds) |" in card
+    assert "| metric | this file | all runs (n = 2) |" in card
     assert "| classification/top1_error | 66.67 | 31.00 ± 1.41 |" in card
     assert "with the seeds 2, 10. The first run was started with `senet train SEED 2`." in card
     assert "from the run with seed 10." in card

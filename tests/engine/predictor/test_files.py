@@ -23,7 +23,7 @@ from senet_transfer.engine.predictor.predictor import DetectorPredictor
 
 
 class Answers(nn.Module):
-    """Model whose output is ``answer(height, width)``, for the original size of the image."""
+    """Model that passes each image's original size to ``answer`` and returns the result."""
 
     def __init__(self, answer):
         super().__init__()
@@ -94,7 +94,7 @@ def test_images_whose_names_are_not_utf_8_are_drawn(images, tmp_path):
     (drawing,) = (tmp_path / "out").glob("*.jpg")
     assert os.fsencode(drawing.name) == b"caf\xe9 <&>\n.jpg"
     assert Image.open(drawing).format == "JPEG"
-    with pytest.raises(UserError, match="is not UTF-8; expected UTF-8 for videos"):
+    with pytest.raises(UserError, match="is not valid UTF-8, which is required for videos"):
         predict_video(DetectorPredictor.of(loaded(one_object)), name + ".avi", str(tmp_path))
 
 

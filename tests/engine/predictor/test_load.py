@@ -230,7 +230,10 @@ def test_an_exported_detector_finds_the_same_objects(detector, photos, turned, t
 
 @pytest.fixture
 def turned(photos, tmp_path):
-    """Return paths of a rotated JPEG file and two PNG copies, without and with EXIF rotation."""
+    """Return the paths of a JPEG file with an EXIF rotation and of two PNG copies of it.
+
+    The rotation is applied to the pixels of the second copy, but not to those of the first.
+    """
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     Image.open(photos / "a.jpg").save(tmp_path / "turned.jpg", exif=exif, quality=95)

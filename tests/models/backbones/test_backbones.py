@@ -58,7 +58,7 @@ DEEPER = [name for name in list_models() if name.endswith(("t101", "t152", "101_
 
 
 def mostly_fast(names: list[str], slow: list[str] = ()) -> list:
-    """Return test parameters. Networks in ``DEEPER`` and ``slow`` are marked as slow."""
+    """Return pytest parameters. Those in ``DEEPER`` or in ``slow`` have the mark ``slow``."""
     marks = dict.fromkeys([*DEEPER, *slow], pytest.mark.slow)
     return [pytest.param(name, marks=marks.get(name, ())) for name in names]
 
@@ -244,7 +244,7 @@ def test_an_unknown_name_error_suggests_similar_names():
         ("resnet50", {"se_ratio": 8}, "has no SE"),
         ("se_resnet18", {"se_placement": "3x3"}, "bottleneck"),
         ("se_resnet18", {"stride_in_1x1": True}, "no bottlenecks"),
-        ("se_resnet50", {"se_ratio": 4096}, "expected 1 to 256"),
+        ("se_resnet50", {"se_ratio": 4096}, "expected an integer from 1 to 256"),
         ("se_resnet50", {"res5_dilation": 3}, "expected 1 or 2"),
         ("senet154", {"se_stages": (2, 3)}, "SE in every stage"),
         ("se_resnet50", {"se_placement": "mixture"}, "one branch per block"),
@@ -254,8 +254,8 @@ def test_an_unknown_name_error_suggests_similar_names():
         ("se_shake_shake26_2x96d", {"se_placement": "3x3"}, "26 has basic blocks"),
         ("se_cifar_resnet110", {"se_stages": (5,)}, "stages 2, 3 and 4"),
         ("se_shake_even29_2x4x64d", {"se_stages": (5,)}, "stages 2, 3 and 4"),
-        ("se_cifar_resnet110", {"se_ratio": 32}, "expected 1 to 16"),
-        ("se_wrn16_8", {"se_relu_before": True}, "not by CIFAR networks"),
+        ("se_cifar_resnet110", {"se_ratio": 32}, "expected an integer from 1 to 16"),
+        ("se_wrn16_8", {"se_relu_before": True}, "but CIFAR networks do not"),
         ("cifar_resnet110", {"block": "wide"}, "expected one of: basic, bottleneck"),
         ("cifar_resnet32", {"block": "bottleneck"}, "depth is 32.* 9n . 2 layers.*is 29"),
         ("cifar_resnet110", {"out_features": ["res5"]}, "stem, res2, res3, res4"),
@@ -280,7 +280,7 @@ def test_options_that_a_network_does_not_support_are_rejected(name, overrides, w
         ("resnet18", {"in_channels": True}, "in_channels is True; expected an integer"),
         ("resnet18", {"out_features": 5}, "out_features is 5; expected a list"),
         ("resnet18", {"out_features": [["res2"]]}, "expected a list of names"),
-        ("resnet18", {"weights": 5}, "weights are 5; expected a path"),
+        ("resnet18", {"weights": 5}, "weights is 5; expected a path"),
         ("resnet18", {"freeze_at": 2.0}, "freeze_at is 2.0; expected an integer >= 0"),
         ("resnet18", {"freeze_at": [2]}, "freeze_at is .2.; expected an integer >= 0"),
         ("resnet50", {"num_groups": "2"}, "num_groups is '2'"),

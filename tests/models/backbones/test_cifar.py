@@ -33,7 +33,7 @@ def norm(channels: int) -> int:
 
 
 def preact_count(widths: list[int], blocks: int, *, bottleneck: bool, projection: bool) -> int:
-    """Count the parameters in the stages and the final norm of the published network."""
+    """Compute the number of parameters in a pre-activation network's stages and final norm."""
     total, inputs = 0, 16
     for width in widths:
         for _ in range(blocks):

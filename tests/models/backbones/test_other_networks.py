@@ -1,7 +1,7 @@
 """Tests that compare VGG, Inception, MobileNet and ShuffleNet with plain-PyTorch versions.
 
-These tests cover networks that no other package has, mainly variants with SE. Other networks are
-compared with those packages in ``tests/weights``.
+These tests cover networks that no other package contains, mainly variants with SE. Networks that
+torchvision or timm also contains are compared with them in ``tests/weights``.
 """
 
 from collections.abc import Callable
@@ -324,8 +324,8 @@ def test_images_of_odd_sizes_are_accepted(name, side):
         ("se_vgg16_bn", {"se_stages": (5,)}, "SE only in stages 2, 3, 4"),
         ("se_bn_inception", {"se_stages": (2,)}, "SE only in stages 3, 4, 5"),
         ("se_shufflenet_g3", {"se_stages": (2,)}, "SE only in stages 3, 4, 5"),
-        ("se_inception_resnet_v2", {"se_relu_before": True}, "not by Inception-ResNet-v2"),
-        ("se_mobilenet", {"se_ratio": 65}, "expected 1 to 64"),
+        ("se_inception_resnet_v2", {"se_relu_before": True}, "but Inception-ResNet-v2 does not"),
+        ("se_mobilenet", {"se_ratio": 65}, "expected an integer from 1 to 64"),
         ("inception_resnet_v2", {"padding": "full"}, "expected one of: valid, same"),
         ("vgg16_bn", {"padding": "same"}, "has no option 'padding'"),
         ("mobilenet", {"stem_pool": "ceil"}, "has no option 'stem_pool'"),

@@ -5,4 +5,4 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _zero_initial_weights(zero_initial_weights):
-    """Initialise networks with zeros, because all tests in this folder load weights into them."""
+    """Initialise networks with zeros, to save time. All tests in this folder load weights."""

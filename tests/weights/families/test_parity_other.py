@@ -27,7 +27,7 @@ GOOGLE = Preprocessing(mean=(127.5,) * 3, std=(127.5,) * 3, crop=299, resize=341
 
 
 def inception(package: str) -> tuple[nn.Module, list[nn.Module]]:
-    """Build Inception-ResNet-v2, and return it with the last module of each of res2 to res5."""
+    """Return an Inception-ResNet-v2 and its modules whose outputs are res2 to res5."""
     name = {"timm": "inception_resnet_v2"}.get(package, "inceptionresnetv2")
     model = peer(package, name)
     if package != "timm":

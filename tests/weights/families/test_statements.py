@@ -350,7 +350,7 @@ def test_options_with_another_file_reset_the_keys_of_the_configs_file(tmp_path):
 
 
 def _legacy(path):
-    """Save timm's legacy_seresnet18, whose pool uses ceil mode."""
+    """Save timm's legacy_seresnet18, whose stem pool uses ceil mode."""
     return save(peer("timm", "legacy_seresnet18"), path)
 
 

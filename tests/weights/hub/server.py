@@ -17,10 +17,10 @@ class Hub:
 
     Attributes:
         address: URL of the server.
-        commits: For each repository, the files in each commit by commit hash.
+        commits: For each repository, a dict from commit hashes to the files in the commits.
         revisions: For each repository, the commit hash of each branch and tag.
         private: Names of private repositories.
-        blobs: Uploaded large files by SHA-256.
+        blobs: Uploaded large files, keyed by SHA-256.
         asked: Method, path and token of each request.
     """
 

@@ -1,4 +1,4 @@
-"""Speed of the GPU: copies, matrix products, kernel launches and synchronisation."""
+"""Speed of basic GPU operations: copies, matrix products, kernel launches and waits."""
 
 import time
 from collections.abc import Iterator

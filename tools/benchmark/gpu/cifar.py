@@ -1,4 +1,4 @@
-"""Training of ResNet-110 and SE-ResNet-110 on small images with this project's trainer."""
+"""Benchmark of training ResNet-110 and SE-ResNet-110 with this project's trainer."""
 
 import contextlib
 import statistics
@@ -33,11 +33,11 @@ AUTO = dict.fromkeys(
 
 @contextlib.contextmanager
 def _loops(settings: Settings, ways: dict[str, tuple[str, str]]) -> Iterator[dict[str, Step]]:
-    """Yield functions that run training steps with this project's trainer.
+    """Yield, for each candidate, a function that runs training steps with this project's trainer.
 
     Args:
         settings: The settings of the GPU benchmark.
-        ways: The network and the value of ``SOLVER.COMPILE``, by candidate name.
+        ways: Dictionary from the name of each candidate to its network and ``SOLVER.COMPILE``.
     """
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

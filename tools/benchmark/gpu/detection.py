@@ -1,4 +1,4 @@
-"""Training of Faster R-CNN R50-FPN and of its backbone, compared with Detectron2's code."""
+"""Benchmark of training Faster R-CNN R50-FPN and its backbone, compared with Detectron2's code."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""Inference speed of ResNet-50 and SE-ResNet-50 as CUDA graphs, compared with timm."""
+"""Benchmark of ResNet-50 and SE-ResNet-50 inference as CUDA graphs, compared with timm."""
 
 import copy
 from collections.abc import Callable, Iterator

@@ -79,7 +79,7 @@ def compare_steps(
 ) -> Comparison:
     """Time steps in alternation, and compare them with the step "plain".
 
-    If ``steps`` contains "plain again", which repeats "plain", it measures the noise.
+    The optional step "plain again" repeats "plain" to measure the noise.
     """
     return compare(
         what,
@@ -110,12 +110,12 @@ def quotient(values: Mapping[str, float], name: str, over: str) -> Result:
 
 
 def amounts(what: str, unit: str, values: Mapping[str, float]) -> Amounts:
-    """Return a quantity with one value per network and "plain" as the baseline of the ratios."""
+    """Return one value per network, with the value of "plain" as the baseline for ratios."""
     return Amounts(what, unit, "plain", values)
 
 
 def host_milliseconds(step: Step) -> float:
-    """Return the time until all kernels of a step are launched: the minimum of three calls."""
+    """Return the host time in ms for launching a step's kernels (minimum of three calls)."""
     found = []
     for _ in range(3 if torch.cuda.is_available() else 1):
         synchronise()
@@ -127,9 +127,9 @@ def host_milliseconds(step: Step) -> float:
 
 
 def kernels_of(step: Step, calls: int = 3) -> tuple[float, int]:
-    """Return how long the GPU is busy during a call, in ms, and the number of kernels.
+    """Return the GPU's busy time in ms and the number of kernels, per call of a step.
 
-    Copies and fills count as kernels. Both numbers are medians over the calls, and 0 on a CPU.
+    Copies and fills count as kernels. Both values are medians over the calls. On a CPU, they are 0.
     """
     activity = torch.profiler.ProfilerActivity
     activities = [activity.CPU] + [activity.CUDA] * torch.cuda.is_available()

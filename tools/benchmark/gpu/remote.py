@@ -98,7 +98,7 @@ def start_all(settings: Settings, builders: Mapping[str, Callable[[], Step]]) ->
 
     Args:
         settings: The settings of the GPU benchmark.
-        builders: For the name of each step, a function that builds it.
+        builders: Functions that build the steps, keyed by step name.
 
     Yields:
         The steps that were built, and the errors of those that failed.

@@ -116,8 +116,8 @@ def _check_factors(key: str, value: Sequence[float], or_empty: str = "") -> None
     # A factor of 0 would result in a black, grey or empty image.
     if len(value) != 2 or not 0 < value[0] <= value[1] < math.inf:
         raise UserError(
-            f"{key} is {tuple(value)}; expected two numbers above 0, the minimum and the maximum "
-            f"factor{or_empty}."
+            f"{key} is {tuple(value)}; expected two positive numbers, the minimum and the "
+            f"maximum factor{or_empty}."
         )
 
 

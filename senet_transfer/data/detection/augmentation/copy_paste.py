@@ -2,7 +2,7 @@
 
 Both images are augmented first, as in the paper. Objects keep their position relative to the top
 left corner of the image. Their borders are not smoothed, because the paper found that smoothing
-makes no difference. Parts outside the image are cut off.
+makes no difference. Pasted objects are cut off at the image border.
 """
 
 import numpy as np
@@ -17,9 +17,10 @@ from senet_transfer.errors import UserError
 
 
 class CopyPaste(Dataset):
-    """Dataset wrapper that pastes objects from random images with a given probability.
+    """Dataset wrapper for copy-paste augmentation.
 
-    Random numbers are drawn from the global generators of NumPy and PyTorch.
+    With a given probability, objects from a random image are pasted onto an image. Random numbers
+    are drawn from the global generators of NumPy and PyTorch.
     """
 
     def __init__(self, images: MapDataset, probability: float):

@@ -1,7 +1,7 @@
 """Exact rotation of detection images by multiples of 90 degrees.
 
-Detectron2's `RandomRotation` does not support images with one channel. It interpolates with OpenCV,
-whose threads do not survive the fork of a worker process.
+Detectron2's `RandomRotation` does not support images with one channel. It also uses OpenCV, whose
+threads are not copied to forked worker processes.
 """
 
 import numpy as np

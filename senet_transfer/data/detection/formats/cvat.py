@@ -1,9 +1,9 @@
 """Reader for CVAT's XML formats for images and videos (version 1.1).
 
-Rotated boxes and ellipses become polygons with their bounding boxes. Polylines, points, cuboids,
-skeletons and tags have no equivalent in COCO format and are skipped. CVAT writes a track's box for
-every frame, so boxes do not have to be interpolated. Boxes with `outside="1"` are not visible and
-are skipped.
+Rotated boxes and ellipses are converted to polygons with bounding boxes. Polylines, points,
+cuboids, skeletons and tags have no equivalent in COCO format and are skipped. CVAT writes a track's
+box for every frame, so boxes do not have to be interpolated. Boxes with `outside="1"` are not
+visible and are skipped.
 """
 
 import re
@@ -49,7 +49,8 @@ def read(location: Path, images: ImageFolder) -> ImportedData:
     root = read_xml(location)
     if root.tag != "annotations":
         raise UserError(
-            f"{location} has the root <{root.tag}>; expected <annotations>, as in CVAT's XML."
+            f"{location} has the root element <{root.tag}>; expected <annotations>, as in CVAT's "
+            "XML. Check the path and the format."
         )
     labels = [
         label for label in root.iterfind("meta//labels/label") if not label.findtext("parent")
@@ -103,7 +104,7 @@ def _read_frames(
         raise UserError(
             f"{path} has objects in frame {lacking[0]}, but {images.root} has no image "
             f"frame_{lacking[0]:06d}; expected the video frames that CVAT exports with the "
-            "annotations. Extract the frames from the video under these names."
+            "annotations. Extract the frames, and name the files frame_000000.png and so on."
         )
     # Frames without tracks become images without objects.
     return [
@@ -115,7 +116,7 @@ def _read_frames(
 def _read_shape(
     shape: Element, where: str, size: tuple[int, int], data: ImportedData
 ) -> list[ImportedObject]:
-    """Convert a shape to an object. Return an empty list if the shape is skipped."""
+    """Return a list with the object for a shape, or an empty list if the shape is skipped."""
     if shape.tag in _SKIPPED:
         data.notes[f"shapes of type {shape.tag} are skipped"] += 1
         return []

@@ -26,7 +26,7 @@ _SHORT.maxlevel = 2
 
 
 def shown(value: object) -> str:
-    """Return the start of a value's representation, for error messages."""
+    """Return a shortened representation of a value for error messages."""
     return _SHORT.repr(value)[:60]
 
 
@@ -69,7 +69,7 @@ def read_text(path: str | Path) -> str:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path} is not UTF-8 text ({error}). Save the file with this encoding."
+            f"{path} is not valid UTF-8 text ({error}). Save the file as UTF-8."
         ) from None
     except OSError as error:
         raise _unreadable(path, error) from None
@@ -126,7 +126,7 @@ def image_sides(width: object, height: object, where: str) -> tuple[int, int]:
     sides = number(width, "width", where), number(height, "height", where)
     if min(sides) < 1 or any(side != int(side) for side in sides):
         raise UserError(
-            f"{where} has the size {width} x {height}; expected positive whole numbers of pixels. "
+            f"{where} has the size {width} x {height}; expected positive integers, in pixels. "
             "Correct the file."
         )
     if sides[0] * sides[1] > MAX_PIXELS:
@@ -177,7 +177,10 @@ class ImageFolder:
             UserError: If the path is outside the image folder.
         """
         if not isinstance(name, str) or not name.strip() or "\0" in name:
-            raise UserError(f"{where} has the image {shown(name)}; expected an image file name.")
+            raise UserError(
+                f"{where} has the image {shown(name)}; expected an image file name. Correct the "
+                "file."
+            )
         path = os.path.normpath(os.path.join(base, name.replace("\\", "/")))
         relative = os.path.relpath(path, self.root)
         if relative.split(os.sep)[0] == os.pardir:
@@ -218,8 +221,8 @@ class ImageFolder:
             missing = isinstance(error, FileNotFoundError)
             found = "does not exist" if missing else f"can't be read ({error})"
             raise UserError(
-                f"{where} lists the image {path}, which {found}; its size is required. "
-                "Restore the image, or specify the folder that contains the images."
+                f"{where} lists the image {path}, which {found}; expected an image whose size can "
+                "be read. Restore the image, or specify the folder that contains the images."
             ) from None
 
 
@@ -237,10 +240,10 @@ def list_files(root: str | Path, accept: Any) -> list[str]:
 
 
 def images_next_to(location: Path) -> Path:
-    """Return the folder `images` next to a file if it exists, otherwise the file's own folder."""
+    """Return the folder `images` next to a file or, if there is none, the file's own folder."""
     return first_folder(location.parent, "images")
 
 
 def first_folder(root: Path, *names: str) -> Path:
-    """Return the first existing subfolder with one of the names, otherwise the folder itself."""
+    """Return the first of the named subfolders that exists; if none exists, return `root`."""
     return next((root / name for name in names if (root / name).is_dir()), root)

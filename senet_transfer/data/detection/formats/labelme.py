@@ -1,6 +1,6 @@
 """Reader for the LabelMe format, which has one JSON file per image.
 
-Shapes with the same label and group become one object, as in LabelMe's own conversion to COCO.
+Shapes with the same label and group are merged into one object, as in LabelMe's COCO conversion.
 Polygons, rotated rectangles, circles and masks have an outline; rectangles have none. Points and
 lines have no area and are skipped.
 """
@@ -64,7 +64,10 @@ def read(location: Path, images: ImageFolder) -> ImportedData:
         content = read_json(path)
         if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
             if len(paths) == 1:
-                raise UserError(f"{path} has no `shapes` list; expected a file in LabelMe format.")
+                raise UserError(
+                    f"{path} has no `shapes` list; expected a file in LabelMe format. Check the "
+                    "path and the format."
+                )
             data.notes["JSON files are not in LabelMe format and are skipped"] += 1
             continue
         data.splits["train"].append(_read_image(path, content, images, data))
@@ -89,7 +92,9 @@ def _read_image(
     for index, shape in enumerate(content["shapes"], 1):
         where = f"{path}: shape {index}"
         if not isinstance(shape, dict):
-            raise UserError(f"{where} is {str(shape)[:40]!r}; expected a JSON object {{...}}.")
+            raise UserError(
+                f"{where} is {str(shape)[:40]!r}; expected a JSON object {{...}}. Correct the file."
+            )
         item = _read_shape(shape, where, (width, height), data)
         if item is None:
             continue
@@ -119,7 +124,9 @@ def _read_shape(
         )
     # LabelMe 4 wrote rectangles with two corners; other tools write all four corners.
     if len(corners) != 2 and not (kind == "rectangle" and len(corners) == 4):
-        raise UserError(f"{where} is a {kind} with {len(corners)} points; expected 2.")
+        raise UserError(
+            f"{where} is a {kind} with {len(corners)} points; expected 2. Correct the file."
+        )
     if kind == "rectangle":
         return ImportedObject(label, shapes.box_of(corners), where)
     if kind == "circle":
@@ -142,7 +149,7 @@ def _with_source(
 def _read_mask(
     text: object, corners: Sequence[tuple[float, float]], where: str, size: tuple[int, int]
 ) -> tuple[shapes.Box, Outline] | None:
-    """Read a mask from a base64-encoded PNG image of the region from one corner to the other."""
+    """Read a mask from a base64-encoded PNG image that covers the region between two corners."""
     (left, top), (right, bottom) = [(int(x), int(y)) for x, y in corners]
     expected = right - left + 1, bottom - top + 1
     try:

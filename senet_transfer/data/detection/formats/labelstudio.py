@@ -46,7 +46,10 @@ def read(location: Path, images: ImageFolder) -> ImportedData:
     data = ImportedData(splits={"train": []}, files=[str(location)])
     tasks = read_json(location)
     if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
-        raise UserError(f"{location} is not a list of tasks; expected Label Studio's JSON export.")
+        raise UserError(
+            f"{location} does not contain a list of tasks; expected Label Studio's JSON export. "
+            "Check the path and the format."
+        )
     for index, task in enumerate(tasks, 1):
         where = f"{location}: task {task.get('id', index)}"
         regions = _regions(task, where, data)
@@ -65,7 +68,10 @@ def _regions(task: dict[str, Any], where: str, data: ImportedData) -> list[dict]
         return [{"value": part, **part} for part in found]
     annotations = task.get("annotations", task.get("completions"))
     if not isinstance(annotations, list) or not all(isinstance(a, dict) for a in annotations):
-        raise UserError(f"{where} has no `annotations` list; expected Label Studio's JSON export.")
+        raise UserError(
+            f"{where} has no `annotations` list; expected Label Studio's JSON export. Export the "
+            "data again."
+        )
     valid = [a for a in annotations if not a.get("was_cancelled") and not a.get("skipped")]
     if not valid:
         return None
@@ -98,7 +104,10 @@ def _find_image(values: Any, where: str, images: ImageFolder) -> str:
     The URL of an image may contain folders and a server prefix that a local copy does not have.
     """
     if not isinstance(values, dict):
-        raise UserError(f"{where} has no object `data`; expected Label Studio's JSON export.")
+        raise UserError(
+            f"{where} has no `data` object; expected Label Studio's JSON export. Export the data "
+            "again."
+        )
     texts = {key: value for key, value in values.items() if isinstance(value, str)}
     if "image" in texts:
         texts = {"image": texts["image"]}
@@ -129,10 +138,15 @@ def _read_region(
     region: dict[str, Any], regions: list[dict], where: str, size: tuple[int, int],
     data: ImportedData,
 ) -> ImportedObject | None:  # fmt: skip
-    """Return a region's object; None if the region has no label or an unsupported shape."""
+    """Convert a region to an object.
+
+    Return None if the region has no label or an unsupported shape.
+    """
     value, kind = region.get("value"), str(region.get("type", ""))
     if not isinstance(value, dict):
-        raise UserError(f"{where} has no `value` with the shape. Export the file again.")
+        raise UserError(
+            f"{where} has no `value` object, which specifies the shape. Export the file again."
+        )
     names = _names(value)
     if kind.startswith(_SKIPPED) or any(key.startswith(_SKIPPED) for key in value):
         data.notes["brush masks, keypoints and other unsupported regions are skipped"] += 1

@@ -29,7 +29,7 @@ SPLIT_NAMES = {
 class ImportedObject:
     """An object, with its box given as left, top, right and bottom edges in pixels.
 
-    The edges are continuous coordinates: the top left pixel of an image extends from 0 to 1.
+    Coordinates are continuous: the top left pixel of an image extends from (0, 0) to (1, 1).
     """
 
     label: str
@@ -57,7 +57,8 @@ class ImportedData:
     Attributes:
         splits: Images by split. A dataset that is not divided into splits contains only "train".
         classes: Class names in the order of the category ids; if empty, they are sorted by name.
-        notes: Number of occurrences by description, such as "polylines were skipped".
+        notes: Notes about the data, such as "masks are empty and are skipped", and the number of
+            occurrences of each.
         files: All files and folders on which the content depends.
     """
 

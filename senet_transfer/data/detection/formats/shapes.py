@@ -13,7 +13,7 @@ from senet_transfer.data.detection.formats.records import Outline
 
 Box = tuple[float, float, float, float]
 
-# Circles and ellipses become polygons with this number of points, as in VIA's own COCO export.
+# Number of points of the polygons that approximate ellipses, as in VIA's own COCO export.
 _ELLIPSE_POINTS = 72
 
 

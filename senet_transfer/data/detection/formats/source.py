@@ -64,8 +64,8 @@ class Source:
     Attributes:
         format: Key of :data:`FORMATS`.
         path: File or folder that the user specified.
-        locations: File or folder to read, by split. The key is empty if the format itself defines
-            the splits or there are no splits.
+        locations: Dictionary from split to the file or folder to read. The only key is "" if the
+            format itself defines the splits or there are no splits.
     """
 
     format: str

@@ -1,9 +1,9 @@
 """Reader for JSON files of the VGG Image Annotator (VIA), versions 1 and 2.
 
 The file is an annotation export or a project. The regions of an image are a dictionary in version 1
-and a list in version 2. Circles and ellipses become polygons with 72 points, as in VIA's own COCO
-export. Points and polylines have no area and are skipped. A region's class is the value of one of
-its attributes. Regions without attributes have the class "object".
+and a list in version 2. Circles and ellipses are converted to polygons with 72 points, as in VIA's
+own COCO export. Points and polylines have no area and are skipped. A region's class is the value of
+one of its attributes. Regions without attributes have the class "object".
 """
 
 import math
@@ -86,9 +86,9 @@ def _class_attribute(regions: list[dict[str, Any]], path: Path) -> str | None:
     if len(known) == 1:
         return known[0]
     raise UserError(
-        f"{path}: the regions have the attributes {', '.join(map(repr, counts))}; expected one "
-        f"attribute, or exactly one of the names {', '.join(_CLASS_ATTRIBUTES)}. Rename the "
-        "attribute that contains the class."
+        f"{path}: the regions have the attributes {', '.join(map(repr, counts))}; expected a "
+        "single attribute, or exactly one of the following attributes: "
+        f"{', '.join(_CLASS_ATTRIBUTES)}. Rename the attribute that contains the class."
     )
 
 

@@ -1,10 +1,10 @@
 """Reader for the Pascal VOC format, with one XML file per image and an image list per split.
 
 The files specify a box by its first and last pixels, whose indices start at 1. As in Detectron2 and
-supervision, (xmin - 1, ymin - 1, xmax, ymax) are the edges of the box. Objects marked as
-`difficult` become crowds (`iscrowd`). The VOC metric ignores these objects and their detections, as
-the COCO metrics do for crowds. The attributes `truncated`, `occluded` and `pose` and the boxes of
-object parts have no equivalent and are not read.
+the supervision library, (xmin - 1, ymin - 1, xmax, ymax) are the edges of the box. Objects marked
+as `difficult` are converted to crowd annotations (`iscrowd`). The VOC metric ignores these objects
+and their detections, as the COCO metrics do for crowds. The attributes `truncated`, `occluded` and
+`pose` and the boxes of object parts have no equivalent in COCO format and are not read.
 """
 
 import os
@@ -105,8 +105,8 @@ def _read_image(path: Path, name: str, images: ImageFolder, data: ImportedData) 
     root = read_xml(path)
     if root.tag != "annotation":
         raise UserError(
-            f"{path} has the root <{root.tag}>; expected <annotation>, as in Pascal VOC. Move "
-            "other XML files to another folder."
+            f"{path} has the root element <{root.tag}>; expected <annotation>, as in Pascal VOC. "
+            "Move XML files of other formats to a different folder."
         )
     # The XML file's name has priority, because files are often renamed without editing the XML.
     file_name = images.with_stem(os.path.splitext(name)[0])

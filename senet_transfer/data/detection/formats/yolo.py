@@ -36,7 +36,8 @@ _TOLERANCE = 0.01
 def image_folder(location: Path) -> Path:
     """Return the folder to which the paths of the splits are relative.
 
-    This is the folder `path` in the YAML file if it exists, otherwise the folder of the YAML file.
+    If `path` in the YAML file specifies an existing folder, return that folder. Otherwise, return
+    the folder of the YAML file.
     """
     path = _content(location).get("path")
     if isinstance(path, str) and path.strip():
@@ -76,7 +77,7 @@ def read(location: Path, images: ImageFolder) -> ImportedData:
     if missing == len(names):
         raise UserError(
             f"{location}: none of the {missing} images has a label file; expected, for example, "
-            f"{_label_path(images, names[0])}. Check the folders `train`, `val` and `test` in the "
+            f"{_label_path(images, names[0])}. Check the paths `train`, `val` and `test` in the "
             "file, and the location of the label files."
         )
     if missing:
@@ -108,7 +109,7 @@ def _class_names(content: dict, path: Path) -> list[str]:
     if not valid or any(isinstance(n, bool) or not isinstance(n, str | int | float) for n in names):
         raise UserError(
             f"{path}: `names` is not valid; expected {expected}. Put names such as yes and no in "
-            "quotation marks."
+            "quotation marks, because YAML reads them as booleans."
         )
     count = content.get("nc", len(names))
     if count != len(names):
@@ -125,7 +126,10 @@ def _key_points(content: dict, path: Path) -> int:
     if shape is None:
         return 0
     if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int for n in shape):
-        raise UserError(f"{path}: `kpt_shape` is {shown(shape)}; expected two whole numbers.")
+        raise UserError(
+            f"{path}: `kpt_shape` is {shown(shape)}; expected two integers, the number of "
+            "keypoints and the number of values per keypoint. Correct the file."
+        )
     return shape[0] * shape[1]
 
 
@@ -206,7 +210,7 @@ def _read_line(words: list[str], where: str, data: ImportedData, key_points: int
     index = values.pop(0)
     if index != int(index) or not 0 <= index < len(data.classes):
         raise UserError(
-            f"{where} has the class {words[0]}; expected a whole number from 0 to "
+            f"{where} has the class {words[0]}; expected an integer from 0 to "
             f"{len(data.classes) - 1}, an index into `names` in {data.files[0]}. Correct the line."
         )
     label = data.classes[int(index)]

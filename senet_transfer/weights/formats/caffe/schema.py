@@ -113,7 +113,7 @@ V1_TYPES = {
 
 
 def _net_parameter() -> Any:
-    """Build the message class for a network."""
+    """Build the protobuf message class for a Caffe network."""
     # Edition 2023 tracks field presence as proto2 does, and rejects text that is not UTF-8.
     file = descriptor_pb2.FileDescriptorProto(
         name="caffe.proto",

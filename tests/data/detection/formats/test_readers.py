@@ -1,6 +1,6 @@
-"""Tests that compare the readers of annotation formats with other programs.
+"""Tests that compare the readers of annotation formats with other tools.
 
-`fixtures/README.md` lists the programs that computed the expected values, and their versions.
+`fixtures/README.md` lists the tools that computed the expected values, and their versions.
 """
 
 import json
@@ -60,7 +60,7 @@ def by_name(annotations: dict) -> dict:
 
 @pytest.fixture
 def formats():
-    """Return the readers of `supervision`, imported here because the import takes a second."""
+    """Import and return the dataset readers of `supervision`. The import takes about a second."""
     from supervision.dataset import formats
     from supervision.dataset.formats import labelme, pascal_voc, yolo  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""Tests for using other annotation formats: their detection, splits, registration and import."""
+"""Tests for detecting, splitting, registering and importing other annotation formats."""
 
 import json
 import logging
@@ -68,7 +68,7 @@ def test_recipes_and_image_groups_use_boxes_without_the_orientation(tmp_path):
 
 @pytest.fixture
 def voc(tmp_path):
-    """Write a dataset in Pascal VOC's format with two splits and a difficult object."""
+    """Write a dataset in Pascal VOC's format, with two splits and an object marked difficult."""
     root = tmp_path / "voc"
     make_images(root / "JPEGImages", a=(64, 48), b=(64, 48), c=(64, 48))
     (root / "Annotations").mkdir()
