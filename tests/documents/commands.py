@@ -21,6 +21,8 @@ PROGRAMS = ("python", "torchrun", "make", "pip", "source", "bash", "git", "senet
 
 _CODE = re.compile(r"^```(\w*)\n(.*?)^```$|(?<!`)`([^`]+)`(?!`)", re.M | re.S)
 
+COMMAND_NAME = r"senet (?!env)(data )?\w+"
+
 # Commands that test_documented_commands.py parses but does not run, with the reason.
 NOT_RUN = {
     r"source .venv/bin/activate": "the tests put their own Python first in PATH",
@@ -35,7 +37,7 @@ NOT_RUN = {
     r"python tools/benchmark\.py gpu.*": "needs a GPU; test_benchmark_gpu.py runs all its code",
     r"senet (push|predict --weights hf-hub:).*": "needs the Hub; test_hub.py imitates its server",
     r"senet predict --weights COCO-.*": "downloads a detector; test_load.py imitates the server",
-    r"senet (?!env)(data )?\w+": "is a command's name, without its required arguments",
+    COMMAND_NAME: "is a command's name, without its required arguments",
     r"python .* configs/keypoint_rcnn.*": "needs COCO's keypoints; test_instant.py uses shapes",
     r"senet train --config-file lazy.py.*": "needs COCO; test_lazy_config.py trains on shapes",
     r"results/run\.sh .*": "trains for hours; test_records.py checks the configs and options",

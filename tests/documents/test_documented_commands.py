@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from senet_transfer.cli.main import command as senet
 from senet_transfer.config.load import load_config
 from tests.documents.commands import (
+    COMMAND_NAME,
     COMMANDS,
     DOCUMENTS,
     NOT_RUN,
@@ -103,7 +105,11 @@ def _check(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that a command's arguments are valid."""
     words = command.words
     assert words[0] in PROGRAMS, "add the program to PROGRAMS in tests/documents/commands.py"
-    if re.fullmatch(r"senet (data )?\w+", command.text):  # the name of a command, without arguments
+    if re.fullmatch(COMMAND_NAME, command.text):
+        monkeypatch.setattr(sys, "argv", [*words, "--help"])
+        with pytest.raises(SystemExit) as ended:
+            senet()
+        assert not ended.value.code
         return
     if words[0] == "make":
         done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
