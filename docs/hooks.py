@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Documents outside docs/, with their pages on the site.
 OUTSIDE = {
     "README.md": "index.md",
-    "datasets/README.md": "data-sets.md",
+    "datasets/README.md": "datasets.md",
     "configs/README.md": "configs.md",
     "tools/README.md": "tools.md",
     "senet_transfer/pretrained/README.md": "pretrained.md",

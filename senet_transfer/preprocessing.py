@@ -77,7 +77,7 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor, format: str = "RGB") ->
 
     Args:
         images: RGB images ``(N, 3, H, W)`` in 0-255 units, as uint8 or in the dtype of ``mean``.
-            For a format such as "C5", images ``(N, 5, H, W)``.
+            For a multispectral format such as "C5" (five channels), images ``(N, 5, H, W)``.
         mean: Mean ``(C, 1, 1)``, in the channel order of ``format``.
         std: Standard deviation ``(C, 1, 1)``, in the channel order of ``format``.
         format: Channel order of the model's input, such as "RGB" or "BGR"; "L" converts the images

@@ -32,7 +32,7 @@ def installer(monkeypatch):
 
 @pytest.fixture
 def wheel(tmp_path):
-    """Write a small wheel with all the problematic parts of Detectron2's real wheel."""
+    """Write a small wheel with the faults of Detectron2's wheel, such as a package ``tools``."""
     info = "sal_detectron2-0.7.2.dist-info"
     path = tmp_path / "sal_detectron2-0.7.2-cp310-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:

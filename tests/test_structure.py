@@ -77,7 +77,7 @@ def part(module: str) -> str:
 
 
 def circles(edges: dict[str, set[str]]) -> list[list[str]]:
-    """Find circular imports: strongly connected components of two or more modules (Tarjan)."""
+    """Find import cycles (strongly connected components of several modules; Tarjan's algorithm)."""
     index, low, stack, found = {}, {}, [], []
 
     def visit(node):

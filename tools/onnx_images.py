@@ -95,8 +95,8 @@ def read_image(
 
     Args:
         path: Path of the image.
-        value_range: The values of black and white in images with 16 or 32 bits per channel, from
-            the metadata of the ONNX file. If empty, 16-bit images have the range from 0 to 65535.
+        value_range: The values of black and white in grayscale images with 16 or 32 bits, from the
+            metadata of the ONNX file. If empty, 16-bit images have the range from 0 to 65535.
         upright: Whether to apply the EXIF orientation, from the metadata of the ONNX file.
 
     Raises:
@@ -128,8 +128,9 @@ def read_image(
         )
     if value_range and deep_colours:
         raise SystemExit(
-            f"error: {path} has more than 8 bits per channel; the model's value range can't be "
-            "applied to such images. Convert it to 8 bits per channel."
+            f"error: {path} has more than 8 bits per channel and a format whose values Pillow "
+            "rescales; the model's value range can't be applied to such images. Convert it to 8 "
+            "bits per channel."
         )
     if value_range and (is_16_bit or image.mode in ("I", "F")):
         values = np.asarray(image)

@@ -1,4 +1,4 @@
-"""The paper's ablations (section 6) as a small grid of runs, for any classifier config."""
+"""Grid of training runs for the paper's ablations (section 6), for any classifier config."""
 
 from collections.abc import Sequence
 from contextlib import suppress

@@ -119,10 +119,10 @@ def run_all(
             resumed. If ``quiet`` is True, the log is only written to ``log.txt``.
 
     Returns:
-        The contents of each run's ``results.json``, or None for a run that is not finished: metrics
-        by task, such as ``{"classification": {"top1_error": 6.4, ...}}``, and ``{"training":
-        {"iterations", "seconds_per_iteration"}}``. The time excludes evaluation and checkpointing,
-        and is measured since the run was last resumed.
+        The content of each run's ``results.json``, or None for an unfinished run. It contains the
+        metrics of each task, as in ``{"classification": {"top1_error": 6.4, ...}}``. Its entry
+        ``"training"`` contains ``"iterations"`` and ``"seconds_per_iteration"``. This time excludes
+        evaluation and checkpointing, and is measured since the run was last resumed.
 
     Raises:
         UserError: If several runs have the same folder, or if a run failed. A run fails if its
@@ -355,7 +355,7 @@ def mean_and_deviation(results: Sequence[dict[str, Any]]) -> dict[str, tuple[flo
 def runs_report(
     config_file: str, options: Sequence[str], results: dict[str, dict[str, Any]]
 ) -> str:
-    """Format the results of runs, by name, as a table with one row per metric.
+    """Format the results of runs as a table with one row per metric and one column per run.
 
     If the paper reports a result for the model and dataset, it is added below the table.
     """

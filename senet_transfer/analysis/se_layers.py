@@ -1,4 +1,4 @@
-"""SE layers of this project's networks and of timm's networks."""
+"""Detection of SE layers in networks of this project and of timm."""
 
 from torch import nn
 

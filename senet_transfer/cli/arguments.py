@@ -96,7 +96,7 @@ _CONFIG_KEY = re.compile(rf"({'|'.join(CONFIG_KEYS)})(\.[A-Z0-9_]+)*")
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Help formatter that shows which flags without a ``metavar`` take several values."""
+    """Help formatter that shows the values of flags in ``lists`` as ``X [X ...]``."""
 
     lists: tuple[str, ...] = ()
 
@@ -114,7 +114,7 @@ class Parser(argparse.ArgumentParser):
     words of the command line, which are stored in result records.
 
     Attributes:
-        lists: Flags that take one or several values. Their action is "append". With ``nargs="+"``,
+        lists: Flags that take one or more values. Their action is "append". With ``nargs="+"``,
             they would also consume the config options that follow.
     """
 
@@ -164,8 +164,8 @@ def argument_parser() -> argparse.ArgumentParser:
         "--classes",
         default="",
         metavar="numeric|FILE",
-        help="order of a classifier's labels: class names sorted as numbers, or a file with one "
-        "class name per line; default: sorted by name. The classes of a checkpoint take "
+        help="order of a classifier's labels: numeric (class names sorted as numbers) or a file "
+        "with one class name per line; default: sorted by name. The classes of a checkpoint take "
         "precedence",
     )
     parser.add_argument(
@@ -179,7 +179,7 @@ def argument_parser() -> argparse.ArgumentParser:
         help="on a GPU, use deterministic algorithms where PyTorch provides them (slower)",
     )
     parser.add_argument(
-        "--quiet", action="store_true", help="print only warnings; the log is written to log.txt"
+        "--quiet", action="store_true", help="print only warnings; log.txt contains the full log"
     )
     return parser
 
@@ -187,7 +187,7 @@ def argument_parser() -> argparse.ArgumentParser:
 def _add_detectron2_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --overwrite and the arguments of Detectron2's parser.
 
-    Detectron2's arguments are repeated here because its import is slow.
+    Detectron2's arguments are repeated here because importing Detectron2 is slow.
     """
     add = parser.add_argument
     add("--config-file", default="", metavar="FILE", help="a YAML file, or the name of a config")
@@ -248,8 +248,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         metavar="PATH",
         help="train on this data, with a generated config that is saved to "
-        "OUTPUT_DIR/recipe.yaml. The data can be annotations for detection, as in --dataset, "
-        "labelled images, or a folder that contains train and val data",
+        "OUTPUT_DIR/recipe.yaml. The data can be labelled images, annotations for detection "
+        "(as for --dataset), or a folder that contains train and val data",
     )
     add("--val", default="", metavar="PATH", help="validation data for --data")
     add(
@@ -321,7 +321,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, several: bool = Fals
         action="append" if several else "store",
         default=[] if several else "",
         metavar="WEIGHTS",
-        help=f"{'one or several weight files' if several else 'a weight file'}; default: the "
+        help=f"{'one or more weight files' if several else 'a weight file'}; default: the "
         "config's MODEL.WEIGHTS",
     )
     add("--family", default="", help="weight family, if the tensor names match several families")

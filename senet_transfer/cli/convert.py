@@ -48,14 +48,15 @@ def parser() -> argparse.ArgumentParser:
         "--ema",
         choices=("auto", "true", "false"),
         default="auto",
-        help="whether to use the averaged (EMA) weights in IN; default: as in the project "
-        "that wrote IN",
+        help="whether to use the averaged (EMA) weights in IN; auto: follow the convention of "
+        "the project that wrote IN (default: auto)",
     )
     parser.add_argument(
         "--head",
         choices=("strict", "ignore"),
         default="strict",
-        help="ignore: leave out the classifier or projection head of IN",
+        help="strict: reject a file with unused tensors; ignore: leave out the classifier or "
+        "projection head of IN (default: strict)",
     )
     parser.add_argument(
         "--check",

@@ -69,7 +69,7 @@ def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     add("--resize", type=int, help="image size in pixels after resizing; default: the model's size")
     add("--crop", type=int, help="crop size in pixels; default: the model's size")
     add(
-        "--scales", type=int, action="append", default=[], help="one or several sizes of the "
+        "--scales", type=int, action="append", default=[], help="one or more sizes of the "
         "shorter side in pixels; the predictions for all views of an image are combined",
     )  # fmt: skip
     add(
@@ -90,7 +90,7 @@ def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     add("--logits", action="store_true", help="add the logits to the CSV file")
     add(
         "--saved-logits", action="append", default=[], metavar="FILE", help="average the "
-        "probabilities in one or several CSV files written with --predictions and --logits",
+        "probabilities in one or more CSV files written with --predictions and --logits",
     )  # fmt: skip
     add_running_arguments(parser)
     parser.set_defaults(batch_size=None)  # None: not passed by the user

@@ -1,4 +1,4 @@
-"""Export a model with folded batch norms, and check its outputs against the original model.
+"""Export a model with folded batch norms, and compare its outputs with the original model's.
 
     senet export --weights output/model_best.pth --output se_resnet50.onnx
     senet export --weights output/model_best.pth --backbone --output features.pt2
@@ -41,19 +41,19 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--image",
         default="",
-        help="image with objects, used to trace and compare a detector; required for .ts",
+        help="image with objects, used to trace a detector and compare outputs; required for .ts",
     )
     add(
         "--precision",
         choices=["float32", "float16", "int8"],
         default="float32",
-        help="number format of a classifier or backbone in an ONNX file; float16 and int8 require "
+        help="precision of a classifier or backbone in an ONNX file; float16 and int8 require "
         "--calibration",
     )
     add(
         "--calibration",
         default="",
-        help="calibration images for --precision: folder, preferably with one subfolder per class",
+        help="folder of calibration images for --precision, preferably with a subfolder per class",
     )
     add(
         "--compile",

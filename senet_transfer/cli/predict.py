@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
         "--input",
         action="append",
         required=True,
-        help="one or several image files, folders, patterns, .txt lists of images, HTTP(S) URLs, "
+        help="one or more image files, folders, patterns, .txt lists of images, HTTP(S) URLs, "
         "video files, streams (rtsp://...) or the index of a camera",
     )
     add("--output", default="predictions", help="output folder (default: predictions)")

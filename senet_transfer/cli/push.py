@@ -61,7 +61,11 @@ def parser() -> argparse.ArgumentParser:
         help="folder with records (seed<N>.json) of all runs with the same config, for the model "
         "card",
     )
-    add("--half", action="store_true", help="store weights in float16, except biases and norms")
+    add(
+        "--half",
+        action="store_true",
+        help="store weights in float16, except biases and normalization parameters",
+    )
     add(
         "--evaluate",
         action="store_true",

@@ -132,7 +132,7 @@ def _use_one_schedule(cfg: CfgNode, stated: set[str]) -> None:
 
 
 def _schedule_keys(path: str) -> set[str]:
-    """Return the keys set by the file that sets the schedule: the config or a base config."""
+    """Return all keys in the file that sets the schedule: a config or one of its base configs."""
     if "://" in path:
         return set()
     with open(path) as file:

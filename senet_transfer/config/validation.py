@@ -101,7 +101,7 @@ _ELEMENTS: dict[str, Any] = {
 }
 
 
-_KINDS = {bool: "True or False", int: "a number", float: "a number", str: "text"}
+_KINDS = {bool: "True or False", int: "numbers", float: "numbers", str: "strings"}
 
 
 def check_elements(cfg: CfgNode) -> None:
@@ -121,7 +121,7 @@ def check_elements(cfg: CfgNode) -> None:
         wrong = [element for element in elements if not _is_like(element, example)]
         if example is not None and wrong:
             kind = _KINDS[type(example)]
-            raise UserError(f"{key} is {value!r}; expected {kind}, found {wrong[0]!r}.")
+            raise UserError(f"{key} is {value!r}; expected only {kind}, found {wrong[0]!r}.")
 
 
 def _leaves(value: list | tuple) -> Iterator[Any]:

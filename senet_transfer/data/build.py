@@ -125,7 +125,7 @@ def use_class_weights(cfg: CfgNode, *, eval_only: bool = False) -> None:
         eval_only: If True, leave the config unchanged, because evaluation does not use the weights.
 
     Raises:
-        UserError: If the weights are not one non-negative number per class.
+        UserError: If the weights are not one non-negative number per class, or are all 0.
     """
     if eval_only or not is_classification(cfg):
         return
@@ -146,7 +146,8 @@ def use_class_weights(cfg: CfgNode, *, eval_only: bool = False) -> None:
     if not numbers or len(weights) != count or not any(weights):
         raise UserError(
             f"MODEL.CLASSIFIER.CLASS_WEIGHTS is {weights!r}; expected auto, or {count} "
-            f"non-negative numbers, one for each of the classes {first_of(cfg.DATASETS.CLASSES)}."
+            "non-negative numbers, not all of them 0, for the classes "
+            f"{first_of(cfg.DATASETS.CLASSES)}."
         )
 
 
@@ -244,8 +245,8 @@ def find_dataset(name: str) -> str:
         )
     raise UserError(
         f"Dataset {name} not found; tried {' and '.join(dict.fromkeys(places))}. {remedy}. "
-        "datasets/README.md describes the supported layouts; $DETECTRON2_DATASETS is the root of "
-        "all data."
+        "datasets/README.md describes the supported layouts. Relative paths are also searched in "
+        "$DETECTRON2_DATASETS."
     )
 
 

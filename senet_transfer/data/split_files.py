@@ -39,7 +39,7 @@ class _Source:
 
     Attributes:
         classes: Class names, in their order in the printed table.
-        objects: Number of objects of each class, by image file name.
+        objects: Dictionary from image file name to the number of objects of each class.
         suffix: Extension of the files to write.
         write: Function that writes the annotations of the given images to a file.
     """
@@ -82,7 +82,7 @@ def split_data(source: str | Path, output: str | Path, split: Split) -> str:
 
 @contextmanager
 def writing_parts(output: Path, existing: Collection[Path]) -> Iterator[None]:
-    """Create the folder for the files of a split, and convert write errors to UserErrors.
+    """Create the output folder of a split, and convert write errors in the context to UserErrors.
 
     Args:
         output: The output folder.

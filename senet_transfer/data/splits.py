@@ -43,8 +43,8 @@ class Split:
     Attributes:
         val: Fraction of the images in "val"; ignored if `folds` is given.
         test: Fraction of the images in "test".
-        folds: Number of equal parts "fold0", "fold1", ..., which replace "train" and "val". If a
-            class has only one group, this group is in "train" instead of a fold.
+        folds: Number of equal parts "fold0", "fold1", ..., which replace "train" and "val". Groups
+            of classes with only one group are in "train", which is used for training in every fold.
         seed: Random seed. The result depends on the seed and the file names, but not on the order
             of the files.
         group_by: Regular expression that is searched for in the file names. Images with the same
@@ -219,8 +219,8 @@ class _Allocation:
         Args:
             groups: Groups in random order.
             fractions: Fraction of the images in each part.
-            levels: Lists of part indices, by priority. If a class has fewer groups than there are
-                parts, its groups are assigned to the parts in the first list first.
+            levels: Lists of part indices, in order of priority. If a class has too few groups for
+                all parts, its groups are assigned to the parts in the first list first.
         """
         self.groups = groups
         self.fractions = fractions

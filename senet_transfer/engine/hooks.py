@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class StepTimer(HookBase):
-    """Timer for the training steps run by this process. It must be the first hook.
+    """Hook that times the training steps of this process. It must be the first hook.
 
     Time spent on evaluation and on saving checkpoints is not included.
 
@@ -201,8 +201,8 @@ class ModelEMA(HookBase):
         Args:
             model: The model to average, without a wrapper for distributed training.
             decay: The maximum decay, between 0 and 1.
-            guard: The guard that skips steps with non-finite values. Once it has skipped more steps
-                than allowed, the average no longer changes, even before the host ends the run.
+            guard: The guard that skips steps with non-finite values. If it skips more steps than
+                allowed, the average is no longer updated, even if the run has not ended yet.
         """
         self.model = model
         self.decay = decay
@@ -223,7 +223,7 @@ class ModelEMA(HookBase):
             self.update(self.next_weight())
 
     def next_weight(self) -> float:
-        """Count a step, and return the model's weight in the average, ``1 - d``."""
+        """Count a step, and return ``1 - d``, the factor for the model's current weights."""
         self.steps += 1
         return 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
 
@@ -232,8 +232,8 @@ class ModelEMA(HookBase):
         """Update the average without waiting for the device.
 
         Args:
-            weight: The factor ``1 - d`` for the model's current weights, as a number or as a tensor
-                ``()`` on the device.
+            weight: The factor ``1 - d`` for the model's current weights, as a float or as a scalar
+                tensor on the device.
         """
         pairs = [(self.average[name], value) for name, value in self._tensors().items()]
         floats = [pair for pair in pairs if pair[1].is_floating_point()]
@@ -358,7 +358,7 @@ class BestModel(_AfterEvaluation):
             period: The number of iterations between evaluations.
             metric: The name under which the metric is logged.
             checkpointer: The checkpointer that saves the model.
-            average: The averaged weights, if they are evaluated in place of the model's weights.
+            average: The averaged weights to save. If None, the model's own weights are saved.
         """
         super().__init__(period, metric)
         self.checkpointer = checkpointer
@@ -371,7 +371,7 @@ class BestModel(_AfterEvaluation):
         if self.trainer.start_iter == 0 or not path.is_file():
             return
         if problem := verify_checkpoint(path):
-            logger.error("The best model so far is corrupted and will be replaced: %s", problem)
+            logger.error("The saved best model is corrupted and will be replaced: %s", problem)
             return
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if saved.get("metric") == self.metric:

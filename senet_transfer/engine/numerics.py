@@ -1,8 +1,8 @@
 """Numerical settings of a run: precision, memory format and determinism.
 
-Some keys accept "auto". On a GPU, "auto" selects the faster setting, and on a CPU, the setting that
-does not affect results. When a run starts, "auto" is replaced with True or False and the new value
-is saved, so a resumed run has the same settings.
+Some keys accept "auto". On a GPU, "auto" enables the settings that speed up training; on a CPU, it
+disables them. When a run starts, "auto" is replaced with True or False and the new value is saved,
+so a resumed run has the same settings.
 """
 
 import os

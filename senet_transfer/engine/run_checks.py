@@ -82,7 +82,8 @@ def check_run(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
     if cfg.TEST.ENSEMBLE.WEIGHTS and not eval_only:
         raise UserError(
             f"TEST.ENSEMBLE.WEIGHTS is {list(cfg.TEST.ENSEMBLE.WEIGHTS)}, but several detectors "
-            "can't be trained together. Set it to (), or evaluate them with --eval-only."
+            "can't be trained together. Set the key to (), or evaluate the detectors with "
+            "--eval-only."
         )
     if not resume:
         _check_weights(cfg, eval_only=eval_only)
@@ -307,7 +308,10 @@ def check_batch_norms(cfg: CfgNode, model: nn.Module) -> None:
                 "reduce SOLVER.MICRO_BATCHES, or set MODEL.RESNETS.NORM to GN or FrozenBN."
             ) from error
     except RuntimeError:
-        logger.debug("The network's shapes can't be computed on the meta device.", exc_info=True)
+        logger.debug(
+            "Skipped the batch norm check: the network's shapes can't be computed on meta tensors.",
+            exc_info=True,
+        )
 
 
 def _check_solver(cfg: CfgNode) -> None:
@@ -341,7 +345,7 @@ def _check_padding(cfg: CfgNode) -> None:
     if multiple and (is_classification(cfg) or cfg.MODEL.BACKBONE.NAME not in FPN_BUILDERS):
         raise UserError(
             f"INPUT.SIZE_DIVISIBILITY is {multiple}, which is only supported for detectors whose "
-            f"MODEL.BACKBONE.NAME is {' or '.join(FPN_BUILDERS)}. Set it to 0."
+            f"MODEL.BACKBONE.NAME is {' or '.join(FPN_BUILDERS)}. Set INPUT.SIZE_DIVISIBILITY to 0."
         )
 
 
@@ -355,7 +359,7 @@ def _check_task_keys(cfg: CfgNode) -> None:
         value = config_value(cfg, key)
         if value != config_value(defaults, key):
             raise UserError(
-                f"{key} is {value!r}, which is only supported for {task}. Remove it. "
+                f"{key} is {value!r}, which is only supported for {task}. Remove the key. "
                 f"docs/augmentation.md lists the keys for {other}."
             )
 
@@ -365,8 +369,8 @@ def _warn_of_sampler(cfg: CfgNode) -> None:
     if options.SAMPLER_TRAIN == "RepeatFactorTrainingSampler" and options.REPEAT_THRESHOLD <= 0:
         logger.warning(
             "DATALOADER.SAMPLER_TRAIN is RepeatFactorTrainingSampler, but "
-            "DATALOADER.REPEAT_THRESHOLD is %g, so no image is repeated. Set it to the frequency "
-            "below which a class's images are repeated, such as 0.1.",
+            "DATALOADER.REPEAT_THRESHOLD is %g, so no image is repeated. Set REPEAT_THRESHOLD to "
+            "the frequency below which a class's images are repeated, such as 0.1.",
             options.REPEAT_THRESHOLD,
         )
 

@@ -305,7 +305,9 @@ def available_device(name: str, logger: logging.Logger) -> str:
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
-        raise UserError(f"The device is {name!r}; expected cuda or cpu (MODEL.DEVICE).") from error
+        raise UserError(
+            f"The device is {name!r}; expected cuda or cpu. Set MODEL.DEVICE to one of them."
+        ) from error
     if device.type != "cuda":
         return name
     if not torch.cuda.is_available():

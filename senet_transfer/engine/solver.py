@@ -172,7 +172,8 @@ def tensor_rates(optimizer: Optimizer, rates: Sequence[Tensor]) -> Iterator[None
     """Temporarily replace the learning rates with scalar tensors, one per parameter group.
 
     On each replay, a CUDA graph of the optimizer's step reads the current value of a tensor. The
-    value of a Python number would be fixed at capture. Schedulers and checkpoints use numbers.
+    value of a Python number would be fixed at capture. On exit, the numbers are restored, because
+    schedulers and checkpoints use them.
     """
     groups = optimizer.param_groups
     captures = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -160,7 +160,7 @@ class StepTrainer(SimpleTrainer):
             average.in_step = True
 
     def _step_on_device(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Compute a step without reading from the device, so that a CUDA graph can capture it.
+        """Run a step without reading from the device, so that a CUDA graph can capture it.
 
         Args:
             inputs: The tensors of the batch, and a tensor with the learning rate of each parameter

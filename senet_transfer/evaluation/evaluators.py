@@ -194,7 +194,8 @@ class CurrentCityscapesInstanceEvaluator(_CurrentNumpy, CityscapesInstanceEvalua
     """Detectron2's Cityscapes instance segmentation evaluator for current NumPy versions.
 
     cityscapesscripts writes its matches to a file in the working directory. With current NumPy
-    versions this fails, because the matches contain NumPy integers. This class skips the file.
+    versions this fails, because the matches contain NumPy integers. This class does not write the
+    file.
     """
 
     def evaluate(self) -> dict[str, Any] | None:

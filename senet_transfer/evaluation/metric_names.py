@@ -1,4 +1,4 @@
-"""Names of the metrics that will be returned by a run's evaluations."""
+"""Validation of the metric names in a config."""
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog

@@ -63,7 +63,7 @@ class Numbering:
 def in_order(ids: Iterable[Any]) -> list[Any]:
     """Return unique ids in ascending order, or in the given order if they can't be sorted.
 
-    A mixture of numbers and text can't be sorted.
+    A mixture of numbers and strings can't be sorted.
     """
     unique = list(dict.fromkeys(ids))
     try:

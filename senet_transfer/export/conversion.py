@@ -82,7 +82,8 @@ def convert_file(
             and write ``out`` only if they are equal.
         backbone_only: If True, convert the backbone only, without the classifier or the other parts
             of a detector.
-        choice: ``prefix``, ``ema`` and ``head``; see :func:`senet_transfer.load_weights`.
+        choice: Keyword arguments that select a network in the file, such as ``prefix`` and ``ema``;
+            see :func:`senet_transfer.load_weights`.
 
     Returns:
         The result of the comparison, or None if ``check`` is False.
@@ -187,7 +188,7 @@ def _model(source: Source, architecture: Architecture) -> nn.Module:
 
 
 def _check_complete(source: Source) -> None:
-    """Raise a UserError if a registered model's file lacks tensors or contains other tensors."""
+    """Raise a UserError if a registered model's file has missing or unexpected tensors."""
     architecture = _registered(source)
     if architecture is not None:
         with torch.device("meta"):
@@ -225,7 +226,9 @@ def _difference(
 ) -> FileDifference:
     if first.keys() != second.keys():
         only = first_of(sorted(first.keys() ^ second.keys()), 4)
-        raise UserError(f"The files contain different tensors ({only}).")
+        raise UserError(
+            f"The weight files can't be compared, because only one contains these tensors: {only}."
+        )
     absolute = largest = 0.0
     for name, value in first.items():
         if value.numel():

@@ -68,7 +68,7 @@ def detectron2_config(cfg: CfgNode, weights: str) -> CfgNode:
 
 
 def _resnet_keys(entry: ModelEntry) -> dict[str, Any]:
-    """Return the ``MODEL.RESNETS`` keys for a registered ResNet, or an empty dict."""
+    """Return the ``MODEL.RESNETS`` keys for a ResNet. For other backbones, return an empty dict."""
     if entry.build is not build_resnet:
         return {}
     defaults = {

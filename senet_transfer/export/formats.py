@@ -58,8 +58,8 @@ class ImageModel(nn.Module):
         """Return a tuple of the logits, or of the feature maps from high to low resolution.
 
         Args:
-            images: RGB images ``(N, 3, H, W)`` in 0-255. For a format such as "C5", images
-                ``(N, 5, H, W)``.
+            images: RGB images ``(N, 3, H, W)`` in 0-255. For a multispectral format such as "C5"
+                (five channels), images ``(N, 5, H, W)``.
         """
         found = self.network(normalise(images, self.mean, self.std, self.format))
         return tuple(found.values()) if isinstance(found, dict) else (found,)

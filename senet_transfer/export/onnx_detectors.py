@@ -69,8 +69,8 @@ def export_detector_to_onnx(
     28, 28), the mask probabilities inside each box.
 
     The exported detector is compared with the original one on ``image`` and on a crop of it. If the
-    original detects no objects, both are compared without the score threshold. They are also
-    compared on a grayscale image, which usually contains no objects.
+    original detects no objects, the comparison ignores the score threshold. On a uniformly grey
+    image, the exported detector must detect no objects if the original detects none.
 
     Args:
         model: A Detectron2 meta-architecture that predicts objects with boxes.

@@ -135,7 +135,10 @@ def _inside(points: Tensor, corners: Tensor) -> Tensor:
 
 
 def _edge_crossings(corners1: Tensor, corners2: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the points (P, 16, 2) where edges intersect, and a mask (P, 16) of valid points."""
+    """Return the intersections (P, 16, 2) of two rectangles' edges, and a mask of valid points.
+
+    The mask (P, 16) is False for pairs of edges that do not intersect.
+    """
     start1, start2 = corners1[:, :, None], corners2[:, None]
     edge1 = corners1.roll(-1, 1)[:, :, None] - start1
     edge2 = corners2.roll(-1, 1)[:, None] - start2

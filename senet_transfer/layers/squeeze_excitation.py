@@ -39,7 +39,7 @@ _OPEN_BIAS = {"sigmoid": 4.0, "tanh": 2.0, "relu": 1.0}
 
 
 def hidden_width(channels: int, ratio: int, divisor: int = 1) -> int:
-    """Return the number of hidden units: ``channels / ratio``, rounded using ``divisor``."""
+    """Return the hidden width, ``channels / ratio`` rounded to a multiple of ``divisor``."""
     if divisor == 1:
         return channels // ratio
     return max(divisor, int(channels / ratio + divisor / 2) // divisor * divisor)
@@ -186,9 +186,9 @@ class SqueezeExcitation(nn.Module):
         halve every residual branch, which frozen batch norms could not compensate for.
 
         "random" uses He initialisation for fc2, too, with zero biases, as in the paper's training
-        from scratch. The gates start near 0.5, where a sigmoid is 14 times as steep as at 0.98.
-        With open gates, weight decay can shrink fc1 to zero before fc2 has learnt anything. The
-        gates then become constant.
+        from scratch. The gates start near 0.5, where a sigmoid is 14 times as steep as at an open
+        gate. With open gates, weight decay can shrink fc1 to zero before fc2 has learnt anything.
+        The gates then become constant.
 
         Without biases, a sigmoid gate can't be open for every input, so "open" is the same as
         "random". In this case, do not expect pretrained weights of a network without SE to work.

@@ -141,9 +141,9 @@ def register_prefix(
 def list_models(pattern: str = "*") -> list[str]:
     """Return the names of the models that match a shell-style pattern, such as "se_*".
 
-    The list contains the paper's models. CIFAR networks of other depths and widths can also be
-    built by name, for example ``cifar_resnet20`` and ``se_wrn28_10``. A pattern such as
-    "timm/regnety*" lists timm's networks instead.
+    For CIFAR ResNets and wide ResNets, the list contains only the sizes in the SENet paper. Other
+    depths and widths can also be built by name, for example ``cifar_resnet20`` and ``se_wrn28_10``.
+    A pattern such as "timm/regnety*" lists timm's networks instead.
     """
     for prefix, (_, names) in _PREFIXES.items():
         if pattern.startswith(prefix):
@@ -247,8 +247,8 @@ def build_backbone(
 def _pixels(pixels: Preprocessing, channels: int, source: Source | None) -> Preprocessing:
     """Return the preprocessing of a model with the given number of input channels.
 
-    The weight file's preprocessing is used if it has this number of channels. Otherwise, ``pixels``
-    is adapted to it.
+    If there is a weight file whose preprocessing has this number of channels, return the file's
+    preprocessing. Otherwise, convert ``pixels`` to this number of channels.
     """
     own = source.preprocessing if source else None
     if own and channels_of(own.format) == channels:
@@ -304,9 +304,9 @@ def create_backbone(
         out_features: Names of the stages to return, from "stem" and "res2" to "res5"; None returns
             the last one.
         norm: "BN", "FrozenBN", "SyncBN" or "GN", as in Detectron2.
-        fused: Whether fused Triton kernels compute the norms, gates, sums and ReLUs of residual
-            blocks. "auto" uses them on a GPU, False never uses them, and True raises an error if
-            the device is not a GPU. Weights and checkpoints do not depend on this option.
+        fused: Whether fused Triton kernels compute the norms, gates, additions and ReLUs of
+            residual blocks. "auto" uses them on a GPU, False never uses them, and True raises an
+            error if the device is not a GPU. Weights and checkpoints do not depend on this option.
         overrides: Network options, such as ``stride_in_1x1=True``, ``stem_pool="ceil"``,
             ``freeze_at=2``, ``se_ratio=8`` and ``se_placement="pre"``.
 

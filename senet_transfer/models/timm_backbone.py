@@ -96,7 +96,7 @@ class TimmBackbone(Backbone):
             self._check_sizes(in_channels)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Map ``(N, in_channels, H, W)`` to a dictionary from feature name to feature map."""
+        """Map images ``(N, in_channels, H, W)`` to a dict from feature name to feature map."""
         if not self._maps:
             return {POOLED: self.net(x).flatten(1)[:, :, None, None]}
         found = self.net.forward_intermediates(
@@ -208,7 +208,8 @@ def build_timm(
         freeze_at: Number of stages to freeze, counted from the stem.
 
     Raises:
-        UserError: If timm is not installed, the network is not suitable, or an option is invalid.
+        UserError: If timm is not installed, an option is invalid, or the network is not suitable,
+            for example because it has no feature maps with strides 4, 8, 16 and 32.
     """
     check_freeze_at(freeze_at, FEATURES)
     backbone = TimmBackbone(model_name, in_channels=in_channels, out_features=out_features)

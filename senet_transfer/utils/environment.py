@@ -22,7 +22,8 @@ _PACKAGES = (
 def environment_report() -> str:
     """Return the current command, package versions and a description of the machine.
 
-    Detectron2 describes the machine: Python, compilers, CUDA, GPUs and PyTorch's build.
+    The description is Detectron2's environment report, which lists the versions of Python, CUDA and
+    compilers, the GPUs, and PyTorch's build settings.
     """
     versions = []
     for name in _PACKAGES:

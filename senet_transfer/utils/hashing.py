@@ -42,7 +42,7 @@ def verify_sha256(path: Path, expected: str | None) -> list[str]:
             check.
 
     Returns:
-        ``["sha256"]`` if a hash was verified, otherwise an empty list.
+        The names of the checks that passed: ``["sha256"]``, or an empty list if no hash is known.
 
     Raises:
         UserError: If a hash does not match or is malformed.

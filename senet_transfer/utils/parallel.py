@@ -48,8 +48,8 @@ def run_parallel(
                 yield waiting.pop(future), future.result()
     except BrokenProcessPool as error:
         raise UserError(
-            "A worker process was killed, most likely because memory ran out. Use fewer workers; "
-            "completed files are kept."
+            "A worker process was killed, most likely because the machine ran out of memory. Use "
+            "fewer workers; completed files are kept."
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

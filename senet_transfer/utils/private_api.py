@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def intercepts_operators() -> bool:
     """Return whether a functorch transform or a dispatch mode is active.
 
-    Private API (torch 2.11 to 2.14): ``torch._C._are_functorch_transforms_active`` and
+    Uses a private API of torch 2.11 to 2.14: ``torch._C._are_functorch_transforms_active`` and
     ``torch.utils._python_dispatch._get_current_dispatch_mode``.
     """
     import torch
@@ -44,7 +44,7 @@ def is_exporting() -> bool:
     In torch 2.11 to 2.13, ``torch.compiler.is_exporting`` also returns True while
     ``torch.compile`` compiles a function.
 
-    Private API (torch 2.11 to 2.14): ``torch.compiler._is_exporting_flag``.
+    Uses a private API of torch 2.11 to 2.14: ``torch.compiler._is_exporting_flag``.
     """
     import torch
 
@@ -56,7 +56,7 @@ def has_hooks(module: nn.Module) -> bool:
 
     Global hooks are ignored.
 
-    Private API (torch 2.11 to 2.14): ``_forward_hooks``, ``_forward_pre_hooks``,
+    Uses a private API of torch 2.11 to 2.14: ``_forward_hooks``, ``_forward_pre_hooks``,
     ``_backward_hooks`` and ``_backward_pre_hooks`` of ``torch.nn.Module``.
     """
     return bool(
@@ -73,7 +73,7 @@ def set_state_dict_metadata(state: Any, metadata: Mapping[str, Any]) -> None:
     ``torch.save`` stores this attribute, and ``load_state_dict`` ignores entries that are not named
     after a module.
 
-    Private API (torch 2.11 to 2.14): attribute ``_metadata`` of a state dict.
+    Uses a private API of torch 2.11 to 2.14: attribute ``_metadata`` of a state dict.
 
     Args:
         state: State dict. It must be an ``OrderedDict``, because a plain dict can't have
@@ -88,7 +88,7 @@ def set_state_dict_metadata(state: Any, metadata: Mapping[str, Any]) -> None:
 def norms_of(tensors: Sequence[Tensor], order: float) -> Tensor:
     """Return the norms of N tensors as a tensor of shape ``(N,)``, using few kernel launches.
 
-    Private API (torch 2.11 to 2.14): ``torch._foreach_norm``.
+    Uses a private API of torch 2.11 to 2.14: ``torch._foreach_norm``.
     """
     import torch
 
@@ -98,7 +98,7 @@ def norms_of(tensors: Sequence[Tensor], order: float) -> Tensor:
 def multiply_all(tensors: Sequence[Tensor], factors: Tensor) -> None:
     """Multiply each of N tensors in place by its element of ``factors``, a ``(N,)`` tensor.
 
-    Private API (torch 2.11 to 2.14): ``torch._foreach_mul_``.
+    Uses a private API of torch 2.11 to 2.14: ``torch._foreach_mul_``.
     """
     import torch
 
@@ -108,7 +108,7 @@ def multiply_all(tensors: Sequence[Tensor], factors: Tensor) -> None:
 def copy_all(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Copy tensors into the corresponding targets, using few kernel launches.
 
-    Private API (torch 2.11 to 2.14): ``torch._foreach_copy_``.
+    Uses a private API of torch 2.11 to 2.14: ``torch._foreach_copy_``.
     """
     import torch
 
@@ -123,7 +123,7 @@ def lerp_all(
 ) -> None:
     """Interpolate each target towards its value, in place and with few kernel launches.
 
-    Private API (torch 2.11 to 2.14): ``torch._foreach_lerp_``, ``torch._foreach_mul``,
+    Uses a private API of torch 2.11 to 2.14: ``torch._foreach_lerp_``, ``torch._foreach_mul``,
     ``torch._foreach_mul_``, ``torch._foreach_sub`` and ``torch._foreach_add_``.
 
     Args:
@@ -150,8 +150,8 @@ def lerp_all(
 def skips_on_device(optimizer: Optimizer) -> bool:
     """Return whether an optimizer skips a step if its ``found_inf`` tensor has the value 1.
 
-    Private API (torch 2.11 to 2.14): ``_step_supports_amp_scaling``, which is True for fused
-    optimizers.
+    Uses a private API of torch 2.11 to 2.14: ``_step_supports_amp_scaling``, which is True for
+    fused optimizers.
     """
     return getattr(optimizer, "_step_supports_amp_scaling", False)
 
@@ -159,8 +159,8 @@ def skips_on_device(optimizer: Optimizer) -> bool:
 def scaler_state(scaler: GradScaler) -> list[Tensor]:
     """Return the tensors that ``GradScaler.update`` changes in place.
 
-    Private API (torch 2.11 to 2.14): ``_scale`` and ``_growth_tracker``, which the first call to
-    ``scale`` creates.
+    Uses a private API of torch 2.11 to 2.14: ``_scale`` and ``_growth_tracker``, which the first
+    call to ``scale`` creates.
     """
     if not scaler.is_enabled():
         return []
@@ -170,7 +170,8 @@ def scaler_state(scaler: GradScaler) -> list[Tensor]:
 def cpu_group() -> ProcessGroup:
     """Return a process group of all ranks that can communicate CPU tensors.
 
-    Private API (Detectron2 0.6 to 0.7): ``_get_global_gloo_group``, which ``comm.all_gather`` uses.
+    Uses a private API of Detectron2 0.6 to 0.7: ``_get_global_gloo_group``, which
+    ``comm.all_gather`` uses.
     """
     from detectron2.utils import comm
 
@@ -182,7 +183,7 @@ def inductor_freezing() -> AbstractContextManager[None]:
 
     This has the same effect as the environment variable ``TORCHINDUCTOR_FREEZING=1``.
 
-    Private API (torch 2.11 to 2.14): ``torch._inductor.config``.
+    Uses a private API of torch 2.11 to 2.14: ``torch._inductor.config``.
     """
     import torch._inductor.config
 
@@ -194,7 +195,7 @@ def limit_history(storage: EventStorage, length: int) -> None:
 
     Metrics that already have a value are not affected.
 
-    Private API (Detectron2 0.6 to 0.7): ``EventStorage._history``, a ``defaultdict``.
+    Uses a private API of Detectron2 0.6 to 0.7: ``EventStorage._history``, a ``defaultdict``.
 
     Args:
         storage: Event storage of a run.
@@ -208,7 +209,7 @@ def limit_history(storage: EventStorage, length: int) -> None:
 def set_write_period(writer: PeriodicWriter, period: int) -> None:
     """Set the number of iterations between writes of a ``PeriodicWriter``.
 
-    Private API (Detectron2 0.6 to 0.7): ``PeriodicWriter._period``.
+    Uses a private API of Detectron2 0.6 to 0.7: ``PeriodicWriter._period``.
     """
     writer._period = period
 
@@ -216,7 +217,7 @@ def set_write_period(writer: PeriodicWriter, period: int) -> None:
 def set_size_divisibility(fpn: FPN, multiple: int) -> None:
     """Make an FPN pad its images to multiples of the given number of pixels.
 
-    Private API (Detectron2 0.6 to 0.7): ``FPN._size_divisibility``.
+    Uses a private API of Detectron2 0.6 to 0.7: ``FPN._size_divisibility``.
     """
     fpn._size_divisibility = multiple
 
@@ -224,8 +225,8 @@ def set_size_divisibility(fpn: FPN, multiple: int) -> None:
 def end_failed_load(checkpointer: DetectionCheckpointer) -> None:
     """Reset a checkpointer after a failed load, so that it can load again.
 
-    Private API (Detectron2 0.6 to 0.7): ``DetectionCheckpointer._parsed_url_during_load``. ``load``
-    requires this attribute to be None, but resets it only after a successful load.
+    Uses a private API of Detectron2 0.6 to 0.7: ``DetectionCheckpointer._parsed_url_during_load``.
+    ``load`` requires this attribute to be None, but resets it only after a successful load.
     """
     checkpointer._parsed_url_during_load = None
 
@@ -233,7 +234,7 @@ def end_failed_load(checkpointer: DetectionCheckpointer) -> None:
 def is_initializing(module: ModuleType) -> bool:
     """Return whether a module in ``sys.modules`` is still being executed.
 
-    Private API (CPython 3.11 to 3.13): ``_initializing`` of a module spec.
+    Uses a private API of Python 3.11 to 3.13: ``_initializing`` of a module spec.
     """
     return getattr(module.__spec__, "_initializing", False)
 
@@ -241,7 +242,7 @@ def is_initializing(module: ModuleType) -> bool:
 def parser_arguments(parser: Any) -> list[Any]:
     """Return the arguments of an ``ArgumentParser`` in definition order.
 
-    Private API (Python 3.11 to 3.13): ``ArgumentParser._actions``.
+    Uses a private API of Python 3.11 to 3.13: ``ArgumentParser._actions``.
     """
     return parser._actions
 
@@ -274,7 +275,7 @@ def compile_program(program: ExportedProgram, path: str, metadata: Mapping[str, 
 def open_compiled(path: str) -> tuple[Callable[..., Any], dict[str, str]]:
     """Load a compiled function and its metadata from a package written by :func:`compile_program`.
 
-    Private API (torch 2.11 to 2.14): ``torch._inductor.aoti_load_package``.
+    Uses a private API of torch 2.11 to 2.14: ``torch._inductor.aoti_load_package``.
     """
     from torch._inductor import aoti_load_package
 

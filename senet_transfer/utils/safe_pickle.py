@@ -85,10 +85,16 @@ def _runs_code(name: str) -> bool:
 
 
 def check_sizes(sizes: Iterable[Any]) -> tuple[int, ...]:
-    """Return a shape or strides as a tuple, or raise ValueError if they are invalid."""
+    """Check a shape or strides, and return them as a tuple.
+
+    Raises:
+        ValueError: If there are too many values, or if one is negative or not an integer.
+    """
     sizes = tuple(sizes)
     if len(sizes) > MAX_DIMENSIONS or any(type(n) is not int or not 0 <= n < 2**63 for n in sizes):
-        raise ValueError("a shape or stride has negative, non-integer or too many values")
+        raise ValueError(
+            f"a shape or stride is invalid; expected at most {MAX_DIMENSIONS} non-negative integers"
+        )
     return sizes
 
 
@@ -220,7 +226,7 @@ class Placeholder:
             self.values[key] = value
 
     def append(self, *_: Any) -> None:
-        """Ignore an item."""
+        """Discard the items that a pickle adds to a list or set of an unknown class."""
 
     extend = add = append
 
@@ -231,8 +237,8 @@ _NAMESPACE_VALUES = (str, int, float, list, tuple, dict, types.NoneType, Placeho
 class _Tuple(tuple):
     """Tuple that is hashed by identity if it is long or nested.
 
-    Hashing a deeply nested tuple overflows the C stack. A malicious pickle can also have a long
-    tuple hashed many times, which takes too long.
+    Hashing a deeply nested tuple overflows the C stack. A malicious pickle can also make
+    Python hash a long tuple many times, which takes too long.
     """
 
     __slots__ = ()
@@ -498,7 +504,7 @@ _TENSORS = (
 
 
 def reject_class(path: str | Path, name: str) -> NoReturn:
-    """Raise UserError for a class or function that a file references."""
+    """Raise UserError that says why a class or function referenced by a file is not allowed."""
     start = f"{path} was rejected, because loading it would call or create `{name}`"
     if _runs_code(name):
         raise UserError(

@@ -41,9 +41,10 @@ def model_metadata(model: nn.Module, classes: Sequence[str] = ()) -> dict[str, A
 
 
 def with_classes(metadata: dict[str, Any], classes: Sequence[str]) -> dict[str, Any]:
-    """Return a network's metadata, extended with the class names if there are any.
+    """Return a network's metadata with the class names added, if there are any.
 
-    More than 10,000 class names are omitted, because readers limit the size of metadata.
+    Class names are not stored for more than 10,000 classes, because readers limit the size of
+    metadata.
     """
     if not 0 < len(classes) <= _MAX_CLASSES:
         return metadata

@@ -79,7 +79,7 @@ def test_captured_values_are_the_applied_gates(options):
 
 
 def stated_gate(module, x):
-    """Compute gates with Equations 2 and 3 of the SENet paper, or their variants."""
+    """Compute gates with Equations 2 and 3 of the SENet paper, or variants of them."""
     x = x.flatten(2)
     squeezed = {"avg": x.mean(2, keepdim=True), "max": x.amax(2, keepdim=True), "none": x}
     hidden = (module.fc1.weight @ squeezed[module.squeeze] + module.fc1.bias[:, None]).clamp(min=0)

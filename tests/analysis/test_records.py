@@ -247,11 +247,11 @@ def test_networks_with_different_training_are_not_compared(key, value):
     assert "| 8.00 ± 0.00 | 8.00 ± 0.00 |" in comparison(records, names[:1])
     for one in records[names[1]]:
         one[key] = value
-    message = f"cifar10_resnet110 and cifar10_se_resnet110 can't be compared, because their {key}"
-    with pytest.raises(UserError, match=message):
+    message = f"can't be compared, because they differ in {key}"
+    with pytest.raises(UserError, match=f"{' and '.join(names)} {message}"):
         comparison(records, names[:1])
     carried = {"transfer_cifar10_resnet110": records[names[1]], names[0]: records[names[0]]}
-    with pytest.raises(UserError, match=f"can't be compared, because their {key}"):
+    with pytest.raises(UserError, match=message):
         transfer(carried, ["transfer_cifar10_resnet110"])
 
 

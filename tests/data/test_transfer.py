@@ -1,4 +1,4 @@
-"""Tests of batch transfer to a device, with a stand-in for a CUDA stream and on a GPU."""
+"""Tests for transferring batches to a device, with a simulated CUDA stream or on a GPU."""
 
 import pytest
 import torch

@@ -29,7 +29,7 @@ def site(tmp_path_factory) -> Path:
 @pytest.mark.long
 def test_every_document_is_a_page(site):
     pages = {path.stem for path in (ROOT / "docs").glob("*.md")}
-    pages |= {"index", "tools", "data-sets", "configs", "contributing", "changelog", "security"}
+    pages |= {"index", "tools", "datasets", "configs", "contributing", "changelog", "security"}
     assert pages <= {path.stem for path in site.glob("*.html")}
 
 

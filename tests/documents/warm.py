@@ -1,4 +1,4 @@
-"""Runner that imports everything once and then forks a process for each Python script.
+"""Process that imports the package once, and then forks itself for each Python script.
 
 Importing torch and Detectron2 takes four seconds, but most documented commands take only one second
 after that. Processes started with `--num-gpus 2` are forked, too. Newly started processes are

@@ -1,4 +1,4 @@
-"""Synthetic images of rectangles, and functions that register them as datasets for many tasks."""
+"""Synthetic images of rectangles, and functions that write or register them as datasets."""
 
 import json
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ def _record(index: int, drawn: Drawn, **fields) -> dict:
 
 
 def register_labels(name: str, images: list[Drawn], *, objects: bool = False) -> None:
-    """Register label images: background is 0, the classes are 1 and 2, and 255 is ignored."""
+    """Register label images: 0 is background, 1 and 2 are classes, and 255 marks ignored pixels."""
     records = []
     for index, drawn in enumerate(images):
         labels = np.zeros((HEIGHT, WIDTH), np.uint8)
@@ -102,7 +102,7 @@ def register_rotated(name: str, images: list[Drawn]) -> None:
 
 
 def coco_file(path: Path, images: list[Drawn]) -> Path:
-    """Write a COCO file with boxes, outlines, keypoints and LVIS's additional fields."""
+    """Write a COCO file with boxes, polygons, keypoints and LVIS's additional fields."""
     categories = [
         {"id": i + 1, "name": name, "keypoints": KEYPOINTS, "synset": name, "frequency": "f"}
         for i, name in enumerate(CLASSES)

@@ -396,7 +396,7 @@ def test_bad_label_images_are_rejected_by_name(images, options, tmp_path):
     (tmp_path / "hidden.png").rename(hidden)
     MetadataCatalog.pop("drawn")
     MetadataCatalog.get("drawn").set(evaluator_type="sem_seg", ignore_label=255)
-    with pytest.raises(UserError, match="no pixel classes"):
+    with pytest.raises(UserError, match="no semantic segmentation classes"):
         setup(options(**segmentation))
 
 

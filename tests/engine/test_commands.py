@@ -1,4 +1,4 @@
-"""Tests for the command-line tools in subprocesses."""
+"""Tests that run the command-line tools in subprocesses."""
 
 import json
 import re

@@ -50,7 +50,7 @@ def usage() -> tuple[int, int]:
 
 
 def assert_flat(seen: Sequence[tuple[int, int]]) -> None:
-    """Assert that memory and open files don't grow steadily. One jump in memory is allowed."""
+    """Assert that memory doesn't grow steadily, and that the number of open files doesn't grow."""
     memory, files = zip(*seen, strict=True)
     growth = [after - before for before, after in itertools.pairwise(memory)]
     assert min(growth) * len(growth) < GROWTH, f"{[f'{part / 1e6:.1f} MB' for part in growth]}"

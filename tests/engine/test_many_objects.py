@@ -17,9 +17,10 @@ from senet_transfer.engine.trainer import Trainer
 
 @pytest.fixture
 def dense(shared_data, command):
-    """Return a function that evaluates perfect detections of an image, and the annotation file.
+    """Return (function, path of the annotation file).
 
-    The function sets ``TEST.DETECTIONS_PER_IMAGE`` to its argument.
+    The function sets ``TEST.DETECTIONS_PER_IMAGE`` to its argument, evaluates perfect detections of
+    an image, and returns the box metrics.
     """
     folder = shared_data.parent / "cases" / "detection" / "dense"
 
@@ -66,7 +67,7 @@ def test_the_default_limit_equals_pycocotools_with_a_warning(dense, tmp_path, ca
     with caplog.at_level(logging.WARNING):
         found = evaluate("100", output_dir=tmp_path)["AP"]
     assert any(
-        "up to 256 objects in an image, but at most 100 are detected" in message
+        "up to 256 objects per image, but at most 100 are detected" in message
         for message in caplog.messages
     )
     with contextlib.redirect_stdout(io.StringIO()):

@@ -270,12 +270,12 @@ def test_the_python_api_requires_no_command_line(shapes, tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        ("INPUT.MIN_SIZE_TRAIN", "('x',)", "expected a number, found 'x'"),
-        ("INPUT.MIN_SIZE_TRAIN", "(True,)", "expected a number, found True"),
-        ("INPUT.CLASSIFICATION.RATIO", "((),)", r"expected a number, found \(\)"),
-        ("MODEL.RPN.IN_FEATURES", "[1]", "expected text, found 1"),
-        ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[0]", "expected True or False, found 0"),
-        ("MODEL.ANCHOR_GENERATOR.SIZES", "[[32], ['x']]", "expected a number, found 'x'"),
+        ("INPUT.MIN_SIZE_TRAIN", "('x',)", "expected only numbers, found 'x'"),
+        ("INPUT.MIN_SIZE_TRAIN", "(True,)", "expected only numbers, found True"),
+        ("INPUT.CLASSIFICATION.RATIO", "((),)", r"expected only numbers, found \(\)"),
+        ("MODEL.RPN.IN_FEATURES", "[1]", "expected only strings, found 1"),
+        ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[0]", "expected only True or False, found 0"),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", "[[32], ['x']]", "expected only numbers, found 'x'"),
     ],
 )
 def test_elements_of_another_type_than_the_default_s_are_an_error(key, value, expected):

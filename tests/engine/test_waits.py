@@ -113,7 +113,7 @@ def asynchronous(monkeypatch):
 
 
 def waits_of_steps(trainer, waits):
-    """Count each operator's waits for the device in every step, including those in hooks."""
+    """Return the counts of device reads in each training step, including reads in hooks."""
     found = []
     with EventStorage() as trainer.storage:
         trainer.start_iter = 0
@@ -152,7 +152,7 @@ def classifier(kind, config, data, tmp_path, **options):
 
 
 def cifar(folder):
-    """Write a small dataset like CIFAR and return its folder."""
+    """Write a small dataset with images of CIFAR's size and return its folder."""
     images = torch.randint(256, (32, 3, 32, 32), dtype=torch.uint8)
     data = ImageArrays(images, torch.arange(32) % 3, ["cat", "dog", "ship"], "test")
     for split in ("train", "test"):
@@ -202,11 +202,11 @@ def waits_of_detectors(trainer, kind, waits, **options):
     Args:
         trainer: Trainer with the model and the data.
         kind: Class of the trainer that runs the steps.
-        waits: Counter of reads.
+        waits: Counter of device reads, such as :class:`Waits`.
         **options: Further arguments for ``kind``.
 
     Returns:
-        One counter per step, by operator or method.
+        A list with the counts of each step, as a ``collections.Counter``.
     """
     batch = next(iter(trainer._trainer.data_loader))
     model = copy.deepcopy(trainer.model)

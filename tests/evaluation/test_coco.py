@@ -115,7 +115,7 @@ def test_every_metric_equals_pycocotools(truth, masks, monkeypatch):
 
 @pytest.mark.long
 def test_the_twelve_coco_metrics_equal_pycocotools(truth, monkeypatch):
-    """Compare all twelve COCO metrics. Detectron2 reports only six of them, without recall."""
+    """Compare all twelve COCO metrics, because Detectron2 reports only the six AP metrics."""
     stats = []
     derive = COCOEvaluator._derive_coco_results
 

@@ -78,7 +78,7 @@ def disk():
 
 @pytest.fixture(scope="session")
 def words(disk):
-    """Write small datasets; return the arguments of a training run on each kind of data."""
+    """Write small datasets; return the command-line arguments of a training run on each."""
     tree, shards = disk / "tree", disk / "shards"
     random = np.random.RandomState(0)
     for name in ("blue", "green", "red"):

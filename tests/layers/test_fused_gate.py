@@ -120,7 +120,7 @@ def test_gradients_equal_finite_differences(norm, node, few, monkeypatch):
 def test_small_and_large_maps_have_the_same_gradients(layout, count, learns, monkeypatch):
     """Compare the gradients of both autograd functions with those of the unfused operations.
 
-    Each case has different tensors that require gradients. The size of the feature map determines
+    The cases differ in which tensors require gradients. The size of the feature map determines
     which autograd function is used.
     """
     ours, theirs = both("FrozenBN")

@@ -229,7 +229,7 @@ def check(
 
 @pytest.fixture
 def kernels_run() -> Iterator[None]:
-    """Skip the test if Triton is not installed, and compute convolutions without TF32."""
+    """Skip the test if Triton is not installed; otherwise disable TF32 in convolutions."""
     pytest.importorskip("triton")
     with torch.backends.cudnn.flags(allow_tf32=False):
         yield
@@ -370,7 +370,7 @@ def test_lower_precision(dtype, norm, last):
 def test_a_variance_far_below_the_mean(last):
     """Check norms of inputs whose mean is about 1,000 standard deviations.
 
-    Here, the float32 formula E[x^2] - E[x]^2 has an error of 10%.
+    For such inputs, the formula E[x^2] - E[x]^2 has an error of 10% in float32.
     """
     x = draw((3, 4, 20, 30), torch.float64, last, 1).float() + 1e3
     norm = nn.BatchNorm2d(4).to(DEVICE)
@@ -1207,7 +1207,7 @@ class FakeKernel:
 def test_a_kernel_is_compiled_once_for_each_key_and_flags(monkeypatch):
     """Check that a second launch with the same key and flags reuses the compiled kernel.
 
-    The reused kernel receives the address of ``x``, ``size`` and ``FLAG``, in this order.
+    The arguments of this kernel are ``x.data_ptr()``, ``size`` and ``FLAG``, in this order.
     """
     monkeypatch.setattr(launch, "_COMPILED", {})
     kernel, x = FakeKernel(), torch.zeros(4)

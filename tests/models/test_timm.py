@@ -1,4 +1,4 @@
-"""Tests that compare timm's networks as backbones and classifiers with timm itself."""
+"""Tests that compare backbones and classifiers built from timm's networks with timm itself."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""Tests for the commit that is recorded for a run."""
+"""Tests for recording the Git commit of the code that a run uses."""
 
 import subprocess
 from pathlib import Path

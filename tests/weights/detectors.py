@@ -1,4 +1,4 @@
-"""Small detectors with this project's backbones, and their first training step."""
+"""Small detectors with this project's backbones, and losses of their first training step."""
 
 import torch
 from detectron2.config import CfgNode

@@ -53,7 +53,7 @@ def peer(package: str, name: str, seed: int = 0) -> nn.Module:
 def images(seed: int = 0, size: tuple[int, int] = (64, 96)) -> Tensor:
     """Return two random images.
 
-    The default size gives the same output shape for stem pools with padding and with ceil mode.
+    With the default size, stem pools with padding and with ceil mode have the same output shape.
     """
     return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(seed))
 

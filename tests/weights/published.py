@@ -126,7 +126,7 @@ class Backbone(nn.Module):
 
 
 class PlainClassifier(Backbone):
-    """Classifier whose ``fc`` is next to the stages, as in torchvision and moskomule's project."""
+    """Classifier with ``fc`` as a sibling of the stages, as in torchvision and moskomule's code."""
 
     def __init__(self, depth: int, classes: int = 1000, **options):
         super().__init__(depth, **options)

@@ -177,7 +177,7 @@ def pack(output: Path) -> int:
                 archive.add(folder / item, item)
     size = output.stat().st_size
     if size > LIMIT:
-        raise PackError(f"The size of {output} is {size:,} bytes; the limit is {LIMIT:,}.")
+        raise PackError(f"The size of {output} is {size:,} bytes; expected at most {LIMIT:,}.")
     return size
 
 

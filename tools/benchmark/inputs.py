@@ -69,7 +69,7 @@ def one_thread() -> Iterator[None]:
 
 
 def measure_loader(options: Options) -> Iterator[Row]:
-    """Measure the loading of random 224 px crops from images of two sizes in one process."""
+    """Time the loading of random 224 px crops in one process, for images of two sizes."""
     for sizes in ((256, 256), (500, 375)):
         with tempfile.TemporaryDirectory() as name, one_thread():
             folder, shard = Path(name) / "images", Path(name) / "shard.tar"

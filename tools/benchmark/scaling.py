@@ -111,7 +111,7 @@ def _memory(options: Options) -> Iterator[Row]:
 
 
 def _evaluation(options: Options) -> Amounts:
-    """Measure an evaluation with one worker process that reads and decodes images."""
+    """Measure the time of an evaluation, and how long it waits for images from one worker."""
     model = wrap_classifier(create_classifier("se_resnet18", num_classes=2)).to(options.device)
     with tempfile.TemporaryDirectory() as name:
         # Use enough images to make the worker's start-up time (0.1 s) negligible.

@@ -88,7 +88,7 @@ def engine_loop(
     Args:
         name: Name of the network.
         data_file: File of 32x32 training images, as written by ``senet data cifar``. For other
-            data, ``keys`` must contain the input settings. Logs are written to the parent folder.
+            data, ``keys`` must contain the input settings. Logs are written to the same folder.
         batch_size: Number of images per step.
         device: Device of the network and the images.
         steps: Number of steps per call. Metrics are written in the last step.

@@ -91,7 +91,7 @@ class _Whole(nn.Module):
 
 
 class _Box(nn.Module):
-    """Wrapper for a detector's ROI heads. The input is the pooled features of one region."""
+    """Wrapper for a detector's ROI heads. Its input is the pooled feature map of one region."""
 
     def __init__(self, heads: nn.Module):
         super().__init__()

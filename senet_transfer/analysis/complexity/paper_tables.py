@@ -155,7 +155,7 @@ def _without_gates(cost: Cost) -> int:
 
 
 def _inception_resnet_v2(model: nn.Module, found: Report) -> str:
-    """Explain why this network's GFLOPs differ from the SENet paper.
+    """Explain why this network's GFLOPs differ from those in the SENet paper.
 
     Published versions of this network have different numbers of residual blocks.
     """
@@ -177,7 +177,7 @@ def _inception_resnet_v2(model: nn.Module, found: Report) -> str:
 
 
 def _shufflenet_g3(model: nn.Module, found: Report) -> str:
-    """Explain why this network's GFLOPs differ from the SENet paper.
+    """Explain why this network's GFLOPs differ from those in the SENet paper.
 
     The ShuffleNet paper reports two variants, with 2 and with 3 groups in the pointwise
     convolutions.

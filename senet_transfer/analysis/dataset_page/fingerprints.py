@@ -53,8 +53,8 @@ class Fingerprints:
 def difference_hash(image: Image.Image) -> np.ndarray:
     """Return the perceptual hash of an image, uint64 ``(4,)``.
 
-    Each bit tells whether the brightness increases from a cell of a coarse grid to the next cell on
-    the right or below (dHash by N. Krawetz, 2013, in both directions).
+    Each bit indicates whether the brightness increases from a cell of a coarse grid to the next
+    cell on the right or below (dHash by N. Krawetz, 2013, in both directions).
     """
     grey = image.convert("L")
     across = np.asarray(grey.resize((SIDE + 1, SIDE), Image.Resampling.BOX))
@@ -211,7 +211,7 @@ def find_duplicates(
 def _join(
     keys: np.ndarray, items: Iterable[int], parents: list[int], root: Callable[[int], int]
 ) -> dict[int, int]:
-    """Merge the groups of items with the same key, and return the first item of each key."""
+    """Merge the groups of items that have equal keys, and map each key to its first item."""
     first: dict[int, int] = {}
     for key, item in zip(keys.tolist(), items, strict=True):
         parents[root(item)] = root(first.setdefault(key, item))

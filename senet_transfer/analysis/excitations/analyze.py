@@ -78,7 +78,7 @@ def open_labelled(
     """
     is_json = data.endswith(".json") and os.path.basename(data) != "manifest.json"
     if is_json and not images:
-        raise UserError(f"{data} is a JSON file. Pass its image folder with --images.")
+        raise UserError(f"No image folder is given for {data}. Pass it with --images.")
     if is_json or find_source(split_path(data)[0]):
         images = images or default_image_folder(data)
         if group_by:

@@ -71,7 +71,7 @@ def pruned_config(cfg: CfgNode, model: ImageClassifier, stages: list[int]) -> Cf
     if not isinstance(model, ImageClassifier):
         raise UserError(
             f"Gates can only be removed from a classifier, but the model is a "
-            f"{type(model).__name__}. Prune the pretrained classifier of this model instead."
+            f"{type(model).__name__}. Prune the classifier that the detector was initialised from."
         )
     if isinstance(model.backbone, TimmBackbone):
         raise UserError(

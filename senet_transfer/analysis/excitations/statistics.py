@@ -1,4 +1,4 @@
-"""Statistics of a gate's values by class, using memory independent of the dataset size."""
+"""Per-class statistics of gate values, in memory that doesn't grow with the dataset."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

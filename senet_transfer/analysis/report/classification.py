@@ -46,7 +46,7 @@ class Predictions:
         return self.best == self.labels
 
     def class_errors(self, classes: int) -> np.ndarray:
-        """Return the top-1 error of each class in percent, ``(C,)``, or NaN for empty classes."""
+        """Return the top-1 error of each class in percent, ``(C,)``; NaN for empty classes."""
         total = np.bincount(self.labels, minlength=classes)
         wrong = np.bincount(self.labels[~self.hit], minlength=classes)
         with np.errstate(invalid="ignore"):
@@ -182,7 +182,7 @@ def _gallery(
 def pictures(
     cfg: CfgNode, name: str, indices: list[int], say: Callable[[str], None], quiet: bool
 ) -> dict[int, str]:
-    """Return the images at the given indices of a test set as data URIs, by index.
+    """Encode images of a test set as data URIs.
 
     Args:
         cfg: The run's config.
@@ -190,6 +190,9 @@ def pictures(
         indices: Indices of the images in the dataset.
         say: A function that is called with a message if an image can't be shown.
         quiet: If True, show no progress bar.
+
+    Returns:
+        A dict from image index to data URI, without images that can't be shown.
     """
     found: dict[int, str] = {}
     reading = reading_of(cfg)

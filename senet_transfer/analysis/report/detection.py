@@ -203,7 +203,7 @@ def _errors(images: list[dict], detections: list[ImageDetections]) -> list[np.nd
 
 
 def match_detections(boxes: np.ndarray, classes: np.ndarray, image: dict[str, Any]) -> np.ndarray:
-    """Match detections with objects in the same way as COCO at an IoU of 0.5.
+    """Match detections with objects as in COCO evaluation at an IoU threshold of 0.5.
 
     In order of decreasing score, each detection is matched with the unmatched object of the same
     class that has the highest IoU. Detections that match only a crowd are ignored. Omitting
@@ -246,8 +246,8 @@ def _f1(image: dict[str, Any], found: Found) -> float:
 def _worst_and_best(quality: np.ndarray, budget: int) -> list[int]:
     """Return the indices of the images to show, sorted by quality.
 
-    If there are more than ``budget`` images, half of the result are the worst images, and the other
-    half are the best.
+    If there are more than ``budget`` images, the first half of the result contains the worst
+    images, and the second half contains the best images.
     """
     order = np.argsort(quality, kind="stable")
     if len(order) > budget:

@@ -43,7 +43,7 @@ COCO = {
 
 
 def has_gates(cfg: CfgNode) -> bool:
-    """Return True if the config's backbone has SE."""
+    """Return True if the config's backbone contains SE layers."""
     return bool(cfg.MODEL.SE.ENABLED) or cfg.MODEL.BACKBONE.ARCH.startswith("se")
 
 

@@ -54,7 +54,7 @@ class Run:
 
     @property
     def iterations(self) -> int:
-        """Number of logged training iterations."""
+        """Number of training iterations up to the last logged one."""
         # Use only the training loss, because evaluation results are logged at the next iteration.
         points = self.curves.get("total_loss")
         return points[-1][0] + 1 if points else 0
@@ -197,7 +197,7 @@ def _total_seconds(path: Path) -> float:
 
 
 def _read_results(run: Run) -> None:
-    """Read ``results.json``, unless evaluations during training (``metrics.json``) are newer."""
+    """Add the results in ``results.json`` to a run, unless its ``metrics.json`` is newer."""
     path, metrics = run.folder / "results.json", run.folder / "metrics.json"
     if not path.is_file():
         return

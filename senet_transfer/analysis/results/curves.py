@@ -24,11 +24,11 @@ _PLAIN, _SE = "#0072B2", "#D55E00"
 
 
 def draw_curves(records: str | Path, folder: str | Path) -> list[Path]:
-    """Draw the evaluation results during training for each baseline and its counterparts.
+    """Plot the evaluation results during training, with one figure per baseline.
 
-    A figure compares the networks without and with SE and, if there are such runs, with random
-    and pretrained initial weights. It shows the mean over the runs and the range between the
-    lowest and the highest value.
+    A figure compares the network with and without SE and, if such runs are recorded, training
+    from random and from pretrained weights. The lines show the mean over the runs, and the
+    shaded areas show the range from the lowest to the highest value.
 
     Args:
         records: The folder of the records.
@@ -83,11 +83,14 @@ def _draw(curves: dict[str, dict[int, list[float]]], records: dict[str, Records]
 
 
 def evaluations(folder: Path, records: Records) -> dict[int, list[float]]:
-    """Return the metric of each run at the iterations where all runs were evaluated.
+    """Read the evaluation results of the iterations in which all runs were evaluated.
 
     Args:
         folder: The folder with the records of one config.
         records: The records of this config.
+
+    Returns:
+        A dict from iteration to the metric's values, one per run.
 
     Raises:
         UserError: If a curve can't be read.

@@ -73,9 +73,9 @@ def write_record(run: Run, folder: str | Path) -> Path:
         found = read_record(other)
         if difference := _difference(found, record, steps=not cfg.TEST.PATIENCE):
             raise UserError(
-                f"{other} is the record of a run with different {difference}: {record[difference]} "
-                f"instead of {found.get(difference)}. Write the records to a different folder, or "
-                "delete this record."
+                f"{other} is the record of a run with different {difference}: "
+                f"{found.get(difference)}; expected {record[difference]}, as in the new run. Write "
+                "the records to a different folder, or delete this record."
             )
         if other == path and found["weights_sha256"] == record["weights_sha256"]:
             return path

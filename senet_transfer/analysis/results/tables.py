@@ -168,7 +168,7 @@ def _check_comparable(first: Records, second: Records) -> None:
         names = " and ".join(records[0]["config"] for records in (first, second))
         found = " and ".join(str(records[0][unlike]) for records in (first, second))
         raise UserError(
-            f"The results of {names} can't be compared, because their {unlike} differs: {found}. "
+            f"The results of {names} can't be compared, because they differ in {unlike}: {found}. "
             "Train one of them again with the other's options."
         )
 

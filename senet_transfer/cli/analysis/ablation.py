@@ -30,14 +30,14 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         choices=ABLATION_AXES,
         default=[],
-        help="one or several SE options to vary; default: all",
+        help="one or more SE options to vary; default: all",
     )
     add(
         "--seeds",
         type=int,
         action="append",
         default=[],
-        help="one or several seeds for each variant (default: 0)",
+        help="one or more seeds for each variant (default: 0)",
     )
     add(
         "--output",
@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> None:
     print(grid_table(variants, results))
     print(f"Wrote {write_grid(variants, results, args.output)}")
     if unfinished:
-        print(f"{unfinished} runs are unfinished. Repeat the command to continue.")
+        print(f"Unfinished runs: {unfinished}. Repeat the command to continue.")
         raise SystemExit(STATUS)
 
 

@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--classes",
         action="append",
-        help="one or several classes to plot; default: a random selection",
+        help="one or more classes to plot; default: a random selection",
     )
     add(
         "--num-classes",
@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         action="append",
         default=[],
-        help="one or several stages from which to remove the gates",
+        help="one or more stages from which to remove the gates",
     )
     add_running_arguments(parser)
     return parser

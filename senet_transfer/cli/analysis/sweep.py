@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         action="append",
         default=[],
-        help="one or several seeds to train with (default: 0 1 2)",
+        help="one or more seeds to train with (default: 0 1 2)",
     )
     runs.add_argument(
         "--folds",
@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="DOCUMENT",
-        help="update the result tables in one or several documents from the records in --results",
+        help="update the result tables in one or more documents from the records in --results",
     )
     add(
         "--curves",
@@ -109,7 +109,7 @@ def main(args: argparse.Namespace) -> None:
     if args.curves:
         draw_curves(args.results, args.curves)
     if unfinished:
-        print(f"{unfinished} runs are unfinished. Repeat the command to continue.")
+        print(f"Unfinished runs: {unfinished}. Repeat the command to continue.")
         raise SystemExit(STATUS)
 
 

@@ -28,7 +28,7 @@ def check_parser() -> argparse.ArgumentParser:
         nargs="?",
         help="folder that file names are relative to; default: the format's usual folder",
     )
-    add("--masks", action="store_true", help="also check the outlines that instance masks require")
+    add("--masks", action="store_true", help="also check the segmentation masks of the objects")
     add("--headers-only", action="store_true", help="read only image headers, without decoding")
     add(
         "--value-range",
@@ -79,8 +79,8 @@ def run_check(args: argparse.Namespace) -> None:
 
 def split_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Split a dataset into training, validation and test data with equal fractions "
-        "of each class. One file per split is written; the images are not moved."
+        description="Split a dataset into training, validation and test data, stratified by class. "
+        "One file per split is written; the images are not moved."
     )
     parser.add_argument(
         "source",

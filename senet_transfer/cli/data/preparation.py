@@ -79,8 +79,8 @@ def folder_parser() -> argparse.ArgumentParser:
     order.add_argument(
         "--classes",
         metavar="numeric|FILE",
-        help="order of the labels: class folders sorted as numbers, or a file with one class name "
-        "per line; default: sorted by name",
+        help="order of the labels: numeric (class folders sorted as numbers) or a file "
+        "with one class name per line; default: sorted by name",
     )
     return parser
 
@@ -100,7 +100,7 @@ def manifest_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Write manifest.json and index files next to shards that another tool has "
         "written in WebDataset's layout. The shards can also be used without these files, "
-        "but then their samples are counted at each start."
+        "but then the samples are counted each time the dataset is opened."
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder with .tar files")
     parser.add_argument(

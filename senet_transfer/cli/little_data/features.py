@@ -27,8 +27,8 @@ def add_backbone_arguments(parser: argparse.ArgumentParser) -> None:
         "--classes",
         default="",
         metavar="numeric|FILE",
-        help="order of the labels: class folders sorted as numbers, or a file with one class name "
-        "per line; default: the order of the data",
+        help="order of the labels: numeric (class folders sorted as numbers) or a file "
+        "with one class name per line; default: the order in the data",
     )
 
 
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Compute the features, write them, and print their number."""
+    """Compute the features, write them to a file, and print a summary."""
     from senet_transfer.engine.little_data import features
     from senet_transfer.engine.model_from import find_model
 

@@ -138,8 +138,8 @@ class CifarTrainLoader:
 class CifarEvalLoader:
     """One-pass iterator over this process's share of the data, in order and without augmentation.
 
-    A batch contains ``"image"`` and ``"label"`` as in training, the image names ``"key"``, and the
-    image indices in the dataset, ``"index"``.
+    A batch contains ``"image"`` and ``"label"`` as in training. In addition, ``"key"`` contains the
+    image names, and ``"index"`` contains the image indices in the dataset.
 
     Attributes:
         expected: Number of images that this process loads.

@@ -96,8 +96,8 @@ def _is_there(path: Path, data: ImageArrays) -> bool:
     )
     if not same:
         raise UserError(
-            f"{path} contains a different dataset ({len(found):,} images, {found.num_classes} "
-            "classes) than the source. Choose a different folder, or move the file. The file was "
-            "not changed."
+            f"{path} already exists and contains a different dataset ({len(found):,} images, "
+            f"{found.num_classes} classes). The file was not changed. Choose a different folder, "
+            "or move the file."
         )
     return True

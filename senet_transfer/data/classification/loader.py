@@ -265,7 +265,7 @@ class _TrainBatches(IterableDataset):
         """Return an infinite iterator over (epoch, sample) pairs for one worker.
 
         Args:
-            iteration: Iteration of the worker's first batch; determines the worker.
+            iteration: Iteration of the worker's first batch, which determines the worker's index.
         """
         readers, order = self.readers, self.order
         if order.class_aware:

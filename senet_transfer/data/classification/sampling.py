@@ -1,9 +1,9 @@
 """Resumable sampling of training and evaluation data for data loader workers.
 
-In training, W = ranks x workers data loader workers read the data. They are numbered across all
-ranks. An epoch consists of U units (shards or single images) in a random order that depends on the
-seed and the epoch. The epochs form one infinite sequence: epoch e covers the positions e*U to
-(e+1)*U-1. Worker w reads the positions g with g % W == w.
+The training data is read by W data loader workers, which are numbered across all ranks. An epoch
+consists of U units (shards or single images) in a random order that depends on the seed and the
+epoch. The epochs form one infinite sequence: epoch e covers the positions e*U to (e+1)*U-1. Worker
+w reads the positions g with g % W == w.
 
 As a result, every worker gets data even if there are fewer shards than workers, and the workers
 together read each epoch exactly once. A worker's state is determined by the number of samples it

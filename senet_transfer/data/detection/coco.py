@@ -84,7 +84,7 @@ class CocoDataset:
         ]
 
     def refresh(self, *, outlines: bool = False) -> CocoSummary:
-        """Read and validate the annotation file, unless it is unchanged since the last call.
+        """Read and validate the annotation file, unless it has not changed since the last call.
 
         Args:
             outlines: Whether to also check the `segmentation` entries, which mask heads require.

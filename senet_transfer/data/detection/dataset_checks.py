@@ -109,7 +109,7 @@ def check_datasets_on_disk(names: str | Sequence[str], *, evaluated: Sequence[st
             if name in evaluated and os.path.basename(name) != name and not _has_json(name):
                 raise UserError(
                     f"The dataset '{name}' can't be evaluated, because Detectron2 would write a "
-                    "file of this name outside the output folder. Register it under a name "
+                    "file with this name outside the output folder. Register it under a name "
                     "without slashes."
                 )
             problems = _missing_paths(name)
@@ -144,7 +144,7 @@ def warn_of_many_objects(names: Sequence[str], limit: int) -> None:
             continue
         if dataset.summary.most_objects > limit:
             logger.warning(
-                "'%s' has up to %d objects in an image, but at most %d are detected "
+                "'%s' has up to %d objects per image, but at most %d are detected "
                 "(TEST.DETECTIONS_PER_IMAGE), so even a perfect detector has a low AP. Set "
                 "TEST.DETECTIONS_PER_IMAGE to %d or more. The metrics then use the same limit.",
                 name,

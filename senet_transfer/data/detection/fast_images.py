@@ -75,8 +75,8 @@ class FastResizeShortestEdge(T.ResizeShortestEdge):
 class ChannelResize(T.ResizeTransform):
     """Variant of Detectron2's `ResizeTransform` that resizes each channel separately with Pillow.
 
-    Pillow does not support images with five channels, and treats the last of two or four channels
-    as transparency.
+    Pillow does not support images with more than four channels. In images with two or four
+    channels, it treats the last channel as transparency.
     """
 
     def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
@@ -97,12 +97,12 @@ class ChannelResizeShortestEdge(T.ResizeShortestEdge):
 
 
 def with_channel_resize(augmentations: Sequence[T.Augmentation]) -> list[T.Augmentation]:
-    """Replace each `ResizeShortestEdge` with a resize that supports any number of channels."""
+    """Replace each `ResizeShortestEdge` in a list with :class:`ChannelResizeShortestEdge`."""
     return [_resized_by(ChannelResizeShortestEdge, augmentation) for augmentation in augmentations]
 
 
 def with_fast_resize(augmentations: Sequence[T.Augmentation]) -> list[T.Augmentation]:
-    """Replace each `ResizeShortestEdge` with a faster implementation."""
+    """Replace each `ResizeShortestEdge` in a list with :class:`FastResizeShortestEdge`."""
     return [_resized_by(FastResizeShortestEdge, augmentation) for augmentation in augmentations]
 
 

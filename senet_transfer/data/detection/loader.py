@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 # Position in a process's sequence of training images, and index of this image in the dataset.
 SampledIndex = tuple[int, int]
 
-# A schedule with more passes over the dataset than this is probably a mistake.
+# A schedule with more epochs than this is probably a mistake.
 MANY_PASSES = 500
 
 # Separates the random streams for images from those for training steps, which also depend on the
@@ -166,14 +166,13 @@ def _tell_passes(cfg: CfgNode, images: int) -> None:
     facts = (solver.MAX_ITER, solver.IMS_PER_BATCH, passes, images)
     if passes <= MANY_PASSES:
         logger.info(
-            "Training runs for %d steps of %d images, which is %.3g passes over %d training "
-            "images.",
+            "Training runs for %d steps of %d images, which is %.3g epochs of %d training images.",
             *facts,
         )
         return
     logger.warning(
-        "Training runs for %d steps of %d images, which is %.0f passes over only %d training "
-        "images. The paper's schedule makes 24 passes over COCO. Reduce SOLVER.MAX_ITER and "
+        "Training runs for %d steps of %d images, which is %.0f epochs of only %d training "
+        "images. The paper trains for 24 epochs on COCO. Reduce SOLVER.MAX_ITER and "
         "SOLVER.STEPS to shorten training.", *facts
     )  # fmt: skip
 

@@ -43,10 +43,10 @@ def _stuff(name: str) -> tuple[list[str], int]:
     metadata = MetadataCatalog.get(name)
     if not metadata.get("stuff_classes"):
         raise UserError(
-            f"The dataset {name} has no pixel classes, which this MODEL.META_ARCHITECTURE "
-            "requires; expected `stuff_classes` in its metadata. Set them in the code that "
-            f"registers the dataset: MetadataCatalog.get({name!r}).set(stuff_classes=[...], "
-            "ignore_label=255)."
+            f"The dataset {name} has no semantic segmentation classes, which this "
+            "MODEL.META_ARCHITECTURE requires; expected `stuff_classes` in its metadata. Set them "
+            "in the code that registers the dataset: "
+            f"MetadataCatalog.get({name!r}).set(stuff_classes=[...], ignore_label=255)."
         )
     paths = [record.get("sem_seg_file_name") for record in records]
     lacking = [str(path) for path in paths if not path or not os.path.isfile(path)]

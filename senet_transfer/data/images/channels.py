@@ -63,8 +63,10 @@ def decode_channels(data: bytes, reading: Reading) -> np.ndarray:
 def to_channels(values: np.ndarray, reading: Reading) -> np.ndarray:
     """Convert the values of an image to 8 bits, and check its number of channels.
 
+    The EXIF orientation is not applied.
+
     Args:
-        values: Values of the image, ``(H, W)`` or ``(H, W, C)``. No EXIF orientation is applied.
+        values: Values of the image, ``(H, W)`` or ``(H, W, C)``.
         reading: See :func:`decode_channels`.
 
     Raises:

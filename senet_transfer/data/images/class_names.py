@@ -107,7 +107,7 @@ def match_names(found: Iterable[str], classes: Iterable[str]) -> dict[str, str]:
 
 
 def normal_form(name: str) -> str:
-    """Convert a name to the Unicode form NFC."""
+    """Convert a name to the Unicode normalization form NFC."""
     return unicodedata.normalize("NFC", name)
 
 

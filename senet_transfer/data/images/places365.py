@@ -2,8 +2,9 @@
 
 Zhou et al. 2018, "Places: A 10 million image database for scene recognition". Labels are read only
 from the lists, because classes are nested (`/s/swimming_pool/indoor`) and folder names are
-ambiguous. The train archives of Standard and Challenge unpack to folders with the same name.
-Folders renamed by torchvision, with the variant appended to the name, are also supported.
+ambiguous. The training archives of the Standard and Challenge variants unpack to folders with the
+same name. Folders renamed by torchvision, with the variant appended to the name, are also
+supported.
 """
 
 import functools
@@ -28,7 +29,7 @@ _LIST_ARCHIVES = ("filelist_places365-standard.tar", "filelist_places365-challen
 
 @functools.cache
 def places365_classes() -> dict[str, bool]:
-    """Return a dictionary from the 365 class names, in label order, to True for outdoor scenes."""
+    """Return a dictionary from class name to whether it is an outdoor scene, in label order."""
     text = files(__package__).joinpath("places365_classes.txt").read_text("utf-8")
     rows = [line.split() for line in text.splitlines() if not line.startswith("#")]
     return {name: kind == "2" for name, kind in rows}

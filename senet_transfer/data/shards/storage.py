@@ -84,7 +84,7 @@ def is_remote(url: str) -> bool:
 
 
 def local_path(url: str) -> Path:
-    """Return the path in a local URL, which may start with `file:`."""
+    """Convert a local path or a `file:` URL to a path."""
     return Path(re.sub(r"^file:(//(localhost)?)?", "", url, flags=re.IGNORECASE)).expanduser()
 
 

@@ -158,7 +158,7 @@ def _sample(group: dict[str, Any], url: str, num_classes: int) -> RawSample:
         )
     if int(label) >= num_classes:
         raise UserError(
-            f"Sample {key} in shard {url} has label {int(label)}; expected 0 to "
+            f"Sample {key} in shard {url} has the label {int(label)}; expected 0 to "
             f"{num_classes - 1}. The shard does not match the manifest. Prepare the data again."
         )
     return RawSample(key, int(label), images[0], url)

@@ -96,8 +96,8 @@ class CapturedBackbone:
             raise
         except RuntimeError as error:
             raise UserError(
-                "SOLVER.COMPILE is graph, but the backbone can't be captured as a CUDA graph: "
-                f"{str(error).splitlines()[0]} Set SOLVER.COMPILE to none or default."
+                "SOLVER.COMPILE is graph, but the backbone can't be captured as a CUDA graph "
+                f"({str(error).splitlines()[0]}). Set SOLVER.COMPILE to none or default."
             ) from error
         for buffer, before in buffers:
             buffer.copy_(before)

@@ -115,7 +115,7 @@ class CapturedStep:
         except RuntimeError as error:
             raise UserError(
                 "SOLVER.COMPILE is graph, but the training step can't be captured as a CUDA "
-                f"graph: {str(error).splitlines()[0]} {_REMEDY}"
+                f"graph ({str(error).splitlines()[0]}). {_REMEDY}"
             ) from error
         logger.info("Captured the training step as a CUDA graph.")
         return graph

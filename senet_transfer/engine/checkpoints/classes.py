@@ -58,21 +58,21 @@ def trained_classes(source: Source) -> list[str]:
 def use_trained_classes(
     cfg: CfgNode, source: Source, names: Sequence[str], *, keeps: bool, eval_only: bool = False
 ) -> None:
-    """Compare the classes of a run's datasets with the classes of the run's initial model.
+    """Use the class order of a run's initial model, if the run's datasets have the same classes.
 
-    If the datasets have the same classes in a different order, the model's order is used, except
-    for classification data with fixed labels, such as shards.
+    The order can't be changed for classification data with fixed labels, such as shards. The
+    evaluation data of a classifier may lack some of the classes.
 
     Args:
         cfg: The config, whose ``DATASETS.CLASSES`` and ``CATEGORY_IDS`` are changed in place.
         source: The weight file of the initial model.
         names: The names of the run's datasets.
-        keeps: True if the model is evaluated or its training is resumed. False if its weights
-            initialise a new model, which may have different classes.
+        keeps: True if the model is evaluated or its training is resumed, so its classes can't
+            change. False if its weights initialise a new model, which may have different classes.
         eval_only: True for a run that does not read the training data.
 
     Raises:
-        UserError: If ``keeps`` is True and the classes differ.
+        UserError: If ``keeps`` is True, and the classes differ or their order can't be changed.
     """
     model, data = trained_classes(source), list(cfg.DATASETS.CLASSES)
     if not model or model == data:

@@ -42,7 +42,8 @@ _SHOWN = 3
 def claim_output_folder(cfg: CfgNode, *, overwrite: bool, restarted: bool) -> None:
     """Raise an error if the output folder of a new training run contains an earlier run.
 
-    All processes of a job must call this function together, after every other check.
+    All processes of a job must call this function together. Call it after all other checks, because
+    it may delete files.
 
     Args:
         cfg: The config of a run that starts from iteration 0.
@@ -89,7 +90,7 @@ def _contains_earlier(folder: Path, found: list[str]) -> UserError:
 
 
 def _earlier(folder: Path) -> list[str]:
-    """Return the names of the checkpoint and metrics files in the folder of an earlier run."""
+    """Return the names of an earlier run's checkpoint and metrics files in a folder, if any."""
     names = dict.fromkeys(name for name in checkpoints(folder) if Path(folder, name).is_file())
     for pattern in _CHECKPOINTS:
         names |= dict.fromkeys(sorted(path.name for path in folder.glob(pattern)))

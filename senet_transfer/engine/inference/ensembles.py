@@ -44,9 +44,9 @@ def check_same_classes(sources: Sequence[ModelSource]) -> None:
         index = next((i for i, pair in pairs if pair[0] != pair[1]), 0)
         problem = "class orders" if set(names[0]) == set(names[1]) else "classes"
         raise UserError(
-            f"The {problem} of {files} differ: class {index} is {names[0][index]} and "
-            f"{names[1][index]}. Combine only models that were trained on the same classes in the "
-            "same order."
+            f"The {problem} of {files} differ: class {index} is {names[0][index]} in the first "
+            f"model and {names[1][index]} in the second. Combine only models that were trained on "
+            "the same classes in the same order."
         )
 
 
@@ -91,7 +91,7 @@ def build_detectors(source: ModelSource, device: str = "") -> LoadedModel:
             raise UserError(
                 f"INPUT.FORMAT is {cfg.INPUT.FORMAT} for {cfg.MODEL.WEIGHTS} and "
                 f"{found.cfg.INPUT.FORMAT} for {weights}; expected the same format, because all "
-                "detectors receive the same images."
+                "detectors receive the same images. Combine only detectors with the same format."
             )
         sources.append(found.examined())
     check_same_classes(sources)

@@ -53,7 +53,7 @@ def run_evaluation(
     Args:
         sources: The classifiers, which have the same classes in the same order.
         device: The device, such as "cuda:1". If empty, ``MODEL.DEVICE`` is used.
-        data: The path of shards, a folder or an archive. If empty, the first dataset in
+        data: The path of shards, a folder, a CSV file or an archive. If empty, the first dataset in
             ``DATASETS.TEST`` is used.
         views: The scales and crops to evaluate for each image. If None, the model's defaults are
             used.
@@ -125,8 +125,8 @@ def _check_order(
             raise UserError(
                 f"The outputs of {found.cfg.MODEL.WEIGHTS} have the class order of ImageNet's "
                 f"development kit, but the classes of {dataset.origin} are sorted by WordNet id. "
-                "Evaluate Cadene's conversion of the network, such as cadene/se_resnet50, or pass "
-                "a CSV file with the development kit's labels."
+                "Evaluate Cadene's conversion of the network, such as cadene/se_resnet50, or set "
+                "--data to a CSV file with the development kit's labels."
             )
 
 

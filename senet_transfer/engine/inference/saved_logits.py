@@ -142,6 +142,6 @@ def _check_same(first: SavedLogits, other: SavedLogits) -> None:
         if labels[0] != labels[1]:
             raise UserError(
                 f"{files} have different classes: the label of {key} is {labels[0][0]} "
-                f"({labels[0][1]}) and {labels[1][0]} ({labels[1][1]}). Expected the same classes "
-                "in the same order."
+                f"({labels[0][1]}) in the first file and {labels[1][0]} ({labels[1][1]}) in the "
+                "second. Combine only files with the same classes in the same order."
             )

@@ -28,7 +28,7 @@ class LinearProbe:
         weight: Weight of a linear layer on the features, float32 ``(C, D)``.
         bias: Bias of this layer, float32 ``(C,)``.
         weight_decay: The selected strength of the regularisation.
-        tried: The results on the held-out images for each strength: ``weight_decay``,
+        tried: One dict per strength with the results on the held-out images: ``weight_decay``,
             ``top1_error`` in percent and ``loss``, the mean cross-entropy.
         held_out: The number of held-out images.
     """

@@ -39,7 +39,7 @@ def layer_factors(model: nn.Module, decay: float) -> Callable[[str], float]:
     if not stages:
         raise UserError(
             f"SOLVER.LAYER_DECAY is {decay:g}, but the backbone has no stages named stem and res2 "
-            "to res5. Set it to 1."
+            "to res5. Set SOLVER.LAYER_DECAY to 1."
         )
     powers = {f"{name}.": decay ** (len(stages) - depth) for depth, name in enumerate(stages)}
 

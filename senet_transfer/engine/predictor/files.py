@@ -101,7 +101,7 @@ def predict_files(
     except KeyboardInterrupt:
         path = writer.close()
         logger.warning(
-            "Prediction was interrupted. The predictions for some of the %d images are in %s",
+            "Prediction was interrupted. The predictions for some of the %d images are in %s.",
             len(photos),
             path,
         )

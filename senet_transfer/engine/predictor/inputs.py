@@ -31,9 +31,10 @@ class Photo:
     """Input image for prediction. A file is read when needed, and is not kept in memory.
 
     Attributes:
-        source: Path, HTTP(S) URL, PIL image, or RGB or grayscale pixels: an array ``(H, W, 3)`` or
-            ``(H, W)``, or a tensor ``(3, H, W)`` or ``(1, H, W)``, uint8. If ``reading.channels``
-            is set, the pixels are an array ``(H, W, C)`` or a tensor ``(C, H, W)`` of any dtype.
+        source: Path, HTTP(S) URL, PIL image or pixels. RGB or grayscale pixels are a uint8 array
+            ``(H, W, 3)`` or ``(H, W)``, or a uint8 tensor ``(3, H, W)`` or ``(1, H, W)``. If
+            ``reading.channels`` is set, the pixels are an array ``(H, W, C)`` or a tensor
+            ``(C, H, W)`` of any dtype.
         name: Path or URL, or a description of an image in memory.
         relative: Path of the image relative to the input folder. Output files are named after it.
         reading: Settings for reading the image.
@@ -86,10 +87,10 @@ class Photo:
             raise self._unreadable(error) from error
 
     def bands(self) -> np.ndarray:
-        """Return all channels of the image, uint8 ``(H, W, C)``, for a model with C input channels.
+        """Return all channels of the image as a uint8 array ``(H, W, C)``.
 
         Raises:
-            UserError: If the image can't be read, or has a different number of channels.
+            UserError: If the image can't be read, or does not have ``reading.channels`` channels.
         """
         try:
             if isinstance(self.source, str):

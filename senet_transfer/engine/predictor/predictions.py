@@ -223,7 +223,7 @@ class Detections(_Shown):
 
     @property
     def keypoints(self) -> np.ndarray | None:
-        """Keypoints, float32 ``(N, K, 3)``: x, y, score; None if the model has no keypoints."""
+        """Keypoints, float32 ``(N, K, 3)``: x, y, score; None if the model predicts none."""
         found = self.instances
         return found.pred_keypoints.numpy() if found.has("pred_keypoints") else None
 
@@ -234,10 +234,10 @@ class Detections(_Shown):
         return f"{self.photo.name}: {count}" + (f": {', '.join(rows)}" if rows else "")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the path, the image size, and the class, label, score and box of each object.
+        """Return a dict with the image path, the image size and the objects.
 
-        If the model predicts masks or keypoints, each object also contains ``segmentation`` or
-        ``keypoints`` in COCO format.
+        Each object contains its class name, class index, score and box. If the model predicts masks
+        or keypoints, each object also contains ``segmentation`` or ``keypoints`` in COCO format.
         """
         height, width = self.instances.image_size
         objects = []

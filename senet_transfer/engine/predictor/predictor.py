@@ -101,7 +101,7 @@ class Predictor(ABC, Generic[Result]):
             images: A path or HTTP(S) URL, a PIL image, RGB or grayscale pixels (an array
                 ``(H, W, 3)`` or ``(H, W)``, or a tensor ``(C, H, W)``, uint8), or a list of these.
                 Alternatively, a folder, a glob pattern, a ``.txt`` list of paths, or a video.
-            batch_size: The number of images per batch. By default, the predictor's batch size.
+            batch_size: The number of images per batch. If 0, the predictor's batch size is used.
 
         Returns:
             The result for a single image, or a list with one result per image.
@@ -124,7 +124,7 @@ class Predictor(ABC, Generic[Result]):
 
         Args:
             images: Images as in :meth:`__call__`, or any iterable of them.
-            batch_size: The number of images per batch. By default, the predictor's batch size.
+            batch_size: The number of images per batch. If 0, the predictor's batch size is used.
             workers: The number of processes that read and resize images. Videos are read in the
                 main process only.
             broken: A list to which a message is appended for each image that can't be read or
@@ -256,7 +256,7 @@ class ClassifierPredictor(Predictor[Classification]):
             raise UserError(
                 f"The logits of {batch[0].photo.name}, or of another image in its batch, are not "
                 "finite. Either training diverged, or half precision is not sufficient for the "
-                "model."
+                "model. Disable half precision if it is enabled, or use different weights."
             )
         rows = logits.softmax(1).cpu().numpy()
         return [
@@ -355,7 +355,7 @@ class ResizeChannels(Resize, ChannelResizeShortestEdge):
 
 
 def describe_problem(path: str, lacks: str, error: Exception) -> str:
-    """Return a sentence about an image that could not be processed, and log the traceback."""
+    """Return an error message for an image, and log the traceback of an unexpected error."""
     if isinstance(error, UserError):
         return str(error)
     logger.info("The traceback for %s:", path, exc_info=error)

@@ -56,7 +56,9 @@ class Video:
             yield Photo(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), name, name)
             index += 1
         if not index:
-            raise UserError(f"{self.name} contains no frames that can be read.")
+            raise UserError(
+                f"{self.name} contains no readable frames. Check the file, stream or camera."
+            )
 
     def __enter__(self) -> "Video":
         return self

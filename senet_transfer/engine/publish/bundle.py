@@ -100,9 +100,9 @@ def index(folder: Path) -> str:
     lines = [
         "# Weights in this package",
         "",
-        "`senet push --bundle` writes the files in this folder, including this README. You can load",
-        "these networks without a download: pass the name of a network as `--weights`, or set",
-        "`MODEL.WEIGHTS` to the name.",
+        "`senet push --bundle` writes the files in this folder, including this README. The",
+        "networks are loaded without a download. To load a network, pass its name as `--weights`,",
+        "or set `MODEL.WEIGHTS` to the name.",
         "",
     ]
     if not bundled_files(folder):

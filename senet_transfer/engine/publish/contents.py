@@ -161,8 +161,8 @@ def _stored_values(loaded: LoadedModel) -> dict[str, Any]:
 def _results(cfg: CfgNode, stored: dict[str, Any]) -> dict[str, Any]:
     """Return the evaluation results of a checkpoint, or an empty dict if they are unknown.
 
-    The results of a run's final model are stored in the ``results.json`` next to it. The file of a
-    run's best model contains the value of the metric by which it was selected.
+    The results of a run's final model are stored in the ``results.json`` next to it. The file
+    ``model_best.pth`` contains the value of the metric by which the best model was selected.
     """
     path = Path(cfg.MODEL.WEIGHTS)
     if path.name == f"{BEST_NAME}.pth":

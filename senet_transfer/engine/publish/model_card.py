@@ -158,7 +158,10 @@ def read_runs(folder: str | Path) -> list[dict[str, Any]]:
     records = [read_json(path, "Write the record for this run again.") for path in files]
     for path, record in zip(files, records, strict=True):
         if not isinstance(record, dict) or not isinstance(record.get("metrics"), dict):
-            raise UserError(f"{path} has no metrics; expected a dictionary under the key metrics.")
+            raise UserError(
+                f"{path} has no metrics; expected a dictionary under the key metrics. Write the "
+                "record for this run again."
+            )
     return records
 
 

@@ -1,1 +1,1 @@
-"""Fused Triton kernels that compute the norm, SE gate, sum and ReLU of residual blocks on a GPU."""
+"""Fused Triton kernels for the norm, SE gate, residual addition and ReLU of residual blocks."""

@@ -6,7 +6,7 @@ A layer's option ``fused`` has one of these values:
 * False: Use PyTorch's operators.
 * "auto": Use the fused operators in eager mode on a GPU, except for batch norms in training mode
   without a gate. For these norms, the fused kernels run faster than PyTorch's kernels, but take the
-  CPU longer to launch. They are useful in CUDA graphs, for which the engine sets the option to
+  CPU longer to launch. They are useful in CUDA graphs, for which the trainer sets the option to
   True. Under ``torch.compile``, "auto" uses PyTorch's operators, which the compiler itself fuses.
 
 PyTorch's operators are always used for modules with hooks and for modules that the fused operators
@@ -107,7 +107,7 @@ def norm_gate_add(
         norm: BatchNorm2d with running statistics or FrozenBatchNorm2d; None for no norm.
         se: A gate with average pooling; None for no gate.
         x: Feature map ``(N, C, H, W)``.
-        shortcut: Feature map of the same shape and dtype; None for no sum.
+        shortcut: Feature map of the same shape and dtype; None for no residual addition.
         squeezed: Feature map ``(N, K, H, W)`` that the gate reads instead of ``norm(x)``, for
             inference only; None for ``norm(x)``.
         relu: Whether to apply the ReLU.
@@ -279,10 +279,10 @@ def _learns(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor | N
 
 
 def _repeats_conv(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) -> bool:
-    """Return whether the backward pass recomputes the convolution, so its output isn't saved.
+    """Return whether the backward pass recomputes the convolution's output.
 
-    With a frozen norm, a block with a gate then saves no more feature maps than a block without a
-    gate.
+    This output is then not saved for the backward pass, so a block with a gate and a frozen norm
+    saves no more feature maps than a block without a gate.
     """
     one = (1, 1)
     is_pointwise = conv.kernel_size == conv.stride == one and conv.padding == (0, 0)

@@ -1,4 +1,4 @@
-"""Triton kernels that fuse batch norm, SE gate, sum and ReLU.
+"""Triton kernels that fuse batch norm, SE gate, residual addition and ReLU.
 
 A feature map ``(N, C, H, W)`` is processed as ``N`` matrices of ``C`` channels and ``P = H * W``
 positions, in contiguous or channels-last layout (``LAST``). The positions of an image are divided
@@ -241,8 +241,8 @@ def hidden_units(
 ):  # fmt: skip
     """Compute hidden units ``relu(fc1(squeeze))`` from the mean of each chunk and channel.
 
-    Each program computes one block of hidden units of one image. The mean of each channel over the
-    image, before the norm, is also written.
+    Each program computes one block of hidden units of one image. The kernel also writes the mean of
+    each channel over the image. If a norm precedes the gate, this is the mean of the norm's input.
     """
     n = tl.program_id(0)
     r = tl.program_id(1) * BR + tl.arange(0, BR)

@@ -169,8 +169,9 @@ def _launch(
 ) -> None:
     """Launch a kernel, and cache the compiled kernel for later launches.
 
-    Triton inspects all arguments for each launch. On the host, this takes longer than most kernels
-    take on the GPU. Addresses are passed as integers, so the driver does not have to look them up.
+    When Triton itself launches a kernel, it inspects all arguments. On the host, this takes longer
+    than most kernels take on the GPU. The launch of a cached kernel skips this inspection. Tensors
+    are passed as integer addresses, so the driver does not have to look them up.
 
     Args:
         kernel: The kernel.
@@ -179,8 +180,8 @@ def _launch(
             dtypes of the tensors, and the properties of integers for which Triton specialises
             kernels.
         arguments: Tensors, numbers and None, in the order of the kernel's parameters. The addresses
-            of tensors must be aligned. A number whose properties are not in ``key`` must be a
-            float.
+            of tensors must be aligned. An integer without its properties in ``key`` must be passed
+            as a float, for which Triton does not specialise kernels.
         flags: Compile-time arguments of the kernel and Triton options.
     """
     key = (id(kernel), key, *flags, *flags.values())
@@ -314,7 +315,7 @@ class _Launcher:
             x: The feature map.
             shortcut: The shortcut.
             gates: The gates for the feature map.
-            moments: Whether to compute the statistics. If False, they are None.
+            moments: Whether to compute the statistics. If False, None is returned for them.
         """
         added = torch.empty_like(x)
         means, squares = (self.rows(), self.rows()) if moments else (None, None)
@@ -611,7 +612,7 @@ def end_backward(
 
     Returns:
         The gradients of x, shortcut, weight, bias, w1, b1, w2 and b2. The shortcut's gradient is
-        None if it equals ``dout``.
+        None if it equals the output's gradient, ``dout``.
     """
     launch, gate = _Launcher(key, dout, last), _make_gate(w1, b1, w2, b2)
     gradient, norm = launch.dense(dout), _Norm(mean, var, weight, bias, eps)

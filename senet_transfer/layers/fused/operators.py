@@ -1,4 +1,4 @@
-"""Operators that fuse batch norm, SE gate, sum and ReLU, with their gradients.
+"""Operators that fuse batch norm, SE gate, residual addition and ReLU, with their gradients.
 
 ===============  =========================================================================
 operator         result

@@ -210,9 +210,9 @@ def _stem_pool(x: Tensor, pool: str) -> Tensor:
 class ResNetStem(Fusable, BasicStem):
     """Detectron2's stem (7x7 convolution and max pool) with configurable padding of the max pool.
 
-    If the input's height and width are multiples of 4, both kinds of padding give feature maps of
-    the same size. Weights trained with one can therefore be loaded into a network with the other
-    without an error, but the accuracy is lower.
+    The padding must match the one used in training. Otherwise, the weights can be loaded without an
+    error, but the accuracy is lower. If the input's height and width are multiples of 4, the size
+    of the feature maps doesn't depend on the padding.
     """
 
     def __init__(

@@ -76,8 +76,8 @@ class NormReLU(Fusable, CNNBlockBase):
     def forward(self, x: Tensor | SumAndOutput) -> Tensor:
         """Apply norm and ReLU to ``(N, C, H, W)``.
 
-        If the preceding block has already applied them, ``x`` is a tuple of that block's sum and
-        the output of the norm and ReLU, and this output is returned.
+        If the preceding block has already applied the norm and ReLU, ``x`` is a tuple of the
+        input and the output of these two layers, and this method returns the output.
         """
         return x[1] if isinstance(x, tuple) else norm_relu(self.norm, x, self.fused)
 
@@ -159,7 +159,7 @@ class PreActBlock(GatedBlock):
 
     @property
     def first_norm(self) -> nn.Module | None:
-        """The norm applied directly to the preceding block's sum; None if a gate comes first."""
+        """The norm applied directly to the block's input; None if a gate precedes the norm."""
         return None if self.placement == "pre" and not self.shared else self.norm1
 
     def link(self, following: "PreActBlock | NormReLU") -> None:
@@ -193,7 +193,10 @@ class PreActBlock(GatedBlock):
         return self._linked_end(out, shortcut) or self._leave(self._sum(out, shortcut))
 
     def _linked_end(self, residual: Tensor, shortcut: Tensor) -> SumAndOutput | None:
-        """Return the sum and the next block's ``relu(norm(sum))``; None if they can't be fused."""
+        """Return the block's output ``s`` and the next block's ``relu(norm(s))``.
+
+        If the two blocks can't be fused, return None.
+        """
         if not self._following or self.placement == "post":
             return None
         (following,) = self._following

@@ -64,8 +64,8 @@ def build_cifar_resnet(
         near = max(round((depth - 2) / layers), 1) * layers + 2
         raise UserError(
             f"The depth is {depth}, but a CIFAR ResNet with {kind} has {layers}n + 2 layers. The "
-            f"nearest valid depth is {near}. Set depth to this value, or set block to use the "
-            "other block type."
+            f"nearest valid depth is {near}. Set depth to this value, or set block to the other "
+            "block type."
         )
     stem, stages = preact_parts(
         widths=(64, 128, 256) if bottleneck else (16, 32, 64),

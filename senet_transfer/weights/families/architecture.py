@@ -44,8 +44,8 @@ class Architecture:
         se_divisor: 8 if the hidden widths are rounded to multiples of 8, else 1.
         se_bias: Whether the SE layers have biases; True without SE.
         classes: Number of classifier outputs; 0 without a classifier.
-        network: Name without SE prefix if the network is not a ResNet; empty for a ResNet. If the
-            name is set, the fields that describe residual blocks are not used.
+        network: Network name without the prefix ``se_``; empty for a ResNet. If the name is set,
+            the fields that describe residual blocks are not used.
     """
 
     blocks: tuple[int, ...]

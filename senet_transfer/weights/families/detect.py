@@ -1,6 +1,7 @@
 """Detection of a file's family from its tensor names and metadata.
 
-Each family has one detection function. Several functions can return True for the same file.
+Each family has one detection function. If several functions return True for a file, the first
+family in the registry is assumed unless the user specifies a family.
 """
 
 import re

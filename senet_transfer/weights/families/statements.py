@@ -89,7 +89,7 @@ class Statements:
 def statements_of(
     metadata: Mapping[str, Any], architecture: Architecture | None, timm: TimmConfig | None = None
 ) -> Statements:
-    """Compare the names and configs stored with weights with the architecture of the tensors.
+    """Compare the network names and configs in a file with the architecture of its tensors.
 
     Args:
         metadata: Values stored with the tensors.
@@ -194,7 +194,7 @@ def _plain(name: str) -> str:
 
 
 def _judge(name: str, architecture: Architecture) -> bool | None:
-    """Return whether a network name is correct for an architecture, or None if it is unknown.
+    """Return whether a network name is correct for an architecture; None if this is unclear.
 
     The number of channels is not compared, because scripts also use the standard names for wider
     or narrower networks.

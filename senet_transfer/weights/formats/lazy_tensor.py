@@ -49,7 +49,11 @@ class TensorRef:
         self.build((storage, offset, shape, strides))
 
     def build(self, state: tuple) -> None:
-        """Set storage, offset, shape and strides; raise ValueError if they are inconsistent."""
+        """Set the storage, offset, shape and strides.
+
+        Raises:
+            ValueError: If they are invalid, or the tensor exceeds the storage.
+        """
         storage, offset, shape, strides = state
         if not isinstance(storage, Storage):
             raise ValueError("a tensor has no storage")

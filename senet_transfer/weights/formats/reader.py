@@ -76,8 +76,8 @@ def read_tensors(
 ) -> WeightFile:
     """Read a weight file in a ``torch.save``, safetensors, pickle or Caffe format.
 
-    If the same folder contains a ``sha256sum`` file called ``NAME.sha256``, the hash in it is
-    verified, too.
+    If the same folder contains a checksum file in ``sha256sum`` format, such as
+    ``model.pth.sha256`` for ``model.pth``, the weight file is also verified against that hash.
 
     Args:
         path: Path of the file.
@@ -204,8 +204,8 @@ def _from_safetensors(
             if names is not None and found != names:
                 odd = first_of(map(shown, sorted(found ^ names)), _LISTED)
                 raise UserError(
-                    f"{file} does not contain the tensors listed in {path.name}. Missing or "
-                    f"unexpected tensors: {odd}. Download all files again."
+                    f"{file} does not contain exactly the tensors listed in {path.name}. "
+                    f"Missing or unexpected tensors: {odd}. Download all files again."
                 )
             place |= dict.fromkeys(opened.keys(), opened)
             metadata |= opened.metadata() or {}

@@ -178,9 +178,10 @@ class _Choice(NamedTuple):
 
 
 class _Pair(NamedTuple):
-    """Keys of the plain and the averaged weights in checkpoints of a project that swaps them.
+    """Keys of the plain and the averaged weights in a checkpoint of a project that swaps them.
 
-    For example, mmengine saves the averaged weights under the key "state_dict".
+    For example, mmengine's EMAHook swaps the two sets of weights when it saves a checkpoint, so
+    the key "state_dict" contains the averaged weights.
     """
 
     plain: str

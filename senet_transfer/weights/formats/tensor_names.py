@@ -91,7 +91,7 @@ def select(sizes: Mapping[str, int], prefix: str, path: Path) -> Selected:
 
 
 def _without_inserted(names: Iterable[str]) -> dict[str, str]:
-    """Remove the parts that wrappers have inserted into tensor names.
+    """Remove components such as ``_orig_mod`` that wrappers have inserted into tensor names.
 
     The result maps the shortened names to the original names. If two shortened names would be
     equal, no name is shortened.
@@ -116,7 +116,8 @@ def _drop_counters(selected: Selected, sizes: Mapping[str, int]) -> None:
     """Drop the counters of averaged models, which are not part of the network.
 
     ``n_averaged`` is dropped if other tensors have the same prefix. Counters with other names, such
-    as ``step``, are dropped only if all of these tensors belong to wrappers such as ``ema_model``.
+    as ``step``, are dropped only if all other tensors with that prefix belong to wrappers such as
+    ``ema_model``.
     """
     found: dict[str, list[str]] = {}
     for name, own in selected.kept.items():

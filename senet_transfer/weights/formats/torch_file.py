@@ -215,7 +215,7 @@ def read_zip(path: Path, wanted: Wanted) -> Checkpoint:
 
 
 def _check_records(archive: zipfile.ZipFile, path: Path) -> str:
-    """Check that torch.save wrote an archive, and return the folder that contains all records."""
+    """Check that a zip file was written by torch.save, and return the folder of its records."""
     records, names = archive.infolist(), archive.namelist()
     root = next((n.removesuffix("/data.pkl") for n in names if n.endswith("/data.pkl")), None)
     if any(PurePosixPath(name).name in _EXPORTED for name in names):

@@ -142,7 +142,7 @@ def _check_scheme(url: str) -> None:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Redirect handler that rejects unencrypted URLs."""
+    """Redirect handler that rejects redirects to unencrypted URLs on other machines."""
 
     def redirect_request(
         self,

@@ -97,7 +97,7 @@ def timm_preprocessing(name: str) -> Preprocessing:
 def classifier_name(name: str) -> str:
     """Return the name of a timm network's classifier layer, or "" if it has none or several.
 
-    Networks with several classifiers, such as distilled transformers, average their logits.
+    For example, distilled transformers have two classifiers, whose logits they average.
     """
     found = pretrained_config(name).get("classifier")
     return found if isinstance(found, str) else ""

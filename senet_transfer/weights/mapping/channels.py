@@ -15,8 +15,8 @@ _COLOURS = 3
 def adapt_channels(source: Source, target: Target) -> Source:
     """Adapt the first convolution of a network for colour images to the model's input channels.
 
-    If the model is for colour or grayscale images, or the file's network is not for colour images,
-    the source is returned unchanged. Otherwise, the returned source contains a note about the
+    The source is returned unchanged if the model's image format is RGB, BGR or L, or if the file's
+    network is not for colour images. Otherwise, the returned source contains a note about the
     adaptation.
 
     Args:
@@ -51,8 +51,8 @@ def adapt_channels(source: Source, target: Target) -> Source:
 def adapted_weight(weight: Tensor, channels: int) -> Tensor:
     """Adapt the weight of a convolution on RGB images, ``(O, 3, H, W)``, to other channels.
 
-    As in timm, the weights are summed for a single channel. Otherwise, they are repeated and
-    scaled, so the outputs are the same as before if all channels are equal.
+    As in timm, the weights are summed for a single channel. Otherwise, they are repeated in turn
+    for the ``C`` channels, and multiplied by ``3 / C`` to keep the scale of the outputs.
     """
     if channels == 1:
         return weight.float().sum(1, keepdim=True).to(weight.dtype)

@@ -131,7 +131,7 @@ def _misfit(name: str, found: Tensor, expected: Tensor) -> str:
 
 
 def _why_ignored(source: Source, target: Target, name: str, exact: bool) -> str | None:
-    """Return why a tensor in the file may be ignored, or None if ignoring it would be an error."""
+    """Return the reason for ignoring a tensor in the file, or None if it must not be ignored."""
     for pattern, reason in _NOT_WEIGHTS:
         if pattern.fullmatch(name):
             return reason
@@ -176,13 +176,13 @@ def check_match(result: Match, source: Source, target: Target) -> None:
         if source.num_classes and set(result.left_over) <= set(source.outside):
             classifier = (
                 f"To load the network with its classifier, set prefix='{shown(source.prefix)}' "
-                f"(MODEL.WEIGHTS_PREFIX {shown(source.prefix)}). "
+                f"(in a config, MODEL.WEIGHTS_PREFIX: {shown(source.prefix)}). "
             )
         raise UserError(
             f"{start}contains the model's backbone and other tensors, such as a head for "
             f"pretraining. {classifier}To load only the backbone, set head='ignore' "
-            f"(MODEL.WEIGHTS_HEAD ignore). The model's weights are unchanged. The file differs "
-            f"from the model as follows:\n{lines}"
+            f"(in a config, MODEL.WEIGHTS_HEAD: ignore). The model's weights are unchanged. The "
+            f"file differs from the model as follows:\n{lines}"
         )
     raise UserError(
         f"{start}does not fit the model. The model's weights are unchanged. The file differs from "

@@ -72,7 +72,7 @@ def only_network(file: WeightFile, timm: str = "") -> Network:
         raise UserError(
             f"{file.path} contains {len(found)} networks, whose tensor names have the prefixes "
             f"{first_of(map(shown, found), _SHOWN)}. Select one with prefix= "
-            f"(MODEL.WEIGHTS_PREFIX), such as {shown(found[0])}"
+            f"(MODEL.WEIGHTS_PREFIX), such as prefix='{shown(found[0])}'."
         )
     prefix = found[0]
     inside = _without_parallel(_below(tensors, prefix), timm)

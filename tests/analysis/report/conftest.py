@@ -24,7 +24,10 @@ def shapes(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def detection_run(shapes):
-    """Return a function that writes a detection run, with noisy ground truth as detections."""
+    """Return a function that writes the output folder of a detection run.
+
+    The detections are ground-truth boxes with added noise.
+    """
 
     def make(folder: Path, *, noise: float = 0.1, options: list = (), data: str = "own") -> Path:
         json_file = shapes / "annotations" / "instances_val.json"
@@ -79,7 +82,10 @@ def pictures(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def classification_run(pictures):
-    """Return a function that writes a classifier run in which every n-th image is misclassified."""
+    """Return a function that writes the output folder of a classification run.
+
+    Every image whose index is a multiple of ``wrong`` is misclassified.
+    """
 
     def make(folder: Path, *, wrong: int = 3, options: list = ()) -> Path:
         classes = sorted(path.name for path in pictures.iterdir())

@@ -13,9 +13,9 @@ from senet_transfer.data.classification.sampling import (
 
 
 def row(sizes, num_workers, epochs, seed=3):
-    """Return the order in which all workers together process units, as (epoch, unit) pairs.
+    """Merge the units that the workers process in turn, and return them as (epoch, unit) pairs.
 
-    A unit is a group of samples, such as a shard. The workers of all ranks are numbered together.
+    A unit is a group of samples, such as a shard.
     """
     merged = {}
     for worker in range(num_workers):

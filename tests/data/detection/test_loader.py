@@ -89,7 +89,7 @@ def test_global_random_state_is_not_changed():
 
 @pytest.mark.parametrize(
     ("steps", "passes", "warned"),
-    [(2000, "500 passes", False), (2001, "500 passes", True), (180000, "45000 passes", True)],
+    [(2000, "500 epochs", False), (2001, "500 epochs", True), (180000, "45000 epochs", True)],
 )
 @pytest.mark.long
 def test_a_schedule_with_many_passes_over_the_data_is_reported(
@@ -98,7 +98,7 @@ def test_a_schedule_with_many_passes_over_the_data_is_reported(
     loader.cfg.SOLVER.MAX_ITER = steps
     with caplog.at_level("INFO", logger="senet_transfer"):
         loader(1)
-    (said,) = [record for record in caplog.records if "passes over" in record.message]
+    (said,) = [record for record in caplog.records if "epochs of" in record.message]
     assert passes in said.message
     assert (said.levelname == "WARNING") == warned
     assert ("SOLVER.MAX_ITER" in said.message) == warned

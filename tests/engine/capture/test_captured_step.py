@@ -71,7 +71,7 @@ def test_a_step_that_reads_from_the_device_is_rejected():
     inputs = {"x": torch.ones(2)}
     for _ in range(3):
         step(inputs)
-    with pytest.raises(UserError, match="can't be captured .*stream is capturing Set SOLVER"):
+    with pytest.raises(UserError, match=r"can't be captured .*stream is capturing\)\. Set SOLVER"):
         step(inputs)
 
 

@@ -22,7 +22,7 @@ NORMALISE = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class GatedBlock(BasicBlock):
-    """torchvision's BasicBlock with torchvision's SE block between the last norm and the sum."""
+    """torchvision's BasicBlock with torchvision's SE block after the last norm."""
 
     def __init__(self, inputs, outputs, *args, **kwargs):
         super().__init__(inputs, outputs, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Tests that compare features, linear probes and nearest neighbours with plain loops and SciPy."""
+"""Tests for feature extraction, linear probes and k-NN, with loops and SciPy as references."""
 
 import json
 from pathlib import Path

@@ -204,8 +204,8 @@ def test_models_of_other_classes_or_preprocessing_are_rejected(photos, tmp_path)
 
     cats = saved("cats.safetensors", ["cat", "dog"])
     for classes, message in [
-        (["dog", "cat"], "class orders of .* differ: class 0 is cat and dog"),
-        (["cat", "emu"], "The classes of .* differ: class 1 is dog and emu"),
+        (["dog", "cat"], "class orders of .* differ: class 0 is cat in the first model and dog in"),
+        (["cat", "emu"], "The classes of .* differ: class 1 is dog in the first model and emu in"),
         (["cat", "dog", "emu"], "have 2 and 3 classes"),
     ]:
         other = saved("other.safetensors", classes)
@@ -244,14 +244,14 @@ def test_models_are_compared_even_if_the_first_one_has_no_class_names():
         return ModelSource(cfg)
 
     check_same_classes([source(), source("cat", "dog"), source("cat", "dog")])
-    with pytest.raises(UserError, match="class 0 is cat and dog"):
+    with pytest.raises(UserError, match="class 0 is cat in the first model and dog in the second"):
         check_same_classes([source(), source("cat", "dog"), source("dog", "cat")])
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("a,0,x", "a,1,y", r"the label of a is 0 \(x\) and 1 \(y\)"),
+        ("a,0,x", "a,1,y", r"the label of a is 0 \(x\) in the first file and 1 \(y\)"),
         ("a,0,x", "c,0,x", "2 are in only one of the files, such as a"),
         ("a,0,x", "b,0,x", "two rows with the key b"),
         ("logit1,", "", "for 2 and 1 classes"),

@@ -1,4 +1,4 @@
-"""Tests that compare merged detections with ensemble-boxes, Detectron2 and reference loops."""
+"""Tests that compare merged detections with ensemble-boxes, Detectron2 and plain Python loops."""
 
 import json
 from pathlib import Path
@@ -82,7 +82,7 @@ def built(architecture: str, seed: int = 0, **keys: str):
 
 @pytest.fixture(scope="module")
 def item(shapes) -> dict:
-    """Return a detector's input: an image that was resized to half of its original size."""
+    """Return a detector's input dict for an image that is resized to half of its original size."""
     pixels = read_image(min(shapes.glob("tiny/*.jpg")), "BGR")
     height, width = pixels.shape[:2]
     image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
@@ -98,7 +98,7 @@ def assert_same(found, boxes, scores, classes) -> None:
 
 @torch.no_grad()
 def plain_views(model, item) -> tuple[torch.Tensor, ...]:
-    """Return the boxes, scores and classes detected at all sizes, with and without flipping."""
+    """Return the boxes, scores and classes at each size in SIZES, with and without flipping."""
     pixels, found = item["image"].permute(1, 2, 0).numpy(), []
     for size in SIZES:
         factor = size / min(pixels.shape[:2])

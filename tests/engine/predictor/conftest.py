@@ -44,7 +44,7 @@ def saved(config: str, options: dict[str, str], folder: Path) -> CfgNode:
 
 @pytest.fixture(scope="session")
 def detector(tmp_path_factory) -> Path:
-    """Return the run folder of an untrained Mask R-CNN, which detects objects with low scores."""
+    """Return the run folder of an untrained Mask R-CNN, whose detections have low scores."""
     folder = tmp_path_factory.mktemp("runs") / "detector"
     options = {
         **SMALL_DETECTOR,

@@ -172,7 +172,7 @@ INPUT: {{MIN_SIZE_TEST: 64, MAX_SIZE_TEST: 96}}
 def test_a_detector_of_the_model_zoo_is_downloaded_and_predicts_as_in_detectron2(
     stride, std, photos, tmp_path, monkeypatch
 ):
-    """Compare with Detectron2's predictor, using a small config and weights on a local server."""
+    """Compare the detections of a small model from a local server with Detectron2's predictor."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     name = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x"
     base = Path(model_zoo.get_config_file(f"{name}.yaml")).parents[1] / "Base-RCNN-FPN.yaml"

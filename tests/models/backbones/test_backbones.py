@@ -58,7 +58,7 @@ DEEPER = [name for name in list_models() if name.endswith(("t101", "t152", "101_
 
 
 def mostly_fast(names: list[str], slow: list[str] = ()) -> list:
-    """Return pytest parameters. Those in ``DEEPER`` or in ``slow`` have the mark ``slow``."""
+    """Return pytest parameters; names in ``DEEPER`` or in ``slow`` get the mark ``slow``."""
     marks = dict.fromkeys([*DEEPER, *slow], pytest.mark.slow)
     return [pytest.param(name, marks=marks.get(name, ())) for name in names]
 

@@ -1,4 +1,4 @@
-"""Speed of basic GPU operations: copies, matrix products, kernel launches and waits."""
+"""Speed of basic GPU operations: copies, matrix products, launches and synchronisations."""
 
 import time
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from benchmark.report import Amounts
 
 
 def measure_card(settings: Settings) -> Iterator[Found]:
-    """Measure the GPU's bandwidth and throughput, and the host time per kernel launch and wait."""
+    """Measure the GPU's bandwidth and throughput, and the host time of kernel launches."""
     device = settings.device
     values = torch.empty(settings.sized(2**28, 2**10), device=device)
     other = torch.empty_like(values)

@@ -60,7 +60,7 @@ def measure_images(settings: Settings) -> Iterator[Found]:
 
 
 def _loader_rate(settings: Settings, folder: Path, batch: int, workers: int, size: int) -> float:
-    """Return the speed of the loader in images per second. The batches are discarded."""
+    """Return the throughput of the data loader in images per second."""
     loader = build_classification_train_loader(
         open_dataset(folder),
         batch_size=batch,

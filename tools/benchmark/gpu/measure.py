@@ -110,7 +110,7 @@ def quotient(values: Mapping[str, float], name: str, over: str) -> Result:
 
 
 def amounts(what: str, unit: str, values: Mapping[str, float]) -> Amounts:
-    """Return one value per network, with the value of "plain" as the baseline for ratios."""
+    """Return measured values by candidate name. The baseline for ratios is "plain"."""
     return Amounts(what, unit, "plain", values)
 
 
@@ -186,5 +186,5 @@ def keep_finite(model: nn.Module) -> nn.Module:
 
 
 def parameters_of(model: nn.Module) -> list[nn.Parameter]:
-    """Return the trainable parameters."""
+    """Return a model's trainable parameters."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,4 +1,4 @@
-"""Steps that run in other processes, to compile several networks at the same time.
+"""Benchmark steps that run in other processes, to compile several networks at the same time.
 
 While one process runs a step, the others wait, so they do not affect the measured time.
 """
@@ -76,7 +76,7 @@ class Started:
     Attributes:
         steps: Steps that are ready to be called.
         seconds: Time taken to build each step.
-        errors: Errors for the steps that could not be built in time.
+        errors: Errors of the steps that failed or could not be built in time.
     """
 
     steps: dict[str, Remote] = field(default_factory=dict)

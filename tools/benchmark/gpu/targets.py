@@ -64,8 +64,8 @@ class Result:
 
     Attributes:
         value: Measured value.
-        spread: Relative spread of the control: the interquartile range of its ratios to the
-            baseline. None if the value does not depend on time.
+        spread: Interquartile range of the ratios of the control to the baseline. None if the value
+            was measured without a control.
     """
 
     value: float

@@ -1,8 +1,8 @@
 """Copy-paste augmentation (Ghiasi et al. 2021, "Simple copy-paste is a strong data augmentation").
 
-Both images are augmented first, as in the paper. Objects keep their position relative to the top
-left corner of the image. Their borders are not smoothed, because the paper found that smoothing
-makes no difference. Pasted objects are cut off at the image border.
+The source and target images are augmented before pasting, as in the paper. Objects keep their
+position relative to the top left corner of the image. Their borders are not smoothed, because the
+paper found that smoothing makes no difference. Pasted objects are cut off at the image border.
 """
 
 import numpy as np

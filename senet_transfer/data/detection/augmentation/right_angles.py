@@ -1,7 +1,7 @@
 """Exact rotation of detection images by multiples of 90 degrees.
 
-Detectron2's `RandomRotation` does not support images with one channel. It also uses OpenCV, whose
-threads are not copied to forked worker processes.
+Detectron2's `RandomRotation` does not support images with one channel. It also uses OpenCV, which
+may hang in forked worker processes, because its threads are not copied to them.
 """
 
 import numpy as np

@@ -80,7 +80,7 @@ def _unreadable(path: str | Path, error: OSError) -> UserError:
 
 
 def number(value: object, name: str, where: str) -> float:
-    """Return a finite number, which may be stored as text.
+    """Convert a number, or a string that contains one, to a finite float.
 
     Args:
         value: The value in the file.

@@ -1,8 +1,9 @@
 """Reader for the LabelMe format, which has one JSON file per image.
 
-Shapes with the same label and group are merged into one object, as in LabelMe's COCO conversion.
-Polygons, rotated rectangles, circles and masks have an outline; rectangles have none. Points and
-lines have no area and are skipped.
+Shapes with the same label and `group_id` are merged into one object, as in LabelMe's COCO
+conversion. The outlines of polygons, rotated rectangles, circles and masks are converted to
+segmentations. Rectangles are converted to boxes only. Points and lines have no area and are
+skipped.
 """
 
 import base64

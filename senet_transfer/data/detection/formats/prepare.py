@@ -71,7 +71,7 @@ def write_dataset(
     Nothing is written if a check fails.
 
     Args:
-        datasets: The content of each file, by split.
+        datasets: Dictionary from split to annotations in COCO format.
         output: The folder to write to.
         image_dir: The folder to which the file names are relative.
         source: The file or folder that was read, for error messages.

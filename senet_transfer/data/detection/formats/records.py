@@ -57,8 +57,8 @@ class ImportedData:
     Attributes:
         splits: Images by split. A dataset that is not divided into splits contains only "train".
         classes: Class names in the order of the category ids; if empty, they are sorted by name.
-        notes: Notes about the data, such as "masks are empty and are skipped", and the number of
-            occurrences of each.
+        notes: Number of occurrences of each note about the data, such as "masks are empty and are
+            skipped".
         files: All files and folders on which the content depends.
     """
 

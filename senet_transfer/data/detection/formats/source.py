@@ -241,7 +241,9 @@ def _choose(data: ImportedData, split: str, location: str) -> str:
         return split
     choices = ", ".join(f"{location}:{name}" for name in data.splits)
     found = f"no split {split!r}" if split else f"{len(data.splits)} splits"
-    raise UserError(f"{location} has {found}; expected one of: {choices}.")
+    raise UserError(
+        f"{location} has {found}; expected one of: {choices}. Specify one of these paths."
+    )
 
 
 def annotations_state(path: str, image_dir: str, *, upright: bool = True) -> object | None:

@@ -121,7 +121,7 @@ def _class_names(content: dict, path: Path) -> list[str]:
 
 
 def _key_points(content: dict, path: Path) -> int:
-    """Return the number of keypoint values per line in a pose dataset; 0 for other datasets."""
+    """Return the number of keypoint values per object in a pose dataset; 0 for other datasets."""
     shape = content.get("kpt_shape")
     if shape is None:
         return 0

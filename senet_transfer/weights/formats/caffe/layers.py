@@ -82,7 +82,7 @@ def window_of(layer: CaffeLayer) -> Window:
     key = {"Convolution": "convolution_param", "Pooling": "pooling_param"}.get(layer.type)
     if key is None or key not in layer.params:
         raise UserError(
-            f"Caffe layer {layer.name!r} ({layer.type}) has no kernel size, stride and padding; "
+            f"Caffe layer {layer.name!r} ({layer.type}) has no kernel size, stride or padding; "
             "expected a .caffemodel that also contains the layer parameters from the network's "
             ".prototxt file. Use such a file."
         )

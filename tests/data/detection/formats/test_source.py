@@ -1,4 +1,4 @@
-"""Tests for detecting, splitting, registering and importing other annotation formats."""
+"""Tests for other annotation formats: detection, splits, registration and import."""
 
 import json
 import logging
