@@ -30,7 +30,7 @@ TASKS = {
     "Places365 and your own images": ("places365_", "finetune_", "scratch_"),
     "ImageNet": ("imagenet_",),
     "CIFAR": ("cifar10_", "cifar100_"),
-    "Blood cells, and transfer from small images": ("bccd_", "transfer_"),
+    "Blood cells, and pretraining on small images": ("bccd_", "transfer_"),
     "Demos": ("demo_",),
 }
 COLUMNS = "| config | description | command | expected result | hardware |\n|---|---|---|---|---|"

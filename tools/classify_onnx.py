@@ -43,8 +43,9 @@ def load(
         size: Height and width of the model's input.
         mode: The metadata entry "mode": "short_side" and "squash" take the central crop; "ten_crop"
             takes five crops each of the image and its mirror image.
-        value_range: The metadata entry "value_range".
-        upright: The metadata entry "upright".
+        value_range: The metadata entry "value_range": the values of black and white in images with
+            more than 8 bits per channel.
+        upright: The metadata entry "upright": whether to apply the EXIF orientation.
 
     Returns:
         Pixels in [0, 255], float32 ``(crops, 3, *size)``.

@@ -251,7 +251,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "OUTPUT_DIR/recipe.yaml. The data can be labelled images, annotations for detection "
         "(as for --dataset), or a folder that contains train and val data",
     )
-    add("--val", default="", metavar="PATH", help="validation data for --data")
+    add("--val", default="", metavar="PATH", help="validation data, for training with --data")
     add(
         "--images",
         default="",

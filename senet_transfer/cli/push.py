@@ -71,13 +71,18 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="evaluate the written file, and add its metrics to the model card",
     )
-    add("--folder", default="", help="write the files to this folder, and upload nothing")
-    add("--card", default="", metavar="FILE", help="write only the model card, and upload nothing")
+    add("--folder", default="", help="write the files to this folder instead of uploading them")
+    add(
+        "--card",
+        default="",
+        metavar="FILE",
+        help="write only the model card to FILE, without uploading anything",
+    )
     add(
         "--bundle",
         action="store_true",
-        help="write the files to this package's weight folder or to --folder, and upload nothing; "
-        "OWNER must be senet_transfer, and the model can then be loaded by its name",
+        help="write the files to the weight folder of this package (or to --folder) instead of "
+        "uploading them, so that the model can be loaded by its name; OWNER must be senet_transfer",
     )
     add(
         "--opts",

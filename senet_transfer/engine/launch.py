@@ -16,6 +16,7 @@ from detectron2.utils import comm
 from senet_transfer.engine.signals import passed_to_children
 from senet_transfer.errors import RunError, UserError
 from senet_transfer.utils.import_hook import hide_library_warnings
+from senet_transfer.utils.text import counted
 
 # Disk errors. They are not bugs and need no traceback.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
@@ -110,8 +111,8 @@ def _check_processes(num_gpus: int, num_machines: int, dist_url: str, *, on_cpu:
     gpus = torch.cuda.device_count()
     if not on_cpu and torch.cuda.is_available() and num_gpus > gpus:
         raise UserError(
-            f"--num-gpus is {num_gpus}, but this machine has {gpus} GPUs. Reduce --num-gpus, or "
-            "set MODEL.DEVICE to cpu."
+            f"--num-gpus is {num_gpus}, but this machine has {counted(gpus, 'GPU')}. Reduce "
+            "--num-gpus, or set MODEL.DEVICE to cpu."
         )
     if num_machines > 1 and (dist_url == "auto" or "127.0.0.1" in dist_url):
         raise UserError(

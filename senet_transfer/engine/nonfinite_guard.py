@@ -1,4 +1,4 @@
-"""Guard that skips training steps with a non-finite loss or gradient on all ranks.
+"""Guard that skips a training step on all ranks if a loss or gradient is non-finite on any rank.
 
 Reading a value from a GPU makes the host wait until the GPU has computed it. The guard therefore
 decides on the device whether a step is skipped, and the host reads the decisions of several steps

@@ -167,7 +167,7 @@ def _best(overlaps: Overlaps, pairs: Bools) -> tuple[Ints, Floats]:
 
 @dataclass(frozen=True)
 class _Points:
-    """Detections that contribute to an AP, and the number of objects of each class."""
+    """Scored detections, marked as true or false positives, from which an AP is computed."""
 
     classes: Ints
     scores: Floats

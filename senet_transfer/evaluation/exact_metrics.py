@@ -13,9 +13,9 @@ _FIRST = 1 / (1 + np.spacing(1))
 def recalls_of_two(counts: np.ndarray) -> np.ndarray:
     """Return recall thresholds that are reached by two correct detections, but not by one.
 
-    Each threshold is the power of two in the interval ``(1 / n, 2 / n]``, where ``n`` is a number
-    of objects in ``counts``. Different numbers of objects often have the same power of two, so
-    fewer recalls have to be evaluated. For ``n < 2``, the threshold is 2, which no recall reaches.
+    For each number of objects ``n`` in ``counts``, the threshold is the power of two in the
+    interval ``(1 / n, 2 / n]``. Many values of ``n`` share a threshold, so fewer thresholds have to
+    be evaluated. For ``n < 2``, the threshold is 2, which no recall reaches.
     """
     _, exponents = np.frexp(np.maximum(counts, 1) - 1)
     return np.ldexp(1.0, 1 - exponents)

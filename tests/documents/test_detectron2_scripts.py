@@ -1,4 +1,4 @@
-"""Tests that documented scripts for other projects give the same detections as this project."""
+"""Tests that the documentation's scripts for other projects give this project's detections."""
 
 import re
 import runpy

@@ -36,7 +36,7 @@ def test_two_processes_on_one_gpu_are_rejected(one_gpu, capsys):
     with pytest.raises(SystemExit) as stopped:
         launch.run(print, None, device=lambda: "cuda", num_gpus=2)
     assert stopped.value.code == 2
-    assert "--num-gpus is 2, but this machine has 1 GPUs" in capsys.readouterr().err
+    assert "--num-gpus is 2, but this machine has 1 GPU." in capsys.readouterr().err
     assert one_gpu == []
 
 

@@ -29,7 +29,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="K",
         help="number of nearest neighbours (default: 20)",
     )
-    add("--seed", type=int, default=0, help="seed for the held-out part of --train (default: 0)")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="random seed for selecting the held-out part of --train (default: 0)",
+    )
     add("--record", default="", metavar="FILE", help="write a record of the results to FILE")
     add_backbone_arguments(parser)
     add_running_arguments(parser)

@@ -127,8 +127,9 @@ def _members(stream: BinaryIO, url: str) -> Iterator[dict[str, Any]]:
 def check_member(name: str, url: str) -> None:
     """Raise a UserError for a member with an unsafe path or an unsupported extension.
 
-    This project never uses keys as paths and never unpickles members. However, a shard with such a
-    member is malicious or intended for another program.
+    Such a member would do no harm here, because sample keys are never used as file paths and
+    members are never unpickled. It is rejected because the shard is probably malicious or was
+    written for a different purpose.
     """
     folder, _, base = name.rpartition("/")
     key, _, extension = base.partition(".")

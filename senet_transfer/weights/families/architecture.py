@@ -62,9 +62,9 @@ class Architecture:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "Architecture | None":
-        """Infer the architecture from tensors that have this project's names.
+        """Infer the architecture from a state dict with this project's tensor names.
 
-        The result is None if the architecture is unknown.
+        Return None if the architecture is unknown.
         """
         linear = _shape(tensors, "linear.weight")
         classes = linear[0] if linear else 0

@@ -28,11 +28,12 @@ from senet_transfer.utils.atomic_io import write_json
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the benchmark.
+    """Group of measurements in the GPU benchmark.
 
     Attributes:
         module: Module in this package.
-        function: Function that yields table rows, and the results that have target values.
+        function: Function that yields the rows of the printed table, and :class:`Result` objects
+            for the values that are compared with targets.
         seconds: Maximum time in seconds.
     """
 
