@@ -22,7 +22,7 @@ SCRIPT = ROOT / "tools" / "install_detectron2.py"
 
 @pytest.fixture
 def installer(monkeypatch):
-    """Load the installation script as a module that doesn't find the installed Detectron2."""
+    """Load the installation script as a module, and hide any installed Detectron2 from it."""
     spec = importlib.util.spec_from_file_location("install_detectron2", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -32,7 +32,10 @@ def installer(monkeypatch):
 
 @pytest.fixture
 def wheel(tmp_path):
-    """Write a small wheel with the faults of Detectron2's wheel, such as a package ``tools``."""
+    """Write a small wheel with the same faults as Detectron2's wheel.
+
+    For example, it contains the top-level package ``tools``, which must not be installed.
+    """
     info = "sal_detectron2-0.7.2.dist-info"
     path = tmp_path / "sal_detectron2-0.7.2-cp310-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:

@@ -32,9 +32,6 @@ NAMES = {
     "senet_transfer/_moved.py": r"senet_transfer\.backbones\.trunk",
     "senet_transfer/engine/trainer.py": r'"images a step"',
     "tests/faults/test_jobs.py": r"images a step 4 before",
-    "tests/tools/test_benchmark.py": r'"trunk"',
-    "tools/benchmark.py": r'"trunk"',
-    "tools/benchmark/networks.py": r"``trunk``",
 }
 # Words and phrases that are hard to understand or have a different meaning in this field, as
 # regular expressions, with their replacements.

@@ -216,6 +216,6 @@ def test_an_installed_wheel_trains_evaluates_and_predicts_outside_the_clone(
     call("senet-train", "--config-file", "instant/faster_rcnn_se_r50", *own, *small)
     words = ["--input", str(next(images.glob("*.jpg"))), "--output", "found"]
     said = call("senet-predict", "--weights", "run/model_final.pth", *words)
-    assert "1 images: drawings in found" in said
+    assert "1 image: drawings written to found" in said
     assert "Table VI" in call("senet-eval-places365", "--help")
     assert "detections.json" in call("detect_onnx.py", "--help")

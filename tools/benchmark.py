@@ -20,7 +20,7 @@ import sys
 # For each part, the module in the package `benchmark`, and the function in the module.
 PARTS = {
     "block": ("networks", "measure_block"),
-    "trunk": ("networks", "measure_backbone"),
+    "backbone": ("networks", "measure_backbone"),
     "inference": ("inference", "measure_inference"),
     "detector": ("detector", "measure_detector"),
     "loader": ("inputs", "measure_loader"),
@@ -51,7 +51,11 @@ def parser() -> argparse.ArgumentParser:
         help="approximate seconds per comparison (default: 20)",
     )
     add("--device", default="cpu", help="device for the networks, cpu or cuda (default: cpu)")
-    add("--profile", action="store_true", help="profile time and memory of all compared candidates")
+    add(
+        "--profile",
+        action="store_true",
+        help="profile the time and memory of each compared implementation",
+    )
     add("--output", help="JSON file to write")
     add("--quiet", action="store_true", help="hide the progress bars")
     add = parser.add_argument_group("options of the benchmark gpu").add_argument
@@ -62,7 +66,11 @@ def parser() -> argparse.ArgumentParser:
         default="bf16",
         help="compile the networks in bfloat16 (bf16), or also in float16 and float32 (all)",
     )
-    add("--dry-run", action="store_true", help="run all code on a CPU with tiny sizes, as a test")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="check the benchmark's code on a CPU, with tiny networks and images",
+    )
     return parser
 
 

@@ -41,7 +41,7 @@ def paste(mask: np.ndarray, box: np.ndarray, width: int, height: int) -> np.ndar
     """Return an object's mask (H, W) in an image, given the mask probabilities inside its box."""
 
     def weights(start: float, end: float, length: int, size: int) -> np.ndarray:
-        """Return bilinear interpolation weights (length, size)."""
+        """Return bilinear interpolation weights as an array of shape (length, size)."""
         positions = (np.arange(length) + 0.5 - start) / (end - start) * size - 0.5
         return np.maximum(0, 1 - np.abs(positions[:, None] - np.arange(size)))
 

@@ -17,7 +17,7 @@ the wheel would cause problems and are removed or corrected:
 - the operators compiled for Python 3.10;
 - the requirements numpy<2, which the code doesn't need, and black, which is imported by only one
   method of the lazy configs: pip would report both as conflicts in every later installation;
-- the tag for Python 3.10, for the same reason.
+- the tag for Python 3.10: on later versions, `pip check` would report an unsupported package.
 """
 
 import argparse
@@ -90,14 +90,17 @@ def download(folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if pip.returncode != 0 or len(wheels) != 1:
         said = "\n".join(f"    {line}" for line in pip.stdout.strip().splitlines()[-6:])
-        raise InstallError(f"{' '.join(command)}\nThis command failed with:\n{said}")
+        raise InstallError(
+            f"This command did not download the wheel:\n    {' '.join(command)}\n"
+            f"The last lines of its output are:\n{said}"
+        )
     return wheels[0]
 
 
 def check_hash(wheel: Path, expected: str) -> None:
     """Raise an error if the file is missing or is not the tested wheel."""
     if not wheel.is_file():
-        raise InstallError(f"The wheel {wheel} does not exist.")
+        raise InstallError(f"The wheel {wheel} does not exist. Check the path after --wheel.")
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if found != expected:
         raise InstallError(

@@ -20,10 +20,10 @@ FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO",
 
 
 def open_model(path: str, task: str) -> tuple[onnxruntime.InferenceSession, dict]:
-    """Open a file from tools/export.py, and return a session and the file's metadata.
+    """Open an ONNX file from tools/export.py, and return its session and metadata.
 
     Raises:
-        SystemExit: If the file can't be read, or if it is for a different task.
+        SystemExit: If the file can't be read, or if the task of its model is not ``task``.
     """
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -57,7 +57,7 @@ def formats() -> list[str]:
 
 
 def has_deep_colours(image: Image.Image, path: str) -> bool:
-    """Return True if Pillow rescales the values of an image with more than 8 bits per channel."""
+    """Return whether an image has more than 8 bits per channel and Pillow rescales its values."""
     if not getattr(image, "tile", ()):
         return False
     if image.format == "JPEG2000":  # The SIZ marker contains the number of bits.
@@ -124,13 +124,13 @@ def read_image(
     if tags.get(284) == 2 and deep_colours:
         raise SystemExit(
             f"error: {path} contains 16-bit colours in separate planes, which Pillow can't read. "
-            "Convert it to 8 bits per channel."
+            "Convert the image to 8 bits per channel."
         )
     if value_range and deep_colours:
         raise SystemExit(
-            f"error: {path} has more than 8 bits per channel and a format whose values Pillow "
-            "rescales; the model's value range can't be applied to such images. Convert it to 8 "
-            "bits per channel."
+            f"error: Pillow rescales the pixel values of {path}, which has more than 8 bits per "
+            "channel, so the model's value range can't be applied. Convert the image to 8 bits "
+            "per channel."
         )
     if value_range and (is_16_bit or image.mode in ("I", "F")):
         values = np.asarray(image)
@@ -141,7 +141,7 @@ def read_image(
     elif image.mode in ("I", "F"):
         raise SystemExit(
             f"error: {path} has 32 bits per channel, and the model was trained without a value "
-            "range (INPUT.VALUE_RANGE). Convert it to 8 bits per channel."
+            "range (INPUT.VALUE_RANGE). Convert the image to 8 bits per channel."
         )
     else:
         return image

@@ -193,8 +193,9 @@ def grid_table(
 ) -> str:
     """Format a table with the cost, the measured error and the paper's error of each variant.
 
-    The number in parentheses after an error is its rank among the variants of the same key and the
-    original config, where 1 is the lowest error.
+    If one key of a variant differs from the original config, its errors are followed by ranks in
+    parentheses. A ranking compares all values of this key, including the original value. Rank 1 is
+    the lowest error.
     """
     errors = {
         variant.folder: mean_and_deviation(results[variant.folder])[METRIC]

@@ -251,7 +251,13 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "OUTPUT_DIR/recipe.yaml. The data can be labelled images, annotations for detection "
         "(as for --dataset), or a folder that contains train and val data",
     )
-    add("--val", default="", metavar="PATH", help="validation data, for training with --data")
+    add(
+        "--val",
+        default="",
+        metavar="PATH",
+        help="validation data for the training data in --data; default: the validation data in "
+        "--data or, if there is none, a fifth of the training data",
+    )
     add(
         "--images",
         default="",
@@ -313,7 +319,10 @@ def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
-    """Add the arguments that specify a classifier or backbone, or several of them."""
+    """Add the arguments that specify a classifier or backbone.
+
+    If ``several`` is True, ``--weights`` can be repeated.
+    """
     add = parser.add_argument
     add("--model", default="", help="model name, as listed by senet_transfer.list_models()")
     add(

@@ -89,8 +89,9 @@ def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     )
     add("--logits", action="store_true", help="add the logits to the CSV file")
     add(
-        "--saved-logits", action="append", default=[], metavar="FILE", help="average the "
-        "probabilities in one or more CSV files written with --predictions and --logits",
+        "--saved-logits", action="append", default=[], metavar="FILE", help="evaluate saved "
+        "logits instead of a model: one or more CSV files written with --predictions and --logits; "
+        "the class probabilities are averaged over the files",
     )  # fmt: skip
     add_running_arguments(parser)
     parser.set_defaults(batch_size=None)  # None: not passed by the user

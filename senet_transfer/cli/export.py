@@ -58,7 +58,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--compile",
         action="store_true",
-        help="compile a .pt2 file of a classifier or backbone with AOTInductor for this processor",
+        help="compile the .pt2 file of a classifier or backbone with AOTInductor for this "
+        "machine's CPU",
     )
     add("--quiet", action="store_true", help="hide the progress bar")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")

@@ -48,7 +48,8 @@ def parser() -> argparse.ArgumentParser:
         "--format",
         choices=FORMATS,
         default="",
-        help="format of the results for images; default: coco for detectors, json for classifiers",
+        help="format of the results for images (for videos, always JSON Lines); default: coco for "
+        "detectors, json for classifiers",
     )
     add(
         "--threshold", type=float, default=0.5, help="minimum score, between 0 and 1 (default: 0.5)"
@@ -112,7 +113,7 @@ def main(args: argparse.Namespace) -> None:
     options = {"draw": True if args.cam else args.draw, "quiet": args.quiet}
     for name in videos:
         path, frames = predict_video(predictor, name, args.output, limit=args.limit, **options)
-        print(f"{name}: {counted(frames, 'frame')}, results in {path}")
+        print(f"{name}: {counted(frames, 'frame')}, results written to {path}")
     if not images:
         return
     if args.cam:
@@ -127,10 +128,10 @@ def main(args: argparse.Namespace) -> None:
         **options,
     )
     if classifies:
-        print(f"{counted(len(images), 'image')}: predictions in {path}")
+        print(f"{counted(len(images), 'image')}: predictions written to {path}")
     else:
-        drawings = "" if args.draw is False else f"drawings in {args.output}, "
-        print(f"{counted(len(images), 'image')}: {drawings}detections in {path}")
+        drawings = "" if args.draw is False else f"drawings written to {args.output}, "
+        print(f"{counted(len(images), 'image')}: {drawings}detections written to {path}")
 
 
 def command(words: list[str] | None = None) -> None:

@@ -111,7 +111,7 @@ def main(args: argparse.Namespace) -> None:
     if args.card and (args.bundle or args.folder or args.half):
         raise UserError(
             "--card writes no weights, so it can't be combined with --bundle, --folder "
-            "or --half. Remove one of them."
+            "or --half. Remove --card or these options."
         )
     options = {
         "config_file": args.config_file,

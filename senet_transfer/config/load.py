@@ -132,7 +132,11 @@ def _use_one_schedule(cfg: CfgNode, stated: set[str]) -> None:
 
 
 def _schedule_keys(path: str) -> set[str]:
-    """Return all keys in the file that sets the schedule: a config or one of its base configs."""
+    """Return the keys of the config file that sets ``SOLVER.EPOCHS`` or ``SOLVER.MAX_ITER``.
+
+    The given file is searched first, then its base configs. Return an empty set if none of them
+    sets either key.
+    """
     if "://" in path:
         return set()
     with open(path) as file:
@@ -149,7 +153,11 @@ def _schedule_keys(path: str) -> set[str]:
 
 
 def _keep(cfg: CfgNode, stated: set[str]) -> None:
-    """Store the user's keys in ``MODEL.WEIGHTS_KEEP``, so that a weight file won't change them."""
+    """Extend ``MODEL.WEIGHTS_KEEP`` with the keys that the user has set.
+
+    A weight file never changes the keys in this list. Only keys that it could otherwise change are
+    added.
+    """
     kept = cfg.MODEL.WEIGHTS_KEEP or []
     if wrong := [key for key in kept if key not in FILE_KEYS]:
         raise UserError(
@@ -208,7 +216,7 @@ def _accepts_auto(cfg: CfgNode) -> Iterator[None]:
 
 
 def _check_nothing_is_missing(cfg: CfgNode) -> None:
-    """Raise UserError if a key is None although its default is not. yacs does not reject None."""
+    """Raise a UserError if a key is None although its default is not. yacs does not reject None."""
     values = dict(config_items(cfg))
     for key, default in config_items(get_senet_config()):
         if default is not None and not isinstance(default, str) and values.get(key) is None:
@@ -278,7 +286,7 @@ def _whole_numbers_as_floats(cfg: CfgNode, options: list[str]) -> list[str]:
 
 @contextlib.contextmanager
 def _merge_errors(source: str) -> Iterator[None]:
-    """Convert errors that Detectron2 or yacs raises while merging a config to a UserError."""
+    """Convert the errors of Detectron2 and yacs during a config merge into UserErrors."""
     try:
         yield
     except (OSError, UnicodeDecodeError) as error:

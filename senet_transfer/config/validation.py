@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 from senet_transfer.config.defaults import config_items, config_value, get_senet_config
 from senet_transfer.errors import UserError, check_choice
 from senet_transfer.preprocessing import channels_of
+from senet_transfer.utils.text import counted
 
 logger = logging.getLogger(__name__)
 
@@ -223,8 +224,8 @@ def check_input(cfg: CfgNode) -> None:
             else f"{count or 3} values each"
         )
         raise UserError(
-            f"MODEL.PIXEL_MEAN has {len(mean)} values and MODEL.PIXEL_STD has {len(std)}; expected "
-            f"{expected} for INPUT.FORMAT {image_format}."
+            f"MODEL.PIXEL_MEAN has {counted(len(mean), 'value')} and MODEL.PIXEL_STD has "
+            f"{len(std)}; expected {expected} for INPUT.FORMAT {image_format}."
         )
     if not all(math.isfinite(value) for value in (*mean, *std)) or 0 in std:
         raise UserError(

@@ -83,7 +83,10 @@ class ClassificationDataset(ABC):
 
 
 class SingleImages(ClassificationDataset):
-    """Dataset whose images can be read individually, so each unit is a single image."""
+    """Dataset whose images can be read individually.
+
+    Each unit (see :class:`ClassificationDataset`) is therefore a single image.
+    """
 
     def __init__(self, classes: list[str], count: int, origin: str):
         super().__init__(classes, np.ones(count, np.int64), origin)

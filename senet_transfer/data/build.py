@@ -297,9 +297,9 @@ def _open_once(
     """
     if is_prepared(name) and not small:
         raise UserError(
-            "Files written by prepare_cifar.py require INPUT.CLASSIFICATION.AUGMENT pad_crop. Set "
-            "AUGMENT to pad_crop and CROP, TEST_RESIZE and TEST_CROP to 32, or start from "
-            "configs/base/cifar10."
+            "INPUT.CLASSIFICATION.AUGMENT is region, but a file written by prepare_cifar.py "
+            "requires pad_crop. Set AUGMENT to pad_crop and CROP, TEST_RESIZE and TEST_CROP to 32, "
+            "or start from configs/base/cifar10."
         )
     open_any = functools.partial(open_cifar, reading=small) if small else open_dataset
     return open_any(name, split=split, classes=list(classes) or None, cache_dir=cache_dir or None)

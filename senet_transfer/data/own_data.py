@@ -130,7 +130,7 @@ def _parts(path: str, image_dir: str) -> tuple[DataPart, DataPart | None]:
 
 
 def _coco_parts(path: Path, image_dir: str) -> tuple[DataPart, DataPart | None] | None:
-    """Return the training and validation data, or None if the path has no COCO annotations."""
+    """Return the training and validation data, or None if no COCO annotations are found."""
     if path.is_dir():
         train, val = (_coco_file(path, names) for names in (_TRAIN_NAMES, _VAL_NAMES))
         if train:
@@ -155,7 +155,7 @@ def _image_parts(path: str) -> tuple[DataPart, DataPart | None]:
 
 
 def _annotated(path: str, image_dir: str) -> tuple[DataPart, DataPart | None] | None:
-    """Return the training and validation data, or None if the path has no annotations.
+    """Return the training and validation data, or None if no annotations are found.
 
     This function supports detection annotations in formats other than COCO.
     """
@@ -201,7 +201,7 @@ def _coco_part(file: Path, image_dir: str) -> DataPart:
     """Return the paths of a JSON annotation file and of its image folder.
 
     Raises:
-        UserError: If ``image_dir`` is empty and the first image is in none of the usual folders.
+        UserError: If ``image_dir`` is empty and the first image is not in any of the usual folders.
     """
     path = str(file.absolute())
     if image_dir:

@@ -43,8 +43,9 @@ class Split:
     Attributes:
         val: Fraction of the images in "val"; ignored if `folds` is given.
         test: Fraction of the images in "test".
-        folds: Number of equal parts "fold0", "fold1", ..., which replace "train" and "val". Groups
-            of classes with only one group are in "train", which is used for training in every fold.
+        folds: Number of equal parts "fold0", "fold1", ..., which replace "train" and "val". If a
+            class occurs in only one group (see `group_by`), this group is in "train", which is used
+            for training in every fold.
         seed: Random seed. The result depends on the seed and the file names, but not on the order
             of the files.
         group_by: Regular expression that is searched for in the file names. Images with the same
@@ -288,9 +289,10 @@ class _Allocation:
     def missing(self, names: Iterable[str]) -> int:
         """Return a penalty for classes that are missing from parts of the split.
 
-        A class is expected in as many parts as it has groups, beginning with the parts in the first
-        level. Each part without an expected class adds 1000 to the penalty in the last level, and
-        1000 times more in each earlier level.
+        A class that occurs in N groups is expected in N parts, or in all parts if there are fewer.
+        The parts are counted in the order of the levels. Each part of the last level that lacks an
+        expected class adds 1000 to the penalty. In every other level, such a part adds 1000 times
+        as much as in the next level.
         """
         missing = 0
         for name in names:

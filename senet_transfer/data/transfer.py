@@ -19,8 +19,8 @@ class SideStream(Protocol):
 class CudaSideStream:
     """A CUDA stream for copies from pinned memory.
 
-    The copy of a batch starts as soon as the host has read the batch. The host runs ahead of the
-    GPU, which is still computing earlier steps at this time.
+    The copy of a batch starts as soon as the host has loaded the batch. The GPU is usually still
+    computing earlier steps at this time, so the copy and the computation overlap.
     """
 
     def __init__(self, device: torch.device):

@@ -37,8 +37,8 @@ class RaisingLoader:
     """Data loader wrapper that raises the UserErrors that workers return as values.
 
     Args:
-        loader: Data loader to wrap. A batch, or an item of a batch that is a list, may be a
-            UserError.
+        loader: Data loader to wrap. If a batch is a list, each item may be a UserError; otherwise,
+            the batch itself may be one.
     """
 
     def __init__(self, loader: Iterable[Any]):

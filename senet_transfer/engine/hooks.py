@@ -137,7 +137,7 @@ class DataWaits(HookBase):
         self._start = (0.0, 0.0)
 
     def before_train(self) -> None:
-        """Store the elapsed time and the time spent waiting for data at the start of training."""
+        """Store the initial values of the elapsed time and the time spent waiting for data."""
         self._start = self._now()
         self._seconds.append(self._start)
 
@@ -201,8 +201,9 @@ class ModelEMA(HookBase):
         Args:
             model: The model to average, without a wrapper for distributed training.
             decay: The maximum decay, between 0 and 1.
-            guard: The guard that skips steps with non-finite values. If it skips more steps than
-                allowed, the average is no longer updated, even if the run has not ended yet.
+            guard: The guard that skips steps with non-finite values. If it is deferred, the run may
+                continue for some steps after the limit on skipped steps is exceeded. These steps do
+                not update the average.
         """
         self.model = model
         self.decay = decay
@@ -223,7 +224,7 @@ class ModelEMA(HookBase):
             self.update(self.next_weight())
 
     def next_weight(self) -> float:
-        """Count a step, and return ``1 - d``, the factor for the model's current weights."""
+        """Count a step, and return the factor for the model's weights: 1 minus the step's decay."""
         self.steps += 1
         return 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
 
@@ -232,8 +233,8 @@ class ModelEMA(HookBase):
         """Update the average without waiting for the device.
 
         Args:
-            weight: The factor ``1 - d`` for the model's current weights, as a float or as a scalar
-                tensor on the device.
+            weight: The factor for the model's current weights, ``1 - d`` with the decay ``d`` of
+                this step, as a float or as a scalar tensor on the device.
         """
         pairs = [(self.average[name], value) for name, value in self._tensors().items()]
         floats = [pair for pair in pairs if pair[1].is_floating_point()]
@@ -249,7 +250,7 @@ class ModelEMA(HookBase):
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Temporarily replace the model's weights with the average."""
+        """Temporarily replace the model's weights with their exponential moving average."""
         own = {k: v.detach().clone() for k, v in self._tensors().items()}
         self._write(self.average)
         try:
@@ -305,7 +306,7 @@ class _AfterEvaluation(HookBase, ABC):
         """React to an evaluation in which the metric has a finite value."""
 
     def _observe_none(self) -> None:
-        """Log that the metric has no finite value after an evaluation."""
+        """Log that an evaluation did not return a finite value of the metric."""
         known = self.trainer.storage.latest()
         if self.metric in known:
             logger.warning(
@@ -426,7 +427,7 @@ class EarlyStopping(_AfterEvaluation):
             self.log()
 
     def after_train(self) -> None:
-        """Skip the check after the final evaluation, because training has ended anyway."""
+        """Do nothing, because training has ended anyway after the final evaluation."""
 
     def log(self) -> None:
         """Log why training ends."""

@@ -142,9 +142,9 @@ def _check_backbone(report: LoadReport) -> None:
     random = {k: why for k, why in report.initialised.items() if not k.startswith("linear.")}
     if random:
         raise UserError(
-            f"{report.path} has no weights for {len(random)} tensors of the model: "
+            f"{report.path} contains no weights for {len(random)} tensors of the model: "
             f"{first_of(list(random), 3)} ({next(iter(random.values()))}). Use weights for this "
-            "network, or build the network that the file contains."
+            "network, or build the network to which the weights in the file belong."
         )
 
 
@@ -210,7 +210,10 @@ def find_model(
 
 
 def _with_stated(cfg: CfgNode, source: Source | None) -> Source | None:
-    """Return the source after applying the user's preprocessing and layer options."""
+    """Return ``source`` with the preprocessing and layer options that the user specified.
+
+    If ``source`` is None, None is returned.
+    """
     return source and with_stated(source, stated_values(cfg))
 
 

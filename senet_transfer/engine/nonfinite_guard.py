@@ -64,7 +64,8 @@ class StepGuard:
 
     Attributes:
         stops: True if any process has received a request to stop.
-        skipped: The number of steps skipped because of non-finite values, as read by the host.
+        skipped: The number of steps skipped because of non-finite values, without steps whose
+            results have not yet been copied to the host.
         halted: Tensor on the device: 1 if more steps were skipped than are allowed, otherwise 0.
     """
 
@@ -78,7 +79,8 @@ class StepGuard:
                 with an error.
             output_dir: The folder for reports that help to reproduce skipped steps. If empty, no
                 reports are written.
-            deferred: If True, no method except :meth:`report` reads a value from the device.
+            deferred: If True, only :meth:`report` reads values from the device, so that no other
+                method makes the host wait.
         """
         self.model = model
         self.max_skips, self.output_dir, self.deferred = max_skips, output_dir, deferred
@@ -152,7 +154,8 @@ class StepGuard:
         If they are not, restore the model's buffers. All processes must call this method together.
 
         Args:
-            step: The description of the step, in which the results are stored.
+            step: The current step. This method sets its ``losses``, ``gradients``, ``values`` and
+                ``norms``.
             losses: This process's losses by name.
             scale: The loss scale, or 1 without a gradient scaler. If the scale is above 1, only the
                 losses are checked: scaled gradients may overflow, and the scaler then skips the

@@ -97,7 +97,7 @@ _OF_ONE_CLASS = re.compile(r"/(AP|IoU|BoundaryIoU|min\(IoU, B-Iou\)|ACC)-")
 
 
 def metric_texts(results: dict[str, Any]) -> dict[str, str]:
-    """Return a run's metrics as formatted strings by metric name, without per-class metrics."""
+    """Return a run's metrics as strings keyed by metric name, without per-class metrics."""
     return {
         name: "-" if math.isnan(value) else f"{value:{'.4f' if 'loss' in name else '.1f'}}"
         for name, value in metrics(results).items()

@@ -236,8 +236,8 @@ def _check_weights(cfg: CfgNode, *, eval_only: bool) -> None:
         raise UserError(
             "MODEL.RESNETS.NORM is FrozenBN and MODEL.WEIGHTS is empty, but frozen batch norms "
             f"need pretrained statistics. Set MODEL.WEIGHTS to a weight file. {scratch_hint(cfg)} "
-            "To keep your own config, set MODEL.RESNETS.NORM to GN (or BN with at least 4 images "
-            "per process) and MODEL.BACKBONE.FREEZE_AT to 0."
+            "Alternatively, in your own config, set MODEL.RESNETS.NORM to GN (or to BN with at "
+            "least 4 images per process) and MODEL.BACKBONE.FREEZE_AT to 0."
         )
     if cfg.MODEL.BACKBONE.FREEZE_AT > 0:
         logger.warning(

@@ -133,7 +133,7 @@ def setup(options: RunOptions) -> CfgNode:
 
 
 def _start(cfg: CfgNode, options: RunOptions) -> None:
-    """Start a run like Detectron2's ``default_setup``, but write the config file atomically."""
+    """Start a run as Detectron2's ``default_setup`` does, but write the config file atomically."""
     rank = comm.get_rank()
     _logger("fvcore", cfg, quiet=options.quiet)
     logger = _logger("detectron2", cfg, quiet=options.quiet)
@@ -297,10 +297,10 @@ def use_available_device(cfg: CfgNode, logger: logging.Logger) -> None:
 
 
 def available_device(name: str, logger: logging.Logger) -> str:
-    """Return the device name. If it names a GPU but there are no GPUs, warn and return "cpu".
+    """Return the device name, or "cpu" with a warning if it is a GPU and no GPU is available.
 
     Raises:
-        UserError: If the name is invalid, or if it is a GPU that does not exist.
+        UserError: If the name is invalid, or if its GPU index is too high for this machine.
     """
     try:
         device = torch.device(name)

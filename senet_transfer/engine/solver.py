@@ -51,7 +51,7 @@ def check_epochs(cfg: CfgNode) -> None:
         if value is not None and not (isinstance(value, int | float) and value >= least):
             raise UserError(
                 f"{key} is {value!r}; expected a positive number of epochs, such as 90 or 0.5"
-                f"{', or 0 for none' if least == 0 else ''}."
+                f"{', or 0 to disable this phase' if least == 0 else ''}."
             )
     defaults = get_senet_config()
     for key in ("SOLVER.MAX_ITER", "SOLVER.STEPS"):

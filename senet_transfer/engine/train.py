@@ -74,7 +74,7 @@ def main(options: RunOptions) -> dict[str, Any]:
 
 
 def _has_traceback(record: logging.LogRecord) -> bool:
-    """Log filter that rejects records with the traceback of a UserError or RunError."""
+    """Filter out log records that contain the traceback of a UserError or RunError."""
     return not (record.exc_info and isinstance(record.exc_info[1], UserError | RunError))
 
 

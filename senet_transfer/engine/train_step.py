@@ -154,7 +154,11 @@ class StepTrainer(SimpleTrainer):
             self.read()
 
     def use_average(self, average: ModelEMA) -> None:
-        """Update ``average`` inside the captured graph. Do nothing if steps are not captured."""
+        """Update a moving average of the weights as part of the captured step.
+
+        If steps are not captured, do nothing: the hook ``average`` then updates itself after each
+        step.
+        """
         if self._captured is not None:
             self._average = average
             average.in_step = True
@@ -300,8 +304,10 @@ class StepTrainer(SimpleTrainer):
         except ValueError as error:
             raise UserError(
                 "The optimizer state in the checkpoint does not match this run's optimizer "
-                f"({error}). Set the learning rates and weight decays in SOLVER to the values with "
-                "which the run was started, or start a new run with MODEL.WEIGHTS."
+                f"({error}). The parameter groups depend on the learning rate factors and weight "
+                "decays in SOLVER, and on the frozen stages (MODEL.BACKBONE.FREEZE_AT). Set these "
+                "keys to the values with which the run was started, or start a new run with "
+                "MODEL.WEIGHTS."
             ) from error
         self.guard.skipped = state_dict.get("skipped", 0)
         # The state is empty or missing if the run was started without a scaler.
@@ -339,7 +345,11 @@ def _log(step: Step, ranks: list[tuple[float, dict[str, float]]]) -> None:
 
 
 def split_batch(batch: Any, parts: int) -> list[Any]:
-    """Split a batch, either a list or a dict of values of equal length, into equal parts.
+    """Split a batch into parts of equal size.
+
+    Args:
+        batch: A list of samples, or a dict of tensors whose first dimension is the batch.
+        parts: The number of parts.
 
     Raises:
         UserError: If the batch size is not divisible by ``parts``.

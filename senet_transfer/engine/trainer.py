@@ -372,13 +372,14 @@ class Trainer(DefaultTrainer):
         model: nn.Module,
         evaluators: DatasetEvaluator | list[DatasetEvaluator] | None = None,
     ) -> OrderedDict:
-        """Evaluate on ``DATASETS.TEST``, and compute a detector's losses if ``TEST.LOSS`` is set.
+        """Evaluate a model on ``DATASETS.TEST``.
+
+        A detector's losses are also computed if ``TEST.LOSS`` is set and ``evaluators`` is None.
 
         Args:
             cfg: The config.
             model: The model.
-            evaluators: The evaluators for the datasets. If None, :meth:`build_evaluator` is used,
-                and the losses are computed.
+            evaluators: The evaluators for the datasets. If None, :meth:`build_evaluator` is used.
 
         Returns:
             Nested results in Detectron2's format.
@@ -474,7 +475,7 @@ class Trainer(DefaultTrainer):
         return own
 
     def _wrap_model(self) -> None:
-        """Wrap the model for distributed training after its trainable parameters have changed."""
+        """Wrap the model for distributed training again when its trainable parameters change."""
         self.model = self._trainer.guard.model = _distribute(self.checkpointer.model)
 
     def _savers(self) -> list[HookBase]:

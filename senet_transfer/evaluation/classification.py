@@ -145,7 +145,7 @@ def evaluate_classifier(
     keep_logits: bool = False,
     quiet: bool = False,
 ) -> Evaluation:
-    """Evaluate a classifier on all images of a dataset, using only this process.
+    """Evaluate a classifier on all images of a dataset, without distributed processes.
 
     Args:
         model: The classifier, on the device to use.

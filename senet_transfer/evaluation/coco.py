@@ -46,9 +46,9 @@ class FastCOCOEvaluator(COCOEvaluator):
     from the annotation file.
 
     Attributes:
-        diagnostics: Dictionary from IoU type to diagnostics; see
-            :func:`~senet_transfer.evaluation.diagnostics.diagnose`. The diagnostics are also
-            written to ``diagnostics.json`` in the output folder.
+        diagnostics: Diagnostics keyed by IoU type; see
+            :func:`~senet_transfer.evaluation.diagnostics.diagnose`. They are also written to
+            ``diagnostics.json`` in the output folder.
     """
 
     def __init__(self, *arguments: Any, diagnostics: Sequence[str] = (), **options: Any):

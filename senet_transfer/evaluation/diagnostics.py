@@ -129,7 +129,7 @@ def _aps(curves: Floats) -> dict[str, float]:
 
 
 def _curve(curves: Floats) -> list[float]:
-    """Return the mean of the classes' precision-recall curves ``(C, 101)``.
+    """Return the mean ``(101,)`` of the classes' precision-recall curves ``(C, 101)``.
 
     Classes without objects are ignored. If no class has objects, return an empty list.
     """

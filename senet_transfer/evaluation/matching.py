@@ -176,7 +176,7 @@ def greedy_matches(
     ignored: Bools,
     first_of_equal: bool = False,
 ) -> Ints:
-    """Match detections with objects greedily, in the order of their rank.
+    """Match detections with objects greedily, in the order of the detections' ranks.
 
     Each detection is matched with the unmatched object of highest IoU. As in the COCO metrics, an
     ignored object is matched only if no other object is available, and a crowd can be matched
@@ -193,7 +193,7 @@ def greedy_matches(
             last one.
 
     Returns:
-        The index of the object matched with each detection, or -1 without a match, ``(T, D)``.
+        The index of the object matched with each detection, or -1 if there is none, ``(T, D)``.
     """
     detection, target = overlaps.detection[pairs], overlaps.object[pairs]
     iou = overlaps.iou[pairs]
@@ -216,7 +216,7 @@ def greedy_matches(
 
 
 def _starts(values: NDArray) -> Bools:
-    """Return a mask that is True where the value in a sorted array changes."""
+    """Return a mask that is True at the first of each group of equal values in a sorted array."""
     start = np.ones(len(values), bool)
     start[1:] = values[1:] != values[:-1]
     return start
@@ -229,7 +229,7 @@ class Matches:
     Attributes:
         hit: True for detections that are matched with an object, ``(T, D)``.
         ignored: True for detections that are neither true nor false positives, ``(T, D)``.
-        match: Index of the object matched with each detection, or -1 without a match, ``(T, D)``.
+        match: Index of the object matched with each detection, or -1 if there is none, ``(T, D)``.
         counted: True for objects that are not ignored, ``(G,)``.
         considered: Indices of the highest-scoring detections of each image and class, sorted by
             class and then by decreasing score, ``(N,)``.

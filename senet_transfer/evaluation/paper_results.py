@@ -85,11 +85,15 @@ LARGE_CROPS = {("senet154", 320): Published("SENet-154", 17.28, 3.79, _TABLE_VII
 
 
 def published_on_imagenet(classes: Sequence[str], model: str) -> Published | None:
-    """Return the SENet paper's ImageNet result for a model, or None if there is none.
+    """Return the SENet paper's result for a model on ImageNet.
 
     Args:
         classes: The class names of the data. For ImageNet, these are WordNet ids.
         model: The model name.
+
+    Returns:
+        The result, or None if the classes are not those of ImageNet, or if the paper contains no
+        result for the model.
     """
     imagenet = len(classes) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in classes)
     return TRAINED_ON_IMAGENET.get(model) if imagenet else None

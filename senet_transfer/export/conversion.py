@@ -117,7 +117,7 @@ def convert_file(
     if config:
         with written_whole(config_out) as partial:
             partial.write_text(config)
-        logger.info("Wrote %s, a config with Detectron2's own keys", config_out)
+        logger.info("Wrote %s, a config with only Detectron2's keys", config_out)
     return comparison
 
 
@@ -146,7 +146,11 @@ def _check_new(path: Path, force: bool) -> None:
 
 
 def _config_for_detectron2(source: Source, out: Path) -> str | None:
-    """Return a detector's config with Detectron2's keys, or None if there is no ``config.yaml``."""
+    """Return a detector's config for unmodified Detectron2, as YAML.
+
+    Returns:
+        The YAML text, or None if there is no ``config.yaml`` next to the weight file.
+    """
     config_file = Path(source.path).with_name("config.yaml")
     if not config_file.is_file():
         logger.info(

@@ -58,7 +58,7 @@ def crop(image: Tensor) -> Tensor:
 
 
 def infer(model: nn.Module, inputs: list[dict[str, Tensor]]) -> list[Instances]:
-    """Run a Detectron2 model on images, and return its results in input pixel coordinates."""
+    """Run a Detectron2 model, and return the results in pixel coordinates of the input images."""
     if isinstance(model, GeneralizedRCNN):
         return model.inference(inputs, do_postprocess=False)
     key = "proposals" if isinstance(model, ProposalNetwork) else "instances"

@@ -38,7 +38,7 @@ TOLERANCE = 1e-3
 
 
 class ImageModel(nn.Module):
-    """Backbone or classifier with built-in normalisation that takes RGB images in 0-255."""
+    """Backbone or classifier that normalises its input: RGB images with values from 0 to 255."""
 
     def __init__(self, network: nn.Module, preprocessing: Preprocessing):
         """
@@ -58,8 +58,8 @@ class ImageModel(nn.Module):
         """Return a tuple of the logits, or of the feature maps from high to low resolution.
 
         Args:
-            images: RGB images ``(N, 3, H, W)`` in 0-255. For a multispectral format such as "C5"
-                (five channels), images ``(N, 5, H, W)``.
+            images: RGB images ``(N, 3, H, W)`` with values from 0 to 255. For a multispectral
+                format such as "C5" (five channels), images ``(N, 5, H, W)``.
         """
         found = self.network(normalise(images, self.mean, self.std, self.format))
         return tuple(found.values()) if isinstance(found, dict) else (found,)

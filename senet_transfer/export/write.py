@@ -131,7 +131,7 @@ def _convert(
     if size[0] != size[-1]:
         raise UserError(
             f"--size is {list(size)}; expected a single side length, because --precision "
-            f"{precision} uses square crops of images."
+            f"{precision} runs the network on square crops of the images in --calibration."
         )
     usual = eval_transform(cfg)
     transform = replace(
@@ -156,13 +156,13 @@ def _export_to_onnx(model: nn.Module, cfg: CfgNode, output: str, image: str) -> 
     if unsupported:
         raise UserError(
             f"The model predicts {unsupported}, but only models that predict boxes or masks can "
-            "be exported to ONNX. Choose a name that ends in .ts for TorchScript, or export only "
-            "the backbone with --backbone."
+            "be exported to ONNX. To export the model to TorchScript instead, choose a file name "
+            "that ends in .ts. To export only the backbone, pass --backbone."
         )
     if cfg.INPUT.FORMAT not in ("RGB", "BGR", "L"):
         raise UserError(
             f"INPUT.FORMAT is {cfg.INPUT.FORMAT}; expected RGB, BGR or L for export to ONNX. "
-            "Choose a name that ends in .ts for TorchScript."
+            "To export the model to TorchScript instead, choose a file name that ends in .ts."
         )
     metadata = {
         "task": "detection",

@@ -41,8 +41,8 @@ _FEW_POSITIONS = 256
 def gated_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) -> Tensor:
     """Return ``se.gate_and_add(conv(x), shortcut)``, up to rounding.
 
-    The result is twice differentiable only if ``gate(r) * r + shortcut`` is evaluated as written;
-    see the module docstring.
+    The result is twice differentiable only if the expression ``gate(r) * r + shortcut`` with
+    ``r = conv(x)`` is evaluated as written; see the module docstring.
 
     Args:
         conv: The last convolution of the residual branch, with its norm.
@@ -262,9 +262,9 @@ def _conv_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) 
 
 
 class _SmallConvSum(torch.autograd.Function):
-    """``shortcut + gate * norm(conv(x))`` with a 1x1 convolution and a frozen norm.
+    """Autograd function for ``shortcut + gate * norm(conv(x))``, for small feature maps.
 
-    This variant is for small feature maps. The backward pass recomputes the convolution.
+    The convolution is 1x1 and the norm is frozen. The backward pass recomputes the convolution.
     """
 
     @staticmethod
@@ -302,10 +302,10 @@ class _SmallConvSum(torch.autograd.Function):
 
 
 class _LargeConvSum(torch.autograd.Function):
-    """``shortcut + gate * norm(conv(x))`` with a 1x1 convolution and a frozen norm.
+    """Autograd function for ``shortcut + gate * norm(conv(x))``, for large feature maps.
 
-    This variant is for large feature maps. The backward pass computes the weight gradient per
-    image, which costs less than recomputing the convolution.
+    The convolution is 1x1 and the norm is frozen. The backward pass computes the weight gradient
+    per image, which costs less than recomputing the convolution.
     """
 
     @staticmethod

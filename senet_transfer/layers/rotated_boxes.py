@@ -37,7 +37,7 @@ _SCHEMAS = {
 
 
 def define_missing_operators() -> list[str]:
-    """Register the operators that are missing in the Detectron2 build, and return their names.
+    """Register operators that the installed Detectron2 build lacks, and return their names.
 
     Repeated calls have no effect.
     """
@@ -251,7 +251,10 @@ def _align(
 
 
 def _bilinear(input: Tensor, images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return features (K, C, R, S) at positions (K, R, S), with 0 outside the feature maps."""
+    """Return features (K, C, R, S), interpolated bilinearly at positions (K, R, S).
+
+    The features are 0 at positions that are more than one pixel outside the feature map.
+    """
     _, channels, height, width = input.shape
     outside = (rows < -1) | (rows > height) | (columns < -1) | (columns > width)
     rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)

@@ -143,10 +143,10 @@ def build_senet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     if cfg.MODEL.RESNETS.NORM == "FrozenBN" and not _weights_follow.get():
         logger.warning(
             "MODEL.RESNETS.NORM is FrozenBN: until weights are loaded, the norms of %s have mean "
-            "0 and variance 1. Detectron2's DetectionCheckpointer does not load published weights "
-            "by name or files from other projects. Call senet_transfer.apply_file_geometry(cfg) "
-            "before building the model and senet_transfer.load_weights(model, cfg.MODEL.WEIGHTS) "
-            "after it.",
+            "0 and variance 1. Detectron2's DetectionCheckpointer supports neither the names of "
+            "published weights nor the tensor names of other projects. To load such weights, call "
+            "senet_transfer.apply_file_geometry(cfg) before building the model, and "
+            "senet_transfer.load_weights(model, cfg.MODEL.WEIGHTS) afterwards.",
             backbone_name(cfg),
         )
     backbone = build_backbone(

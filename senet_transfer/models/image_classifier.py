@@ -68,7 +68,7 @@ class ImageClassifier(Classifier):
             cutmix: Alpha of CutMix's Beta distribution (Yun et al. 2019); 0 disables CutMix. If
                 MixUp is enabled, too, one of the two is chosen at random for each batch.
             cutout: Side length in pixels of the squares that are set to zero; 0 disables Cutout.
-                The centres of the squares are in the batch's ``cutout`` entry.
+                The centres of the squares are read from the batch's ``cutout`` entry.
             channels_last: Whether images and weights use the channels-last memory format.
 
         Raises:

@@ -247,8 +247,9 @@ def build_backbone(
 def _pixels(pixels: Preprocessing, channels: int, source: Source | None) -> Preprocessing:
     """Return the preprocessing of a model with the given number of input channels.
 
-    If there is a weight file whose preprocessing has this number of channels, return the file's
-    preprocessing. Otherwise, convert ``pixels`` to this number of channels.
+    If the image format of the weight file is "C" followed by this number (such as "C5"), return the
+    file's preprocessing. Otherwise, convert ``pixels``, the registered model's preprocessing, to
+    this number of channels.
     """
     own = source.preprocessing if source else None
     if own and channels_of(own.format) == channels:
@@ -259,7 +260,7 @@ def _pixels(pixels: Preprocessing, channels: int, source: Source | None) -> Prep
 
 
 def _check_types(build: Callable[..., Backbone], arguments: dict[str, Any]) -> None:
-    """Raise UserError if an argument has the wrong type or is an integer that is too small."""
+    """Raise a UserError if an argument has the wrong type or is an integer that is too small."""
     hints = get_type_hints(build)
     for name in hints.keys() & arguments:
         value, kinds = arguments[name], get_args(hints[name]) or (hints[name],)

@@ -148,7 +148,9 @@ class TimmBackbone(Backbone):
 
 
 def _feature_maps(model_name: str, net: Any) -> dict[str, dict[str, Any]]:
-    """Return timm's ``feature_info`` records for the last feature map of each stride, by name.
+    """Return timm's ``feature_info`` records for the last feature maps of strides 4 to 32.
+
+    The records are keyed by this project's names of the feature maps, "res2" to "res5".
 
     Raises:
         UserError: If the network has no feature maps with strides 4, 8, 16 and 32.
@@ -168,11 +170,12 @@ def _feature_maps(model_name: str, net: Any) -> dict[str, dict[str, Any]]:
 
 
 def _stage_numbers(net: nn.Module, maps: list[dict[str, Any]]) -> dict[str, int]:
-    """Return the stage number of each module by path, or an empty dict if the stages are unknown.
+    """Return a dict that maps the path of each module to its stage number (1 for the stem).
 
-    timm names the module that produces each feature map, and a network's modules are in computation
-    order. The stem ends with the last feature map that has a smaller stride than res2. If there is
-    no such feature map, the stem ends before the module that produces res2.
+    The dict is empty if the stages are unknown. The modules of a network are listed in computation
+    order, and timm specifies which module produces each feature map. The stem ends with the module
+    that produces the last feature map with a smaller stride than res2. If there is no such feature
+    map, the stem ends before the module that produces res2.
     """
     paths = [path for path, _ in net.named_modules() if path]
 
@@ -202,7 +205,7 @@ def build_timm(
     Args:
         model_name: Name of the model, such as "timm/regnety_002".
         se: Not used, because timm determines the network's SE layers.
-        norm: "BN" keeps timm's norms of any kind. "FrozenBN" and "SyncBN" convert batch norms.
+        norm: "BN" keeps all of timm's norms. "FrozenBN" and "SyncBN" convert the batch norms.
         in_channels: Number of image channels.
         out_features: See :class:`TimmBackbone`.
         freeze_at: Number of stages to freeze, counted from the stem.

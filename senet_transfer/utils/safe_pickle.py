@@ -158,7 +158,7 @@ def _encode(text: str, codec: str = "latin1") -> bytes:
 
 
 def _reconstructed(kind: Any, _base: Any = None, state: Any = None) -> Any:
-    """Create an object in place of ``copyreg._reconstructor``, used by pickle protocols 0 and 1.
+    """Create an object, replacing ``copyreg._reconstructor`` of pickle protocols 0 and 1.
 
     If the object is a dictionary, ``state`` contains its items.
     """
@@ -207,8 +207,8 @@ class Placeholder:
     """Inert stand-in for a class or function that is not on the allow-list, and for its results.
 
     It can be called, and items can be added to it, but only the name of the class or function is
-    kept. If the class is a namespace such as ``argparse.Namespace``, values of built-in types are
-    kept as well.
+    kept. If the class is a namespace for parsed arguments, values of built-in types are kept as
+    well.
     """
 
     __slots__ = ("name", "values")
@@ -455,9 +455,9 @@ def load_plain(
         stream: In-memory copy of the file, so that an invalid length in the pickle can't cause a
             large allocation.
         path: Path of the file, for error messages.
-        allowed: Functions that are called in place of the classes and functions in the pickle, by
-            full name. If the returned object has a ``build`` method, this method is called with the
-            pickled state.
+        allowed: Functions that are called in place of classes and functions in the pickle, keyed
+            by the full name of the replaced class or function. If the returned object has a
+            ``build`` method, this method is called with the pickled state.
         persistent_load: Function that returns the object for a persistent id, such as a storage in
             a torch file; None rejects persistent ids.
 
@@ -476,7 +476,7 @@ def load_plain(
 
 
 def length_of(stream: io.BytesIO) -> int:
-    """Return the number of bytes in a stream, without copying them as ``getbuffer`` does."""
+    """Return the number of bytes in a stream without copying them, unlike ``getbuffer``."""
     position = stream.tell()
     length = stream.seek(0, io.SEEK_END)
     stream.seek(position)
@@ -504,7 +504,7 @@ _TENSORS = (
 
 
 def reject_class(path: str | Path, name: str) -> NoReturn:
-    """Raise UserError that says why a class or function referenced by a file is not allowed."""
+    """Raise a UserError that explains why a class or function used by a file is rejected."""
     start = f"{path} was rejected, because loading it would call or create `{name}`"
     if _runs_code(name):
         raise UserError(

@@ -9,7 +9,7 @@ from senet_transfer.errors import UserError
 
 
 def first_of(names: Iterable[str], limit: int = 20) -> str:
-    """Join the first names with commas, and add the number of remaining names.
+    """Join up to ``limit`` names with commas, and add the number of remaining names.
 
     Args:
         names: Names to list, in order.
@@ -42,7 +42,7 @@ def counted(number: int, singular: str, plural: str = "") -> str:
 
 
 def check_utf8(path: str, use: str) -> None:
-    """Raise UserError if a path is not valid UTF-8; ``use`` names what requires this encoding."""
+    """Raise a UserError if a path is not valid UTF-8; ``use`` names what requires this encoding."""
     try:
         path.encode()
     except UnicodeEncodeError:

@@ -43,7 +43,7 @@ def build_tracking_writers(names: list[str], output_dir: str, config: str) -> li
 
 
 def check_trackers(names: list[str]) -> None:
-    """Raise UserError if a tracker is unknown or its package is not installed."""
+    """Raise a UserError if a tracker is unknown or its package is not installed."""
     for name in names:
         check_choice("TRACKING", name, tuple(TRACKERS))
         try:
@@ -86,7 +86,7 @@ class WandbTracker(_Tracker):
         Args:
             output_dir: The folder for local files.
             config: The run's config as YAML.
-            run_id: The id of the run to continue; None to start one.
+            run_id: The id of the run to continue; None to start a new run.
         """
         super().__init__()
         wandb: Any = importlib.import_module("wandb")
@@ -112,7 +112,7 @@ class MLflowTracker(_Tracker):
         Args:
             output_dir: The output folder of the run. Its name becomes the name of the run.
             config: The run's config as YAML.
-            run_id: The id of the run to continue; None to start one.
+            run_id: The id of the run to continue; None to start a new run.
         """
         super().__init__()
         self._mlflow: Any = importlib.import_module("mlflow")

@@ -261,7 +261,7 @@ def _renamed(source: Source, form: Format) -> dict[str, Tensor]:
 
 
 def _check_expressible(source: Source, form: Format) -> None:
-    """Raise UserError if the target project has no equivalent of the network in the file."""
+    """Raise a UserError if the target project has no equivalent of the network in the file."""
     arch = source.architecture
     problems = []
     if source.detector:

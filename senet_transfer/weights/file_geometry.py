@@ -77,7 +77,7 @@ def examine_config_weights(cfg: CfgNode, weights: str | None = None) -> Source |
         weights: File to use instead of ``MODEL.WEIGHTS``, such as the checkpoint of a resumed run.
 
     Returns:
-        The result of :func:`examine`, or None if the name is empty.
+        The result of :func:`examine`, or None if no weight file is specified.
 
     Raises:
         UserError: If the file can't be read, or its family is unknown.

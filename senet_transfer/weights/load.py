@@ -179,14 +179,15 @@ def load_source(model: nn.Module, source: Source, *, exact: bool = False) -> Loa
 def _check_norms(source: Source, target: Target) -> None:
     if source.family.affine_norms and not target.has_frozen_norms:
         raise UserError(
-            f"{source.path}, detected as {source.detected_as}, has batch norms without running "
-            "statistics. These layers can't be trained. Build the model with norm='FrozenBN' "
-            "(MODEL.RESNETS.NORM), or use weights with running statistics."
+            f"{source.path}, detected as {source.detected_as}, contains batch norms without "
+            "running statistics (they are folded into the weights and biases); expected running "
+            "statistics, because the model's norms are not frozen. Build the model with "
+            "norm='FrozenBN' (MODEL.RESNETS.NORM), or use weights with running statistics."
         )
 
 
 def _check_geometry(source: Source, target: Target) -> None:
-    """Raise UserError if the file's layer options or preprocessing differ from the model's."""
+    """Raise a UserError if the file's layer options or preprocessing differ from the model's."""
     found = source.geometry.contradictions(target.geometry)
     pixels = target.pixels()
     if pixels and source.preprocessing:
@@ -196,9 +197,9 @@ def _check_geometry(source: Source, target: Target) -> None:
         raise UserError(
             f"{source.path}, detected as {source.detected_as}, has the same tensor shapes as the "
             f"model, but the file's network computes different outputs:\n{lines}\nBuild the model "
-            "with the file's values (weights= in create_backbone and create_classifier, "
-            "MODEL.WEIGHTS in a config). If the detected family is wrong, set family= or "
-            "MODEL.WEIGHTS_FAMILY."
+            "with the file's layer options and preprocessing (weights= in create_backbone and "
+            "create_classifier, MODEL.WEIGHTS in a config). If the detected family is wrong, set "
+            "family= or MODEL.WEIGHTS_FAMILY."
         )
 
 

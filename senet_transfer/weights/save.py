@@ -117,7 +117,7 @@ def write_own(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) 
 
 
 def check_suffix(path: Path, suffixes: tuple[str, ...] = (".pth", ".safetensors")) -> None:
-    """Raise UserError if a file's suffix is not one of ``suffixes``."""
+    """Raise a UserError if a file's suffix is not one of ``suffixes``."""
     if path.suffix not in suffixes:
         raise UserError(
             f"{path}: Weight files must have the suffix {' or '.join(suffixes)}, not "

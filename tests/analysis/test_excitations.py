@@ -161,7 +161,7 @@ def test_a_prepared_split_gives_the_same_result_as_its_images(
     for number, data in enumerate((tree, "cifar10_test" if named else place)):
         words = ("--images-per-class", "3", "--prune-stage", "4")
         gates.main(arguments(trained, data, tmp_path / str(number), *words))
-        pruning = capsys.readouterr().out.partition("Without the gates")[2].partition("Written")[0]
+        pruning = capsys.readouterr().out.partition("Without the gates")[2].partition("Wrote")[0]
         assert "gates at 1" in pruning
         found.append([pruning, (tmp_path / str(number) / "gates.csv").read_bytes()])
     assert found[0] == found[1]

@@ -308,7 +308,7 @@ def test_invalid_records_and_documents_are_errors(finished_run, tmp_path):
     with pytest.raises(UserError, match=r"results does not exist"):
         read_records(folder)
     path = write_record(finished_run, folder)
-    with pytest.raises(UserError, match=r"tables of .*missing.md can't be updated"):
+    with pytest.raises(UserError, match=r"tables in .*missing.md can't be updated"):
         update_documents(folder, [tmp_path / "missing.md"])
     path.write_text(json.dumps({**read_record(path), "metrics": {}}))
     for function in (read_records, lambda _: write_record(finished_run, folder)):

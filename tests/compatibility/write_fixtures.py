@@ -158,7 +158,10 @@ def results(run: Path) -> dict:
 
 
 def write_run(work: Path) -> dict:
-    """Save the output folder of an interrupted run, and return the results of a complete run."""
+    """Save the output folder of an interrupted run, and return the results of the resumed run.
+
+    They equal the results of a run without interruption.
+    """
     draw_images(work / "images")
     words = train_words()
     call(*words, folder=work)
@@ -244,7 +247,10 @@ def write_lazy_config() -> int:
 
 
 def public_names() -> dict[str, list[str]]:
-    """Return the public names of each module. The name "" stands for the module itself."""
+    """Return the public names in each module, keyed by the module's name.
+
+    Each list also contains "", which stands for the module itself.
+    """
     names = {module: {"", *importlib.import_module(module).__all__} for module in WITH_ALL}
     for short in WITHOUT_ALL:
         module = importlib.import_module(f"senet_transfer.{short}")

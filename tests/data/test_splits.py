@@ -32,7 +32,8 @@ repeated = settings(derandomize=True, deadline=None, database=None, max_examples
 def by_class(sizes, group=1):
     """Return a dict that maps each image name to a list with one class.
 
-    Consecutive images alternate in class.
+    The dict starts with the first image of each class, followed by the second image of each class,
+    and so on.
 
     Args:
         sizes: Number of groups of each class.

@@ -1,4 +1,4 @@
-"""Tests that the documentation's scripts for other projects give this project's detections."""
+"""Tests that the scripts in docs/detectron2.md give the same detections as this project."""
 
 import re
 import runpy
@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def expected(folder, one_thread, monkeypatch):
-    """Change to ``folder``, and return the detections of this project's predictor on its image."""
+    """Change the working directory to ``folder``, and return this project's detections."""
     monkeypatch.chdir(folder)
     found = load("output/model_final.pth", device="cpu", threshold=0.0)("image.png")
     assert len(found.scores) > 5

@@ -35,7 +35,7 @@ from tests.documents.warm import WarmPython
 
 
 def _texts(folder: str) -> Iterator[tuple[str, str]]:
-    """Yield the path and text of each string in a folder's Python code, including docstrings."""
+    """Yield each string in a folder's Python code, including docstrings, after its file's path."""
     for path in sorted((ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):

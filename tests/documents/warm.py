@@ -23,7 +23,8 @@ class WarmPython:
     Args:
         folder: Working folder of the scripts.
         environment: Environment variables of the process.
-        printed: Path prefix of the temporary files for a script's output. Default: ``folder``.
+        printed: Temporary files for a script's stdout and stderr, without their extensions ``.out``
+            and ``.err``. Default: ``folder``.
     """
 
     def __init__(self, folder: Path, environment: dict[str, str], printed: Path | None = None):

@@ -89,7 +89,7 @@ def register_labels(name: str, images: list[Drawn], *, objects: bool = False) ->
 
 
 def register_rotated(name: str, images: list[Drawn]) -> None:
-    """Register each box as a rotated box with an angle of 0 or 180 degrees."""
+    """Register a dataset in which each box is a rotated box with an angle of 0 or 180 degrees."""
     records = []
     for index, drawn in enumerate(images):
         annotations = []

@@ -1,4 +1,7 @@
-"""Tests for Detectron2's other meta-architectures and evaluators, on a few synthetic images."""
+"""Tests for segmentation, proposals, keypoints, rotated boxes, Pascal VOC and LVIS.
+
+The models are trained and evaluated on a few synthetic images.
+"""
 
 import importlib.util
 import itertools

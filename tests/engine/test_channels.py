@@ -72,7 +72,7 @@ def test_the_first_convolution_is_adapted_as_by_timm(form, tmp_path):
 
 @pytest.fixture
 def classify(tmp_path):
-    """Return (function, folder); the function trains a classifier on five-channel images in it."""
+    """Return a function that trains a classifier on five-channel images, and the image folder."""
     random = np.random.RandomState(0)
     for name in ("dark", "light"):
         (tmp_path / "data" / name).mkdir(parents=True)

@@ -78,7 +78,7 @@ def test_a_detector_of_grey_images_trains_predicts_and_is_exported(
 
 @pytest.mark.long
 def test_grey_images_start_from_weights_for_colours(command, tmp_path):
-    """Compare a grayscale image with a BGR image of equal channels, using the same weights."""
+    """Compare a grayscale and a BGR model with the same weights on a grayscale image."""
     main(command("--quiet", **{**SHORT, "INPUT.FORMAT": "BGR", "DATASETS.TEST": "()"}))
     weights = str(tmp_path / "run" / "model_final.pth")
     colours, grey = (
@@ -116,7 +116,7 @@ def test_a_backbone_of_one_channel_is_saved_and_created_again(tmp_path):
         ({"INPUT.FORMAT": "LA"}, "INPUT.FORMAT is 'LA'"),
         (
             {"MODEL.PIXEL_MEAN": "[1.0]"},
-            "has 1 and MODEL.PIXEL_STD has 3 values; expected 3",
+            "has 1 value and MODEL.PIXEL_STD has 3; expected 3",
         ),
         ({"MODEL.PIXEL_STD": "[1.0, 0.0, 1.0]"}, "non-zero standard deviations"),
         ({"INPUT.FORMAT": "L", "MODEL.PIXEL_MEAN": "[1.0, 2.0]"}, "expected 1 value each, or 3"),

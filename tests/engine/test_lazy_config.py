@@ -116,5 +116,5 @@ def test_invalid_options_of_a_lazy_config_are_rejected(flags, words, config):
     with pytest.raises(UserError, match=words):
         load_lazy_config(_options(config, "x", *flags))
     config.write_text("model = {}")
-    with pytest.raises(UserError, match="has no dataloader, optimizer, lr_multiplier, train"):
+    with pytest.raises(UserError, match="not contain dataloader, optimizer, lr_multiplier, train"):
         load_lazy_config(_options(config, "x"))

@@ -132,7 +132,12 @@ def test_a_skipped_step_does_not_change_weights_and_buffers(tmp_path):
 
 
 def verdict(net, scale):
-    """Return whether a step with a finite loss is skipped, and whether the gradients overflow."""
+    """Return whether the guard skips a step, and whether it finds non-finite gradients.
+
+    Args:
+        net: Model whose gradients are checked. The loss is finite.
+        scale: Loss scale.
+    """
     losses, step = {"one": torch.ones(())}, Step(0, 0.0, None, 0)
     return tuple(map(bool, StepGuard(net).check(step, losses, torch.tensor(scale))))
 

@@ -113,7 +113,10 @@ def asynchronous(monkeypatch):
 
 
 def waits_of_steps(trainer, waits):
-    """Return the counts of device reads in each training step, including reads in hooks."""
+    """Count the reads from the device in each training step, including those in hooks.
+
+    Return one dictionary per step, which maps each kind of read to its count.
+    """
     found = []
     with EventStorage() as trainer.storage:
         trainer.start_iter = 0
@@ -197,12 +200,12 @@ def test_a_cifar_network_waits_only_in_every_20th_step(tmp_path, asynchronous, d
 
 
 def waits_of_detectors(trainer, kind, waits, **options):
-    """Train for three steps on the same batch, and count the device reads of each step.
+    """Train for three steps on the same batch, and count each step's reads from the device.
 
     Args:
         trainer: Trainer with the model and the data.
         kind: Class of the trainer that runs the steps.
-        waits: Counter of device reads, such as :class:`Waits`.
+        waits: Counter of reads from the device, such as :class:`Waits`.
         **options: Further arguments for ``kind``.
 
     Returns:

@@ -61,9 +61,10 @@ def box(*region, label, score=1.0, crowd=False):
 
 @pytest.fixture(scope="module")
 def by_hand():
-    """Return the diagnostics of two images.
+    """Return the diagnostics of two images, for comparison with values derived by hand.
 
-    The first one contains each type of detection. The second one contains a missed object.
+    In the first image, there is a true positive, a detection on a crowd, and a false detection of
+    each type. The second image contains one object and no detections.
     """
     objects = [
         box(0, 0, 10, 10, label=0),

@@ -32,7 +32,7 @@ def die_at_call(count: int) -> None:
 
 
 def die_at_byte(count: int) -> None:
-    """Let the system kill the process when a file grows beyond the given number of bytes."""
+    """Limit files to the given number of bytes; a write beyond this limit kills the process."""
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_FSIZE, (count, count))
 
@@ -76,7 +76,7 @@ def poison(iterations: tuple[int, ...], rank: int) -> None:
 
 
 def no_batch(iteration: int, rank: int) -> None:
-    """Make the data loader of one rank raise UserError in an iteration."""
+    """Make the data loader raise a UserError in the given iteration of one rank."""
     next_batch = StepTrainer._next_batch
 
     def broken():

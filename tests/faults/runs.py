@@ -59,7 +59,10 @@ class Work:
     def start(
         self, *flags: str, harm: Callable[[], None] | None = None, **environment: str
     ) -> multiprocessing.Process:
-        """Start a process that calls the module-level function ``harm``, then runs the script."""
+        """Start a process that runs the script, after calling ``harm`` to inject a fault.
+
+        ``harm`` must be a module-level function, because it is pickled.
+        """
         words = [*flags, *self.words, "OUTPUT_DIR", str(self.folder)]
         process = _forks.Process(target=_run, args=(words, str(self.log), harm, environment))
         process.start()

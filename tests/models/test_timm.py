@@ -49,7 +49,7 @@ def timm():
 
 @pytest.fixture
 def state_dict(tmp_path):
-    """Return a function that saves a timm network's tensors with timm's names."""
+    """Return a function that saves a timm network to a weight file, with timm's tensor names."""
 
     def write(network, suffix=".safetensors", **extra):
         path = tmp_path / f"weights{suffix}"

@@ -106,7 +106,7 @@ def test_the_command_starts_from_any_folder(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "part",
-    ["block", "trunk", "inference", "detector", "loader", "scaling", "startup", "engine"],
+    ["block", "backbone", "inference", "detector", "loader", "scaling", "startup", "engine"],
 )
 def test_every_benchmark_runs_from_the_command_line(part, tmp_path):
     """Run one benchmark briefly; check that each implementation's speed ratio is reported."""

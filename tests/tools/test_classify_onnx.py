@@ -81,7 +81,7 @@ def test_rotated_images_are_upright_and_unusable_ones_are_rejected(tmp_path):
     assert np.array_equal(found, read_image(str(wide), "RGB", Reading((0, 4095), upright=True)))
     deep = tmp_path / "deep.png"
     cv2.imwrite(str(deep), np.full((4, 4, 3), 3000, np.uint16))
-    with pytest.raises(SystemExit, match="image with more than 8 bits per channel"):
+    with pytest.raises(SystemExit, match="has more than 8 bits per channel"):
         SHARED["read_image"](str(deep), (0, 4095))
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(SystemExit, match="can't be read as an image"):

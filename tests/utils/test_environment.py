@@ -12,7 +12,8 @@ from senet_transfer.utils import environment
 def commit_of(tmp_path, monkeypatch):
     """Create a Git repository.
 
-    Return a function that returns the commit recorded for a package in a folder of the repository.
+    Return a function that takes a folder in the repository. It returns the commit that is recorded
+    if the package is in this folder.
     """
 
     def git(*words: str) -> str:

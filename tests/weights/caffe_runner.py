@@ -1,4 +1,4 @@
-"""Plain-PyTorch execution of Caffe networks, given the layers that this project's reader returns.
+"""Execution of Caffe networks in plain PyTorch, from the layers returned by this project's reader.
 
 Each operation follows Caffe's documentation of the layer, not this project's modules.
 """

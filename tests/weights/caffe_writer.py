@@ -224,7 +224,7 @@ class CaffeNet:
         return self.layer("Softmax", name, [bottom], name)
 
     def gate_channels(self, name: str, bottom: str, gate: str) -> str:
-        """Apply a gate as in SE-BN-Inception, with a Reshape to (N, C) and a Scale of axis 0."""
+        """Add SE-BN-Inception's layers that apply a gate: Reshape to (N, C), Scale with axis 0."""
         flat = self.layer(
             "Reshape",
             f"{name}_prob_reshape",
@@ -244,8 +244,8 @@ class CaffeNet:
             prototxt: Path of the definition.
             caffemodel: Path of the weights.
             for_opencv: Whether to swap the last two inputs of each Axpy layer in the definition.
-                OpenCV applies the gate to the third input, but the authors' layer to the second.
-                (OpenCV's Axpy also supports only one image per batch.)
+                OpenCV applies the gate to the third input, whereas the authors' layer applies it
+                to the second. (OpenCV's Axpy also supports only one image per batch.)
         """
         Path(prototxt).write_text(self.prototxt(for_opencv=for_opencv))
         Path(caffemodel).write_bytes(self.caffemodel())

@@ -54,7 +54,7 @@ class Trainer:
 
 
 class EasyDict(dict):
-    """Subclass of dict, as in many training scripts."""
+    """Subclass of dict that a training script may save in a checkpoint."""
 
 
 def _optimizer() -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""Checkpoints of a small network, like those of other projects' training scripts."""
+"""Checkpoints of a small network, in the formats of other projects' training scripts."""
 
 import argparse
 import collections
@@ -71,7 +71,7 @@ def _sgd(model: nn.Module) -> State:
 
 
 def averaged(model: nn.Module) -> AveragedModel:
-    """Wrap a model in PyTorch's AveragedModel, as torchvision's references do."""
+    """Wrap a model in PyTorch's AveragedModel, as torchvision's reference training does."""
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999), use_buffers=True)
 
 
@@ -136,7 +136,8 @@ def lightning_averaging(state: State, ema: State) -> State:
 def mmengine(state: State, ema: State | None = None) -> State:
     """Return the content of a checkpoint from mmengine's CheckpointHook.
 
-    With EMA, mmengine's EMAHook swaps the values of both state dicts before saving.
+    If ``ema`` is given, the content is as saved with EMAHook, which stores the EMA weights in
+    ``state_dict`` and the weights without EMA in ``ema_state_dict``.
     """
     content = {
         "meta": {"epoch": 3, "mmengine_version": "0.10.5", "time": "20250101", "seed": 1},

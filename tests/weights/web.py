@@ -57,7 +57,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *args) -> None:
-        """Suppress the log of requests."""
+        """Disable the logging of requests."""
 
 
 @contextmanager

@@ -46,7 +46,7 @@ class Ratio:
         return cls(statistics.median(ordered), ordered[skip], ordered[-1 - skip])
 
     def within(self, tolerance: float) -> bool:
-        """Return True if the whole interval is within ``tolerance`` of 1."""
+        """Return True if the whole confidence interval is within ``tolerance`` of 1."""
         return abs(self.low - 1) <= tolerance and abs(self.high - 1) <= tolerance
 
     def __str__(self) -> str:
@@ -54,7 +54,7 @@ class Ratio:
 
 
 def _outside(count: int) -> int:
-    """Return how many sorted values to drop at each end for the median's 95% interval.
+    """Return how many sorted values lie on each side of the median's 95% confidence interval.
 
     Args:
         count: Number of values.
@@ -77,7 +77,7 @@ class Comparison:
         baseline: Candidate in the denominator of all ratios.
         seconds: Duration of each candidate in seconds, one value per round.
         control: Candidate that is a second instance of the baseline, or None.
-        tolerance: Maximum distance of the control's interval from 1.
+        tolerance: Maximum distance from 1 for the confidence interval of the control's ratio.
         pairs: Pairs of candidates whose ratio (first over second) is also reported.
         notes: Additional entries for the JSON file.
     """
@@ -91,13 +91,18 @@ class Comparison:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def ratio(self, name: str, over: str | None = None) -> Ratio:
-        """Return the ratio of a candidate's times to those of another, by default the baseline."""
+        """Return the ratio of the times of candidate ``name`` to those of ``over``.
+
+        Args:
+            name: Candidate in the numerator.
+            over: Candidate in the denominator; None for the baseline.
+        """
         below = self.seconds[over or self.baseline]
         return Ratio.of([a / b for a, b in zip(self.seconds[name], below, strict=True)])
 
     @property
     def resolved(self) -> bool:
-        """True if there is a control and the control's interval is within the tolerance."""
+        """True if there is a control and its confidence interval is within the tolerance."""
         return self.control is not None and self.ratio(self.control).within(self.tolerance)
 
     def as_dict(self) -> dict[str, Any]:

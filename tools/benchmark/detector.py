@@ -63,7 +63,7 @@ def boxes(count: int, device: str, seed: int) -> Boxes:
 
 
 def proposals(device: str) -> list[Instances]:
-    """Return fixed proposals that are the same for all networks and steps."""
+    """Return random proposals that are the same for all networks and steps."""
     found = []
     for image in range(IMAGES):
         instances = Instances((HEIGHT, WIDTH))

@@ -98,8 +98,8 @@ def check_wheels(folder: Path) -> None:
     packed = {parse_wheel_filename(wheel.name)[0] for wheel in wheels}
     if missing := {canonicalize_name(name) for name in PACKED} - packed:
         raise PackError(
-            f"There is no wheel for {', '.join(sorted(missing))}. The archive must contain all "
-            "packages in PACKED."
+            f"There is no wheel for {', '.join(sorted(missing))}; expected one for each package in "
+            "PACKED. Check these names in PACKED."
         )
     known = packed | {canonicalize_name(name) for name in (*PROVIDED, "sal-detectron2")}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
@@ -197,7 +197,7 @@ def main(args: argparse.Namespace) -> None:
         ["git", "status", "--porcelain"], cwd=ROOT, check=True, capture_output=True, text=True
     )
     if status.stdout:
-        print("Uncommitted changes are not packed.", file=sys.stderr)
+        print("Uncommitted changes are not included in the archive.", file=sys.stderr)
     try:
         size = pack(args.output)
     except PackError as error:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def measure_inference(options: Options) -> Iterator[Row]:
-    """Time inference of ResNet-50 and SE-ResNet-50: eager, compiled and, on a CPU, with ONNX."""
+    """Time inference of ResNet-50 and SE-ResNet-50: eager, compiled and (on a CPU) ONNX Runtime."""
     models, pairs = _models(options.device)
     for batch in (1, 8):
         images = torch.randn(batch, 3, 224, 224, device=options.device)

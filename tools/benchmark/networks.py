@@ -1,4 +1,4 @@
-"""Benchmarks ``block`` and ``trunk``: training cost of networks with and without SE."""
+"""Benchmarks ``block`` and ``backbone``: training cost of networks with and without SE."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -57,13 +57,16 @@ def _outputs(found: torch.Tensor | dict[str, torch.Tensor]) -> list[torch.Tensor
 
 
 def saved(model: nn.Module, x: torch.Tensor) -> float:
-    """Return the memory that the forward pass saves for the backward pass, in MB."""
+    """Return the size, in MB, of the tensors that the forward pass saves for the backward pass."""
     outputs = []
     return saved_bytes(lambda: outputs.append(model(x)), model) / 1e6
 
 
 def trained(model: nn.Module, device: str = "cpu") -> nn.Module:
-    """Return the model in training mode, with random gate weights as in a trained network."""
+    """Return the model in training mode, with nonzero weights in the last layer of each gate.
+
+    These weights are initially zero in gates with ``init="open"``, but not in trained networks.
+    """
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if name.endswith("fc2.weight"):
@@ -72,7 +75,10 @@ def trained(model: nn.Module, device: str = "cpu") -> nn.Module:
 
 
 def measure_block(options: Options) -> Iterator[Row]:
-    """Measure the step time of a bottleneck block per stage, and the size of its saved tensors."""
+    """Measure bottleneck blocks: step time, and size of the tensors saved for the backward pass.
+
+    One block of each stage is measured, with BN and with FrozenBN.
+    """
     for norm in ("BN", "FrozenBN"):
         for stage, (width, side) in enumerate(((64, 56), (128, 28), (256, 14), (512, 7)), start=2):
             x = torch.randn(8, 4 * width, side, side, device=options.device, requires_grad=True)
@@ -105,7 +111,10 @@ def detection_backbone(name: str, device: str = "cpu", fused: str | bool = "auto
 
 
 def measure_backbone(options: Options) -> Iterator[Row]:
-    """Measure the step time of detection backbones, and the memory saved for the backward pass."""
+    """Measure detection backbones: step time, and size of the tensors saved for the backward pass.
+
+    This size is also measured for classifiers.
+    """
     images = torch.randn(2, 3, 320, 480, device=options.device)
     names = {"plain": "resnet50", "plain again": "resnet50", "SE": "se_resnet50"}
     backbones = {key: detection_backbone(name, options.device) for key, name in names.items()}

@@ -1,4 +1,4 @@
-"""Benchmark ``scaling``: cost of more processes, larger images and batches, and data loading."""
+"""Benchmark ``scaling``: data-parallel training, peak memory, and time spent waiting for images."""
 
 import socket
 import tempfile
@@ -94,7 +94,7 @@ def _broadcast_flag(flag: bool = False) -> bool:
 
 
 def _memory(options: Options) -> Iterator[Row]:
-    """Measure the detection backbone's peak memory in a training step, not counting weights."""
+    """Measure the detection backbone's peak memory in a training step, excluding weights."""
     models = {
         "ResNet-50": detection_backbone("resnet50", options.device),
         "SE-ResNet-50": detection_backbone("se_resnet50", options.device),

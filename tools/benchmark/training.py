@@ -88,10 +88,11 @@ def engine_loop(
     Args:
         name: Name of the network.
         data_file: File of 32x32 training images, as written by ``senet data cifar``. For other
-            data, ``keys`` must contain the input settings. Logs are written to the same folder.
+            images, ``keys`` must contain the input settings. Logs are written to the folder that
+            contains this file.
         batch_size: Number of images per step.
-        device: Device of the network and the images.
-        steps: Number of steps per call. Metrics are written in the last step.
+        device: Device on which the network is trained.
+        steps: Number of steps per call. Metrics are written in the last step of each call.
         keys: Additional config keys and their values.
     """
     words = {**_keys(name, data_file), **(keys or {})}

@@ -38,7 +38,7 @@ class Report:
 
 
 def report(model: nn.Module, cfg: CfgNode, size: tuple[int, int] | None = None) -> Report:
-    """Count the cost of a classifier or detector per image.
+    """Compute the parameter count and the computational cost per image of a classifier or detector.
 
     For a two-stage detector, the cost includes the backbone, the FPN, the region proposal network
     and the box head for the maximum number of proposals (``MODEL.RPN.POST_NMS_TOPK_TEST``).

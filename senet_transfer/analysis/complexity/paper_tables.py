@@ -155,7 +155,7 @@ def _without_gates(cost: Cost) -> int:
 
 
 def _inception_resnet_v2(model: nn.Module, found: Report) -> str:
-    """Explain why this network's GFLOPs differ from those in the SENet paper.
+    """Return the reason why this network's GFLOPs differ from those in the SENet paper.
 
     Published versions of this network have different numbers of residual blocks.
     """
@@ -177,10 +177,10 @@ def _inception_resnet_v2(model: nn.Module, found: Report) -> str:
 
 
 def _shufflenet_g3(model: nn.Module, found: Report) -> str:
-    """Explain why this network's GFLOPs differ from those in the SENet paper.
+    """Return the reason why this network's GFLOPs differ from those in the SENet paper.
 
-    The ShuffleNet paper reports two variants, with 2 and with 3 groups in the pointwise
-    convolutions.
+    The SENet paper's number equals the ShuffleNet paper's number for 2 groups in the pointwise
+    convolutions, but this network has 3 groups.
     """
     two, three = (_shufflenet_macs(groups, width) / 1e6 for groups, width in ((2, 200), (3, 240)))
     return (
@@ -215,8 +215,11 @@ def compare_with_paper(rows: tuple[Row, ...] = ROWS, *, quiet: bool = False) -> 
     """Count the parameters and MACs of the networks in the paper's tables.
 
     Args:
-        rows: The table rows whose networks are counted.
+        rows: The table rows, each of which specifies a network.
         quiet: If True, show no progress bar. The bar is also hidden if stderr isn't a terminal.
+
+    Returns:
+        One comparison with the paper per row.
     """
     # Some networks appear in several tables. Each is counted only once.
     counted: dict[tuple, tuple[int, Report, str]] = {}

@@ -211,7 +211,17 @@ def find_duplicates(
 def _join(
     keys: np.ndarray, items: Iterable[int], parents: list[int], root: Callable[[int], int]
 ) -> dict[int, int]:
-    """Merge the groups of items that have equal keys, and map each key to its first item."""
+    """Join all items with the same key into one group.
+
+    Args:
+        keys: The key of each item.
+        items: The items, as indices into ``parents``.
+        parents: The parent of each item in a union-find forest, which is changed in place.
+        root: Function that returns the root of an item's group.
+
+    Returns:
+        The first item with each key.
+    """
     first: dict[int, int] = {}
     for key, item in zip(keys.tolist(), items, strict=True):
         parents[root(item)] = root(first.setdefault(key, item))

@@ -65,7 +65,7 @@ class _Content:
 
     @cached_property
     def indices(self) -> list[tuple[int, int]]:
-        """Dataset index and image index of each member number in ``groups``."""
+        """Dataset and image index of each image; ``groups`` contains positions in this list."""
         return [(k, index) for k, found in enumerate(self.prints) for index in found.index.tolist()]
 
     @cached_property

@@ -108,7 +108,7 @@ class Split:
 
 
 class ImageFiles(SingleImages):
-    """Encoded images of detection data."""
+    """Encoded images of a detection dataset."""
 
     def __init__(self, files: Sequence[str], origin: str):
         super().__init__([], len(files), origin)
@@ -226,7 +226,11 @@ def _corners(box: Sequence[float], mode: BoxMode) -> Sequence[float]:
 
 
 def _named(data: str, val: str, images: str) -> tuple[list[str], list[list[str]]]:
-    """Return the dataset names, and the ``DATASETS.REGISTER`` entries of annotation files."""
+    """Find the datasets to show. The arguments are those of :func:`data_config`.
+
+    Returns:
+        The names of the datasets, and a ``DATASETS.REGISTER`` entry for each annotation file.
+    """
     if not data or data in DatasetCatalog:
         return [name for name in (data, val) if name], []
     names: list[str] = []

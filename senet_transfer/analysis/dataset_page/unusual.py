@@ -79,7 +79,7 @@ def deviations(values: np.ndarray, least_spread: float = _LEAST_SPREAD) -> np.nd
 
 
 def select(found: Sequence[Unusual], count: int) -> list[Unusual]:
-    """Return the ``count`` most unusual items, with each object or image at most once.
+    """Return up to ``count`` unusual items of all kinds, without repeating an object or image.
 
     The most unusual item of each kind comes first, then the second most unusual of each kind, and
     so on.

@@ -69,8 +69,8 @@ def open_labelled(
             prepared CIFAR split (its path, or a name such as "cifar10_test"), or object annotations
             in any supported format. A split can be appended, as in "bccd:test".
         images: The image folder for annotations. Required for a JSON file in COCO format.
-        group_by: If "class" or "size", whole images are grouped by the class or size that more than
-            half of their objects share. If empty, the objects are cropped and grouped by class.
+        group_by: If "class" or "size", whole images are grouped by the class or size of more than
+            half of their objects. If empty, the objects are cropped and grouped by class.
         reading: Settings for reading the images with objects.
 
     Raises:
@@ -87,7 +87,8 @@ def open_labelled(
     if images or group_by:
         raise UserError(
             f"{'--images' if images else '--group-by'} requires object annotations as --data, such "
-            f"as a JSON file in COCO format, but --data is {data}. Remove this option."
+            f"as a JSON file in COCO format, but --data is {data}. Pass object annotations, or "
+            f"remove {'--images' if images else '--group-by'}."
         )
     path = find_dataset(data)
     if is_prepared(path):

@@ -27,8 +27,8 @@ class Excitations:
     """Statistics of a network's gates on a sample of images.
 
     Attributes:
-        blocks: Statistics of each gate, by the gate's name in the paper.
-        drawn: Names of the classes to plot, by label.
+        blocks: Statistics of each gate, keyed by name, such as "SE_4_6"; see :func:`gates_of`.
+        drawn: Names of the classes to plot, keyed by label.
         counts: Name and number of images of each class in the sample.
         unit: Term for a group of images in figures, "class" or "size".
     """
@@ -70,7 +70,7 @@ def backbone_input(model: nn.Module, images: Tensor) -> Tensor:
 def choose_classes(
     sample: ClassSample, names: list[str] | None, count: int, *, seed: int = 0
 ) -> dict[int, str]:
-    """Return the classes to plot, by label.
+    """Return the names of the classes to plot, keyed by label.
 
     Args:
         sample: The sample of images.
@@ -88,7 +88,7 @@ def choose_classes(
     missing = [name for name in names if name not in there]
     if missing:
         raise UserError(
-            f"{sample.origin} has no images of {', '.join(missing)}; expected classes "
+            f"{sample.origin} contains no images of {', '.join(missing)}; expected classes "
             f"that have images, such as {first_of(there)}."
         )
     return {there[name]: name for name in names}
@@ -162,7 +162,7 @@ def _add(blocks: dict[str, GateStatistics], labels: np.ndarray, values: dict[str
 def _batches(
     model: nn.Module, gates: dict[str, nn.Module], loader: Iterable[Batch]
 ) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
-    """Yield the labels ``(N,)`` and the gate values, by name, for each batch."""
+    """Yield the labels ``(N,)`` and the gate values, keyed by gate name, of each batch."""
     with capture_gates(gates) as values:
         for batch in loader:
             backbone_of(model)(backbone_input(model, batch["image"]))

@@ -17,7 +17,7 @@ _IN_STAGE = re.compile(r"(?:.*\.)?res(?P<stage>\d+)(?P<rest>\..+)?\.[^.]+$")
 
 
 def gates_of(backbone: nn.Module) -> dict[str, nn.Module]:
-    """Return a backbone's gates by name, in the order of its modules.
+    """Return a backbone's gates, keyed by name, in the order of its modules.
 
     Names follow the paper's ``SE_stageID_blockID`` with blocks counted from 1: ``res4.5.se`` is
     named SE_4_6. If a gate is in a branch, its name ends with the branch's name. A gate outside all
@@ -39,7 +39,7 @@ def gates_of(backbone: nn.Module) -> dict[str, nn.Module]:
             found[name] = module
     if not found:
         raise UserError(
-            "The network has no SE, so it has no gates to analyze. Use a checkpoint of an se_... "
+            "The network has no SE, so it has no gates to analyse. Use a checkpoint of an se_... "
             "network or of a network trained with MODEL.SE.ENABLED set to True."
         )
     return found

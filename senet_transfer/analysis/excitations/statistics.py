@@ -1,4 +1,4 @@
-"""Per-class statistics of gate values, in memory that doesn't grow with the dataset."""
+"""Statistics of gate values within and between classes, accumulated batch by batch."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -95,7 +95,8 @@ class GateStatistics:
     plot.
 
     Attributes:
-        kept: Statistics of each class to plot, by label, once all its images have been processed.
+        kept: Statistics of each class to plot, keyed by label. A class is added when all its images
+            have been processed.
     """
 
     def __init__(self, counts: np.ndarray, keep: Iterable[int] = ()):

@@ -193,7 +193,7 @@ def _read_found(path: Path, images: list[dict], metadata: Any) -> list[Found]:
 
 
 def _errors(images: list[dict], detections: list[ImageDetections]) -> list[np.ndarray]:
-    """Return the error type of each detection, by image."""
+    """Return the error types of the detections, as one array per image."""
     objects = [
         ImageObjects(image["boxes"], image["classes"], image["crowd"], image["boxes"][:, 2])
         for image in images

@@ -129,8 +129,8 @@ def write_gates_record(
     Args:
         counts: Name and number of images of each class.
         path: The file to write, such as ``results/gates/cifar10.json``.
-        words: The command line, split into words, which is stored in the record.
-        weights: The weights, as on the command line.
+        words: The arguments of ``senet gates``. The complete command is stored in the record.
+        weights: The value of ``--weights``. The SHA-256 of this file is stored in the record.
     """
     record = {
         "command": " ".join(map(_quoted, ["senet", "gates", *words])),

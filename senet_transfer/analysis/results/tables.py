@@ -34,7 +34,7 @@ _NOT_PUBLISHED = "- / -"
 
 
 def read_records(folder: str | Path) -> dict[str, Records]:
-    """Return the records in a folder by config, sorted by seed.
+    """Return the records in a folder, keyed by config name and sorted by seed.
 
     Raises:
         UserError: If the folder does not exist, or a file is not a record.
@@ -59,7 +59,7 @@ def update_documents(folder: str | Path, documents: Sequence[str | Path]) -> Non
             text = path.read_text(encoding="utf-8")
             updated = updated_text(text, records)
         except (OSError, UserError) as error:
-            raise UserError(f"The tables of {path} can't be updated. {error}") from error
+            raise UserError(f"The tables in {path} can't be updated. {error}") from error
         if updated != text:
             with atomic_path(path) as partial:
                 Path(partial).write_text(updated, encoding="utf-8")
@@ -106,7 +106,7 @@ def comparison(records: dict[str, Records], names: Sequence[str], *, details: bo
     The column for the paper's values is omitted if it would be empty.
 
     Args:
-        records: The records by config.
+        records: The records, keyed by config name.
         names: The configs of the networks without SE.
         details: If True, add columns for the length of training, the machine and the time.
     """
@@ -141,7 +141,7 @@ def transfer(records: dict[str, Records], names: Sequence[str]) -> str:
     """Return a table that compares random with pretrained initial weights.
 
     Args:
-        records: The records by config.
+        records: The records, keyed by config name.
         names: The configs with pretrained initial weights, whose names start with ``transfer_``.
     """
     rows = []

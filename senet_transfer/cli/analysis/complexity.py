@@ -23,7 +23,12 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", action="append", default=[], help="model name or pattern; can be repeated")
     add("--config-file", default="", help="config of a classifier or detector, instead of --model")
-    add("--weights", default="", help="checkpoint that specifies the model and its layer options")
+    add(
+        "--weights",
+        default="",
+        help="checkpoint or weight file whose strides and padding the model uses; it also "
+        "specifies the model if neither --model nor --config-file is given",
+    )
     add(
         "--size",
         type=int,

@@ -48,13 +48,18 @@ def parser() -> argparse.ArgumentParser:
         help="config file; default: the config.yaml next to the weights",
     )
     add("--data", required=True, help="labelled images")
-    add("--images", default="", help="image folder for annotations")
+    add(
+        "--images",
+        default="",
+        help="image folder for the annotations in --data; required for a JSON file in COCO format",
+    )
     add(
         "--group-by",
         choices=("class", "size"),
         default="",
         help="use whole annotated images instead of crops, grouped by the class or size (small, "
-        "medium, large) that more than half of their objects share; other images are skipped",
+        "medium, large) of more than half of their objects; images without such a majority are "
+        "skipped",
     )
     add("--output", required=True, help="output folder for figures and tables")
     add(

@@ -28,8 +28,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output",
         type=Path,
-        help="HTML file; default: report.html in the run's folder, or in the parent folder of the "
-        "first run if there are several",
+        help="HTML file to write; default: report.html in the run's folder, or in the parent "
+        "folder of the first run if there are several",
     )
     parser.add_argument(
         "--images",

@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=f"names:\n{listed}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", metavar="NAME", choices=PREPARATIONS, help="one of the names below")
+    parser.add_argument("name", metavar="NAME", choices=PREPARATIONS, help="a command listed below")
     parser.add_argument("options", nargs=argparse.REMAINDER, help="options for NAME")
     return parser
 

@@ -89,7 +89,9 @@ def split_parser() -> argparse.ArgumentParser:
         help="JSON file in COCO format, CSV file with the columns path and label, or folder with "
         "one folder per class",
     )
-    parser.add_argument("--output", type=Path, required=True, help="output folder for the files")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="output folder for the files of the splits"
+    )
     _add_split_arguments(parser)
     return parser
 
@@ -99,17 +101,19 @@ def _add_split_arguments(parser: argparse.ArgumentParser, val: float | None = 0.
     parts = parser.add_mutually_exclusive_group()
     shown = "no split" if val is None else val
     parts.add_argument(
-        "--val", type=float, default=val, help=f"fraction of images for val ({shown})"
+        "--val",
+        type=float,
+        default=val,
+        help=f"fraction of images in the split val (default: {shown})",
     )
     parts.add_argument(
         "--folds",
         type=int,
         default=0,
         metavar="K",
-        help="write K pairs of train and val data for cross-validation; each image is in exactly "
-        "one val set",
+        help="write K train/val splits for K-fold cross-validation; their val sets do not overlap",
     )
-    add("--test", type=float, default=0.0, help="fraction of images for test (default: 0)")
+    add("--test", type=float, default=0.0, help="fraction of images in the split test (default: 0)")
     add("--seed", type=int, default=0, help="seed for the random split (default: 0)")
     add(
         "--group-by",
@@ -240,7 +244,12 @@ def show_parser() -> argparse.ArgumentParser:
         "finetune_folder for other data. Without --data and --dataset, the config's datasets "
         "are used",
     )
-    add("--output", type=Path, default=Path("data.html"), help="HTML file (default: data.html)")
+    add(
+        "--output",
+        type=Path,
+        default=Path("data.html"),
+        help="HTML file to write (default: data.html)",
+    )
     add("--inputs", type=int, default=12, help="number of training inputs to show (default: 12)")
     add(
         "--limit",

@@ -27,7 +27,7 @@ def places365_parser() -> argparse.ArgumentParser:
         "--size",
         choices=PLACES365_SIZES,
         default="256",
-        help="image version: 256x256 pixels or large (default: 256)",
+        help="image version, as in the archive names: 256 (256x256 pixels) or large (default: 256)",
     )
     return parser
 
@@ -74,7 +74,9 @@ def folder_parser() -> argparse.ArgumentParser:
     )
     order = parser.add_mutually_exclusive_group()
     order.add_argument(
-        "--classes-from", type=Path, help="existing shards from which to copy classes and labels"
+        "--classes-from",
+        type=Path,
+        help="folder of existing shards whose list of classes is used, such as the training shards",
     )
     order.add_argument(
         "--classes",

@@ -19,8 +19,8 @@ def parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--train", required=True, help="labelled images to fit the classifier to")
-    add("--data", required=True, help="labelled images to evaluate the classifier on")
+    add("--train", required=True, help="labelled images for fitting the classifier")
+    add("--data", required=True, help="labelled images for evaluating the classifier")
     add("--output", required=True, help="output folder for the classifier and the results")
     add(
         "--neighbours",

@@ -162,7 +162,7 @@ def _verify_checksums(
         if (md5 := calculate_md5(path)) != form.tgz_md5:
             raise UserError(
                 f"{path} contains the files of {form.filename}, but its MD5 checksum is {md5}; "
-                f"expected {form.tgz_md5}, as for the official archive. {_REMEDY}"
+                f"expected {form.tgz_md5}, the checksum of the official archive. {_REMEDY}"
             )
         return
     for name, md5 in _checksums(form).items():
@@ -173,7 +173,10 @@ def _verify_checksums(
 
 
 def _checksums(form: type[CIFAR10] | BinaryVersion) -> dict[str, str | None]:
-    """Return a dictionary from required file name to MD5 checksum; unknown checksums are None."""
+    """Return the MD5 checksums of the required files, keyed by file name.
+
+    Unknown checksums are None.
+    """
     return dict([*form.train_list, *form.test_list, (form.meta["filename"], form.meta["md5"])])
 
 

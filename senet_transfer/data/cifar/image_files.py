@@ -1,4 +1,7 @@
-"""Functions for reading small images stored by class in one folder or archive per split."""
+"""Functions for reading small images from one folder or archive per split.
+
+Each folder or archive contains one subfolder per class.
+"""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -132,8 +135,8 @@ def _by_class(names: Iterable[str], folders: set[str]) -> dict[str, list[str]]:
     """Group the images in an archive by class folder.
 
     Returns:
-        Dictionary from class folder to sorted image names, including empty class folders. The paths
-        of the class folders are relative to the folder that contains all of them.
+        Sorted image names, keyed by class folder. Empty class folders are included. The paths of
+        the class folders are relative to their common parent folder.
     """
     parents = {name: os.path.dirname(name) for name in names}
     used = set(parents.values())

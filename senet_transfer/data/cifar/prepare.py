@@ -1,4 +1,4 @@
-"""Conversion of CIFAR and similar data to prepared files."""
+"""Conversion of CIFAR and other datasets of 32x32 images to safetensors files."""
 
 import logging
 from pathlib import Path
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 def read_source(
     source: Path, *, verify: bool = True, quiet: bool = False
 ) -> dict[str, ImageArrays]:
-    """Read CIFAR or similar data in any supported format.
+    """Read CIFAR or another dataset of 32x32 images in any supported format.
 
     Args:
         source: Official archive (binary or Python version), an unpacked official archive, or a
@@ -50,7 +50,7 @@ def read_source(
 def prepare_cifar(
     source: str | Path, output: str | Path, *, verify: bool = True, quiet: bool = False
 ) -> Path:
-    """Convert a dataset to prepared files. Existing files with the same content are kept.
+    """Convert a dataset to safetensors files. Existing files with the same content are kept.
 
     Args:
         source: See :func:`read_source`.

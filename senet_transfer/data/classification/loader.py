@@ -265,7 +265,8 @@ class _TrainBatches(IterableDataset):
         """Return an infinite iterator over (epoch, sample) pairs for one worker.
 
         Args:
-            iteration: Iteration of the worker's first batch, which determines the worker's index.
+            iteration: Training iteration of the worker's first batch. It determines which samples
+                the worker reads.
         """
         readers, order = self.readers, self.order
         if order.class_aware:

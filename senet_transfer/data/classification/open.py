@@ -327,7 +327,7 @@ def _open_published(path: Path, split: str, size: str | None) -> ImageDataset | 
 
 
 def _check_remote_shards(dataset: ShardDataset) -> None:
-    """Raise a UserError if remote shards without a local copy are missing."""
+    """Raise a UserError if any shard without a local copy does not exist on the server."""
     shards = [(join(dataset.origin, shard.name), shard) for shard in dataset.manifest.shards]
     cache = dataset.cache
     urls = [url for url, shard in shards if cache is None or not cache.is_present(url, shard)]
@@ -342,8 +342,8 @@ def _open_places365(path: Path, split: str, size: str | None) -> ImageDataset | 
     """Open the official Places365 distribution; return None for other data.
 
     Raises:
-        UserError: If the name of the folder or archive is used for several splits, but not for
-            `split`.
+        UserError: If the folder or archive has a name that the distribution uses for several
+            splits, but not for `split`.
     """
     sizes = places365.SIZES if size is None else (size,)
     known = [
@@ -358,8 +358,9 @@ def _open_places365(path: Path, split: str, size: str | None) -> ImageDataset | 
     if known and (not trees or listed):
         if split not in known and len(known) > 1:
             raise UserError(
-                f"{path} may contain the images of {' or '.join(known)}, but the split is "
-                f"{split}; expected {' or '.join(known)}. Specify the split."
+                f"{path} may contain the images of {' or '.join(known)}, but the requested split "
+                f"is {split}. Rename the folder to {path.name}_standard or {path.name}_challenge, "
+                "or request one of these splits (split= in Python)."
             )
         split = split if split in known else known[0]
         return ImageDataset(places365.open_places365_images(path, path.parent, split))

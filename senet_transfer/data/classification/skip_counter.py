@@ -33,12 +33,12 @@ class SkipCounter:
 
     @property
     def seen(self) -> int:
-        """Number of samples, including broken ones."""
+        """Number of samples counted so far in all workers, including broken samples."""
         return int(self._counts[:, 0].sum())
 
     @property
     def skipped(self) -> int:
-        """Number of broken samples."""
+        """Number of broken samples counted so far in all workers."""
         return int(self._counts[:, 1].sum())
 
     def count(self, worker: int, broken: int, total: int) -> None:

@@ -156,7 +156,7 @@ def _section(json_file: str, data: dict, key: str) -> list[dict]:
     else:
         for index, item in enumerate(data[key]):
             if type(item) is not dict:
-                raise _bad(json_file, key, index, item, "is not an object", "{...}")
+                raise _bad(json_file, key, index, item, "is not a JSON object", "{...}")
         return data[key]
     more = ""
     if key == "annotations":

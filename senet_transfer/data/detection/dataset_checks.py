@@ -206,7 +206,7 @@ def check_trainable(names: Sequence[str]) -> None:
 
 
 def check_objects(files: Sequence[str], summaries: Sequence[CocoSummary]) -> None:
-    """Raise a UserError if none of the summarised annotation files has an object to train on."""
+    """Raise a UserError if none of the annotation files contains an object for training."""
     if any(summary.num_trainable for summary in summaries):
         return
     total, zero, crowd = (

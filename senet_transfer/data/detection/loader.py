@@ -149,9 +149,9 @@ def _build_detectron2_loader(cfg: CfgNode) -> Any:
         # Detectron2 removes images without objects, and asserts that any images remain.
         raise UserError(
             f"The training data {', '.join(cfg.DATASETS.TRAIN)} can't be used: {error} Expected "
-            "images with objects that are not crowds (and with MODEL.KEYPOINT_ON, at least "
-            f"{cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE} visible keypoints). Check the "
-            "annotations."
+            "at least one image with an object that is not a crowd (with MODEL.KEYPOINT_ON, also "
+            f"with at least {cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE} visible "
+            "keypoints). Check the annotations."
         ) from error
 
 
@@ -191,9 +191,9 @@ def _shapes(records: Dataset) -> Callable[[int], bool]:
             with contextlib.suppress(Exception), Image.open(record["file_name"]) as image:
                 return image.width > image.height
             raise UserError(
-                f"The record of {record.get('file_name', 'an image')} has no width and height, "
-                "which DATALOADER.ASPECT_RATIO_GROUPING requires. Add both to the dataset's "
-                "records, or set this key to False."
+                f"The record of {record.get('file_name', 'an image')} contains no width and "
+                "height; expected both if DATALOADER.ASPECT_RATIO_GROUPING is True. Add them to "
+                "the dataset's records, or set DATALOADER.ASPECT_RATIO_GROUPING to False."
             )
         return record["width"] > record["height"]
 

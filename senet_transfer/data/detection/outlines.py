@@ -15,7 +15,7 @@ Problem = tuple[str, str]
 
 
 def outline_problem(outline: object, width: int, height: int) -> Problem | None:
-    """Describe an outline's error and the expected value; None if it is valid or missing.
+    """Return an outline's error and the expected value, or None if it is valid or missing.
 
     Args:
         outline: A list of polygons, a run-length encoding, or an empty value.

@@ -1,8 +1,9 @@
 """Conversion of COCO annotations to Detectron2's dataset dicts.
 
 The dicts equal the output of Detectron2's `load_coco_json`, with three differences. An object
-with an invalid outline is kept without the outline. Different spellings of a file name are
-resolved. Files with a byte order mark and null values are supported.
+with an invalid outline is kept without the outline. If the annotations spell a file name
+differently from the image file, such as `my%20image.jpg` for `my image.jpg`, the dict contains the
+name of the image file. Annotation files with a byte order mark or null values are supported.
 """
 
 import os
@@ -26,7 +27,7 @@ def read_records(
     Args:
         json_file: Annotation file in COCO instances format.
         image_dir: Folder to which the `file_name` entries are relative.
-        summary: The file's summary.
+        summary: The file's summary, as returned by ``read_coco_summary``.
         upright: Whether the annotations refer to the images with EXIF orientation applied.
 
     Returns:

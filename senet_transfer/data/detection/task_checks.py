@@ -53,8 +53,9 @@ def _stuff(name: str) -> tuple[list[str], int]:
     if lacking or not records:
         raise UserError(
             f"{len(lacking)} of {len(records)} images of the dataset {name} have no label image "
-            f"({', '.join(lacking[:_SHOWN]) or 'no images'}); expected the path of an existing "
-            "single-channel image in `sem_seg_file_name` of every record. Correct the records."
+            f"({', '.join(lacking[:_SHOWN]) or 'the dataset is empty'}); expected the path of an "
+            "existing single-channel image in `sem_seg_file_name` of every record. Correct the "
+            "records."
         )
     return list(metadata.stuff_classes), metadata.get("ignore_label", _DEFAULT_IGNORED)
 
@@ -97,7 +98,7 @@ def use_keypoints(cfg: CfgNode, names: Sequence[str]) -> None:
             f"TEST.KEYPOINT_OKS_SIGMAS has {len(sigmas)} values, but the data has {count} "
             f"keypoints ({', '.join(keypoints)}); expected one value per keypoint. A sigma is the "
             "typical deviation between annotators, relative to the object's size. COCO's values "
-            "are 0.025 (eyes) to 0.107 (hips). To use the same value for all keypoints, set "
+            "range from 0.025 (eyes) to 0.107 (hips). To use the same value for all keypoints, set "
             f"TEST.KEYPOINT_OKS_SIGMAS to {[0.05] * count}."
         )
 

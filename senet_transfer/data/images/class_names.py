@@ -51,9 +51,9 @@ def sort_by_number(names: Iterable[str], root: str | Path) -> list[str]:
     others = sorted(name for name in names if not _is_number(name))
     if others:
         raise UserError(
-            f"--classes is {NUMERIC}, but {len(others)} classes in {root} are not numbers: "
-            f"{first_of(others)}. Rename these classes, or pass a file with one class name per "
-            "line."
+            f"--classes {NUMERIC} requires numeric class names, but {len(others)} classes in "
+            f"{root} are not numbers: {first_of(others)}. Rename these classes, or pass a file "
+            "with one class name per line."
         )
     return _sort_by_number(names)
 

@@ -333,10 +333,13 @@ def decode_exact(data: bytes, reading: Reading = AS_STORED) -> Image.Image:
 
 
 def largest_of_16_bits(data: bytes) -> int | None:
-    """Return the maximum pixel value of a 16-bit image, on a scale from 0 to 65535.
+    """Return the maximum pixel value of a 16-bit image.
+
+    The maximum of a 12-bit grayscale TIFF image is scaled to 16 bits.
 
     Returns:
-        The maximum, or None if the image does not have 16 bits or stores white as 0.
+        The maximum, or None if the image has 8 or 32 bits per channel, stores white as 0, or is a
+        colour image that is neither a PNG nor a TIFF file.
 
     Raises:
         BrokenImageError: If the image cannot be decoded.

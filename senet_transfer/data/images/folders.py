@@ -189,8 +189,8 @@ def numeric_classes(root: str | Path) -> list[str]:
         return sort_by_number({label for label, _ in read_label_csv(root).values()}, root)
     if not Path(root).is_dir():
         raise UserError(
-            f"--classes is numeric, but {root} is neither a folder with one folder per class "
-            "nor a CSV file. Shards and archives have fixed labels. Remove --classes."
+            f"--classes {NUMERIC} requires a folder with one folder per class or a CSV file, but "
+            f"{root} is neither. Shards and archives have fixed labels. Remove --classes."
         )
     by_class = find_images(root)
     _check_class_folders(by_class, Path(root), allow_empty=False)

@@ -223,7 +223,8 @@ def find_listed_images(
 def _folder_files(root: Path, names: Sequence[str], complete: bool) -> dict[str, tuple[int, int]]:
     """Return a dictionary from image path to (0, size), in the format of :func:`archive_members`.
 
-    If ``complete`` is True, the dictionary also contains unlisted images, with a placeholder size.
+    The dictionary contains those images in ``names`` that exist. If ``complete`` is True, it also
+    contains all other images in the folder, with a size of 1 instead of their actual size.
     """
     found = {}
     for name in names:
@@ -243,7 +244,7 @@ def archive_members(archive: Path) -> dict[str, tuple[int, int]]:
     """Return a dictionary from image path to (offset, size) for an uncompressed tar archive.
 
     The paths do not contain the top folder. In an archive of archives, such as ImageNet's training
-    images, each inner archive is treated as a folder.
+    images, each nested archive is treated as a folder.
 
     Raises:
         UserError: If the archive is damaged, or contains an image twice.
@@ -276,7 +277,7 @@ def archive_members(archive: Path) -> dict[str, tuple[int, int]]:
 
 
 def _images_in(tar: tarfile.TarFile) -> Iterator[tuple[str, int, int]]:
-    """Yield the path, offset and size of each image in an archive and its inner archives."""
+    """Yield the path, offset and size of each image in an archive and its nested archives."""
     for member in tar:
         # TarFile would keep all members in memory: gigabytes for eight million images.
         tar.members = []  # type: ignore[attr-defined]  # not in typeshed

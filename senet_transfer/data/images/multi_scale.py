@@ -123,8 +123,9 @@ class ViewOptions:
             )
         if self.crops is not None and (self.crops not in CROPS or self.mode):
             raise UserError(
-                f"--crops is {self.crops}, and --crop-mode is {self.mode or 'not given'}; expected "
-                "1 or 10 crops, without --crop-mode. Correct --crops, or remove one of the options."
+                f"--crops is {self.crops}, and --crop-mode is {self.mode or 'not given'}; --crops "
+                "must be 1 or 10 and can't be combined with --crop-mode. Correct --crops, or "
+                "remove one of the options."
             )
         if self.dense and (self.crops or self.crop is not None or self.mode == "ten_crop"):
             raise UserError(

@@ -29,7 +29,7 @@ _LIST_ARCHIVES = ("filelist_places365-standard.tar", "filelist_places365-challen
 
 @functools.cache
 def places365_classes() -> dict[str, bool]:
-    """Return a dictionary from class name to whether it is an outdoor scene, in label order."""
+    """Return whether each class is an outdoor scene, keyed by class name in label order."""
     text = files(__package__).joinpath("places365_classes.txt").read_text("utf-8")
     rows = [line.split() for line in text.splitlines() if not line.startswith("#")]
     return {name: kind == "2" for name, kind in rows}

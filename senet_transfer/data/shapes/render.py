@@ -49,7 +49,7 @@ class ShapeObject:
 
 @dataclass(frozen=True)
 class _Layer:
-    """Shape at its position in the image, regardless of occlusion by shapes above it."""
+    """One shape of an image, without occlusion by the shapes that are drawn over it."""
 
     category: str
     coverage: np.ndarray  # float32 (H, W), 0-1, antialiased

@@ -105,7 +105,7 @@ def scan_shards(
     ]
     manifest = Manifest(classes, shards, plan=FOREIGN)
     logger.info(
-        "%s: found %d images with labels for %d classes in %d shards without %s.",
+        "%s: found %d images with labels for %d classes in %d shards, which have no %s.",
         paths[0].parent, manifest.samples, largest + 1, len(shards), MANIFEST,
     )  # fmt: skip
     return manifest, indices
@@ -164,15 +164,15 @@ def _split_of(name: str) -> str | None:
 
 
 def write_manifest(folder: str | Path, classes: list[str] | None = None) -> Manifest:
-    """Write a manifest and index files for shards written by another program.
+    """Write a manifest and index files for shards written by another tool.
 
     Args:
         folder: Folder with tar files.
         classes: Class names in label order; None to use the names "0", "1" and so on.
 
     Raises:
-        UserError: If the folder already has a manifest, or its files are not shards of labelled
-            images.
+        UserError: If the folder already contains a manifest, or its files are not shards of
+            labelled images.
     """
     folder = Path(folder)
     if (folder / MANIFEST).exists():

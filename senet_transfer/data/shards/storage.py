@@ -298,7 +298,7 @@ class ResumingReader(io.RawIOBase):
         while remaining:
             data = file.read(min(remaining, 1 << 20))
             if not data:
-                raise ConnectionError("the stream ended before the position from which to resume")
+                raise ConnectionError("the stream ended before the position to resume from")
             remaining -= len(data)
         return file
 

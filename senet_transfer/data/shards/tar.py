@@ -140,10 +140,11 @@ def check_member(name: str, url: str) -> None:
         )
     if extension.lower() not in IMAGE_EXTENSIONS + OTHER_EXTENSIONS:
         raise UserError(
-            f"Shard {url} contains a member named {name!r}; expected a single dot in the name and "
-            f"one of the extensions {', '.join(IMAGE_EXTENSIONS + OTHER_EXTENSIONS)}. Pickles and "
-            "other formats are rejected, and a dot in a key would merge samples. Write the shards "
-            "again."
+            f"Shard {url} contains a member named {name!r}; expected <key>.<extension> with a key "
+            "without dots and one of the extensions "
+            f"{', '.join(IMAGE_EXTENSIONS + OTHER_EXTENSIONS)}. Pickles and other file types are "
+            "rejected. Files whose names are the same up to the first dot are read as one sample. "
+            "Write the shards again."
         )
 
 

@@ -95,8 +95,9 @@ def convert(
         quiet: Whether to hide the progress bar.
 
     Raises:
-        UserError: If too many images are broken, the folder contains shards with other contents,
-            another run is writing to it, the disk is full, or an argument is out of range.
+        UserError: If too many images are broken, the folder contains shards of different images or
+            settings, another run is writing to it, the disk is full, or an argument is out of
+            range.
     """
     if not 0 <= seed < 2**32 or shard_mb <= 0 or workers < 1 or skip_broken < 0:
         raise UserError(
@@ -255,7 +256,7 @@ def _finished(output: Path, plans: list[ShardPlan]) -> dict[str, dict[str, Any]]
         if plan != plans[0].plan:
             raise UserError(
                 f"{output} contains shards of different images or settings ({path.name}); "
-                "expected an empty folder, or shards of an interrupted run with the same list, "
+                "expected an empty folder, or shards of an interrupted run with the same images, "
                 "classes, split, seed and shard size. Choose a different folder, or delete the "
                 "contents of this one."
             )

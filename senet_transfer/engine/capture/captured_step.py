@@ -131,7 +131,10 @@ def _pinned(value: Tensor, target: Tensor) -> Tensor:
 
 
 def _random_state(device: torch.device) -> Hashable:
-    """Return the states of the CPU's random number generators; CUDA graphs don't advance them."""
+    """Return the states of the CPU's random number generators.
+
+    Replaying a CUDA graph does not advance these generators.
+    """
     name, keys, *rest = np.random.get_state()
     own = b"" if device.type == "cpu" else torch.get_rng_state().numpy().tobytes()
     return random.getstate(), name, np.asarray(keys).tobytes(), tuple(rest), own

@@ -26,7 +26,7 @@ class Graph(Protocol):
     outputs: Outputs
 
     def replay(self) -> None:
-        """Compute the outputs from the current values of the tensors that the function reads."""
+        """Execute the captured operations on the current tensor values; overwrite ``outputs``."""
 
 
 class Graphs(Protocol):
@@ -61,7 +61,7 @@ class CudaGraphs:
     def warm_up(self, function: Function) -> Outputs:
         """Call a function on the stream that is used for captures, and return its results.
 
-        Workspaces that libraries allocate on the first call then exist before the capture.
+        This call must precede the capture, because libraries allocate workspaces on the first call.
         """
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)

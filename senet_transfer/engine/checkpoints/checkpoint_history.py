@@ -94,7 +94,7 @@ def record(folder: str | Path, name: str, keep: int) -> None:
 
 
 def forget(folder: str | Path) -> None:
-    """Delete a run's checkpoint list, but not the checkpoints, so the run can't be resumed."""
+    """Delete a run's checkpoint list so that the run can't be resumed. Keep the checkpoints."""
     for name in (TAG, HISTORY):
         Path(folder, name).unlink(missing_ok=True)
 
@@ -146,9 +146,9 @@ def newest_whole(folder: str | Path) -> Path:
         logger.error("Falling back to the previous checkpoint. %s", problems[0])
     listed = "\n".join(found)
     error = UserError(
-        f"No checkpoint in {folder} is intact, so the run can't be resumed:\n{listed}\nWrite the "
-        f"name of an intact checkpoint to {os.path.join(folder, TAG)}, or start a new run without "
-        "--resume."
+        f"The run in {folder} can't be resumed, because none of these checkpoints is intact:\n"
+        f"{listed}\nTo resume from a different checkpoint in this folder, write its file name to "
+        f"{os.path.join(folder, TAG)}. Otherwise, start a new run without --resume."
     )
     error.on_all_ranks = True
     raise error

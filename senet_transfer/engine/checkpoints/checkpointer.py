@@ -113,8 +113,9 @@ class Checkpointer(DetectionCheckpointer):
     def get_checkpoint_file(self) -> str:
         """Return the newest intact checkpoint, and write its name to ``last_checkpoint``.
 
-        All processes of a job must call this method. When the run saves another checkpoint, newer
-        damaged checkpoints are removed from the list of checkpoints, but their files are kept.
+        All processes of a job must call this method. Damaged checkpoints that are newer than the
+        returned one are skipped. When the run saves its next checkpoint, they are removed from the
+        list of checkpoints, but their files are kept.
         """
         path = history.newest_whole(self.save_dir)
         if self.save_to_disk:
@@ -173,8 +174,8 @@ def _training_state(filename: str, names: list[str]) -> dict[str, Any]:
     missing = [name for name in names if name not in checkpoint]
     if missing:
         raise UserError(
-            f"Training can't be resumed from {filename}: it has no {', '.join(missing)} state. To "
-            "load only its weights, omit --resume."
+            f"Training can't be resumed from {filename}: it contains no complete training "
+            f"state (missing: {', '.join(missing)}). To load only its weights, omit --resume."
         )
     return {key: value for key, value in checkpoint.items() if key != "model"}
 
@@ -183,4 +184,4 @@ class UntaggedCheckpointer(Checkpointer):
     """Checkpointer for models that are not used to resume training, such as the best model."""
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Do nothing, so that ``last_checkpoint`` keeps the name of a checkpoint to resume from."""
+        """Do nothing, because runs are not resumed from the checkpoints of this class."""

@@ -145,7 +145,7 @@ class PredictionDrawing(Visualizer):
         assigned_colors: list[Colour] | None = None,
         alpha: float = _MASK_ALPHA,
     ) -> VisImage:
-        """Draw the objects as Detectron2 does, then the labels in free space."""
+        """Draw the objects as Detectron2 does, then labels that do not overlap each other."""
         if masks is not None:
             shape = self.output.height, self.output.width
             masks = [np.asarray(mask, dtype=np.uint8) for mask in masks]
@@ -266,7 +266,10 @@ def free_corner(
 
 
 def _connection(rect: Rect, label: Rect) -> list[tuple[float, float]] | None:
-    """Return the end points of a line from an object to its label, or None if they touch."""
+    """Return the end points of a line from an object to its label.
+
+    If the label touches the object, no line is needed, and None is returned.
+    """
     ends = []
     for low, high in ((0, 2), (1, 3)):
         gap_before, gap_after = rect[low] - label[high], label[low] - rect[high]

@@ -28,8 +28,8 @@ def check_same_classes(sources: Sequence[ModelSource]) -> None:
         counts = _class_count(first), _class_count(other)
         if counts[0] != counts[1]:
             raise UserError(
-                f"{files} have {counts[0]} and {counts[1]} classes; expected the same classes. "
-                "Combine only models that were trained on the same data."
+                f"{files} have {counts[0]} and {counts[1]} classes; expected the same number of "
+                "classes. Combine only models that were trained on the same data."
             )
         if has_caffe_order(first) != has_caffe_order(other):
             raise UserError(

@@ -138,13 +138,14 @@ def run_saved_evaluation(
     keep_logits: bool = False,
     published: Sequence[Published] = (),
 ) -> dict[str, Any]:
-    """Evaluate the mean of the probabilities saved by several evaluations.
+    """Evaluate the mean class probabilities of several evaluations whose logits were saved.
 
     Args:
-        files: CSV files with logits; see :func:`~.saved_logits.evaluate_saved_logits`.
+        files: CSV files with logits, from which the probabilities are computed; see
+            :func:`~.saved_logits.evaluate_saved_logits`.
         output: The path of the JSON file to write. If empty, no JSON file is written.
         predictions: The path of the CSV file to write; see :func:`run_evaluation`.
-        keep_logits: If True, add the logarithm of the mean probabilities to the CSV file.
+        keep_logits: If True, add the logarithm of the mean probabilities to ``predictions``.
         published: Published results on the same data to include in the output.
 
     Returns:
@@ -242,7 +243,7 @@ def _check(found: ModelSource) -> None:
 
 
 def _with_classes(found: ModelSource, count: int) -> ModelSource:
-    """Return a copy of ``found`` whose config has ``count`` classes."""
+    """Return a copy of a model source whose config sets the number of classes to ``count``."""
     cfg = found.cfg.clone()
     cfg.MODEL.CLASSIFIER.NUM_CLASSES = count
     return replace(found, cfg=cfg)

@@ -100,8 +100,8 @@ def _restored(output: dict[str, Any], inverse: Transform, size: tuple[int, int])
     if found is None or others or type(found.pred_boxes) is not Boxes:
         raise UserError(
             f"The model predicts {', '.join(others) or 'rotated boxes or no boxes'}; expected only "
-            "boxes. Test-time augmentation of this meta-architecture and the fusion of several "
-            "detectors only support boxes without rotation. Use a single detector without "
+            "axis-aligned boxes. Test-time augmentation of this meta-architecture and the fusion "
+            "of several detectors support no other predictions. Use a single detector without "
             "test-time augmentation."
         )
     found = found.to("cpu")

@@ -80,7 +80,7 @@ def _lines(file: str) -> Iterator[tuple[str, str, str, str, list[str]]]:
 def evaluate_saved_logits(
     files: Sequence[str], *, keep_predictions: bool = False, keep_logits: bool = False
 ) -> Evaluation:
-    """Evaluate the mean of the probabilities in several files.
+    """Evaluate the mean class probabilities computed from the logits in several files.
 
     Args:
         files: CSV files of the same images, written by ``--predictions FILE --logits``.
@@ -130,7 +130,7 @@ def _check_same(first: SavedLogits, other: SavedLogits) -> None:
     if counts[0] != counts[1]:
         raise UserError(
             f"{files} contain logits for {counts[0]} and {counts[1]} classes; expected the same "
-            "classes. Evaluate both models on the same data."
+            "number of classes. Evaluate both models on the same data."
         )
     if differing := first.rows.keys() ^ other.rows.keys():
         raise UserError(

@@ -65,8 +65,8 @@ def load_lazy_config(options: RunOptions) -> DictConfig:
     cfg = LazyConfig.load(path)
     if missing := [name for name in _SECTIONS if name not in cfg]:
         raise UserError(
-            f"The LazyConfig {path} has no {', '.join(missing)}; expected {', '.join(_SECTIONS)}, "
-            "as in Detectron2's configs/common. Add the missing entries."
+            f"The LazyConfig {path} does not contain {', '.join(missing)}; expected "
+            f"{', '.join(_SECTIONS)}, as in Detectron2's configs/common. Add the missing entries."
         )
     cfg.train = OmegaConf.merge(model_zoo.get_config("common/train.py").train, cfg.train)
     try:

@@ -108,13 +108,13 @@ def logistic_regression(
     Args:
         features: Features ``(N, D)``, float64.
         labels: Labels ``(N,)``.
-        num_classes: The number of classes, ``C``.
+        num_classes: The number of classes.
         weight_decay: The strength of the regularisation.
         start: The initial weight and bias. If None, both are initialised with zeros.
         iterations: The maximum number of iterations.
 
     Returns:
-        The weight ``(C, D)`` and the bias ``(C,)``.
+        The weight ``(num_classes, D)`` and the bias ``(num_classes,)``.
     """
     zeros = features.new_zeros(num_classes, features.shape[1]), features.new_zeros(num_classes)
     weight, bias = (value.clone().requires_grad_() for value in start or zeros)

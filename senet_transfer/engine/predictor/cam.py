@@ -43,7 +43,10 @@ class ActivationMap:
         return None if self.plain is None else self.cam - self.plain
 
     def plot(self) -> Image.Image:
-        """Return a figure of ``cam`` and, in a second panel, ``added``, overlaid on the image."""
+        """Return a figure that shows ``cam`` overlaid on the image.
+
+        If the network has gates, a second panel shows ``added``.
+        """
         maps = [(self.cam, f"{self.name} {self.probability:.1%}")]
         if self.added is not None:
             maps.append((self.added, "added by the last SE gate"))
@@ -115,7 +118,7 @@ def class_activation_map(
 
 
 def _scale_equally(gate: SqueezeExcitation, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    """Forward hook that replaces the gates of an SE layer with their mean over the channels."""
+    """Replace the gates of an SE layer with their mean over the channels, as a forward hook."""
     x, shortcut, scale = (*inputs, None, 1.0)[:3]
     gated = scale * x * gate.gate(x).mean(1, keepdim=True)
     return gated if shortcut is None else gated + shortcut

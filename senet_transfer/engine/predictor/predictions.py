@@ -81,7 +81,7 @@ class Classes:
 
 
 class _Shown(ABC):
-    """Base class for results, which notebooks display as a drawing with a caption."""
+    """Base class for results that notebooks display as a drawing with a caption."""
 
     photo: Photo
 
@@ -223,7 +223,10 @@ class Detections(_Shown):
 
     @property
     def keypoints(self) -> np.ndarray | None:
-        """Keypoints, float32 ``(N, K, 3)``: x, y, score; None if the model predicts none."""
+        """Keypoints, float32 ``(N, K, 3)``, each with the values x, y and score.
+
+        None if the model does not predict keypoints.
+        """
         found = self.instances
         return found.pred_keypoints.numpy() if found.has("pred_keypoints") else None
 

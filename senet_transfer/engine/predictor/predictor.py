@@ -178,7 +178,8 @@ class Predictor(ABC, Generic[Result]):
     def _results(self, batch: list[Prepared], broken: list[str] | None) -> Iterator[Result]:
         """Yield the results for a batch.
 
-        If ``broken`` is a list and the batch fails, process the images of the batch one by one.
+        If the batch fails and ``broken`` is None, raise the error. If ``broken`` is a list, process
+        the images one by one, and append a message for each image that fails.
         """
         try:
             for item in batch:

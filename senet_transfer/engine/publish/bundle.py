@@ -96,7 +96,7 @@ def _changes(cfg: CfgNode) -> str:
 
 
 def index(folder: Path) -> str:
-    """Return the README.md text for a weights folder, with a table of the networks in it."""
+    """Return the README.md text for a weights folder, with a table of the folder's networks."""
     lines = [
         "# Weights in this package",
         "",

@@ -119,7 +119,7 @@ def _in_half(name: str, tensor: Tensor) -> Tensor:
 
 
 def changed_items(cfg: CfgNode) -> dict[str, Any]:
-    """Return the config values that differ from the defaults, by dotted key."""
+    """Return the config values that differ from the defaults, keyed by dotted config key."""
     default = {key: json.dumps(value) for key, value in config_items(get_senet_config())}
     # In JSON, tuples equal lists.
     return {k: value for k, value in config_items(cfg) if json.dumps(value) != default.get(k)}

@@ -92,10 +92,10 @@ class Card:
         return "\n\n".join(parts) + "\n"
 
     def _results(self, contents: Contents, evaluated: dict[str, Any]) -> str:
-        """Return a table of metrics in Markdown, with information about the training runs.
+        """Return a table of metrics in Markdown, and below it a description of the training runs.
 
         The columns contain the metrics of the weight file, the metrics of its training run, and the
-        mean and standard deviation of the metrics over the runs with all seeds.
+        mean and standard deviation of the metrics over all runs, which differ in their seeds.
         """
         run = {key: value for key, value in contents.results.items() if key != "training"}
         columns = {
@@ -155,12 +155,15 @@ def read_runs(folder: str | Path) -> list[dict[str, Any]]:
     files = sorted(Path(folder).glob("seed*.json"), key=lambda path: (len(path.name), path.name))
     if not files:
         raise UserError(f"{folder} contains no run records (seed<N>.json). Check the path.")
-    records = [read_json(path, "Write the record for this run again.") for path in files]
+    records = [
+        read_json(path, "Delete the file, and write the record again with senet sweep --results.")
+        for path in files
+    ]
     for path, record in zip(files, records, strict=True):
         if not isinstance(record, dict) or not isinstance(record.get("metrics"), dict):
             raise UserError(
-                f"{path} has no metrics; expected a dictionary under the key metrics. Write the "
-                "record for this run again."
+                f"{path} contains no dictionary under the key 'metrics'; expected the record of a "
+                "run. Delete the file, and write the record again with senet sweep --results."
             )
     return records
 
@@ -233,6 +236,6 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _escaped(text: object) -> str:
-    """Escape the HTML and Markdown characters in a name."""
+    """Escape characters with a special meaning in HTML or Markdown."""
     words = html.escape(shown(text, 200), quote=False)
     return "".join(f"\\{c}" if c in "\\`*_[]|#" else c for c in words)

@@ -64,7 +64,8 @@ def describe_data(train: DataPart, val: DataPart, *, upright: bool = True) -> Da
 
     Args:
         train: Training data.
-        val: Validation data. It is used only for the maximum number of objects.
+        val: Validation data. It is used only for detection, to determine the maximum number of
+            objects in an image.
         upright: True if annotations refer to images with the EXIF orientation applied.
 
     Raises:

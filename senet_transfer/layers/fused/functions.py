@@ -60,7 +60,7 @@ def set_fused(model: nn.Module, fused: str | bool) -> None:
 
 
 def check_fused(fused: object, name: str = "fused") -> None:
-    """Raise UserError unless ``fused`` is "auto", True or False."""
+    """Raise a UserError unless ``fused`` is "auto", True or False."""
     if fused != "auto" and not isinstance(fused, bool):
         raise UserError(
             f"{name} is {fused!r}; expected 'auto' (fused kernels on a GPU), True or False."
@@ -88,7 +88,7 @@ def uses_kernels(fused: str | bool, x: Tensor) -> bool:
     raise UserError(
         f"fused is True, but the feature maps are on the device {device!r} and the fused kernels "
         "require a CUDA GPU. Set fused (MODEL.SE.FUSED) to 'auto', or, for tests, set the "
-        "environment variable TRITON_INTERPRET to 1 before the program starts."
+        "environment variable TRITON_INTERPRET to 1 before starting Python."
     )
 
 

@@ -409,12 +409,12 @@ def parameter_gradients(
 ):  # fmt: skip
     """Compute the gradients of the norm's and the gate's parameters.
 
-    A row of ``total`` or ``aligned`` belongs to a chunk or an image, and the gradients of the
-    norm's parameters are sums over the rows. ``total`` contains sums of the output gradient, and
-    ``aligned`` contains sums of the product of this gradient and the feature map. The feature map
-    is normalised if ``SCALED`` is True, and only centred otherwise. If ``NORM`` is True, a norm
-    precedes the gate. Program (i, j) computes block i of the channels and block j of the hidden
-    units.
+    ``total`` and ``aligned`` contain partial sums per channel, with one row per image or per chunk
+    of an image. They are added up over the rows to compute the gradients of the norm's bias and
+    weight, respectively. ``total`` contains sums of the output gradient. ``aligned`` contains sums
+    of the product of the output gradient and the feature map, which is normalised if ``SCALED`` is
+    True, and only centred otherwise. If ``NORM`` is True, a norm precedes the gate. Program (i, j)
+    computes block i of the channels and block j of the hidden units.
     """
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     inside = c < C

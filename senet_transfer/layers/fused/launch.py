@@ -92,7 +92,7 @@ def _aligned(value: Any) -> Any:
 
 
 def _prepared(function: Callable[..., _Results]) -> Callable[..., _Results]:
-    """Decorate a function that launches kernels, so it runs on the GPU of its arguments.
+    """Decorate a function that launches kernels, so that it runs on the GPU of its arguments.
 
     Unaligned tensors are copied. The decorated function receives an additional first argument, a
     key for the cache of compiled kernels. The key consists of the function's name, the device index
@@ -126,7 +126,10 @@ def _prepared(function: Callable[..., _Results]) -> Callable[..., _Results]:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Return whether ``x`` has the channels-last layout and is not also contiguous."""
+    """Return whether ``x`` has the channels-last layout.
+
+    If ``x`` is also contiguous, for example because it has a single channel, return False.
+    """
     return not x.is_contiguous() and x.stride(1) == 1
 
 
@@ -180,8 +183,8 @@ def _launch(
             dtypes of the tensors, and the properties of integers for which Triton specialises
             kernels.
         arguments: Tensors, numbers and None, in the order of the kernel's parameters. The addresses
-            of tensors must be aligned. An integer without its properties in ``key`` must be passed
-            as a float, for which Triton does not specialise kernels.
+            of tensors must be aligned. An integer whose properties are not in ``key`` must be
+            passed as a float, because Triton does not specialise kernels for values of floats.
         flags: Compile-time arguments of the kernel and Triton options.
     """
     key = (id(kernel), key, *flags, *flags.values())
@@ -386,7 +389,7 @@ class _Launcher:
         """Return the pooled features and the hidden units of all images.
 
         Args:
-            means: Mean of the feature map per chunk of positions and channel.
+            means: Means of the feature map over each chunk of positions, ``(chunks, C)``.
             norm: The norm between the feature map and the gate.
             gate: The gate.
         """

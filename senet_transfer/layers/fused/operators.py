@@ -13,8 +13,8 @@ optional, too.
 
 Each operator exists in two forms, which use the same kernels:
 
-* Eager code calls an autograd function. It takes a quarter of a custom operator's host time, and
-  updates the running statistics in one of the kernels.
+* Eager code calls an autograd function. Its CPU overhead is a quarter of that of a custom operator,
+  and it updates the running statistics in one of the kernels.
 * Compiled code calls a custom operator, such as ``torch.ops.senet_transfer.norm_gate_add``. With
   its fake implementation and its registered gradient, it causes no graph breaks.
 

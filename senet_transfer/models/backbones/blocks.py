@@ -52,7 +52,14 @@ class PlainBottleneckBlock(Fusable, BottleneckBlock):
 def _plain_end(
     block: PlainBasicBlock | PlainBottleneckBlock, x: Tensor, inner: Tensor, last: Conv2d
 ) -> Tensor:
-    """Compute a block's output from the block's input and the last convolution's input."""
+    """Apply a block's last convolution, the residual addition and the ReLU.
+
+    Args:
+        block: The block.
+        x: The block's input.
+        inner: The last convolution's input.
+        last: The last convolution.
+    """
     shortcut = x if block.shortcut is None else conv_norm(block.shortcut, x, block.fused)
     out = residual_end(last, None, inner, shortcut, block.fused)
     return F.relu_(last(inner) + shortcut) if out is None else out
@@ -87,7 +94,15 @@ class SEBlock(Fusable, CNNBlockBase):
             fold_squeeze(self.conv3, self.se)
 
     def _end(self, x: Tensor, inner: Tensor, last: Conv2d) -> Tensor:
-        """Compute the block's output from the block's input and the last convolution's input."""
+        """Apply the last convolution, the residual addition and the ReLU.
+
+        The SE gate is also applied here, unless its placement is "pre" or "3x3".
+
+        Args:
+            x: The block's input.
+            inner: The last convolution's input.
+            last: The last convolution.
+        """
         shortcut = x if self.shortcut is None else conv_norm(self.shortcut, x, self.fused)
         out = None
         if self.placement != "identity" and not self.relu_before:
@@ -176,7 +191,7 @@ class SENet154Block(SEBlock, _WideBottleneck):
 
 
 def check_not_mixture(se: SEOptions) -> None:
-    """Raise UserError for the placement "mixture", which only shake-shake networks support."""
+    """Raise a UserError for the placement "mixture", which only shake-shake networks support."""
     if se.placement == "mixture":
         raise UserError(
             "The SE placement is 'mixture' (after the mixture of two branches), but this network "

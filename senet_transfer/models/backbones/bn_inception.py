@@ -140,8 +140,8 @@ def build_bn_inception(
 ) -> ResNet:
     """Build BN-Inception.
 
-    The features "stem" and "res2" have stride 4; "res3" ends with module 3b, and "res4" with module
-    4d.
+    The feature maps "stem" and "res2" have stride 4. The feature map "res3" is the output of
+    Inception module 3b, and "res4" is the output of module 4d.
     """
     check_se(se, "BN-Inception", stages=(3, 4, 5))
     stages: list[list[CNNBlockBase]] = [[ConvPair(64, 64, 192, norm=norm)]]

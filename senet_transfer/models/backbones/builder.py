@@ -93,7 +93,7 @@ def trunk_builder(
 
 
 def check_out_features(out_features: list[str] | None, features: tuple[str, ...]) -> None:
-    """Raise UserError unless ``out_features`` is None or a list of feature names."""
+    """Raise a UserError unless ``out_features`` is None or a list of feature names."""
     if out_features is None:
         return
     # Accept any sequence, because lists in a LazyConfig are not instances of list.
@@ -107,7 +107,7 @@ def check_out_features(out_features: list[str] | None, features: tuple[str, ...]
 
 
 def check_freeze_at(freeze_at: int, features: tuple[str, ...]) -> None:
-    """Raise UserError unless ``freeze_at`` is a valid number of stages."""
+    """Raise a UserError unless ``freeze_at`` is a valid number of stages."""
     if type(freeze_at) is not int or freeze_at not in range(len(features) + 1):
         raise UserError(
             f"freeze_at is {freeze_at!r}; expected 0 (freeze nothing) to {len(features)} (freeze "
@@ -122,7 +122,7 @@ def check_se(
     stages: tuple[int, ...],
     placements: tuple[str, ...] = ("standard",),
 ) -> None:
-    """Raise UserError if a network does not support an SE variant.
+    """Raise a UserError if a network does not support an SE variant.
 
     Args:
         se: SE variant; None for a network without SE.

@@ -210,7 +210,7 @@ class PreActBlock(GatedBlock):
 
 
 def check_preact_se(se: SEOptions, *, bottleneck: bool) -> None:
-    """Raise UserError if a pre-activation block does not support an SE variant."""
+    """Raise a UserError if a pre-activation block does not support an SE variant."""
     check_not_mixture(se)
     check_cifar_se(se)
     if se.placement == "3x3" and not bottleneck:
@@ -221,7 +221,7 @@ def check_preact_se(se: SEOptions, *, bottleneck: bool) -> None:
 
 
 def check_cifar_se(se: SEOptions) -> None:
-    """Raise UserError if CIFAR networks do not support an SE variant."""
+    """Raise a UserError if CIFAR networks do not support an SE variant."""
     if se.relu_before:
         raise UserError(
             "se_relu_before is True, but CIFAR networks do not support a ReLU before the gate. Set "

@@ -193,7 +193,7 @@ def build_inception_resnet_v2(
     out_features: list[str] | None = None,
     freeze_at: int = 0,
 ) -> ResNet:
-    """Build Inception-ResNet-v2, whose features "stem" and "res2" both have stride 4.
+    """Build Inception-ResNet-v2, whose feature maps "stem" and "res2" both have stride 4.
 
     Args:
         padding: Padding of convolutions and pools: "valid", as in the published network, or "same",

@@ -81,7 +81,7 @@ def build_mobilenet(
     out_features: list[str] | None = None,
     freeze_at: int = 0,
 ) -> ResNet:
-    """Build MobileNet 1.0, with stride 2 in "stem" and strides 4 to 32 in "res2" to "res5"."""
+    """Build MobileNet 1.0, whose feature maps "stem" to "res5" have strides 2, 4, 8, 16 and 32."""
     check_se(se, "MobileNet", stages=(2, 3, 4, 5))
     stem = MobileNetStem(in_channels, norm=norm)
     stages, inputs = [], stem.out_channels

@@ -81,7 +81,7 @@ def build_resnet(
 def _check_blocks(
     depth: int, num_groups: int, width_per_group: int, stride_in_1x1: bool, dilation: int
 ) -> None:
-    """Raise UserError if the options of the residual blocks are invalid."""
+    """Raise a UserError if the options of the residual blocks are invalid."""
     if not isinstance(stride_in_1x1, bool):
         raise UserError(f"stride_in_1x1 is {stride_in_1x1!r}; expected True or False.")
     if num_groups < 1 or width_per_group < 1:

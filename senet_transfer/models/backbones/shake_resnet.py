@@ -162,7 +162,7 @@ class _ShakeBlock(GatedBlock, ABC):
 
     @abstractmethod
     def _make_shortcut(self, stride: int, norm: str) -> nn.Module:
-        """Build the shortcut of a block that changes the shape."""
+        """Build the shortcut of a block whose input and output shapes differ."""
 
     def freeze(self) -> CNNBlockBase:
         """Freeze the block as in Detectron2, and mix its branches equally, as in evaluation."""
@@ -239,7 +239,9 @@ def build_shake_shake26(
         UserError: If the width is invalid or the network does not support the SE variant.
     """
     if width < 2 or width % 2:
-        raise UserError(f"The width of Shake-Shake is {width}; expected an even number >= 2.")
+        raise UserError(
+            f"The width of the Shake-Shake network is {width}; expected an even number >= 2."
+        )
     if se is not None and se.placement == "3x3":
         raise UserError(
             "The SE placement is '3x3' (after the 3x3 convolution of a bottleneck), but "

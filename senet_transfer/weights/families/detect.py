@@ -32,7 +32,7 @@ def having(*needed: str) -> Detector:
 
 
 def any_of(*detectors: Detector) -> Detector:
-    """Return a detection function that returns True if any of ``detectors`` does."""
+    """Return a function that detects a weight file if at least one of ``detectors`` does."""
     return lambda tensors, metadata: any(d(tensors, metadata) for d in detectors)
 
 
@@ -57,13 +57,13 @@ torchvision_v1 = any_of(plain_torchvision, _vgg_with_norms)
 
 
 def places365(tensors: Tensors, metadata: Metadata) -> bool:
-    """Detect CSAIL's Places365 files by the number of classes."""
+    """Detect weight files of CSAIL's Places365 PyTorch models by their 365 classes."""
     shape = tuple(tensors["fc.weight"].shape) if "fc.weight" in tensors else ()
     return plain_torchvision(tensors, metadata) and shape[:1] == (365,)
 
 
 def timm(tensors: Tensors, metadata: Metadata) -> bool:
-    """Detect timm's files, except those of its legacy_se* models."""
+    """Detect timm's weight files, except those of its legacy_se* models."""
     if _inception_resnet(tensors, metadata):
         return "last_linear.weight" not in tensors
     with_se = having(r"(conv1|bn1)\.weight", r"layer\d\.\d+\.se\.fc\d\.weight")

@@ -65,7 +65,7 @@ class Family:
 
 
 def _stride_in_3x3(arch: Architecture) -> Geometry:
-    """Return torchvision's stride placement and stem pool, which most PyTorch projects use."""
+    """Return torchvision's layer options, which most PyTorch projects use."""
     return Geometry(
         stride_in_1x1=None if arch.is_senet154 or not arch.bottleneck else False,
         stem_pool="pad",
@@ -93,9 +93,10 @@ def _timm_legacy(arch: Architecture) -> Geometry:
 
 
 def _msra(arch: Architecture) -> Geometry:
-    """Return the stride placement and stem pool of Detectron's networks.
+    """Return the layer options of the networks in Detectron and Detectron2.
 
-    ResNets have the stride in the first 1x1 convolution, and ResNeXts in the 3x3 convolution.
+    ResNets have the stride in the first 1x1 convolution, and ResNeXts have it in the 3x3
+    convolution.
     """
     return Geometry(
         stride_in_1x1=arch.groups == 1 if arch.bottleneck else None,

@@ -94,7 +94,11 @@ def statements_of(
     Args:
         metadata: Values stored with the tensors.
         architecture: Architecture detected from the tensors, or None if it is unknown.
-        timm: Content of timm's ``config.json`` next to the file, if there is one.
+        timm: Content of timm's ``config.json`` next to the file, or None if there is no such file.
+
+    Returns:
+        The information about the network and its contradictions. No information is returned if
+        the architecture is unknown.
     """
     if architecture is None:
         return Statements()

@@ -45,18 +45,19 @@ def stated_network(
     *,
     several: bool = False,
 ) -> str:
-    """Return the name of a file's network, including the tag of the weights if it is specified.
+    """Return a timm network's name, with the tag of its weights if the file specifies a tag.
 
     Args:
         path: Path of the file.
         metadata: Values in the file, such as the architecture in checkpoints from timm's training
             script.
-        network: Name of the model, such as "timm/regnety_002".
+        network: Name of the network that loads the weights, such as "timm/regnety_002".
         timm: Content of timm's ``config.json`` next to the file.
-        several: Whether the file contains several networks, so a name may refer to a different one.
+        several: Whether the file contains several networks. If True, names of other networks are
+            ignored.
 
     Raises:
-        UserError: If the file specifies a different timm network.
+        UserError: If ``several`` is False, and the file specifies a different timm network.
     """
     own, tagged = network.removeprefix(PREFIX).partition(".")[0], network
     for key, name in stated_names(metadata, timm):

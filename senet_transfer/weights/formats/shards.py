@@ -48,7 +48,7 @@ def shard_files(path: Path) -> dict[Path, set[str]]:
 
 
 def check_not_a_shard(path: Path) -> None:
-    """Raise UserError if a file is one of several shards and contains only part of a network."""
+    """Raise a UserError if a file is one of several shards and contains only part of a network."""
     match = _SHARD.fullmatch(path.name)
     if match and int(match[3]) > 1:
         index = path.with_name(f"{match[1]}.safetensors.index.json")

@@ -162,7 +162,7 @@ def _named_tensors(tree: dict, path: Path) -> dict[str, _Source]:
 
 
 class _Choice(NamedTuple):
-    """Choice of the entry of a checkpoint that contains the model.
+    """Checkpoint entry that was selected as the model's state dict.
 
     Attributes:
         key: Key of the entry.
@@ -295,7 +295,10 @@ def _others(tree: dict, *used: str) -> tuple[str, ...]:
 
 
 def _unreadable_averages(tree: dict) -> Iterator[str]:
-    """Yield a sentence about each entry whose averaged weights have no tensor names."""
+    """Yield the reason why each unreadable entry of averaged weights is not read.
+
+    Unreadable entries are objects of unsupported classes and lists of tensors without names.
+    """
     for key, value in tree.items():
         if not isinstance(key, str) or not _words(key) & _AVERAGED:
             continue
@@ -310,12 +313,12 @@ def _is_tensor_list(value: Any) -> bool:
 
 
 def check_named_ema(path: Path, wanted: Wanted, selected: Selected) -> None:
-    """Raise UserError if EMA weights are wanted, but the prefix does not select EMA weights.
+    """Raise a UserError if ``wanted`` requests EMA weights, but its prefix does not select any.
 
     Args:
-        path: Path of the file, which has no separate state dict of EMA weights.
-        wanted: Network to take from the file.
-        selected: Selected tensor names.
+        path: Path of the file, which contains no separate state dict of EMA weights.
+        wanted: Specification of the network to load.
+        selected: Names of the tensors that the prefix selects, and of the omitted tensors.
     """
     if not wanted.ema or _words(wanted.prefix) & _AVERAGED:
         return
@@ -393,7 +396,7 @@ def _bare(name: str) -> str:
 
 
 def _check_partitions(tree: dict, key: str, path: Path) -> None:
-    """Raise UserError for a DeepSpeed ZeRO-3 file, in which the parameters are empty."""
+    """Raise a UserError for a DeepSpeed ZeRO-3 file, in which the parameters are empty."""
     if not ({"ds_config", "ds_version"} & tree.keys()) or not isinstance(tree[key], dict):
         return
     weights = [
@@ -404,8 +407,8 @@ def _check_partitions(tree: dict, key: str, path: Path) -> None:
     if weights and not any(isinstance(w, _Source) and w.size for w in weights):
         raise UserError(
             f"{path} is one partition of a DeepSpeed ZeRO-3 checkpoint, whose parameters are "
-            "distributed over several files. Join them with DeepSpeed's script in the checkpoint "
-            "folder: python zero_to_fp32.py . weights."
+            "distributed over several files. Run python zero_to_fp32.py . weights in the "
+            "checkpoint folder to merge these files."
         )
 
 
@@ -422,7 +425,11 @@ def _model_entries(tree: dict) -> dict:
 
 
 def _is_object(value: Any) -> bool:
-    """Return whether a value is a dict without tensors or a placeholder for another object."""
+    """Return whether a value is a dict without tensors, or an object of an unsupported class.
+
+    Such an object is represented by a ``Placeholder``. Placeholders for PyTorch's internal
+    functions, such as those that rebuild tensors, are not included.
+    """
     if isinstance(value, dict):
         return not _has_tensors(value)
     value = _as_leaf(value)
@@ -491,9 +498,10 @@ def _is_deepspeed(tree: dict) -> bool:
 def _is_flat(tree: dict) -> bool:
     """Return whether ``tree`` itself is a state dict.
 
-    Other dictionaries can also contain tensors, such as metrics or random number generator states.
-    If no tensor is named like a parameter, ``tree`` is a state dict only if no dictionary in it
-    contains parameters.
+    This is the case if it directly contains a tensor with a typical parameter name, such as
+    "conv1.weight". If all of its tensors have other names, they can also be metrics or random
+    number generator states. In this case, ``tree`` is a state dict only if it contains no nested
+    dictionary with parameters.
     """
     direct = [key for key, value in tree.items() if isinstance(key, str) and is_numeric(value)]
     if any(map(_names_parameter, direct)):
@@ -529,7 +537,7 @@ def _leaves(
     for key, value in tree.items():
         budget[0] -= 1
         if budget[0] < 0:
-            raise _TooManyEntries("it contains too many entries")
+            raise _TooManyEntries(f"its dictionaries contain more than {_MAX_ENTRIES:,} entries")
         if isinstance(key, Placeholder):
             yield prefix, key
         elif not isinstance(key, str):
@@ -549,7 +557,7 @@ def _take_plain(metadata: dict[str, Any], values: dict) -> None:
                 metadata[key] = _plain(value, budget)
             left -= _MAX_PLAIN - budget[0]
             if left < 0:
-                raise _TooManyEntries("it contains too many entries")
+                raise _TooManyEntries(f"its metadata contains more than {_MAX_TOTAL:,} values")
 
 
 class _NotPlain(Exception):  # noqa: N818 - only used in this file

@@ -102,7 +102,7 @@ def _without_inserted(names: Iterable[str]) -> dict[str, str]:
 
 
 def _drop_copies(selected: Selected) -> None:
-    """Drop the buffers with copies of the weights that mmcv's EMAHook adds to a model.
+    """Drop the copies of the weights that mmcv's EMAHook stores in buffers of the model.
 
     Their names are derived from those of the weights. For example, ``ema_conv1_weight`` is a copy
     of ``conv1.weight``.
@@ -115,9 +115,9 @@ def _drop_copies(selected: Selected) -> None:
 def _drop_counters(selected: Selected, sizes: Mapping[str, int]) -> None:
     """Drop the counters of averaged models, which are not part of the network.
 
-    ``n_averaged`` is dropped if other tensors have the same prefix. Counters with other names, such
-    as ``step``, are dropped only if all other tensors with that prefix belong to wrappers such as
-    ``ema_model``.
+    ``n_averaged`` is dropped if other tensors have the same prefix. Other counters, such as
+    ``step``, are dropped only if, in addition, the next component in the names of these tensors is
+    that of a wrapper, such as ``ema_model``.
     """
     found: dict[str, list[str]] = {}
     for name, own in selected.kept.items():

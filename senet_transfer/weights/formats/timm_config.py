@@ -79,8 +79,8 @@ def read_timm_config(weights: Path) -> TimmConfig | None:
         raise UserError(
             f"{path}, which describes {weights.name}, is not supported: {shown(error)}. Expected "
             "input_size, mean, std, crop_pct and interpolation (bilinear or bicubic) in timm's "
-            "format, the crop_mode center, and no model_args that change the network. Remove this "
-            "file to load the weights without the information in it."
+            "format, no crop_mode other than center, and no model_args that change the network. "
+            "Remove this file to load the weights without the information in it."
         ) from error
 
 
@@ -90,7 +90,7 @@ def train_options(metadata: Mapping[str, Any], default: Preprocessing) -> dict[s
     The result is None for other checkpoints. Options with invalid values are ignored.
 
     Args:
-        metadata: Plain values in the checkpoint, such as the script's options ``args``.
+        metadata: Metadata of the checkpoint. ``train.py`` saves its options under the key ``args``.
         default: Preprocessing of the network, used for options without a valid value.
     """
     args = metadata.get("args")
@@ -115,7 +115,10 @@ def train_options(metadata: Mapping[str, Any], default: Preprocessing) -> dict[s
 
 
 def _channel_values(values: Any, low: float) -> tuple[float, ...]:
-    """Return one value per channel, for pixels from 0 to 255; empty if the values are invalid."""
+    """Scale a mean or std to pixel values from 0 to 255, and return one value per channel.
+
+    Return an empty tuple if the values are invalid.
+    """
     if not isinstance(values, list | tuple) or len(values) not in (1, 3):
         return ()
     if not all(_is_number(value, low) for value in values):

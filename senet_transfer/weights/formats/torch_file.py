@@ -90,7 +90,7 @@ def _untyped_tensor(
     """Return a tensor whose dtype is specified separately from its untyped storage."""
     dtype = dtype.value if isinstance(dtype, Named) else None
     if not (isinstance(storage, Storage) and storage.dtype == torch.uint8):
-        raise ValueError("a tensor has no untyped storage")
+        raise ValueError("a tensor's storage is not an untyped storage")
     if not isinstance(dtype, torch.dtype):
         raise ValueError("a tensor has no dtype")
     numel = storage.numel // dtype.itemsize
@@ -245,7 +245,7 @@ def _check_records(archive: zipfile.ZipFile, path: Path) -> str:
             f"{path} was repacked with compression, which is not supported. Use the original file."
         )
     if any(info.compress_size != info.file_size for info in records):
-        raise ValueError("a record has two different sizes")
+        raise ValueError("the compressed and uncompressed sizes of an uncompressed record differ")
     if sum(info.file_size for info in records) > path.stat().st_size:
         raise ValueError("the records are larger than the file")
     if len(set(names)) != len(names):
@@ -356,7 +356,7 @@ def _raw(stream: io.BytesIO, start: int, nbytes: int) -> bytearray:
 def _skip_data(stream: io.BytesIO, storage: Storage) -> int:
     """Skip a storage's data after checking its length, and return its start position."""
     if struct.unpack("<q", stream.read(8)) != (storage.numel,):
-        raise ValueError("the data does not have the length that its tensor requires")
+        raise ValueError("the data of a tensor does not have the expected length")
     start = stream.tell()
     if stream.seek(start + storage.nbytes) > length_of(stream):
         raise ValueError("the file ends in the middle of a tensor")

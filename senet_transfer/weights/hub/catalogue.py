@@ -93,7 +93,10 @@ def load_catalogue() -> dict[str, Entry]:
 
 
 def _bundled_entries() -> Iterator[Entry]:
-    """Yield the entries for the files in this package. Files are verified when they are used."""
+    """Yield the catalogue entries of the weight files that are included in this package.
+
+    The files are verified when they are used.
+    """
     for name, (path, sha256) in bundled_files().items():
         stated = stated_metadata(path)
         yield Entry(
@@ -122,7 +125,10 @@ def _entries(
     cache_prefix: str = "",
     view: dict[str, Any] | None = None,
 ) -> Iterator[Entry]:
-    """Yield the entries of a group in ``catalogue.yaml``; see this file for the arguments."""
+    """Yield the catalogue entries of a group of files.
+
+    The arguments are the keys of a group in ``catalogue.yaml``. Comments in this file explain them.
+    """
     for name, path in files.items():
         file = cache_prefix + path.rpartition("/")[2]
         stated = _HASH.search(file)

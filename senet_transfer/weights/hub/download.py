@@ -100,7 +100,7 @@ def fetch(url: str, path: Path, sha256: str | None, *, hint: str = "") -> Path:
 
 
 def check_sha256(path: Path, sha256: str | None, remedy: str = "") -> None:
-    """Raise UserError if a file's SHA-256 does not begin with ``sha256``."""
+    """Raise a UserError if a file's SHA-256 does not begin with ``sha256``."""
     if sha256 and not (found := file_sha256(path)).startswith(sha256):
         raise UserError(
             f"{path} is damaged or is not the expected file: its SHA-256 is {found}; expected a "
@@ -142,7 +142,7 @@ def _check_scheme(url: str) -> None:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Redirect handler that rejects redirects to unencrypted URLs on other machines."""
+    """Redirect handler that follows only https:// URLs and, on this machine, http:// URLs."""
 
     def redirect_request(
         self,

@@ -1,4 +1,4 @@
-"""Adaptation of the first convolution's weights from colour images to other channels."""
+"""Adaptation of weights for colour images to a different number of input channels."""
 
 from dataclasses import replace
 
@@ -49,10 +49,11 @@ def adapt_channels(source: Source, target: Target) -> Source:
 
 
 def adapted_weight(weight: Tensor, channels: int) -> Tensor:
-    """Adapt the weight of a convolution on RGB images, ``(O, 3, H, W)``, to other channels.
+    """Adapt a convolution's weight for RGB images, ``(O, 3, H, W)``, to other input channels.
 
-    As in timm, the weights are summed for a single channel. Otherwise, they are repeated in turn
-    for the ``C`` channels, and multiplied by ``3 / C`` to keep the scale of the outputs.
+    As in timm, the weights of the three channels are summed if there is a single channel.
+    Otherwise, they are repeated cyclically (R, G, B, R, ...) to obtain ``C`` channels, and
+    multiplied by ``3 / C`` to keep the scale of the outputs.
     """
     if channels == 1:
         return weight.float().sum(1, keepdim=True).to(weight.dtype)

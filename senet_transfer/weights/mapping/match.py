@@ -34,10 +34,13 @@ class Match:
 
     Attributes:
         filled: Values from the file for the model's tensors, by tensor name in this project.
-        initialised: Names of the model's tensors that keep their initial values, and why.
-        ignored: Names of the file's tensors that are not used, and why.
+        initialised: Reasons why tensors of the model keep their initial values, by tensor name in
+            this project.
+        ignored: Reasons why tensors in the file are intentionally not used, by tensor name in the
+            file.
         missing: Names of the model's tensors that are missing from the file but required.
-        left_over: Names of the file's tensors that the model does not have.
+        left_over: Names of unexpected tensors in the file, which are neither part of the model
+            nor ignored.
         misfits: Descriptions of tensors whose shape or dtype differs from the model's.
     """
 
@@ -55,12 +58,16 @@ class Match:
 
 
 def match(source: Source, target: Target, *, exact: bool = False) -> Match:
-    """Match file tensors with model tensors by name, shape and dtype.
+    """Match file tensors with model tensors by name, shape and kind of dtype.
+
+    A floating-point tensor can match one with a different floating-point dtype, but never an
+    integer tensor.
 
     Args:
         source: Weight file, as returned by :func:`~.source.examine`.
         target: Model to load the file into.
-        exact: Whether every tensor must be loaded and used, as when a run is resumed.
+        exact: Whether the file must contain all weights of the model and no others, as when a run
+            is resumed.
     """
     result = Match(left_over=list(source.unknown))
     for name, tensor in target.tensors.items():
@@ -153,7 +160,7 @@ def _why_ignored(source: Source, target: Target, name: str, exact: bool) -> str 
 
 
 def check_match(result: Match, source: Source, target: Target) -> None:
-    """Raise UserError with a list of all differences if a file does not fit a model."""
+    """Raise a UserError with a list of all differences if a file does not fit a model."""
     problems = []
     if source.architecture and target.architecture:
         problems = source.architecture.differences(target.architecture)
@@ -214,8 +221,8 @@ def _remedy(result: Match, source: Source, target: Target) -> str:
             f"{source.path} backbone.pth --backbone`, and set MODEL.WEIGHTS to the new file."
         )
     return (
-        "Use weights for this network, or build the network that the file contains. If the "
-        "detected family is wrong, set family= or MODEL.WEIGHTS_FAMILY."
+        "Use weights for this network, or build the network to which the weights in the file "
+        "belong. If the detected family is wrong, set family= or MODEL.WEIGHTS_FAMILY."
     )
 
 

@@ -222,7 +222,10 @@ def _has_others(file: WeightFile, wanted: Wanted, timm: str = "") -> bool:
 
 
 def _with_train_options(source: Source, file: WeightFile) -> Source:
-    """Replace the preprocessing with the options of timm's ``train.py`` if it wrote the file."""
+    """Return a source with the preprocessing options that timm's ``train.py`` saved in its file.
+
+    Sources of files without such options are returned unchanged.
+    """
     if source.preprocessing is None or file.timm or OWN_METADATA in file.metadata:
         return source
     default = source.preprocessing
@@ -241,7 +244,10 @@ def _with_train_options(source: Source, file: WeightFile) -> Source:
 
 
 def _as_published(source: Source, published: Iterable[Entry]) -> Source:
-    """Return a published file's source with the preprocessing that the catalogue specifies."""
+    """Return a weight file's source with the preprocessing specified by its catalogue entry.
+
+    Sources of files without an entry for their family are returned unchanged.
+    """
     entry = next((entry for entry in published if entry.family == source.family.name), None)
     if entry is None or source.preprocessing is None:
         return source
@@ -418,10 +424,11 @@ def _with_statements(
 def _head(
     unknown: Collection[str], outside: Collection[str], known: Mapping[str, str]
 ) -> tuple[str, ...]:
-    """Return the unknown names that do not look like names in the backbone.
+    """Return the names of unknown tensors that probably do not belong to the backbone.
 
-    A name looks like one in the backbone if its first component and that of a known tensor differ
-    at most in a number, such as ``layer5`` and ``layer4``, or ``conv2`` and ``conv1``.
+    A tensor probably belongs to the backbone if the first component of its name, ignoring a number
+    at the end, is the same as that of a known backbone tensor. For example, ``layer5.0.weight``
+    probably belongs to a backbone that contains ``layer4.0.weight``.
     """
     backbone = [name for name, ours in known.items() if not ours.startswith(names.CLASSIFIER)]
     # In mmpretrain's files, all names in the backbone have a prefix.
@@ -565,7 +572,10 @@ def _own_word(file: WeightFile) -> tuple[Geometry, Preprocessing | None]:
 
 
 def _own_network(file: WeightFile) -> str:
-    """Return the name of the timm network in this project's metadata, or "" if there is none."""
+    """Return the name of the timm network, or "" if the file's metadata contains no such name.
+
+    Only metadata written by this project is considered.
+    """
     word = file.metadata.get(OWN_METADATA)
     name = word.get("model") if isinstance(word, Mapping) else None
     return name if isinstance(name, str) and is_timm(name) else ""

@@ -66,7 +66,7 @@ class Target:
         return Preprocessing(format=order, mean=mean, std=std)
 
     def backbone_preprocessing(self) -> Preprocessing:
-        """Return the preprocessing that the backbone expects, or the default if it has none."""
+        """Return the backbone's preprocessing, or the default if it is not specified."""
         found = getattr(self.backbone, "preprocessing", None)
         return found if isinstance(found, Preprocessing) else Preprocessing()
 

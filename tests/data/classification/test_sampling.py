@@ -13,9 +13,9 @@ from senet_transfer.data.classification.sampling import (
 
 
 def row(sizes, num_workers, epochs, seed=3):
-    """Merge the units that the workers process in turn, and return them as (epoch, unit) pairs.
+    """Return the (epoch, unit) pairs that all workers read, in round-robin order of the workers.
 
-    A unit is a group of samples, such as a shard.
+    A unit is a shard or a single image.
     """
     merged = {}
     for worker in range(num_workers):

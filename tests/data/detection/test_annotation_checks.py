@@ -16,7 +16,10 @@ pytestmark = pytest.mark.usefixtures("catalogs")
 
 
 def spoil(data, path, value):
-    """Set the JSON value at a path such as "images.0.width". If ``value`` is REMOVED, delete it."""
+    """Set the JSON value at a path such as "images.0.width".
+
+    If ``value`` is REMOVED, delete the last key of the path instead.
+    """
     *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
     for part in parents:
         data = data[part]
@@ -89,7 +92,7 @@ def test_each_section_must_be_a_non_empty_list(key, value, data, files):
 
 
 BAD_ENTRIES = [
-    ("images.1", 5, r"images\[1\] is not an object"),
+    ("images.1", 5, r"images\[1\] is not a JSON object"),
     ("images.1.id", REMOVED, r"images\[1\] has no `id`"),
     ("images.1.id", "3", r"images\[1\] \(id '3'\) has id '3'"),
     ("images.1.id", [3], r"images\[1\] .*whole number"),
@@ -108,14 +111,14 @@ BAD_ENTRIES = [
     ("images.1.height", 40.5, "has height 40.5"),
     ("images.1.height", "40", "has height '40'"),
     ("images.1.height", True, "has height True"),
-    ("categories.1", None, r"categories\[1\] is not an object"),
+    ("categories.1", None, r"categories\[1\] is not a JSON object"),
     ("categories.1.id", REMOVED, r"categories\[1\] has no `id`"),
     ("categories.1.id", "2", r"categories\[1\] .* has id '2'"),
     ("categories.1.id", 9, r"categories\[1\] \(id 9\) has the same id as categories\[0\]"),
     ("categories.1.name", REMOVED, r"categories\[1\] \(id 2\) has no `name`"),
     ("categories.1.name", " ", r"categories\[1\] \(id 2\) has name ' '"),
     ("categories.1.name", "dog", r"categories\[1\] .* has the same name 'dog' as categories\[0\]"),
-    ("annotations.1", [], r"annotations\[1\] is not an object"),
+    ("annotations.1", [], r"annotations\[1\] is not a JSON object"),
     ("annotations.1.id", REMOVED, r"annotations\[1\] has no `id`"),
     ("annotations.1.id", "2", r"annotations\[1\] .* has id '2'"),
     ("annotations.1.id", 1, r"annotations\[1\] \(id 1\) has the same id as annotations\[0\]"),

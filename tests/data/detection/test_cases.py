@@ -47,7 +47,7 @@ def paths(cases, case):
 
 
 def load(json_file, images, *, masks=False, evaluated=False, value_range=()):
-    """Check an annotation file and map its images as in training; return the number of objects."""
+    """Check an annotation file, and return the number of objects that the training mapper reads."""
     cfg = get_senet_config()
     cfg.MODEL.MASK_ON = masks
     cfg.INPUT.VALUE_RANGE = value_range

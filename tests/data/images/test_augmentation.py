@@ -167,7 +167,7 @@ def test_disabled_augmentation_does_not_change_the_crops(folder):
     ("options", "said"),
     [
         ({"POLICY": "auto"}, "expected one of: none, rand_augment, trivial_augment"),
-        ({"COLOR_JITTER": "(0.4, 0.4)"}, "expected four numbers"),
+        ({"COLOR_JITTER": "(0.4, 0.4)"}, "expected four non-negative numbers"),
         ({"COLOR_JITTER": "(0.1, 0.1, 0.1, 0.6)"}, "at most 0.5"),
         ({"RAND_AUGMENT": "(2, 31)"}, "magnitude from 0 to 30"),
         ({"BLUR_SIGMA": "(2.0, 1.0)"}, "minimum and the maximum"),

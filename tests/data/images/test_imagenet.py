@@ -156,7 +156,7 @@ def test_missing_and_damaged_files_are_reported(root):
     (root / DEVKIT).unlink()
     with pytest.raises(UserError, match="contains no labels; expected ILSVRC2012_devkit"):
         open_imagenet(root, "val")
-    # Training images need no devkit: the names of the inner archives are their classes.
+    # Training images need no devkit: the names of the nested archives are their classes.
     assert open_imagenet(root, "train").classes[0] == "n01440764"
     archive = root / "ILSVRC2012_img_train.tar"
     archive.write_bytes(archive.read_bytes()[:3000])

@@ -1,4 +1,4 @@
-"""Recorded CPU operators that behave like CUDA graphs."""
+"""Recording and replay of CPU operators, for tests of CUDA graphs without a GPU."""
 
 import random
 

@@ -216,7 +216,7 @@ def test_an_optimizer_that_cannot_skip_on_the_device_is_rejected():
 
 
 def recorded(graphs):
-    """Return a trainer class that captures its steps on a CPU."""
+    """Return a trainer class that captures its training steps with the given graphs on a CPU."""
 
     class RecordedTrainer(FusedTrainer):
         def __init__(self, cfg):

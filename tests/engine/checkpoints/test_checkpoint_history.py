@@ -105,7 +105,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used_with_a_warning(saver, tmp_p
     assert history.newest_whole(tmp_path).name == "model_0000001.pth"
     assert "model_0000003.pth has the SHA-256" in caplog.text
     (tmp_path / "model_0000001.pth").unlink()
-    with pytest.raises(UserError, match="(?s)No checkpoint in .* is intact.*SHA-256"):
+    with pytest.raises(UserError, match="(?s)none of these checkpoints is intact.*SHA-256"):
         history.newest_whole(tmp_path)
 
 

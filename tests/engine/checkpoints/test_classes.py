@@ -51,7 +51,7 @@ def run(cases, command, tmp_path, zero_initial_weights):
 
 
 def perfect(val: Path) -> list[tuple[dict, dict]]:
-    """Return a correct detection of each object. Class indices follow the order of `base`."""
+    """Return a correct detection of each object, with class indices in the order of `OWN`."""
     truth = json.loads(val.read_text())
     names = {item["id"]: item["name"] for item in truth["categories"]}
     found = []

@@ -1,4 +1,4 @@
-"""Tests for finding and building models: precedence of files, and reading each file only once."""
+"""Tests for building models from names, configs and weight files that are read only once."""
 
 import shutil
 from collections import Counter
@@ -164,7 +164,7 @@ def test_a_checkpoint_contains_the_preprocessing_of_its_model(train, tmp_path):
     chosen = find_model(weights=str(weights), options=options).examined().cfg
     assert list(chosen.DATASETS.CLASSES) == list(trainer.cfg.DATASETS.CLASSES)
     log = (tmp_path / "run" / "log.txt").read_text()
-    assert "DATASETS.CLASSES is a, b, c, d, but the classes of the model are blue" in log
+    assert "DATASETS.CLASSES is a, b, c, d, but the model was trained on the classes blue" in log
     assert eval_transform(chosen) == replace(view, reading=Reading((0, 255)))
     # Files saved by older versions lack these three entries.
     checkpoint = torch.load(weights)

@@ -119,7 +119,7 @@ def test_class_lists_of_another_length_are_rejected_in_prediction_and_export(
         edited = load_config(f"{cfg.OUTPUT_DIR}/config.yaml")
         edited.DATASETS.CLASSES = names
         Path(cfg.OUTPUT_DIR, "config.yaml").write_text(edited.dump())
-        complaint = f"has {len(names)} names, but .* is 4"
+        complaint = f"contains {len(names)} names, but .* is 4"
         for use in (
             lambda: load_trained(weights),
             lambda: predict(parser().parse_args(words)),

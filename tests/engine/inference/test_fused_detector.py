@@ -280,5 +280,5 @@ def test_other_predictions_of_an_unknown_architecture_are_rejected(item):
             return [{"instances": Instances((1, 1), **fields, scores=empty, pred_classes=empty)}]
 
     cfg = load_config("configs/faster_rcnn_se_r50.yaml", [])
-    with pytest.raises(UserError, match="predicts pred_masks; expected only boxes"):
+    with pytest.raises(UserError, match="predicts pred_masks; expected only axis-aligned"):
         FusedDetector(cfg, [WithMasks()])([item])

@@ -81,7 +81,7 @@ def structure(name: str, **options: object) -> Backbone:
 def with_all_stages(name: str, **options: object) -> Backbone:
     """Return a backbone on the meta device that outputs the feature maps of all stages.
 
-    The feature maps are aligned with the image.
+    Inception-ResNets are built with ``padding="same"``; see :func:`aligned`.
     """
     return structure(name, out_features=tuple(stages_of(name)), **aligned(name), **options)
 

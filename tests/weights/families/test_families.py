@@ -1,4 +1,7 @@
-"""Tests for weight families of projects that can't be installed, using published definitions."""
+"""Tests for loading weights of several families, mainly of projects that can't be installed.
+
+The networks of these projects are reimplemented in ``tests/weights/published.py``.
+"""
 
 import pickle
 

@@ -85,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def log_message(self, *args) -> None:
-        """Suppress the log of requests."""
+        """Disable the logging of requests."""
 
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path).strip("/")

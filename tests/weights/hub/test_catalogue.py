@@ -92,7 +92,10 @@ def test_names_are_listed_by_pattern():
 
 @pytest.fixture
 def published(tmp_path, monkeypatch):
-    """Serve a timm weight file that the catalogue lists as timm_legacy/test and cadene/wrong."""
+    """Serve a timm weight file that has two names in the catalogue.
+
+    The entry timm_legacy/test is correct, and cadene/wrong specifies the wrong family.
+    """
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     body = save(peer("timm", "legacy_seresnet18"), tmp_path / "x.pth").read_bytes()
     digest = hashlib.sha256(body).hexdigest()[:8]

@@ -107,7 +107,10 @@ def _compiled_loop(settings: Settings, network: str) -> Step:
 
 
 def measure_compiled(settings: Settings) -> Iterator[Found]:
-    """Measure training with ``SOLVER.COMPILE default``, compiling both networks at once."""
+    """Measure training with ``SOLVER.COMPILE default``.
+
+    The networks with and without SE are compiled at the same time, in separate processes.
+    """
     builders = {
         name: partial(_compiled_loop, settings, network)
         for name, network in _networks(settings).items()

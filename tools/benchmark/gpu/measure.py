@@ -25,8 +25,10 @@ class Settings:
     """Settings of the GPU benchmark.
 
     Attributes:
-        dry_run: Whether to run all code on a CPU with tiny sizes, which gives meaningless numbers.
-        compiled: "bf16" compiles only the networks that have a target; "all" compiles all networks.
+        dry_run: Whether to check the code on a CPU, with tiny networks and images. The measured
+            values are then meaningless.
+        compiled: The compiled training steps of ResNet-50 to measure: "bf16" (with and without SE,
+            in bfloat16) or "all" (all networks in all precisions).
         deadline: Value of ``time.monotonic()`` at which this part of the benchmark is stopped.
     """
 
@@ -95,7 +97,16 @@ def compare_steps(
 
 
 def ratio_of(found: Comparison, name: str, over: str | None = None) -> Result:
-    """Return the ratio of two candidates' times, and the control's interquartile range."""
+    """Compute the ratio of two candidates' times.
+
+    Args:
+        found: The measured times.
+        name: The first candidate.
+        over: The second candidate; None for the baseline.
+
+    Returns:
+        The ratio, and the interquartile range of the ratios of the control to the baseline.
+    """
     spread = None
     if found.control is not None:
         pairs = zip(found.seconds[found.control], found.seconds[found.baseline], strict=True)
@@ -110,7 +121,7 @@ def quotient(values: Mapping[str, float], name: str, over: str) -> Result:
 
 
 def amounts(what: str, unit: str, values: Mapping[str, float]) -> Amounts:
-    """Return measured values by candidate name. The baseline for ratios is "plain"."""
+    """Return a row with one value per candidate, and "plain" as the baseline for ratios."""
     return Amounts(what, unit, "plain", values)
 
 

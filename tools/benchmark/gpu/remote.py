@@ -1,6 +1,6 @@
-"""Benchmark steps that run in other processes, to compile several networks at the same time.
+"""Benchmark steps that are compiled in parallel, each in a separate process.
 
-While one process runs a step, the others wait, so they do not affect the measured time.
+The compiled steps are then timed one at a time, so they do not affect each other's times.
 """
 
 import contextlib
@@ -84,7 +84,7 @@ class Started:
     errors: dict[str, RemoteError] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raise an error if any process could not build its step."""
+        """Raise RemoteError if building any of the steps failed or took too long."""
         if self.errors:
             text = "; ".join(f"{name}: {error}" for name, error in self.errors.items())
             raise RemoteError(text)

@@ -78,10 +78,10 @@ def run(
         output: The JSON file, which is written after each row.
         command: The command line, for the JSON file.
         budget: The time for all parts together, in seconds.
-        compiled: "bf16" compiles only the networks that have a target. "all" compiles all networks
-            in all precisions, and needs a larger budget.
-        dry_run: If True, run all code on a CPU with tiny sizes. No value is compared with its
-            target.
+        compiled: The compiled training steps of ResNet-50 to measure: "bf16" (with and without SE,
+            in bfloat16) or "all" (all networks in all precisions, which needs a larger budget).
+        dry_run: If True, check the code on a CPU, with tiny networks and images. No value is
+            compared with its target.
 
     Raises:
         UserError: If there is no GPU, and this is not a dry run.
@@ -92,8 +92,8 @@ def run(
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     if not dry_run and not _has_gpu():
         raise UserError(
-            "The GPU benchmark needs a CUDA GPU, but torch.cuda.is_available() is False. To run "
-            "its code with tiny sizes on a CPU, use --dry-run."
+            "The GPU benchmark needs a CUDA GPU, but torch.cuda.is_available() is False. To "
+            "check its code on a CPU, with tiny networks and images, use --dry-run."
         )
     # Otherwise, the profiler logs each start and stop.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -160,7 +160,7 @@ class Report:
         self.note(part, text)
 
     def note(self, part: str, text: str) -> None:
-        """Print and save a note about a part of the benchmark, such as a missing option."""
+        """Print and save a note about a part of the benchmark, such as why it is not available."""
         print(f"{part}: {text}", flush=True)
         self.content["notes"][part] = text
         self._save()
@@ -225,7 +225,7 @@ def _receive(connection: Connection, name: str, settings: Settings, report: Repo
 
 
 def _end(process: multiprocessing.process.BaseProcess) -> None:
-    """Stop a part's process group, which includes its child processes."""
+    """Kill the process of a benchmark part and its child processes."""
     if process.pid is not None:
         try:
             os.killpg(process.pid, signal.SIGKILL)

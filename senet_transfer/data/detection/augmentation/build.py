@@ -99,8 +99,8 @@ def check_detection_augmentation(cfg: CfgNode) -> None:
     size = jitter.SIZE
     if len(size) != 2 or any(type(side) is not int or side < 1 for side in size):
         raise UserError(
-            f"INPUT.LARGE_SCALE_JITTER.SIZE is {tuple(size)}; expected the height and width in "
-            "pixels."
+            f"INPUT.LARGE_SCALE_JITTER.SIZE is {tuple(size)}; expected two positive integers, the "
+            "height and width in pixels, such as (1024, 1024)."
         )
     _check_crop(options.CROP)
     if removes_parts(cfg) and predicts_rotated_boxes(cfg):

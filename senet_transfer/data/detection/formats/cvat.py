@@ -102,8 +102,8 @@ def _read_frames(
     lacking = sorted(frame for frame, found in frames.items() if found and frame not in by_frame)
     if lacking:
         raise UserError(
-            f"{path} has objects in frame {lacking[0]}, but {images.root} has no image "
-            f"frame_{lacking[0]:06d}; expected the video frames that CVAT exports with the "
+            f"{path} contains objects in frame {lacking[0]}, but {images.root} contains no image "
+            f"named frame_{lacking[0]:06d}; expected the video frames that CVAT exports with the "
             "annotations. Extract the frames, and name the files frame_000000.png and so on."
         )
     # Frames without tracks become images without objects.

@@ -178,15 +178,15 @@ class ImageFolder:
         """
         if not isinstance(name, str) or not name.strip() or "\0" in name:
             raise UserError(
-                f"{where} has the image {shown(name)}; expected an image file name. Correct the "
+                f"{where} specifies the image {shown(name)}; expected a file path. Correct the "
                 "file."
             )
         path = os.path.normpath(os.path.join(base, name.replace("\\", "/")))
         relative = os.path.relpath(path, self.root)
         if relative.split(os.sep)[0] == os.pardir:
             raise UserError(
-                f"{where} has the image {name!r}, which is outside the image folder {self.root}. "
-                "Correct the path, or specify the folder that contains all images."
+                f"{where} specifies the image {name!r}, which is outside the image folder "
+                f"{self.root}. Correct the path, or specify the folder that contains all images."
             )
         return relative
 

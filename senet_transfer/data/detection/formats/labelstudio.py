@@ -61,7 +61,7 @@ def read(location: Path, images: ImageFolder) -> ImportedData:
 
 
 def _regions(task: dict[str, Any], where: str, data: ImportedData) -> list[dict] | None:
-    """Return the regions of a task's last annotation; None if there is no annotation."""
+    """Return the regions of a task's latest annotation, or None if the task is not annotated."""
     if "data" not in task:  # JSON-MIN: the regions are in a list under the name of the tag
         found = [part for value in task.values() if isinstance(value, list) for part in value]
         found = [part for part in found if isinstance(part, dict)]
@@ -69,8 +69,8 @@ def _regions(task: dict[str, Any], where: str, data: ImportedData) -> list[dict]
     annotations = task.get("annotations", task.get("completions"))
     if not isinstance(annotations, list) or not all(isinstance(a, dict) for a in annotations):
         raise UserError(
-            f"{where} has no `annotations` list; expected Label Studio's JSON export. Export the "
-            "data again."
+            f"{where} contains no valid `annotations` list; expected Label Studio's JSON export. "
+            "Export the data again."
         )
     valid = [a for a in annotations if not a.get("was_cancelled") and not a.get("skipped")]
     if not valid:
@@ -120,7 +120,8 @@ def _find_image(values: Any, where: str, images: ImageFolder) -> str:
     parts = [part for part in paths[0].replace("\\", "/").split("/") if part]
     if ".." in parts:
         raise UserError(
-            f"{where} has the image {paths[0]!r}; expected a path without `..`. Correct the file."
+            f"{where} specifies the image {paths[0]!r}; expected a path without `..`. Correct the "
+            "file."
         )
     names = [os.path.join(*parts[start:]) for start in range(len(parts))]
     # Label Studio prepends eight characters to the names of uploaded files.

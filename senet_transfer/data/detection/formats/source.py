@@ -200,7 +200,10 @@ def split_path(path: str | os.PathLike) -> tuple[str, str]:
 
 
 def annotations_exist(path: str) -> bool:
-    """Return True if the annotation file or folder exists, ignoring the split in the path."""
+    """Return True if an annotation file or folder exists.
+
+    A split at the end of the path, as in ``data.yaml:val``, is removed before the check.
+    """
     return os.path.exists(split_path(path)[0])
 
 
@@ -242,7 +245,8 @@ def _choose(data: ImportedData, split: str, location: str) -> str:
     choices = ", ".join(f"{location}:{name}" for name in data.splits)
     found = f"no split {split!r}" if split else f"{len(data.splits)} splits"
     raise UserError(
-        f"{location} has {found}; expected one of: {choices}. Specify one of these paths."
+        f"{location} contains {found}; expected the path of one split. Specify one of these paths: "
+        f"{choices}."
     )
 
 

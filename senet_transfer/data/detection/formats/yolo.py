@@ -136,7 +136,7 @@ def _key_points(content: dict, path: Path) -> int:
 def _split_images(
     entries: Any, key: str, location: Path, root: Path, images: ImageFolder, data: ImportedData
 ) -> list[str]:
-    """Return the images of a split relative to the image folder."""
+    """Return the paths of a split's images, relative to the image folder."""
     where = f"{location}: `{key}`"
     found: dict[str, None] = {}
     for entry in entries if isinstance(entries, list) else [entries]:
@@ -181,7 +181,7 @@ def _label_path(images: ImageFolder, name: str) -> str:
 def _read_image(
     name: str, images: ImageFolder, data: ImportedData, key_points: int
 ) -> tuple[ImportedImage, bool]:
-    """Read an image's objects. Return the image, and whether it has a label file."""
+    """Return an image with its objects, and whether its label file exists."""
     path = _label_path(images, name)
     width, height = images.size(name, path)
     image = ImportedImage(name, width, height, path)

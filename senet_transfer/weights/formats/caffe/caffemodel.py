@@ -31,8 +31,8 @@ def read_caffemodel(path: str | Path) -> tuple[str, list[CaffeLayer]]:
         return _read(Path(path))
     except (DecodeError, ValueError) as error:
         raise UserError(
-            f"{path} is not a weight file in a known format (torch.save, safetensors, pickle), or "
-            f"is a damaged .caffemodel: {shown(error)}. Check the file, or download it again."
+            f"{path} is not a weight file in a known format (torch.save, safetensors, pickle), and "
+            f"can't be read as a .caffemodel: {shown(error)}. Check the file, or download it again."
         ) from error
 
 

@@ -150,9 +150,9 @@ def test_a_changed_annotation_is_read_again(voc):
 
 
 def test_a_split_has_to_be_chosen(voc):
-    with pytest.raises(UserError, match=r"has 3 splits; expected one of: .*voc:train, .*voc:val"):
+    with pytest.raises(UserError, match=r"contains 3 splits; .* paths: .*voc:train, .*voc:val"):
         register_coco_dataset("mine", voc)
-    with pytest.raises(UserError, match=r"has no split 'test'; expected one of"):
+    with pytest.raises(UserError, match=r"contains no split 'test'; expected the path"):
         register_coco_dataset("mine", f"{voc}:test")
     with pytest.raises(UserError, match="not found"):
         register_coco_dataset("mine", f"{voc}:other")
