@@ -1,7 +1,7 @@
-"""MkDocs hooks that add the documents outside `docs/` and rewrite links for the site.
+"""MkDocs hooks that add documents outside `docs/` to the website and rewrite their links.
 
 Documents link to each other by relative paths in the repository, which work on GitHub. The hooks
-replace each of these paths with the path of the corresponding page on the site. Links to files
+replace each of these paths with the path of the corresponding page on the website. Links to files
 without a page become plain text.
 """
 
@@ -29,7 +29,7 @@ for _card in sorted((ROOT / "senet_transfer" / "pretrained").glob("*.md")):
 
 
 def relinked(markdown: str, document: str) -> str:
-    """Return the text of a document with its links rewritten for the site.
+    """Return the text of a document with its links rewritten for the website.
 
     Args:
         markdown: Text of the document.
@@ -51,7 +51,7 @@ def relinked(markdown: str, document: str) -> str:
 
 
 def on_files(files, config):
-    """Add the documents outside `docs/` to the website."""
+    """Add the documents outside `docs/`, such as README.md, to the website."""
     for document, page in OUTSIDE.items():
         text = (ROOT / document).read_text()
         files.append(File.generated(config, page, content=text))
@@ -59,12 +59,12 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Rewrite the links of a page for the site; see :func:`relinked`."""
+    """Rewrite the links of a page for the website; see :func:`relinked`."""
     outside = {page: document for document, page in OUTSIDE.items()}
     return relinked(markdown, outside.get(page.file.src_uri, f"docs/{page.file.src_uri}"))
 
 
 def on_page_content(html, page, config, files):
-    """Remove Sphinx role names, such as `:func:`, and shorten `~path.name` to `name`."""
+    """Remove Sphinx roles, such as `:func:`, and shorten `~module.name` to `name`."""
     html = re.sub(r":(?:attr|class|data|func|meth|mod|obj):(?=<code>)", "", html)
     return re.sub(r"<code>~[\w.]*?(\w+)</code>", r"<code>\1</code>", html)

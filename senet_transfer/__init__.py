@@ -1,6 +1,6 @@
 """Squeeze-and-Excitation networks beyond ImageNet, on Detectron2.
 
-Importing this package is cheap because its public functions are imported on first access. Its
+Importing this package is fast because its public functions are imported on first access. Its
 backbones and heads are registered with Detectron2 as soon as both packages are imported, in either
 order.
 """

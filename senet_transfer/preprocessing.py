@@ -17,17 +17,17 @@ class Preprocessing:
     Attributes:
         format: Channel order of the model's input: "RGB" or "BGR", "L" for grayscale images, or a
             format such as "C5" for images with 5 channels, which keep the order of the file.
-        mean: Mean to subtract, one value per channel in the order of ``format``, in 0-255 units.
-            A network with three input channels has three values even with the format "L". The
-            grayscale image is then repeated in all three channels, so the network can start from
-            weights for colour images.
-        std: Standard deviation to divide by, in the same order and units.
+        mean: Mean to subtract, one value per channel in the order of ``format``, for pixel values
+            from 0 to 255. A network with three input channels has three values even with the format
+            "L". The grayscale image is then repeated in all three channels, so the network can
+            start from weights for colour images.
+        std: Standard deviation to divide by, in the same order and for the same pixel values.
         resize: Length in pixels to which the shorter side is resized for classification.
         crop: Side length in pixels of the center crop for classification.
         interpolation: Interpolation mode for resizing, "bilinear" or "bicubic".
         mode: Evaluation mode for classification: "short_side", "squash" or "ten_crop".
-        value_range: Values of black and white in images with more than 8 bits per channel, for
-            classification. Empty for the whole range of 16-bit images.
+        value_range: Pixel values of black and white in images with more than 8 bits per channel,
+            for classification. If empty, the whole range of 16-bit images is used.
         upright: Whether to apply the EXIF orientation of images, for classification.
     """
 
@@ -76,8 +76,9 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor, format: str = "RGB") ->
     """Normalise RGB images and convert them to the channel order that a model expects.
 
     Args:
-        images: RGB images ``(N, 3, H, W)`` in 0-255 units, as uint8 or in the dtype of ``mean``.
-            For a multispectral format such as "C5" (five channels), images ``(N, 5, H, W)``.
+        images: RGB images ``(N, 3, H, W)`` with values from 0 to 255, as uint8 or in the dtype of
+            ``mean``. For a multispectral format such as "C5" (five channels), the shape is
+            ``(N, 5, H, W)``.
         mean: Mean ``(C, 1, 1)``, in the channel order of ``format``.
         std: Standard deviation ``(C, 1, 1)``, in the channel order of ``format``.
         format: Channel order of the model's input, such as "RGB" or "BGR"; "L" converts the images

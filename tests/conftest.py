@@ -1,4 +1,4 @@
-"""Fixtures for all tests."""
+"""Fixtures and pytest hooks for all tests."""
 
 import os
 import subprocess
@@ -26,14 +26,14 @@ LONG_FIXTURES = {"bucket", "interface", "resumed", "run_python", "train", "train
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests with slow fixtures as `long`, so that `make test-fast` skips them."""
+    """Mark tests that use slow fixtures as `long`, so that `make test-fast` skips them."""
     for item in items:
         if LONG_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.long)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip tests marked `gpu` without a GPU, or fail them if `$REQUIRE_GPU` is set."""
+    """Skip tests marked `gpu` if there is no GPU, or fail them if `$REQUIRE_GPU` is set."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         reason = "this test needs a CUDA GPU, but torch.cuda.is_available() is False"
         if os.environ.get("REQUIRE_GPU"):
@@ -43,7 +43,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Escape bytes in captured output that are not valid UTF-8, such as those of file names.
+    """Escape bytes in captured output that are not valid UTF-8, such as bytes in file names.
 
     pytest-xdist can't send such bytes to the main process; the worker would crash.
     """
@@ -77,9 +77,9 @@ def _restore_catalogs() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Return the folder with real data, such as `coco128/`, next to the checkout.
+    """Return the folder `../shared/data`, which contains real datasets such as COCO128.
 
-    If the folder is missing, tests that use this fixture are skipped. In CI they fail instead.
+    If the folder is missing, tests that use this fixture are skipped, or fail in CI.
     """
     if not SHARED_DATA.is_dir():
         reason = f"the real images in ../shared/data are missing ({SHARED_DATA})"
@@ -91,7 +91,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_cases(shared_data: Path) -> Path:
-    """Return the folder with detection data from public bug reports."""
+    """Return the folder with detection datasets from public bug reports."""
     cases = shared_data.parent / "cases" / "detection"
     if not cases.is_dir():
         pytest.skip(f"the detection data in ../shared/cases is missing ({cases})")
@@ -102,10 +102,10 @@ def shared_cases(shared_data: Path) -> Path:
 def run_python(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
-    """Return a function that runs ``python WORDS`` in the repository root.
+    """Return a function that runs Python with the given arguments in the repository root.
 
-    Importing torch and Detectron2 takes seconds, so the function forks a process that has already
-    imported them.
+    Importing torch and Detectron2 takes several seconds. Therefore, the function forks a process
+    that has already imported them.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     printed = tmp_path_factory.mktemp("processes") / "printed"
@@ -115,7 +115,7 @@ def run_python(
 
 @pytest.fixture
 def one_thread():
-    """Limit torch to one thread, so that sums do not depend on the number of CPU cores."""
+    """Limit torch to one thread, so that results do not depend on the number of CPU cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -124,7 +124,7 @@ def one_thread():
 
 @pytest.fixture
 def zero_initial_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Initialise networks with zeros, which is faster than drawing random numbers.
+    """Initialise weights with zeros, which is faster than drawing random numbers.
 
     Use this fixture only in tests that set or load all weights that they depend on.
     """

@@ -1,4 +1,4 @@
-"""Config overrides for small networks, which several test folders share."""
+"""Config overrides for small networks, shared by tests in several folders."""
 
 # This network has fewer than a million parameters, which keeps checkpoints small.
 SE_RESNEXT50 = {

@@ -1,4 +1,4 @@
-"""Tests for all configs: backbones, headers, published recipes, and the differences due to SE."""
+"""Tests for all configs: backbones, headers, published recipes, and comparisons with baselines."""
 
 from pathlib import Path
 

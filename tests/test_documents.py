@@ -1,4 +1,4 @@
-"""Tests for all documents: paths, links, config tables and worked examples.
+"""Tests for all documents: paths, links, config tables and code examples.
 
 To update the tables in configs/README.md from the headers of the configs, run
 
@@ -37,7 +37,7 @@ COLUMNS = "| config | description | command | expected result | hardware |\n|---
 
 
 def header(path):
-    """Return the parts of a config's header: description, command, expected result and hardware."""
+    """Return the description, command, expected result and hardware in a config's header."""
     lines = []
     for line in path.read_text().splitlines():
         if not line.startswith("#"):
@@ -82,8 +82,8 @@ def test_the_tables_of_configs_have_no_other_rows():
 
 
 @pytest.fixture
-def own_things():
-    """Unregister the models, family and dataset that the examples in CONTRIBUTING.md register."""
+def registered_examples():
+    """Unregister the models, weight family and dataset of the examples in CONTRIBUTING.md."""
     yield
     for name in ("tiny", "se_tiny"):
         _MODELS.pop(name, None)
@@ -93,7 +93,7 @@ def own_things():
 
 
 @pytest.mark.long
-def test_the_worked_example_of_contributing_runs(own_things, tmp_path, monkeypatch):
+def test_the_worked_example_of_contributing_runs(registered_examples, tmp_path, monkeypatch):
     shapes = make_shapes(tmp_path / "shapes", train=1, val=1)
     (tmp_path / "annotations.json").symlink_to(shapes / "annotations" / "instances_tiny.json")
     (tmp_path / "images").symlink_to(shapes / "tiny")

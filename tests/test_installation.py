@@ -1,4 +1,4 @@
-"""Tests for `make setup`: pinned versions, an atomic installation of Detectron2, and messages."""
+"""Tests for `make setup`: pinned versions, atomic installation of Detectron2, error messages."""
 
 import hashlib
 import importlib.metadata
@@ -32,7 +32,7 @@ def installer(monkeypatch):
 
 @pytest.fixture
 def wheel(tmp_path):
-    """Write a small wheel with the same faults as Detectron2's wheel.
+    """Write a small wheel with the same packaging errors as Detectron2's wheel.
 
     For example, it contains the top-level package ``tools``, which must not be installed.
     """

@@ -57,7 +57,7 @@ AVOIDED = {
 
 
 def prose(path: Path) -> str:
-    """Return the text of a file, without code and link targets if the file is Markdown."""
+    """Return the text of a file; code and link targets are removed from Markdown files."""
     text = path.read_text()
     if path.suffix == ".md":
         text = re.sub(r"^```.*?^```", _blank_lines, text, flags=re.M | re.S)

@@ -1,4 +1,4 @@
-"""Tests that an installed package contains the commands and the configs."""
+"""Tests for the wheel and the source distribution: contents, version, commands and configs."""
 
 import importlib.metadata
 import os

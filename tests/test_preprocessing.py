@@ -1,4 +1,4 @@
-"""Tests for image normalisation."""
+"""Tests for input normalisation and grayscale conversion."""
 
 import numpy as np
 import pytest

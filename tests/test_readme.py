@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def read(document: str) -> str:
-    """Return the text of a document, given its path from the repository root."""
+    """Return the text of a document, given its path relative to the repository root."""
     return (ROOT / document).read_text()
 
 

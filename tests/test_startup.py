@@ -1,4 +1,4 @@
-"""Tests that importing the package loads few modules, and that its models are registered."""
+"""Tests that the package imports few modules and registers its models with Detectron2."""
 
 import json
 import subprocess

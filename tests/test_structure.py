@@ -1,4 +1,4 @@
-"""Tests for the package's architecture: allowed imports, and code allowed in only one module."""
+"""Tests for the package's architecture, such as the imports that are allowed in each layer."""
 
 import ast
 from collections import Counter
@@ -46,7 +46,7 @@ def imports(name: str, *, when_loaded: bool) -> set[str]:
 
     Args:
         name: Dotted name of the importing module.
-        when_loaded: Whether to ignore imports inside functions and under ``TYPE_CHECKING``.
+        when_loaded: If True, ignore imports inside functions and under ``TYPE_CHECKING``.
     """
     tree = ast.parse(MODULES[name].read_text())
     nodes = list(_outside_functions(tree)) if when_loaded else list(ast.walk(tree))
@@ -72,12 +72,12 @@ def _outside_functions(node: ast.AST):
 
 
 def part(module: str) -> str:
-    """Return a module's subpackage or top-level module, or "" for the package itself."""
+    """Return the top-level subpackage or module that contains a module, or "" for the package."""
     return (module.split(".") + [""])[1]
 
 
-def circles(edges: dict[str, set[str]]) -> list[list[str]]:
-    """Find import cycles (strongly connected components of several modules; Tarjan's algorithm)."""
+def import_cycles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """Find import cycles with Tarjan's algorithm for strongly connected components."""
     index, low, stack, found = {}, {}, [], []
 
     def visit(node):
@@ -103,7 +103,7 @@ def circles(edges: dict[str, set[str]]) -> list[list[str]]:
 
 
 def test_a_cycle_is_found():
-    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
+    assert import_cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if part(name) in RANK])
@@ -125,7 +125,7 @@ def test_every_package_has_a_layer_in_the_architecture():
 @pytest.mark.long
 def test_modules_have_no_circular_imports():
     edges = {name: imports(name, when_loaded=True) for name in MODULES}
-    assert circles(edges) == []
+    assert import_cycles(edges) == []
 
 
 @pytest.mark.long
@@ -138,7 +138,7 @@ def test_folders_have_no_circular_imports():
             ends = path.parent, MODULES[target].parent
             if not (ends[0].is_relative_to(ends[1]) or ends[1].is_relative_to(ends[0])):
                 edges[ends[0]].add(ends[1])
-    assert circles(edges) == []
+    assert import_cycles(edges) == []
 
 
 def test_lower_layers_do_not_import_detectron2s_models_at_import():

@@ -1,4 +1,4 @@
-"""Tests that CI workflows, pre-commit hooks and the container image use only tested commands."""
+"""Tests for CI workflows, pre-commit hooks and the container image."""
 
 import fnmatch
 import re
@@ -42,7 +42,7 @@ def _make(*words: str) -> subprocess.CompletedProcess:
 
 
 def commands() -> list[str]:
-    """Return the shell commands of all workflows, one per line."""
+    """Return each line of the shell commands in all workflows."""
     found = [step["run"] for path in WORKFLOWS for step in steps(load(path)) if "run" in step]
     return [line.strip() for text in found for line in text.splitlines() if line.strip()]
 

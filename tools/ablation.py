@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train the SE variants in the paper's ablations; see --help for examples."""
+"""Train the SE variants of the SENet paper's ablation studies; see --help for examples."""
 
 from senet_transfer.cli.analysis.ablation import command
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Analyze the gates of an SE network; see --help for examples."""
+"""Analyse the gates of an SE network; see --help for examples."""
 
 from senet_transfer.cli.analysis.gates import command
 

@@ -1,13 +1,14 @@
 #!/usr/bin/env python
 """Benchmark this project against common alternatives.
 
-In each round, every candidate runs once. Ratios are medians over the rounds, with 95% confidence
-intervals. A second instance of the baseline serves as the control.
+In each round, every implementation is timed once. The reported ratios are medians over the rounds,
+with 95% confidence intervals. As a control, the baseline is measured twice.
 
     python tools/benchmark.py detector --output output/detector.json
 
-The benchmark `gpu` compares training and inference on a GPU with target values. It takes at most
-six minutes. To run only some of its parts, add their names.
+The benchmark `gpu` measures the time and memory of training and inference on a GPU, and compares
+the results with target values. It takes at most six minutes. To run only some parts of this
+benchmark, add their names.
 
     python tools/benchmark.py gpu --output output/gpu.json
     python tools/benchmark.py gpu training inference
@@ -42,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         "parts",
         nargs="*",
         metavar="PART",
-        help=f"{', '.join(PARTS)}, or gpu; default: all except gpu",
+        help=f"benchmarks to run: {', '.join(PARTS)} or gpu (default: all except gpu)",
     )
     add(
         "--seconds",
@@ -54,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--profile",
         action="store_true",
-        help="profile the time and memory of each compared implementation",
+        help="profile the time and memory of each implementation",
     )
     add("--output", help="JSON file to write")
     add("--quiet", action="store_true", help="hide the progress bars")
@@ -75,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run the benchmark, print each result when it is available, and write the JSON file."""
+    """Run the benchmarks, print each result as soon as it is available, and write the JSON file."""
     if args.parts[:1] == ["gpu"]:
         _run_gpu(args)
         return

@@ -45,7 +45,7 @@ def load(
             takes five crops each of the image and its mirror image.
         value_range: The metadata entry "value_range": the values of black and white in images with
             more than 8 bits per channel.
-        upright: The metadata entry "upright": whether to apply the EXIF orientation.
+        upright: The metadata entry "upright". If True, the EXIF orientation is applied.
 
     Returns:
         Pixels in [0, 255], float32 ``(crops, 3, *size)``.

@@ -3,7 +3,7 @@
 
 python tools/detect_onnx.py detector.onnx photo.jpg more/*.jpg --output detections.json
 
-The detections are written in COCO's result format, with the file name of each image. The script
+The detections are written in the COCO results format, with the file name of each image. The script
 requires onnxruntime, Pillow and numpy. For masks, it also requires pycocotools. The file
 onnx_images.py must be in the same folder.
 """
@@ -38,7 +38,7 @@ def resized(width: int, height: int, min_size: int, max_size: int) -> tuple[int,
 
 
 def paste(mask: np.ndarray, box: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Return an object's mask (H, W) in an image, given the mask probabilities inside its box."""
+    """Paste the mask probabilities of a detected box into the image, and return a mask (H, W)."""
 
     def weights(start: float, end: float, length: int, size: int) -> np.ndarray:
         """Return bilinear interpolation weights as an array of shape (length, size)."""

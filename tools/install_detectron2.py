@@ -91,7 +91,7 @@ def download(folder: Path) -> Path:
     if pip.returncode != 0 or len(wheels) != 1:
         said = "\n".join(f"    {line}" for line in pip.stdout.strip().splitlines()[-6:])
         raise InstallError(
-            f"This command did not download the wheel:\n    {' '.join(command)}\n"
+            f"This command failed to download the wheel:\n    {' '.join(command)}\n"
             f"The last lines of its output are:\n{said}"
         )
     return wheels[0]

@@ -45,7 +45,7 @@ def open_model(path: str, task: str) -> tuple[onnxruntime.InferenceSession, dict
 
 
 def print_any_name() -> None:
-    """Make ``print`` escape characters of file names that the terminal can't show."""
+    """Make ``print`` escape characters in file names that the terminal can't display."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
@@ -97,7 +97,7 @@ def read_image(
         path: Path of the image.
         value_range: The values of black and white in grayscale images with 16 or 32 bits, from the
             metadata of the ONNX file. If empty, 16-bit images have the range from 0 to 65535.
-        upright: Whether to apply the EXIF orientation, from the metadata of the ONNX file.
+        upright: If True, apply the EXIF orientation. The value is in the metadata of the ONNX file.
 
     Raises:
         SystemExit: If the image can't be read, or its value range is unknown.

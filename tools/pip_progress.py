@@ -1,4 +1,4 @@
-"""Run `pip install` with its output in a log file, and print its progress instead.
+"""Run `pip install`, write the output of pip to a log file, and print the progress.
 
     python tools/pip_progress.py --log LOG --constraints constraints.txt -- --editable .
 

@@ -1,1 +1,1 @@
-"""Analysis of models and training runs: complexity, excitations, ablations and reports."""
+"""Analysis of models and training runs: complexity, SE gates, ablation studies and reports."""

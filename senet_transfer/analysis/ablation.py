@@ -1,4 +1,4 @@
-"""Grid of training runs for the paper's ablations (section 6), for any classifier config."""
+"""Training runs for the SENet paper's ablation studies (section 6), with any classifier config."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -50,17 +50,18 @@ _PAPER_STANDARD, _PAPER_PLAIN = 22.28, 23.30
 
 @dataclass(frozen=True)
 class Variant:
-    """A network in the ablation grid.
+    """A variant of a network in an ablation study.
 
     Attributes:
-        axis: The key in ``MODEL.SE`` that differs from the original config. Empty for the network
-            with the original config and for the network without SE.
+        axis: The key in ``MODEL.SE`` that differs from the original config, in lower case. Empty
+            for the network with the original config and for the network without SE.
         value: The value of this key. If ``axis`` is empty, ``"standard"`` or ``"no SE"``.
         options: Alternating keys and values that override the config.
-        paper: The paper's top-1 error for SE-ResNet-50 on ImageNet in percent. None if the paper
-            reports no value.
-        cost: The network's parameters and multiply-accumulates. None if it can't be built.
-        refused: The reason why the network can't be built. Empty if it can be built.
+        paper: The top-1 error of this variant of SE-ResNet-50 on ImageNet in the SENet paper, in
+            percent. None if the paper doesn't report it.
+        cost: The parameter count and the multiply-accumulates of the network. None if the network
+            can't be built.
+        refused: The reason why the network can't be built. Empty if the network can be built.
     """
 
     axis: str
@@ -77,27 +78,28 @@ class Variant:
 
 
 def grid(config_file: str, options: Sequence[str] = (), axes: Sequence[str] = ()) -> list[Variant]:
-    """Build the ablation variants of a network, each of which changes one key in ``MODEL.SE``.
+    """Create the ablation variants of a network, each of which changes one key in ``MODEL.SE``.
 
     Args:
         config_file: A classifier's config file.
         options: Alternating keys and values that override the config for all variants.
-        axes: The keys in ``MODEL.SE`` to vary, out of those in :data:`PAPER`. If empty, all keys in
-            :data:`PAPER` are varied.
+        axes: The keys in ``MODEL.SE`` to vary, a subset of the keys of :data:`PAPER`. If empty, all
+            keys of :data:`PAPER` are varied.
 
     Returns:
         The network with the original config, the network without SE, and the variants for each key.
-        Variants equal to the original network are omitted. If a variant can't be built, such as
-        "3x3" in basic blocks, its attribute ``refused`` contains the reason.
+        Variants that are identical to the original network are omitted. If a variant can't be
+        built, such as "3x3" in basic blocks, the attribute ``refused`` contains the reason.
 
     Raises:
-        UserError: If a key is not in :data:`PAPER`, or if the config does not describe a classifier
+        UserError: If a key is not in :data:`PAPER`, or if the config does not define a classifier
             with SE that is evaluated on one dataset.
     """
     unknown = [axis for axis in axes if axis not in PAPER]
     if unknown:
         raise UserError(
-            f"The axis {unknown[0]!r} is unknown; expected one or more of: {', '.join(PAPER)}."
+            f"The ablation axis {unknown[0]!r} is unknown; expected one or more of: "
+            f"{', '.join(PAPER)}."
         )
     options = (*options, "MODEL.SE.ENABLED", "True")
     cfg = model_config(config_file=config_file, options=list(options))
@@ -162,8 +164,8 @@ def run_grid(
         config_file: The config file that was passed to :func:`grid`.
         variants: The variants returned by :func:`grid`.
         seeds: The values for ``SEED``.
-        output_dir: The parent folder of all runs. Finished runs in it are kept, and interrupted
-            runs are resumed.
+        output_dir: The parent folder of all runs. Finished runs in this folder are skipped, and
+            interrupted runs are resumed.
         arguments: Keyword arguments for :func:`senet_transfer.analysis.repeated_runs.run_all`.
 
     Returns:
@@ -193,9 +195,8 @@ def grid_table(
 ) -> str:
     """Format a table with the cost, the measured error and the paper's error of each variant.
 
-    If one key of a variant differs from the original config, its errors are followed by ranks in
-    parentheses. A ranking compares all values of this key, including the original value. Rank 1 is
-    the lowest error.
+    For a variant that changes a config key, each error is followed by its rank in parentheses among
+    the errors for all values of this key, including the original value. Rank 1 is the lowest error.
     """
     errors = {
         variant.folder: mean_and_deviation(results[variant.folder])[METRIC]

@@ -1,7 +1,7 @@
-"""Repeated training runs: finished runs are skipped, and interrupted runs are resumed.
+"""Execution of several training runs; finished runs are skipped, interrupted runs are resumed.
 
-Each run has a config, options that override it, and a separate folder. The folder contains the
-original config in ``run.json`` and, after training, the results in ``results.json``.
+Each run has a config file, options that override the config, and a separate folder. The folder
+contains the initial config in ``run.json`` and, after training, the results in ``results.json``.
 """
 
 import contextlib
@@ -55,8 +55,8 @@ class Run:
     Attributes:
         config_file: The config file, as for ``--config-file``.
         options: Alternating keys and values that override the config.
-        output_dir: The run's folder, which must not be shared with other runs. It overrides
-            ``OUTPUT_DIR``.
+        output_dir: The run's folder, which must not be shared with other runs. This folder
+            overrides ``OUTPUT_DIR``.
     """
 
     config_file: str
@@ -65,7 +65,7 @@ class Run:
 
 
 class TimeLimit:
-    """Time limit for several runs. SIGTERM and Ctrl-C make it expire early.
+    """Time limit for several training runs, which also expires on SIGTERM or Ctrl-C.
 
     Attributes:
         expired: True when the runs must stop.
@@ -85,7 +85,7 @@ class TimeLimit:
 
     @contextlib.contextmanager
     def ended_by_signals(self) -> Iterator[None]:
-        """Make the limit expire on SIGTERM and Ctrl-C. Use this context in the main thread only."""
+        """Make the limit expire on SIGTERM or Ctrl-C inside the context (main thread only)."""
         before = {
             number: signal.signal(number, lambda *_: self._signalled.set())
             for number in signals.SIGNALS
@@ -105,30 +105,32 @@ def run_all(
     on_finish: Callable[[Run], object] = lambda _: None,
     **arguments: Any,
 ) -> list[dict[str, Any] | None]:
-    """Train several runs as ``senet train`` does, except runs that are already finished.
+    """Execute several training runs as ``senet train`` does, skipping runs that are finished.
 
     Args:
-        runs: The runs, in starting order.
-        jobs: The number of runs to train at the same time.
-        minutes: A time limit. When it has passed, the current runs save a checkpoint and stop, and
-            no others are started. SIGTERM and Ctrl-C have the same effect.
-        on_finish: A function that is called in this thread with each finished run, including runs
-            that were finished earlier.
+        runs: The runs, in the order in which to start them.
+        jobs: The number of runs to execute at the same time.
+        minutes: The time limit in minutes. When the limit expires, the current runs save a
+            checkpoint and stop, and no further runs are started. SIGTERM and Ctrl-C have the same
+            effect.
+        on_finish: A function that is called in the calling thread with each finished run, including
+            runs that were finished earlier.
         arguments: The keyword arguments ``flags`` and ``quiet``. ``flags`` contains further
             command-line arguments, such as ``("--num-gpus", "8")``, which may differ when a run is
             resumed. If ``quiet`` is True, the log is only written to ``log.txt``.
 
     Returns:
-        The content of each run's ``results.json``, or None for an unfinished run. It contains the
-        metrics of each task, as in ``{"classification": {"top1_error": 6.4, ...}}``. Its entry
-        ``"training"`` contains ``"iterations"`` and ``"seconds_per_iteration"``. This time excludes
-        evaluation and checkpointing, and is measured since the run was last resumed.
+        The content of each run's ``results.json``, or None for an unfinished run. The file contains
+        the metrics of each task, as in ``{"classification": {"top1_error": 6.4, ...}}``. The entry
+        ``"training"`` contains ``"iterations"`` and ``"seconds_per_iteration"``. The time per
+        iteration excludes evaluation and checkpointing, and is measured since the run was last
+        resumed.
 
     Raises:
         UserError: If several runs have the same folder, or if a run failed. A run fails if its
             config is invalid, if its folder contains a different run or is used by another process,
-            or if its training or ``on_finish`` fails. The other runs are trained before the error
-            is raised.
+            or if its training or ``on_finish`` fails. All remaining runs are executed before the
+            error is raised.
     """
     if len({run.output_dir for run in runs}) < len(runs):
         raise UserError(
@@ -155,7 +157,7 @@ def run_all(
 def _train(
     run: Run, limit: TimeLimit, *, flags: Sequence[str] = (), quiet: bool = False, share: int = 1
 ) -> dict[str, Any] | None:
-    """Train a run, and return its results, or None if the limit expired before it finished.
+    """Execute a training run, and return its results, or None if the time limit expired first.
 
     Args:
         run: The run.
@@ -205,7 +207,7 @@ def _train(
 
 
 def _start(command: list[str], *, quiet: bool, share: int, lock: int) -> subprocess.Popen[bytes]:
-    """Start a run in a separate process, because Detectron2's loggers and registries are global.
+    """Start training in a separate process, as Detectron2's loggers and registries are global.
 
     The new process inherits the lock on the run's folder, and holds it even if this process is
     killed.
@@ -227,13 +229,13 @@ def finished(output_dir: str | Path) -> dict[str, Any] | None:
 
 
 def initial_weights(output_dir: Path) -> str | None:
-    """Return the SHA-256 of a run's initial weight file, or None if there was no file."""
+    """Return the SHA-256 of a run's initial weight file, or None if no weight file was loaded."""
     hashed = json.loads((output_dir / _RECORD).read_text()).get(_WEIGHTS)
     return None if hashed is None else str(hashed)
 
 
 def _check_same(output_dir: Path, config: dict[str, str]) -> None:
-    """Record the config of a new run, or raise an error if the folder contains a different run."""
+    """Check that a folder contains no different run, and record the config of a new run."""
     record = output_dir / _RECORD
     if record.is_file():
         # For keys that were added since the run was started, assume the default values.
@@ -246,15 +248,15 @@ def _check_same(output_dir: Path, config: dict[str, str]) -> None:
         if other:
             first = sorted(other)[0]
             raise UserError(
-                f"{output_dir} contains a run with a different config. It differs in "
+                f"{output_dir} contains a run with a different config. The configs differ in "
                 f"{first_of(sorted(other), 5)}: {first} was {begun.get(first)} and is now "
-                f"{config.get(first)}. Choose a different output folder, or delete this one."
+                f"{config.get(first)}. Choose a different output folder, or delete this folder."
             )
         return
     if output_dir.is_dir() and any(path.name != LOCK for path in output_dir.iterdir()):
         raise UserError(
-            f"{output_dir} contains files but no {_RECORD}, so its run can't be identified. Choose "
-            "a different output folder, or empty this one."
+            f"{output_dir} contains files but no {_RECORD}, so the run in this folder can't be "
+            "identified. Choose a different output folder, or empty this folder."
         )
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(record, config)
@@ -302,13 +304,14 @@ def fold_options(
     """Return the config options that select the data of each fold.
 
     Args:
-        config_file: The config file, which determines whether the data is for classification.
+        config_file: The config file of a classifier or a detector.
         folds: The folder with the files written by ``senet data split --folds K``.
         options: Alternating keys and values that override the config.
         images: The image folder of detection data.
 
     Raises:
-        UserError: If there are no folds, or they don't fit the config.
+        UserError: If the folder contains fewer than two folds for the task of the config, or if
+            the image folder of detection data is not specified.
     """
     suffix = ".csv" if is_classification(load_config(config_file, list(options))) else ".json"
     folder = Path(folds).absolute()
@@ -332,7 +335,7 @@ def fold_options(
             "--folds 5."
         )
     if suffix == ".json" and not images:
-        raise UserError("The folds contain detection data. Pass its image folder with --images.")
+        raise UserError("The folds contain detection data. Pass the image folder with --images.")
     return found
 
 

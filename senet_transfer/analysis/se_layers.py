@@ -1,4 +1,4 @@
-"""Detection of SE layers in networks of this project and of timm."""
+"""Functions that identify SE layers in networks of this project and of timm."""
 
 from torch import nn
 

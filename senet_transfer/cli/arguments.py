@@ -96,7 +96,11 @@ _CONFIG_KEY = re.compile(rf"({'|'.join(CONFIG_KEYS)})(\.[A-Z0-9_]+)*")
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Help formatter that shows the values of flags in ``lists`` as ``X [X ...]``."""
+    """Help formatter that shows flags with several values as ``--flag X [X ...]``.
+
+    Attributes:
+        lists: Flags that take one or more values.
+    """
 
     lists: tuple[str, ...] = ()
 
@@ -110,12 +114,12 @@ class Parser(argparse.ArgumentParser):
     """Argument parser whose last argument (``opts``) contains config options as KEY VALUE pairs.
 
     Unlike argparse's standard parser, it accepts flags after the config options, because users
-    often append ``--resume`` to their previous command. The parsed arguments include ``words``, the
-    words of the command line, which are stored in result records.
+    often append ``--resume`` to their previous command. The attribute ``words`` of the parsed
+    arguments contains the command line as a list of strings, for the record of a run.
 
     Attributes:
-        lists: Flags that take one or more values. Their action is "append". With ``nargs="+"``,
-            they would also consume the config options that follow.
+        lists: Flags that take one or more values. Their action must be "append", because a flag
+            with ``nargs="+"`` would also consume the config options that follow.
     """
 
     lists: tuple[str, ...] = ()
@@ -171,7 +175,8 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--iou-types",
         metavar="TYPES",
-        help="IoU types of a detector's diagnostics: bbox, segm or bbox,segm (TEST.DIAGNOSTICS)",
+        help="IoU types for a detector's error diagnostics: bbox, segm or bbox,segm "
+        "(TEST.DIAGNOSTICS)",
     )
     parser.add_argument(
         "--deterministic",
@@ -241,7 +246,7 @@ def run_command(main: Callable[[argparse.Namespace], object], args: argparse.Nam
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments for training on a user's data without a config."""
+    """Add the arguments for training on a user's own dataset without a config file."""
     add = parser.add_argument
     add(
         "--data",
@@ -255,8 +260,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--val",
         default="",
         metavar="PATH",
-        help="validation data for the training data in --data; default: the validation data in "
-        "--data or, if there is none, a fifth of the training data",
+        help="validation data; default: the validation data in --data or, if there is none, a "
+        "fifth of the training data",
     )
     add(
         "--images",
@@ -342,7 +347,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, several: bool = Fals
 
 
 def add_running_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add config options and the arguments shared by all commands that run a model on images."""
+    """Add the arguments and config options shared by all commands that run a model on images."""
     add = parser.add_argument
     add("--batch-size", type=int, default=32, help="number of images per batch (default: 32)")
     add(

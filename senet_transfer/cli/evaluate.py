@@ -1,7 +1,7 @@
-"""Evaluate a classifier: top-1 and top-5 error, and the worst and most confused classes.
+"""Evaluate a classifier: top-1 and top-5 error, worst classes and most confused class pairs.
 
-Detectors are evaluated with the metrics of their datasets, and the boxes of several detectors are
-fused.
+Detectors are evaluated with the metrics of their datasets. If several detectors are given, their
+boxes are fused.
 
 Evaluate on the ImageNet validation set (one folder per class), and print published errors:
     senet eval --model se_resnet50 --weights se_resnet50.pth \\
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _BATCH_SIZE = 32
 
-# Options for a classifier's views of an image. --scales also applies to detectors.
+# Options for the crops and scales of a classifier's input. --scales also applies to detectors.
 _VIEWS = ("crop_mode", "resize", "crop", "crops", "dense")
 
 _PLACES365 = """\
@@ -70,11 +70,11 @@ def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     add("--crop", type=int, help="crop size in pixels; default: the model's size")
     add(
         "--scales", type=int, action="append", default=[], help="one or more sizes of the "
-        "shorter side in pixels; the predictions for all views of an image are combined",
+        "shorter side in pixels; the predictions for all scales and crops are combined per image",
     )  # fmt: skip
     add(
-        "--crops", type=int, choices=CROPS, help="crops per scale; default: 10 if the crop mode is "
-        "ten_crop, otherwise 1",
+        "--crops", type=int, choices=CROPS, help="number of crops per scale; default: 10 if the "
+        "crop mode is ten_crop, otherwise 1",
     )  # fmt: skip
     add(
         "--dense",
@@ -154,15 +154,16 @@ def _check_saved(args: argparse.Namespace) -> None:
     names = ("model", "family", "weights", "config_file", "data", *_VIEWS, "scales", "batch_size")
     if given := _given(args, (*names, "opts")):
         raise UserError(
-            f"--saved-logits evaluates files without a model, so {given} can't be used as well. "
-            "Remove --saved-logits or the other options."
+            f"{given} can't be combined with --saved-logits, which evaluates files without a "
+            "model. Remove --saved-logits or the other options."
         )
 
 
 def _evaluate_detectors(args: argparse.Namespace, first: "ModelSource") -> dict[str, Any]:
     """Evaluate a detector, or the fused detections of several detectors.
 
-    The options are passed on as ``TEST.ENSEMBLE`` and ``TEST.AUG`` keys.
+    The values of ``--weights`` and ``--scales`` are passed to the evaluation as the config keys
+    ``MODEL.WEIGHTS``, ``TEST.ENSEMBLE.WEIGHTS`` and ``TEST.AUG``.
     """
     from senet_transfer.engine.results import write_results
     from senet_transfer.engine.setup import RunOptions
@@ -171,9 +172,9 @@ def _evaluate_detectors(args: argparse.Namespace, first: "ModelSource") -> dict[
     names = ("model", "family", "data", *_VIEWS, "predictions", "logits", "batch_size")
     if given := _given(args, names):
         raise UserError(
-            f"{given} can't be used for a detector, such as the model in {args.weights[0]}. "
-            "Remove these options. To select the data of a detector, set DATASETS.TEST. The batch "
-            "size of detectors is always 1."
+            f"{given} can't be used for a detector, and {args.weights[0]} contains a detector. "
+            "Remove these options. To select the datasets of a detector, set DATASETS.TEST. The "
+            "batch size of detectors is always 1."
         )
     options = ["DATALOADER.NUM_WORKERS", str(args.workers), *args.opts]
     options += ["MODEL.WEIGHTS", args.weights[0]]
@@ -220,10 +221,10 @@ def _print(results: dict[str, Any]) -> None:
     for row in rows:
         top5 = "-" if row["top5_error"] is None else f"{row['top5_error']:.2f}"
         print(f"{row['name']:{width}}  {row['top1_error']:11.2f}  {top5:>11}  ({row['source']})")
-    print("Worst classes (top-1 error, images):")
+    print("Worst classes (top-1 error, number of images):")
     for row in results["worst_classes"]:
         print(f"  {row['top1_error']:6.2f}  {row['images']:6d}  {row['class']}")
-    print("Most confused (images):")
+    print("Most confused classes (number of images):")
     for row in results["most_confused"]:
         print(f"  {row['images']:6d}  {row['class']} predicted as {row['predicted']}")
 

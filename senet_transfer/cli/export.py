@@ -1,9 +1,10 @@
-"""Export a model with folded batch norms, and compare its outputs with the original model's.
+"""Export a model, and compare the outputs of the exported and the original model.
 
     senet export --weights output/model_best.pth --output se_resnet50.onnx
     senet export --weights output/model_best.pth --backbone --output features.pt2
     senet export --weights output/model_final.pth --image photo.jpg --output detector.onnx
 
+Batch norms are folded into the preceding convolutions where possible.
 The suffix of --output selects the format: ONNX (.onnx), torch.export (.pt2) or TorchScript (.ts).
 With --compile, AOTInductor compiles the .pt2 file for this machine's processor.
 Classifiers and backbones can be exported to all formats, but detectors only to ONNX and
@@ -67,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Export a model, compare it with the original model, and print the result and file size."""
+    """Export a model, and print its differences from the original model and the file size."""
     from senet_transfer.engine.model_from import find_model
     from senet_transfer.engine.predictor.load import take_classes
     from senet_transfer.export.write import export_model, format_of

@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
         "--weights",
         required=True,
         help="a checkpoint, the output folder of a run, an exported file, the name of published "
-        "weights (also hf-hub:OWNER/NAME), or a detector of Detectron2's model zoo",
+        "weights (also hf-hub:OWNER/NAME), or the name of a detector in Detectron2's model zoo",
     )
     add(
         "--config-file",
@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         required=True,
         help="one or more image files, folders, patterns, .txt lists of images, HTTP(S) URLs, "
-        "video files, streams (rtsp://...) or the index of a camera",
+        "video files, stream URLs (rtsp://...) or a camera index",
     )
     add("--output", default="predictions", help="output folder (default: predictions)")
     add(
@@ -52,7 +52,10 @@ def parser() -> argparse.ArgumentParser:
         "detectors, json for classifiers",
     )
     add(
-        "--threshold", type=float, default=0.5, help="minimum score, between 0 and 1 (default: 0.5)"
+        "--threshold",
+        type=float,
+        default=0.5,
+        help="minimum score of detections, between 0 and 1 (default: 0.5)",
     )
     add(
         "--limit",
@@ -74,7 +77,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--cam",
         action="store_true",
-        help="draw a classifier's class activation maps, and how the last SE gate changes them",
+        help="draw a classifier's class activation maps, and the change to each map caused by the "
+        "last SE gate",
     )
     add("--quiet", action="store_true", help="hide the progress bar")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")

@@ -32,13 +32,14 @@ def parser() -> argparse.ArgumentParser:
     add(
         "model",
         metavar="MODEL",
-        help="the output folder of a run (its best or, if there is none, its final model), or a "
-        "checkpoint",
+        help="a checkpoint, or the output folder of a run, from which model_best.pth or, if that "
+        "file does not exist, model_final.pth is uploaded",
     )
     add(
         "repository",
         metavar="OWNER/NAME",
-        help="the repository, which is created if needed; with --card, the title of the card",
+        help="the repository, which is created if it does not exist; with --card, the title of the "
+        "model card",
     )
     add(
         "--config-file",
@@ -52,14 +53,14 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME",
-        help="training data for the model card; can be repeated",
+        help="name of the training data, for the model card; can be repeated",
     )
     add(
         "--runs",
         default="",
         metavar="FOLDER",
-        help="folder with records (seed<N>.json) of all runs with the same config, for the model "
-        "card",
+        help="folder with the results (seed<N>.json) of all runs with the same config, to be "
+        "summarised in the model card",
     )
     add(
         "--half",

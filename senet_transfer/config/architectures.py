@@ -14,12 +14,12 @@ _OUTPUTS = {
 
 
 def predicts(cfg: CfgNode) -> set[str]:
-    """Return the types of predictions of a detector or segmentation model, such as ``OBJECTS``."""
+    """Return the set of a model's prediction types, such as ``{OBJECTS}`` for most detectors."""
     return set(_OUTPUTS.get(cfg.MODEL.META_ARCHITECTURE, {OBJECTS}))
 
 
 def box_head(cfg: CfgNode) -> CfgNode:
-    """Return the config section that sets a detector's number of classes."""
+    """Return the config node with a detector's number of classes, such as ``MODEL.ROI_HEADS``."""
     retinanet = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
     return cfg.MODEL.RETINANET if retinanet else cfg.MODEL.ROI_HEADS
 

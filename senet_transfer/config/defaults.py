@@ -62,7 +62,7 @@ def add_senet_config(cfg: CfgNode) -> None:
     """Add this project's keys to a Detectron2 config, in place.
 
     The defaults of Detectron2's own keys are not changed, so Detectron2's configs keep their
-    meaning. The recipes in ``configs/base`` override the defaults of both kinds of keys.
+    meaning. The recipes in ``configs/base`` set keys of both Detectron2 and this project.
     """
     # If True, use deterministic algorithms on a GPU where PyTorch provides them. They are slower
     # and need more memory. The flag --deterministic sets this key. It has no effect on a CPU, where
@@ -283,7 +283,7 @@ def _add_solver_config(cfg: CfgNode) -> None:
 
 
 def _add_epochs(cfg: CfgNode) -> None:
-    """Add the keys for schedules in epochs, and the key for selecting the best model."""
+    """Add the keys for epoch-based schedules, model selection, early stopping and ensembles."""
     # Fractions of epochs are allowed. If EPOCHS is set, it replaces MAX_ITER, and STEP_EPOCHS
     # replaces STEPS. The other keys, if set, replace WARMUP_ITERS, UNFREEZE_ITERS, FROZEN_BN_ITERS,
     # CHECKPOINT_PERIOD and TEST.EVAL_PERIOD. WARMUP_EPOCHS 0 disables the warm-up. For a detector,

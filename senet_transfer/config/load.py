@@ -53,7 +53,7 @@ def load_config(config_file: str, options: Sequence[str] = ()) -> CfgNode:
         with _merge_errors(config_file), _accepts_auto(cfg):
             _merge_file(cfg, config_file)
         _use_one_schedule(cfg, _schedule_keys(config_file))
-        _keep(cfg, _stated_keys(config_file))
+        _extend_weights_keep(cfg, _user_keys(config_file))
     merge_options(cfg, options)
     return cfg
 
@@ -79,12 +79,12 @@ def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
             set_config_value(cfg, key, None)
         for key, value in zip(options[::2], options[1::2], strict=True):
             _check_list("the command-line options", key, config_value(cfg, key), value)
-        _forget_choice(cfg, dict(zip(options[::2], options[1::2], strict=True)))
+        _reset_weight_selection(cfg, dict(zip(options[::2], options[1::2], strict=True)))
         with _merge_errors("the command-line options"), _accepts_auto(cfg):
-            cfg.merge_from_list(_whole_numbers_as_floats(cfg, list(options)))
+            cfg.merge_from_list(_integers_as_floats(cfg, list(options)))
         _use_one_schedule(cfg, set(options[::2]))
-        _keep(cfg, set(options[::2]))
-    _check_nothing_is_missing(cfg)
+        _extend_weights_keep(cfg, set(options[::2]))
+    _check_no_none(cfg)
     check_elements(cfg)
     _use_channels(cfg)
 
@@ -102,11 +102,11 @@ def _use_channels(cfg: CfgNode) -> None:
     cfg.INPUT.FORMAT = f"C{channels}"
 
 
-def _forget_choice(cfg: CfgNode, options: dict[str, str]) -> None:
-    """Reset the keys that select a part of a weight file if the options specify another file.
+def _reset_weight_selection(cfg: CfgNode, options: dict[str, str]) -> None:
+    """Reset the keys that select tensors from a weight file if the options specify another file.
 
-    For example, a run's config.yaml may refer to a file with several networks while the options
-    refer to the run's checkpoint.
+    For example, a run's config.yaml may select one of several networks in a pretraining checkpoint.
+    This selection does not apply to the run's own checkpoint.
     """
     if cfg.MODEL.WEIGHTS and options.get("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS) != cfg.MODEL.WEIGHTS:
         default = get_senet_config()
@@ -114,28 +114,29 @@ def _forget_choice(cfg: CfgNode, options: dict[str, str]) -> None:
             cfg.MODEL[key] = default.MODEL[key]
 
 
-def _use_one_schedule(cfg: CfgNode, stated: set[str]) -> None:
-    """Remove the schedule, in epochs or iterations, that the user's settings replace.
+def _use_one_schedule(cfg: CfgNode, user_keys: set[str]) -> None:
+    """Remove the iteration-based schedule if the user sets the number of epochs, and vice versa.
 
     Args:
         cfg: The config, which is changed in place.
-        stated: The keys that the user sets. If they belong to both schedules, nothing is removed.
+        user_keys: The keys that the user sets. If they include both ``SOLVER.EPOCHS`` and
+            ``SOLVER.MAX_ITER``, the config is not changed.
     """
     default = get_senet_config().SOLVER
-    if "SOLVER.EPOCHS" in stated and "SOLVER.MAX_ITER" not in stated:
+    if "SOLVER.EPOCHS" in user_keys and "SOLVER.MAX_ITER" not in user_keys:
         if cfg.SOLVER.EPOCHS is None:
             return
-        for key in {"MAX_ITER", "STEPS"} - {key.removeprefix("SOLVER.") for key in stated}:
+        for key in {"MAX_ITER", "STEPS"} - {key.removeprefix("SOLVER.") for key in user_keys}:
             cfg.SOLVER[key] = default[key]
-    elif "SOLVER.MAX_ITER" in stated and "SOLVER.EPOCHS" not in stated:
+    elif "SOLVER.MAX_ITER" in user_keys and "SOLVER.EPOCHS" not in user_keys:
         cfg.SOLVER.EPOCHS = None
 
 
 def _schedule_keys(path: str) -> set[str]:
-    """Return the keys of the config file that sets ``SOLVER.EPOCHS`` or ``SOLVER.MAX_ITER``.
+    """Return all keys in the first config file that sets ``SOLVER.EPOCHS`` or ``SOLVER.MAX_ITER``.
 
-    The given file is searched first, then its base configs. Return an empty set if none of them
-    sets either key.
+    The given file is searched first, then its ``_BASE_`` files. If no file sets either key, the
+    result is empty.
     """
     if "://" in path:
         return set()
@@ -152,11 +153,11 @@ def _schedule_keys(path: str) -> set[str]:
     return set()
 
 
-def _keep(cfg: CfgNode, stated: set[str]) -> None:
+def _extend_weights_keep(cfg: CfgNode, user_keys: set[str]) -> None:
     """Extend ``MODEL.WEIGHTS_KEEP`` with the keys that the user has set.
 
-    A weight file never changes the keys in this list. Only keys that it could otherwise change are
-    added.
+    This list protects keys whose values would otherwise be inferred from the weight file. Keys that
+    are never inferred are not added.
     """
     kept = cfg.MODEL.WEIGHTS_KEEP or []
     if wrong := [key for key in kept if key not in FILE_KEYS]:
@@ -164,14 +165,14 @@ def _keep(cfg: CfgNode, stated: set[str]) -> None:
             f"MODEL.WEIGHTS_KEEP contains {wrong[0]!r}; expected one or more of "
             f"{', '.join(FILE_KEYS)}."
         )
-    cfg.MODEL["WEIGHTS_KEEP"] = [key for key in FILE_KEYS if key in kept or key in stated]
+    cfg.MODEL["WEIGHTS_KEEP"] = [key for key in FILE_KEYS if key in kept or key in user_keys]
 
 
-def _stated_keys(path: str) -> set[str]:
-    """Return the keys that are set in a user's config file and the user's own ``_BASE_`` files.
+def _user_keys(path: str) -> set[str]:
+    """Return the keys that are set in a user's config file and in its ``_BASE_`` files.
 
-    The files in ``configs/base``, from which this project's configs inherit, and the config.yaml of
-    a run, which contains all keys, do not count as set by the user.
+    The files in ``configs/base``, from which this project's configs inherit, are ignored. So is the
+    config.yaml of a run, because it contains all keys.
     """
     own_base = os.path.realpath(str(resources.files("senet_transfer").joinpath("configs", "base")))
     if os.path.dirname(os.path.realpath(path)) == own_base or "://" in path:
@@ -184,7 +185,7 @@ def _stated_keys(path: str) -> set[str]:
         return set()
     for base in bases if isinstance(bases, list) else [bases]:
         base = os.path.expanduser(base)
-        found |= _stated_keys(os.path.join(os.path.dirname(path), base))
+        found |= _user_keys(os.path.join(os.path.dirname(path), base))
     return found
 
 
@@ -198,7 +199,9 @@ def _dotted(content: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 @contextlib.contextmanager
 def _accepts_auto(cfg: CfgNode) -> Iterator[None]:
-    """Accept "auto" for the keys in ``ACCEPT_AUTO``, for which yacs accepts only True and False.
+    """Allow True, False and "auto" for the keys in ``ACCEPT_AUTO`` while a config is merged.
+
+    yacs accepts only values of the same type as the previous value.
 
     Raises:
         ValueError: If one of these keys is set to another value.
@@ -215,8 +218,11 @@ def _accepts_auto(cfg: CfgNode) -> Iterator[None]:
             raise ValueError(f"{key} is {value!r}; expected True, False or auto")
 
 
-def _check_nothing_is_missing(cfg: CfgNode) -> None:
-    """Raise a UserError if a key is None although its default is not. yacs does not reject None."""
+def _check_no_none(cfg: CfgNode) -> None:
+    """Raise a UserError if a key is None although its default is neither None nor a string.
+
+    yacs does not reject None.
+    """
     values = dict(config_items(cfg))
     for key, default in config_items(get_senet_config()):
         if default is not None and not isinstance(default, str) and values.get(key) is None:
@@ -272,7 +278,7 @@ def _check_config_file(path: str) -> None:
         )
 
 
-def _whole_numbers_as_floats(cfg: CfgNode, options: list[str]) -> list[str]:
+def _integers_as_floats(cfg: CfgNode, options: list[str]) -> list[str]:
     """Return the options with integer values converted to floats where the key requires a float.
 
     yacs rejects an integer for a float key because the type differs from that of the default.

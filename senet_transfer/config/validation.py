@@ -1,6 +1,6 @@
 """Type and range checks for config values.
 
-Without these checks, invalid values would be noticed late or not at all.
+Without these checks, some invalid values would be detected late or not at all.
 """
 
 import contextlib

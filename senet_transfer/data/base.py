@@ -37,8 +37,7 @@ def make_key(name: str, index: int) -> str:
     """Build a unique sample key from an image's path and its index in the image list.
 
     Webdataset treats everything after the first dot of a name as the extension and a slash as a
-    folder separator, so keys contain neither. Different paths may map to the same text; the index
-    keeps keys unique.
+    folder separator, so keys contain neither. The index keeps the keys of similar paths distinct.
     """
     stem = re.sub(r"\.[A-Za-z0-9]+$", "", name.strip("/"))
     stem = re.sub(r"[^A-Za-z0-9_-]", "_", stem)
@@ -71,7 +70,7 @@ class ClassificationDataset(ABC):
 
     @abstractmethod
     def read_unit(self, unit: int, skip: int = 0) -> Iterator[RawSample]:
-        """Yield a unit's encoded samples in order, without the first `skip` samples."""
+        """Yield the samples of a shard or single image in order, starting at sample `skip`."""
 
     @abstractmethod
     def labels(self) -> np.ndarray:

@@ -44,7 +44,7 @@ AUGMENTS = ("region", "pad_crop")
 def use_classification_datasets(
     cfg: CfgNode, *, eval_only: bool = False, classes: str = ""
 ) -> None:
-    """Open the datasets in a config, and store their absolute paths and classes in the config.
+    """Open the datasets listed in a config, and store their absolute paths and classes in it.
 
     Args:
         cfg: Config, modified in place.
@@ -83,8 +83,8 @@ def use_classification_datasets(
         if len(cfg.DATASETS.CLASSES) == 1:
             raise UserError(
                 f"{cfg.DATASETS.TRAIN[0]} has a single class, {cfg.DATASETS.CLASSES[0]}; expected "
-                "two or more, because a classifier with one class is always right and learns "
-                "nothing. Pass the folder that contains the class folders."
+                "at least two, because a classifier with a single class has nothing to learn. "
+                "Pass the folder that contains the class folders."
             )
     for name in cfg.DATASETS.TEST:
         cfg.DATASETS.CLASSES = list(open_test_dataset(cfg, name).classes)
@@ -121,7 +121,8 @@ def use_class_weights(cfg: CfgNode, *, eval_only: bool = False) -> None:
     classes with images have a mean of 1. A class without images has a weight of 1.
 
     Args:
-        cfg: Config with its final classes, modified in place. A detector's config is not changed.
+        cfg: Config whose classes have been set, modified in place. A detector's config is not
+            changed.
         eval_only: If True, leave the config unchanged, because evaluation does not use the weights.
 
     Raises:
@@ -156,13 +157,13 @@ def use_class_order(cfg: CfgNode, classes: list[str], *, eval_only: bool = False
 
     Args:
         cfg: Config after :func:`use_classification_datasets`.
-        classes: Names of the datasets' classes in the new order. They may include additional
-            classes.
+        classes: Class names in the new order. All classes of the datasets must be among them;
+            additional classes are allowed.
         eval_only: Whether to ignore the training data.
 
     Returns:
-        True if the order was set. False if the datasets have other classes, or fixed labels
-        (as in shards); the config is then not changed.
+        True if the order was set. False if a class of the datasets is not in ``classes``, or if
+        the labels of a dataset are fixed, as in shards. The config is then not changed.
     """
     found = list(cfg.DATASETS.CLASSES)
     if len(match_names(found, classes)) < len(found):
@@ -193,7 +194,7 @@ def _check_augment(cfg: CfgNode) -> None:
             raise UserError(
                 f"INPUT.CLASSIFICATION: CROP, TEST_RESIZE and TEST_CROP are {sizes}, and "
                 f"TEST_MODE is {options.TEST_MODE}; AUGMENT pad_crop requires sizes of {SIDE} "
-                f"pixels and a TEST_MODE with a single view. Set all three sizes to {SIDE} and "
+                f"pixels and a TEST_MODE with a single crop. Set all three sizes to {SIDE} and "
                 "TEST_MODE to short_side, or set AUGMENT to region."
             )
     build_augmentation(cfg)
@@ -213,7 +214,7 @@ def find_dataset(name: str) -> str:
     """Return the absolute path of a dataset.
 
     Args:
-        name: Path, or pattern of shards, relative to the working directory or to
+        name: Path, or glob pattern of shards, relative to the working directory or to
             ``$DETECTRON2_DATASETS``; the name of a prepared dataset such as ``cifar10_train``; or
             a remote URL, which is returned unchanged.
 
@@ -263,9 +264,9 @@ def open_test_dataset(cfg: CfgNode, name: str) -> ClassificationDataset | ImageA
 
 
 def inference_dir(cfg: CfgNode, name: str) -> str:
-    """Return the prediction folder of a dataset in ``DATASETS.TEST``.
+    """Return the folder for the predictions on a dataset in ``DATASETS.TEST``.
 
-    The path is relative to the output folder.
+    The path is relative to the run's output folder.
     """
     last = re.sub(r"[^\w-]+", "_", name.rstrip("/").rpartition("/")[2])
     place = list(cfg.DATASETS.TEST).index(name)
@@ -290,9 +291,9 @@ def _open(cfg: CfgNode, name: str, split: str) -> ClassificationDataset | ImageA
 def _open_once(
     name: str, split: str, classes: tuple[str, ...], cache_dir: str, small: Reading | None
 ) -> ClassificationDataset | ImageArrays:
-    """Open a dataset.
+    """Open a dataset, or return the cached dataset if it has already been opened.
 
-    If ``small`` is not None, load all images into memory. ``small`` then contains the settings for
+    If ``small`` is not None, load all images into memory, using the settings in ``small`` for
     reading the images.
     """
     if is_prepared(name) and not small:

@@ -24,7 +24,7 @@ from senet_transfer.data.split_files import split_coco, split_data
 from senet_transfer.data.splits import TRAIN, VAL, Split
 from senet_transfer.errors import UserError
 
-# Names of the folders and files for each part, in lower case.
+# Names of the folders and files for each split, in lower case.
 _TRAIN_NAMES = ("train", "training")
 _VAL_NAMES = ("val", "valid", "validation")
 
@@ -42,7 +42,7 @@ class DataPart(NamedTuple):
     Attributes:
         path: For detection, the path of the annotations, as in `DATASETS.REGISTER`. For
             classification, the path or URL of the labelled images, as in `DATASETS.TRAIN`.
-        image_dir: Folder with the images for detection annotations; empty for labelled images.
+        image_dir: Folder with the images for detection annotations; empty for classification.
     """
 
     path: str
@@ -82,7 +82,7 @@ def find_parts(path: str, val: str = "", image_dir: str = "") -> tuple[DataPart,
 
 
 def divide(data: DataPart, folder: Path, *, upright: bool = True) -> tuple[DataPart, DataPart, str]:
-    """Split data into training and validation data, and write the files for both parts.
+    """Split data into training and validation data, and write the files of both splits.
 
     Args:
         data: The data to split.
@@ -192,13 +192,13 @@ def _coco_file(folder: Path, names: Sequence[str]) -> Path | None:
 
 
 def _subfolder(folder: Path, names: Sequence[str]) -> Path | None:
-    """Return the subfolder with one of the names, ignoring case, or None if none exists."""
+    """Return the subfolder with one of the given names, ignoring case, or None if none exists."""
     entries = {entry.name.lower(): entry.absolute() for entry in folder.iterdir() if entry.is_dir()}
     return next((entries[name] for name in names if name in entries), None)
 
 
 def _coco_part(file: Path, image_dir: str) -> DataPart:
-    """Return the paths of a JSON annotation file and of its image folder.
+    """Return the paths of a JSON annotation file and of the folder that contains its images.
 
     Raises:
         UserError: If ``image_dir`` is empty and the first image is not in any of the usual folders.

@@ -1,6 +1,6 @@
 """Functions that split COCO annotations, CSV files and class folders.
 
-A dataset is split into training, validation and test data, or into folds for cross-validation.
+Each function creates training, validation and test splits, or folds for cross-validation.
 """
 
 import csv
@@ -27,7 +27,8 @@ from senet_transfer.errors import UserError
 from senet_transfer.utils.atomic_io import atomic_file, write_json
 from senet_transfer.utils.text import first_of, shown
 
-# A larger difference between a part's requested and actual fraction of the images causes a warning.
+# A larger difference between a split's requested and actual fraction of the images causes a
+# warning.
 _TOLERANCE = 0.05
 
 logger = logging.getLogger(__name__)
@@ -59,13 +60,13 @@ def split_data(source: str | Path, output: str | Path, split: Split) -> str:
             ``fold0_train``, ``fold0_val`` and so on. A JSON file is split into JSON files, other
             data into CSV files. Images are not copied: the ``file_name`` entries of a JSON file are
             unchanged, and the paths in a CSV file are relative to the new file.
-        split: Options of the split.
+        split: Options for splitting the dataset.
 
     Returns:
-        A table with the number of objects or images per class and part.
+        A table with the number of objects or images per class and split or fold.
 
     Raises:
-        UserError: If the data is invalid, a part would be empty, or a file already exists.
+        UserError: If the data is invalid, a split would be empty, or a file already exists.
     """
     source, output = Path(source), Path(output)
     if source.suffix.lower() == ".json":
@@ -82,11 +83,11 @@ def split_data(source: str | Path, output: str | Path, split: Split) -> str:
 
 @contextmanager
 def writing_parts(output: Path, existing: Collection[Path]) -> Iterator[None]:
-    """Create the output folder of a split, and convert write errors in the context to UserErrors.
+    """Create the output folder, and convert write errors inside the context to UserErrors.
 
     Args:
-        output: The output folder.
-        existing: Files of a split that already exist in the folder. If there are any, an error is
+        output: Output folder for the files of all splits.
+        existing: Files to write that already exist in the folder. If there are any, an error is
             raised.
     """
     if existing:
@@ -111,21 +112,21 @@ def split_coco(
     Args:
         content: Content of the file.
         path: Path of the file; used in error messages.
-        split: Options of the split.
+        split: Options for splitting the dataset.
 
     Returns:
         A dictionary from the names of the new files, without extension, to their contents, and a
-        table with the number of objects per class and part ("train", "val", "test" or a fold).
+        table with the number of objects per class and split ("train", "val", "test" or a fold).
 
     Raises:
-        UserError: If the content is invalid, or a part would be empty.
+        UserError: If the content is invalid, or a split would be empty.
     """
     files, table = _split(_coco_source(content, path), split)
     return {name: _select(content, images) for name, images in files.items()}, table
 
 
 def _split(data: _Source, split: Split) -> tuple[dict[str, set[str]], str]:
-    """Assign images to the new files, and return the images per file and a table of counts."""
+    """Assign images to the new files; return the image names per file and the table of counts."""
     part_of = split_images(data.objects, split)
     images: dict[str, set[str]] = defaultdict(set)
     for name, part in part_of.items():
@@ -218,7 +219,7 @@ def _count(data: _Source, images: Collection[str]) -> Counter[str]:
 def _warn(
     data: _Source, images: Mapping[str, Collection[str]], fractions: Mapping[str, float]
 ) -> None:
-    """Warn if a class is missing from a part of the dataset, or if a part is too small or large."""
+    """Warn if a class is missing from a split, or if a split is much too small or too large."""
     known = _count(data, data.objects)
     for part in fractions:
         counts = _count(data, images[part])
@@ -243,9 +244,9 @@ def _warn(
 
 
 def _table(data: _Source, images: Mapping[str, Collection[str]], parts: list[str]) -> str:
-    """Format a table with the number of objects of each class in each part of the data.
+    """Format a table with the number of objects per class and split.
 
-    The last row contains the number of images in each part.
+    The last row contains the number of images per split.
     """
     counts = [_count(data, images[part]) for part in parts]
     rows: list[list[object]] = [

@@ -2,15 +2,16 @@
 
 The algorithm is iterative stratification (Sechidis, Tsoumakas and Vlahavas 2011, "On the
 stratification of multi-label data"): the class with the fewest remaining groups is distributed
-first, and each of its groups is assigned to the part that lacks the most images of this class. The
-rarest class of an image therefore determines its part. There are three differences:
+first, and each of its groups is assigned to the split (such as "train" or "val") that lacks the
+most images of this class. The rarest class of an image therefore determines the image's split.
+There are three differences:
 
 - Groups of images are assigned instead of single images, starting with the largest groups.
-- A part with too few images so far gets more images of the next class. Otherwise, the rounding
+- A split with too few images so far gets more images of the next class. Otherwise, the rounding
   errors of many small classes would add up.
-- The last groups of a class are reserved for parts without this class. A class may still be missing
-  from a part if rarer classes determined the parts of its groups. In this case, groups are
-  exchanged and, for small datasets, other random orders are tried.
+- The last groups of a class are reserved for splits without this class. A class may still be
+  missing from a split if rarer classes determined the splits of its groups. In this case, groups
+  are exchanged and, for small datasets, other random orders are tried.
 """
 
 import hashlib
@@ -38,14 +39,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Split:
-    """Options of a split.
+    """Options for splitting a dataset.
 
     Attributes:
         val: Fraction of the images in "val"; ignored if `folds` is given.
         test: Fraction of the images in "test".
-        folds: Number of equal parts "fold0", "fold1", ..., which replace "train" and "val". If a
-            class occurs in only one group (see `group_by`), this group is in "train", which is used
-            for training in every fold.
+        folds: Number of folds of equal size, "fold0", "fold1", ..., which replace "train" and
+            "val"; 0 for a single train/val split. If a class occurs in only one group (see
+            `group_by`), this group is in "train", which is used for training in every fold.
         seed: Random seed. The result depends on the seed and the file names, but not on the order
             of the files.
         group_by: Regular expression that is searched for in the file names. Images with the same
@@ -74,7 +75,7 @@ class Split:
             )
 
     def fractions(self) -> dict[str, float]:
-        """Return a dictionary from the name of each part to its intended fraction of the images.
+        """Return a dictionary from split name to the intended fraction of the images.
 
         With folds, the names are "fold0", "fold1", ... instead of "train" and "val".
         """
@@ -86,7 +87,7 @@ class Split:
 
 
 def split_images(classes: Mapping[str, Collection[str]], split: Split) -> dict[str, str]:
-    """Assign each image to a part, which is "train", "val" or "test", or a fold.
+    """Assign each image to a split ("train", "val" or "test") or a fold.
 
     Images that ``group_by`` keeps together form a group. A class that occurs in a single group is
     in "train". A class that occurs in two or more groups is also in "val" or, with folds, in at
@@ -95,13 +96,13 @@ def split_images(classes: Mapping[str, Collection[str]], split: Split) -> dict[s
 
     Args:
         classes: Class names of each image, by file name.
-        split: Options of the split.
+        split: Options for splitting the dataset.
 
     Returns:
-        Dictionary from the file name of each image to the name of its part.
+        Dictionary from image file name to the name of the image's split or fold.
 
     Raises:
-        UserError: If the pattern in ``group_by`` is invalid, or a part would be empty.
+        UserError: If the pattern in ``group_by`` is invalid, or a split or fold would be empty.
     """
     parts = split.fractions()
     names = list(parts)
@@ -126,16 +127,17 @@ def split_images(classes: Mapping[str, Collection[str]], split: Split) -> dict[s
     empty = sorted(set(parts).difference(part_of.values()))
     if empty:
         raise UserError(
-            f"Cannot split {len(classes)} images in {len(groups)} groups: no images are left for "
-            f"{first_of(empty)}. Expected more groups than splits or folds, and at least two "
-            "groups per class. Use fewer splits or folds, use smaller groups, or add images."
+            f"Cannot split {len(classes)} images that belong to {len(groups)} groups: no images "
+            f"are left for {first_of(empty)}. Expected more groups than splits or folds, and at "
+            "least two groups per class. Use fewer splits or folds, use smaller groups, or add "
+            "images."
         )
     return part_of
 
 
 @dataclass
 class _Group:
-    """Images that must be in the same part of a split, and the number of images per class."""
+    """Images that must be in the same split, and the number of these images per class."""
 
     names: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
@@ -162,7 +164,7 @@ def _shuffled(groups: list[_Group], seed: str) -> list[_Group]:
 
 
 def _group_keys(names: Iterable[str], pattern: str) -> dict[str, str]:
-    """Return the group of each file name: the text that the pattern matches, or the whole name.
+    """Return the group key of each file name: the text that the pattern matches, or the whole name.
 
     Raises:
         UserError: If the pattern is invalid or matches none of the names.
@@ -208,10 +210,10 @@ def _single_classes(groups: list[_Group]) -> set[str]:
 
 
 class _Allocation:
-    """Assignment of groups of images to the parts of a split, such as "train" and "val".
+    """Assignment of groups of images to splits, such as "train" and "val", or to folds.
 
     Attributes:
-        part_of: Index of the part of each group; -1 if it has not been assigned.
+        part_of: Split index of each group; -1 if the group has not been assigned yet.
         totals: Number of images of each class.
     """
 
@@ -219,9 +221,9 @@ class _Allocation:
         """
         Args:
             groups: Groups in random order.
-            fractions: Fraction of the images in each part.
-            levels: Lists of part indices, in order of priority. If a class has too few groups for
-                all parts, its groups are assigned to the parts in the first list first.
+            fractions: Intended fraction of the images in each split.
+            levels: Lists of split indices, in order of priority. If a class has too few groups for
+                all splits, its groups are assigned to the splits in the first list first.
         """
         self.groups = groups
         self.fractions = fractions
@@ -239,7 +241,7 @@ class _Allocation:
         self._repair()
 
     def _distribute(self) -> None:
-        """Assign each group of images to a part of the split, starting with the rarest class."""
+        """Assign each group of images to a split, starting with the rarest class."""
         left = {name: len(members) for name, members in self._members.items()}
         largest = max((len(group.names) for group in self.groups), default=0)
         while left:
@@ -258,7 +260,7 @@ class _Allocation:
             left = {other: number for other, number in left.items() if number}
 
     def _choose(self, name: str, wanted: list[float], left: int) -> int:
-        """Return the index of the part for the next group that contains the class `name`.
+        """Return the index of the split for the next group that contains the class `name`.
 
         `left` is the number of such groups that have not been assigned yet.
         """
@@ -287,11 +289,11 @@ class _Allocation:
         self.part_of[index] = part
 
     def missing(self, names: Iterable[str]) -> int:
-        """Return a penalty for classes that are missing from parts of the split.
+        """Return a penalty for classes that are missing from splits.
 
-        A class that occurs in N groups is expected in N parts, or in all parts if there are fewer.
-        The parts are counted in the order of the levels. Each part of the last level that lacks an
-        expected class adds 1000 to the penalty. In every other level, such a part adds 1000 times
+        A class that occurs in N groups is expected in N splits, or in all splits if there are fewer
+        than N. Splits of earlier levels have priority. In the last level, each split that lacks an
+        expected class adds 1000 to the penalty. In every other level, such a split adds 1000 times
         as much as in the next level.
         """
         missing = 0
@@ -305,16 +307,16 @@ class _Allocation:
         return missing
 
     def _repair(self) -> None:
-        """Move or swap groups, so that fewer classes are missing from parts of the split."""
+        """Move or swap groups of images, so that fewer classes are missing from splits."""
         for name in sorted(self.totals, key=lambda name: (len(self._members[name]), name)):
             for part in range(len(self.fractions)):
                 if self.missing([name]) and not self._counts[part][name]:
                     self._bring(name, part)
 
     def _bring(self, name: str, part: int) -> None:
-        """Move a group with images of the class ``name`` into the split ``part``.
+        """Move a group with images of the class ``name`` to the split with the index ``part``.
 
-        The group is moved, or swapped with a group in ``part``, only if this reduces the penalty
+        The group is moved, or swapped with a group in this split, only if this reduces the penalty
         for missing classes.
         """
         others = [index for index, place in enumerate(self.part_of) if place == part]

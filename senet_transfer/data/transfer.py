@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 class SideStream(Protocol):
-    """Protocol for streams whose copies run in parallel with the computation."""
+    """Protocol for streams whose copies overlap with the computation on the device."""
 
     def copy(self, tensor: Tensor) -> Tensor:
         """Start copying a tensor to the device, and return the copy."""
 
     def join(self, copies: list[Tensor]) -> None:
-        """Make the device's computation wait for all copies, without making the host wait."""
+        """Make later computations on the device wait for all copies, without blocking the host."""
 
 
 class CudaSideStream:
@@ -36,7 +36,7 @@ class CudaSideStream:
             return tensor.to(self.device, non_blocking=True)
 
     def join(self, copies: list[Tensor]) -> None:
-        """Make the current stream wait for all copies, without making the host wait."""
+        """Make the current stream wait for all copies, without blocking the host."""
         current = torch.cuda.current_stream(self.device)
         current.wait_stream(self.stream)
         for copy in copies:
@@ -46,7 +46,7 @@ class CudaSideStream:
 
 
 class Transfer:
-    """Function that moves the tensors of a batch to a device.
+    """Callable that moves the tensors of a batch to a device.
 
     A batch is a dict of tensors and other values, or a list of such dicts. Tensors in pinned memory
     are copied asynchronously. Batches are not prefetched. A resumed run therefore uses the same

@@ -1,1 +1,1 @@
-"""Training, evaluation, prediction and process launching."""
+"""Training, evaluation, inference and process launching."""

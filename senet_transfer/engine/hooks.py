@@ -128,8 +128,9 @@ def _peak_memory(device: torch.device) -> int:
 class DataWaits(HookBase):
     """Hook that logs ``data_time_share``, the fraction of training time spent waiting for data.
 
-    The logged value is the mean over up to 20 steps, because on a GPU the host waits for the device
-    only in some steps. At the end of training, the fraction for the complete run is logged.
+    The logged value is the mean over up to 20 steps, because on a GPU, host-device synchronisation
+    makes some steps much longer than others. At the end of training, the fraction over the whole
+    run is logged.
     """
 
     def __init__(self) -> None:
@@ -142,13 +143,13 @@ class DataWaits(HookBase):
         self._seconds.append(self._start)
 
     def after_step(self) -> None:
-        """Log the fraction of time spent waiting for data in the most recent steps."""
+        """Log the fraction of time spent waiting for data over the most recent steps."""
         self._seconds.append(self._now())
         share = _share(self._seconds[0], self._seconds[-1])
         self.trainer.storage.put_scalar("data_time_share", share, smoothing_hint=False)
 
     def after_train(self) -> None:
-        """Log the fraction of time spent waiting for data in the complete run."""
+        """Log the fraction of time spent waiting for data over the whole run."""
         share = _share(self._start, self._now())
         logger.info("%.1f%% of the training time was spent waiting for data.", 100 * share)
 
@@ -201,9 +202,9 @@ class ModelEMA(HookBase):
         Args:
             model: The model to average, without a wrapper for distributed training.
             decay: The maximum decay, between 0 and 1.
-            guard: The guard that skips steps with non-finite values. If it is deferred, the run may
-                continue for some steps after the limit on skipped steps is exceeded. These steps do
-                not update the average.
+            guard: The guard that skips steps with non-finite values. If it was created with
+                ``deferred=True``, the run may continue for some steps after the limit on skipped
+                steps is exceeded. These steps do not update the average.
         """
         self.model = model
         self.decay = decay
@@ -230,7 +231,7 @@ class ModelEMA(HookBase):
 
     @torch.no_grad()
     def update(self, weight: float | Tensor) -> None:
-        """Update the average without waiting for the device.
+        """Update the average without host-device synchronisation.
 
         Args:
             weight: The factor for the model's current weights, ``1 - d`` with the decay ``d`` of
@@ -311,7 +312,7 @@ class _AfterEvaluation(HookBase, ABC):
         if self.metric in known:
             logger.warning(
                 "The metric %r is %s in this evaluation, so the evaluation is ignored. A metric is "
-                "NaN if the model detects nothing, or if there are no objects to detect.",
+                "NaN if the model detects no objects, or if the dataset contains none.",
                 self.metric,
                 known[self.metric][0],
             )
@@ -399,7 +400,7 @@ class EarlyStopping(_AfterEvaluation):
     model. All processes stop at the same iteration.
 
     Attributes:
-        waited: The number of evaluations since the best value.
+        waited: The number of evaluations since the metric last improved.
     """
 
     def __init__(self, period: int, metric: str, patience: int):
@@ -427,7 +428,7 @@ class EarlyStopping(_AfterEvaluation):
             self.log()
 
     def after_train(self) -> None:
-        """Do nothing, because training has ended anyway after the final evaluation."""
+        """Do nothing: after the final evaluation, there is no training left to stop."""
 
     def log(self) -> None:
         """Log why training ends."""

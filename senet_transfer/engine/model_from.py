@@ -91,7 +91,7 @@ class ModelSource:
     config_file: str = ""
 
     def examined(self) -> "ModelSource":
-        """Return a copy of this source that contains the weight file's contents and class names.
+        """Return a copy of this model source with the weight file's contents and class names.
 
         Raises:
             UserError: If the weight file can't be read.
@@ -250,7 +250,7 @@ def build_to_count(cfg: CfgNode) -> nn.Module:
 
 
 def _timm_network(path: str) -> str:
-    """Return the timm network specified by the ``config.json`` next to a weight file.
+    """Return the name of the timm network in the ``config.json`` next to a weight file.
 
     Returns:
         A name such as "timm/regnety_002". Empty if this project implements the network, or if there

@@ -1,9 +1,9 @@
 """Guard that skips a training step on all ranks if a loss or gradient is non-finite on any rank.
 
-Reading a value from a GPU makes the host wait until the GPU has computed it. The guard therefore
-decides on the device whether a step is skipped, and the host reads the decisions of several steps
-together. Once more steps have been skipped than are allowed, all later steps are skipped as well
-until the host reads the decisions and raises an error.
+To avoid host-device synchronisation in each step, the decision to skip a step is made on the
+device, and the host reads the decisions of several steps together. Once the number of skipped steps
+exceeds the limit, all later steps are skipped as well until the host reads the decisions and raises
+an error.
 """
 
 import logging
@@ -38,7 +38,7 @@ class Step:
         seed: The seed of the step, which determines all of its random numbers.
         problem: The message of the FloatingPointError that the model raised in any process. Empty
             if there was no such error.
-        losses: The names of this process's losses.
+        losses: The names of the losses in this process.
         gradients: The names of the parameters that have gradients.
         values: A float64 tensor on the device. The first value is 1 if the step was skipped because
             of non-finite values in any process, otherwise 0. The second value is 1 if the gradients
@@ -79,8 +79,8 @@ class StepGuard:
                 with an error.
             output_dir: The folder for reports that help to reproduce skipped steps. If empty, no
                 reports are written.
-            deferred: If True, only :meth:`report` reads values from the device, so that no other
-                method makes the host wait.
+            deferred: If True, only :meth:`report` reads values from the device. All other methods
+                avoid host-device synchronisation.
         """
         self.model = model
         self.max_skips, self.output_dir, self.deferred = max_skips, output_dir, deferred

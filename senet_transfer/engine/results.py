@@ -29,10 +29,10 @@ def write_results(path: str | Path, results: Any, *, indent: int | None = 2) -> 
 
 
 def metrics(results: dict[str, Any]) -> dict[str, float]:
-    """Return the metrics of a run's results by name, such as ``classification/top1_error``.
+    """Return a flat dict of the metrics in a run's results.
 
-    With several evaluation datasets, each name starts with the dataset name, as in
-    ``coco_2017_val/bbox/AP``. Diagnostics are excluded.
+    The keys are names such as ``classification/top1_error``. With several evaluation datasets, each
+    name starts with the dataset name, as in ``coco_2017_val/bbox/AP``. Diagnostics are excluded.
     """
     found: dict[str, float] = {}
     for name, value in results.items():
@@ -46,7 +46,7 @@ def metrics(results: dict[str, Any]) -> dict[str, float]:
 
 
 def with_diagnostics(cfg: CfgNode, results: dict[str, Any]) -> dict[str, Any]:
-    """Add diagnostics, such as error types, of the last evaluation to the evaluation's results.
+    """Add the last evaluation's diagnostics, such as counts of error types, to its results.
 
     Args:
         cfg: The run's config.
@@ -106,7 +106,7 @@ def metric_texts(results: dict[str, Any]) -> dict[str, str]:
 
 
 def summary(done: str, results: dict[str, Any], datasets: list[str], output_dir: str | Path) -> str:
-    """Return a sentence about a run, and a table of its metrics and files.
+    """Return a summary of a run: a sentence, and a table of the metrics and output files.
 
     Args:
         done: The start of the sentence, such as "Trained se_resnet18 for 700 steps".

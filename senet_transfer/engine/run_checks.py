@@ -259,8 +259,8 @@ def _check_numbers(cfg: CfgNode) -> None:
     if cfg.SOLVER.MICRO_BATCHES < 1 or share % cfg.SOLVER.MICRO_BATCHES:
         raise UserError(
             f"SOLVER.MICRO_BATCHES is {cfg.SOLVER.MICRO_BATCHES}, but the batch of {share} images "
-            "per process can't be split into that many equal parts. Set SOLVER.MICRO_BATCHES to a "
-            f"divisor of {share}."
+            "per process can't be split into that many micro-batches of equal size. Set "
+            f"SOLVER.MICRO_BATCHES to a divisor of {share}."
         )
 
 

@@ -25,7 +25,7 @@ from senet_transfer.data.build import (
     use_class_weights,
     use_classification_datasets,
 )
-from senet_transfer.data.detection.augmentation.build import removes_parts
+from senet_transfer.data.detection.augmentation.build import crops_images
 from senet_transfer.data.detection.coco import (
     CocoDataset,
     register_datasets,
@@ -35,7 +35,7 @@ from senet_transfer.data.detection.coco import (
 from senet_transfer.data.detection.dataset_checks import (
     category_ids,
     check_datasets_on_disk,
-    check_outlines,
+    check_segmentations,
     check_trainable,
     dataset_classes,
     use_class_order,
@@ -85,7 +85,7 @@ class RunOptions:
         deterministic: If True, set the config key ``DETERMINISTIC`` to True.
         quiet: If True, print only warnings. The full log is always written to ``log.txt``.
         overwrite: If True, delete the files of an earlier run in ``OUTPUT_DIR`` before training.
-        data: Training data. If set, the run uses a config made for this data instead of
+        data: Training data. If set, the run uses a config created for this data instead of
             ``config_file``.
         val: Validation data. If empty, it is found in ``data`` or split off from the training data.
         images: Image folder for the JSON files in ``data`` and ``val``. If empty, the folder is
@@ -256,10 +256,10 @@ def _start_logging(cfg: CfgNode, *, quiet: bool) -> logging.Logger:
 
 
 def _logger(name: str, cfg: CfgNode, *, quiet: bool) -> logging.Logger:
-    """Return a logger set up by Detectron2. If ``quiet``, it prints only warnings and errors.
+    """Return a logger set up by Detectron2.
 
-    Detectron2 also logs all results in a format for spreadsheets. These lines are not printed, but
-    only written to ``log.txt``.
+    If ``quiet`` is True, the logger prints only warnings and errors. Detectron2 also logs all
+    results in a format for spreadsheets. These lines are written to ``log.txt``, but not printed.
     """
     logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
     escape_names(logger)
@@ -375,7 +375,7 @@ def use_datasets(cfg: CfgNode, *, eval_only: bool = False, keep_classes: bool = 
             from the classes of the other datasets or of the model.
     """
     names = register_datasets(
-        cfg.DATASETS.REGISTER, outlines=cfg.MODEL.MASK_ON, upright=reading_of(cfg).upright
+        cfg.DATASETS.REGISTER, segmentations=cfg.MODEL.MASK_ON, upright=reading_of(cfg).upright
     )
     registered = [registered_entry(name) for name in names]
     # Store absolute paths, so that the saved config works from any folder.
@@ -481,12 +481,12 @@ def _use_mask_format(cfg: CfgNode, names: Sequence[str]) -> None:
             installed.
     """
     check_choice("INPUT.MASK_FORMAT", cfg.INPUT.MASK_FORMAT, ("polygon", "bitmask"))
-    if check_outlines(names) and cfg.INPUT.MASK_FORMAT == "polygon":
+    if check_segmentations(names) and cfg.INPUT.MASK_FORMAT == "polygon":
         cfg.INPUT.MASK_FORMAT = "bitmask"
         logging.getLogger(__name__).info(
             "INPUT.MASK_FORMAT is set to bitmask, because some masks are run-length encoded."
         )
-    crops = removes_parts(cfg) and cfg.INPUT.MASK_FORMAT == "polygon"
+    crops = crops_images(cfg) and cfg.INPUT.MASK_FORMAT == "polygon"
     if crops and importlib.util.find_spec("shapely") is None:
         key = "CROP" if cfg.INPUT.CROP.ENABLED else "LARGE_SCALE_JITTER"
         raise UserError(

@@ -104,7 +104,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
     The learning rate of the backbone's parameters is multiplied by ``SOLVER.BACKBONE_MULTIPLIER``,
     and, in the backbone's stages, also by a power of ``SOLVER.LAYER_DECAY``. On a GPU, the
-    optimizer is fused, so it can skip a step without synchronising with the host.
+    optimizer is fused, so it can skip a step without host-device synchronisation.
 
     Raises:
         UserError: If ``SOLVER.OPTIMIZER`` is unknown, or if both the backbone and the biases have

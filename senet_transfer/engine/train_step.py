@@ -1,6 +1,6 @@
 """Training step with mixed precision and gradient accumulation, on CPU and GPU.
 
-On a GPU, a step reads no values from the device, because the host would have to wait for them. The
+On a GPU, a step reads no values from the device, to avoid host-device synchronisation. Instead, the
 losses of several steps are read together.
 """
 
@@ -66,8 +66,8 @@ class StepTrainer(SimpleTrainer):
             dtype: The autocast dtype, "float16" or "bfloat16", or None to disable autocast. An
                 empty string selects float16 on a GPU and bfloat16 on a CPU, where float16 is slow.
                 With float16, the loss is scaled.
-            micro_batches: The number of equal parts that each batch is split into. The accumulated
-                gradients of the parts equal the gradient of the mean loss.
+            micro_batches: The number of micro-batches of equal size that each batch is split into.
+                The accumulated gradient is the gradient of the mean loss of the batch.
             max_skips: The number of steps with non-finite values that may be skipped. If there are
                 more, the run ends with an error.
             output_dir: The folder for reports about skipped steps. If empty, no reports are
@@ -345,11 +345,11 @@ def _log(step: Step, ranks: list[tuple[float, dict[str, float]]]) -> None:
 
 
 def split_batch(batch: Any, parts: int) -> list[Any]:
-    """Split a batch into parts of equal size.
+    """Split a batch into micro-batches of equal size.
 
     Args:
         batch: A list of samples, or a dict of tensors whose first dimension is the batch.
-        parts: The number of parts.
+        parts: The number of micro-batches.
 
     Raises:
         UserError: If the batch size is not divisible by ``parts``.
@@ -360,7 +360,8 @@ def split_batch(batch: Any, parts: int) -> list[Any]:
     if size % parts:
         raise UserError(
             f"SOLVER.MICRO_BATCHES is {parts}, but the batch of {size} images per process can't be "
-            f"split into that many equal parts. Set SOLVER.MICRO_BATCHES to a divisor of {size}."
+            "split into that many micro-batches of equal size. Set SOLVER.MICRO_BATCHES to a "
+            f"divisor of {size}."
         )
     step = size // parts
     cuts = [slice(first, first + step) for first in range(0, size, step)]

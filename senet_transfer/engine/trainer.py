@@ -56,7 +56,7 @@ _HISTORY = 400
 # Number of iterations between two writes of metrics, the default of Detectron2's PeriodicWriter.
 _WRITE_PERIOD = 20
 
-# Devices that make the host wait when it reads a value. On a CPU, values are read at every step.
+# Devices for which reading a value synchronises the host. On a CPU, values are read in every step.
 _ASYNCHRONOUS = ("cuda",)
 
 # Hook names in version 0.1 checkpoints, and their current names.
@@ -171,7 +171,7 @@ class Trainer(DefaultTrainer):
         return self._trainer.waited
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Resume from the newest checkpoint, with the next batch, or load the initial weights.
+        """Resume from the newest checkpoint, starting with the next batch, or load initial weights.
 
         A new run deletes the checkpoint list left by an earlier run in the same folder, so that it
         can be resumed only from its own checkpoints.
@@ -201,7 +201,7 @@ class Trainer(DefaultTrainer):
             verify_results(self.cfg, self.results)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint, including batch size and numerical settings."""
+        """Return the state for a checkpoint, including the batch size and numerical settings."""
         own = {"divided": self._division(), "numerics": settings(self.cfg)}
         return {**super().state_dict(), **own}
 
@@ -236,7 +236,7 @@ class Trainer(DefaultTrainer):
         return division
 
     def before_train(self) -> None:
-        """Run the hooks, and limit the number of past values that are kept for each metric.
+        """Run the hooks, and limit the number of past values that are stored for each metric.
 
         Detectron2 keeps up to a million values.
         """

@@ -1,1 +1,1 @@
-"""Evaluation of detectors and classifiers, and published results for comparison."""
+"""Evaluation of detectors and classifiers, with published results for comparison."""

@@ -44,7 +44,7 @@ class Evaluation:
         top1_error: Top-1 error in percent.
         top5_error: Top-5 error in percent.
         seconds: Duration of the evaluation in seconds.
-        waited: Time spent waiting for images to be read and decoded, in seconds.
+        waited: Time spent waiting for the data loader, in seconds.
         classes: Class names, indexed by label.
         confusion: Confusion matrix with the number of images by label and prediction, ``(C, C)``.
         predictions: One row per image, in the order of the data. Empty unless requested.
@@ -145,7 +145,7 @@ def evaluate_classifier(
     keep_logits: bool = False,
     quiet: bool = False,
 ) -> Evaluation:
-    """Evaluate a classifier on all images of a dataset, without distributed processes.
+    """Evaluate a classifier on all images of a dataset, in a single process.
 
     Args:
         model: The classifier, on the device to use.
@@ -155,7 +155,7 @@ def evaluate_classifier(
         workers: The number of processes that read and decode images.
         keep_predictions: If True, return the top classes of each image.
         keep_logits: If True, return the logits and top classes of each image.
-        quiet: If True, hide the progress bar. It is always hidden if stderr isn't a terminal.
+        quiet: If True, show no progress bar. The bar is also hidden if stderr isn't a terminal.
 
     Raises:
         UserError: If the model and the dataset have different numbers of classes, or if an image
@@ -227,7 +227,7 @@ def _check_view(data: ImageArrays, transform: Transform) -> None:
 
 
 class ShownBatches:
-    """Data loader wrapper that shows a progress bar and measures the time spent waiting."""
+    """Data loader wrapper that shows a progress bar and measures the data loading time."""
 
     def __init__(self, loader: ClassificationLoader | CifarEvalLoader, images: int, quiet: bool):
         self.loader = loader

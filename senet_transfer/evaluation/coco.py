@@ -41,23 +41,23 @@ logger = logging.getLogger(__name__)
 class FastCOCOEvaluator(COCOEvaluator):
     """Variant of Detectron2's COCOEvaluator based on faster-coco-eval, about eight times as fast.
 
-    The metrics are computed with consecutive numbers instead of the ids in the annotation file; see
+    The metrics are computed with consecutive ids instead of the ids in the annotation file; see
     :class:`~senet_transfer.evaluation.numbering.Numbering`. The prediction files contain the ids
     from the annotation file.
 
     Attributes:
-        diagnostics: Diagnostics keyed by IoU type; see
-            :func:`~senet_transfer.evaluation.diagnostics.diagnose`. They are also written to
-            ``diagnostics.json`` in the output folder.
+        diagnostics: Diagnostics keyed by IoU type, as returned by
+            :func:`~senet_transfer.evaluation.diagnostics.diagnose`. The diagnostics are also
+            written to ``diagnostics.json`` in the output folder.
     """
 
     def __init__(self, *arguments: Any, diagnostics: Sequence[str] = (), **options: Any):
         """
         Args:
-            arguments: Arguments of Detectron2's COCOEvaluator.
+            arguments: Positional arguments of Detectron2's COCOEvaluator.
             diagnostics: The IoU types for which diagnostics are computed: "bbox" for boxes and
                 "segm" for masks. Types that the model does not predict are ignored.
-            options: Other arguments of Detectron2's COCOEvaluator, except ``use_fast_impl``.
+            options: Keyword arguments of Detectron2's COCOEvaluator, except ``use_fast_impl``.
 
         Raises:
             UserError: If the annotation file can't be read.
@@ -87,7 +87,7 @@ class FastCOCOEvaluator(COCOEvaluator):
             self._diagnose([result for image in predictions for result in image["instances"]])
 
     def _diagnose(self, results: list[dict]) -> None:
-        """Compute the diagnostics for results that use the annotation file's category ids."""
+        """Compute diagnostics from COCO results with the category ids of the annotation file."""
         start = time.perf_counter()
         dataset = self._coco_api.dataset
         names = self._metadata.get("thing_classes") or [

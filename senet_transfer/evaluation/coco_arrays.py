@@ -17,14 +17,14 @@ def coco_arrays(
     *,
     masks: bool = False,
 ) -> tuple[list[ImageObjects], list[ImageDetections]]:
-    """Return the objects and detections in each image, sorted by image id.
+    """Return the ground-truth objects and the detections of each image, sorted by image id.
 
-    Ids can be any numbers or text. Objects and detections whose image or category is unknown are
+    Ids can be numbers or strings. Objects and detections whose image or category is unknown are
     ignored, as in the COCO metrics.
 
     Args:
         dataset: The content of an annotation file.
-        results: Detections in COCO's results format, with the ids of the annotation file.
+        results: Detections in the COCO results format, with the ids of the annotation file.
         class_of_category: Dictionary from category id to class index. If None, the classes are in
             the order of the category ids.
         masks: If True, return masks instead of boxes.
@@ -89,7 +89,7 @@ def _regions(rows: Sequence[Mapping[str, Any]], image: Mapping[str, Any], masks:
 
 
 def _mask(segmentation: Any, image: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert a mask in any of COCO's formats to COCO's compressed run-length encoding."""
+    """Convert a COCO segmentation (polygons or RLE) to compressed run-length encoding (RLE)."""
     if isinstance(segmentation, Mapping) and not isinstance(segmentation["counts"], list):
         return dict(segmentation)
     size = image["height"], image["width"]

@@ -1,4 +1,4 @@
-"""Detector diagnostics that explain losses of precision and recall.
+"""Diagnostics of object detectors: AP by object size and count, error types and confusions.
 
 AP, precision and recall are computed as in the COCO metrics; see
 :mod:`~senet_transfer.evaluation.matching`. The error types are those of TIDE; see
@@ -49,13 +49,14 @@ def diagnose(
     *,
     max_detections: int = 100,
 ) -> dict[str, Any]:
-    """Compute diagnostics for a detector.
+    """Compute the diagnostics of a detector from ground truth and detections.
 
     The AP is in percent; precision, recall, F1 and thresholds are in [0, 1]; undefined values are
     NaN. The result contains:
 
     - ``summary``: the main results in a few sentences;
-    - ``images``, ``objects``, ``detections``: the number of each;
+    - ``images``, ``objects``, ``detections``: the number of images, ground-truth objects and
+      detections;
     - ``AP``, ``AP50``, ``AP75``: the COCO metrics;
     - ``by_size``: the COCO metrics and the number of objects, for objects grouped by area;
     - ``by_count``: the COCO metrics and the numbers of images and objects, for images grouped by
@@ -71,8 +72,8 @@ def diagnose(
     - ``curves``: for each IoU threshold, the interpolated precision at recalls of 0, 0.01, ...,
       1, averaged over classes. The ``curve`` of a class is for the threshold 0.5;
     - ``confusion``: the ``matrix``, which counts detections with a score of at least ``score`` by
-      the class of the object (row) and of the detection (column). The last row counts detections
-      without an object, and the last column objects without a detection.
+      the class of the object (row) and of the detection (column). The last row counts unmatched
+      detections, and the last column counts unmatched objects.
 
     Args:
         objects: The ground-truth objects in each image.
@@ -176,7 +177,7 @@ def _errors(costs: ErrorCosts) -> dict[str, dict[str, float]]:
 def _best_threshold(
     overlaps: Overlaps, matches: Matches, rows: Ints, label: int | None = None
 ) -> dict[str, float]:
-    """Return the score threshold with the highest F1, and its precision, recall and F1.
+    """Return the score threshold with the highest F1, with the resulting precision, recall and F1.
 
     Args:
         overlaps: The detections and objects, with the IoU of each overlapping pair.
@@ -233,9 +234,9 @@ def _by_class(
 def _confusion(overlaps: Overlaps, matches: Matches, classes: int, score: float) -> Ints:
     """Return the confusion matrix at an IoU of 0.5, ``(C + 1, C + 1)``.
 
-    True positives are defined as in the COCO metrics. The other detections are processed in order
-    of decreasing score. Each is matched with an unmatched object of a different class, the one with
-    the highest IoU. Detections in a crowd are not counted.
+    True positives are determined as in the COCO metrics. In order of decreasing score, each of the
+    remaining detections is matched to the unmatched object of a different class with the highest
+    IoU. Detections in a crowd are not counted.
     """
     kept = np.zeros(len(overlaps.scores), bool)
     kept[matches.considered] = True
@@ -295,7 +296,7 @@ def _main_loss(found: dict[str, Any]) -> str:
 _SENTENCES = {
     "classification": "classification",
     "localisation": "localisation",
-    "both": "detections with the wrong class and a poor position",
+    "both": "detections with the wrong class and poor localisation",
     "duplicate": "repeated detections of the same object",
     "background": "detections of background",
     "missed": "missed objects",
@@ -318,7 +319,7 @@ def _confused(found: dict[str, Any]) -> str:
 
 
 def _worst_size(found: dict[str, Any]) -> str:
-    """Return a sentence about the object size with the lowest AP, or "" if APs are similar."""
+    """Return a sentence about the object size with the lowest AP, or "" if all APs are similar."""
     # The AP of only a few objects is not meaningful.
     known = [row for row in found["by_size"] if row["objects"] >= _MANY]
     known.sort(key=lambda row: row["AP"])

@@ -9,12 +9,13 @@ types:
 - both: IoU between 0.1 and 0.5, only with objects of other classes;
 - duplicate: IoU of 0.5 or more with an object of the same class that has a better detection;
 - background: IoU of at most 0.1 with all objects;
-- missed: an object without a detection, and without a classification or localisation error.
+- missed: an object without a true positive, classification error or localisation error.
 
 The cost of an error type is the increase in AP, at an IoU of 0.5, if only errors of this type are
-corrected. Classification and localisation errors are corrected by turning the best such detection
-of each object into a true positive and removing the others. Other errors are corrected by removing
-the detections or the missed objects.
+corrected. Classification and localisation errors are corrected by turning, for each object, the
+detection with the highest score into a true positive and removing the other detections with the
+same type of error. All other types of errors are corrected by removing the detections or the missed
+objects.
 """
 
 from collections.abc import Iterator
@@ -50,15 +51,16 @@ class Errors:
         kind: Index of each detection's error type in :data:`ERROR_TYPES`, ``(D,)``. The index is
             -1 for true positives and for detections that are not considered. Detections in a crowd
             have an error type, but don't count as false positives.
-        target: Index of the object for a classification or localisation error, otherwise -1,
+        target: Index of the ground-truth object with the highest IoU for classification and
+            localisation errors, otherwise -1, ``(D,)``.
+        corrected: True for the detections that become true positives when their error is corrected,
             ``(D,)``.
-        corrected: True for the errors that become true positives when corrected, ``(D,)``.
         hit: True for true positives, ``(D,)``.
         ignored: True for detections in a crowd, ``(D,)``.
         considered: True for the highest-scoring detections of each image, up to ``max_detections``,
             ``(D,)``.
-        missed: True for missed objects, ``(G,)``.
-        unmatched: True for objects without a true positive, ``(G,)``.
+        missed: True for missed ground-truth objects, ``(G,)``.
+        unmatched: True for ground-truth objects without a true positive, ``(G,)``.
     """
 
     kind: Ints
@@ -78,8 +80,8 @@ class ErrorCosts:
     Attributes:
         ap: AP at an IoU of 0.5. Unlike in the COCO metrics, the AP of classes that are detected but
             have no objects is 0.
-        costs: AP gained by correcting all errors of each type, by type.
-        counts: Number of errors by type.
+        costs: AP gained by correcting all errors of a type, keyed by error type.
+        counts: Number of errors, keyed by error type.
         false_positives: AP gained by removing all false positives.
         false_negatives: AP gained by removing all objects without a true positive.
     """
@@ -92,7 +94,7 @@ class ErrorCosts:
 
 
 def classify_errors(overlaps: Overlaps, *, max_detections: int = 100) -> Errors:
-    """Determine the error type of each false positive, and find missed objects.
+    """Determine the error type of each false positive, and find missed ground-truth objects.
 
     Args:
         overlaps: The detections and objects, with the IoU of each overlapping pair.
@@ -143,7 +145,7 @@ def classify_errors(overlaps: Overlaps, *, max_detections: int = 100) -> Errors:
 
 
 def _any(overlaps: Overlaps, pairs: Bools) -> Bools:
-    """Return a mask of the detections that are in at least one of the selected pairs."""
+    """Return a mask of the detections in the selected detection-object pairs, ``(D,)``."""
     found = np.zeros(len(overlaps.scores), bool)
     found[overlaps.detection[pairs]] = True
     return found
@@ -152,8 +154,8 @@ def _any(overlaps: Overlaps, pairs: Bools) -> Bools:
 def _best(overlaps: Overlaps, pairs: Bools) -> tuple[Ints, Floats]:
     """Return the index of the object with the highest IoU for each detection, and this IoU.
 
-    Only the selected pairs are considered. For detections without a selected pair, the index is -1
-    and the IoU is 0.
+    Only the selected detection-object pairs are considered. For detections without a selected pair,
+    the index is -1 and the IoU is 0.
     """
     rows = np.flatnonzero(pairs)
     detection, target, iou = overlaps.detection[rows], overlaps.object[rows], overlaps.iou[rows]
@@ -167,7 +169,7 @@ def _best(overlaps: Overlaps, pairs: Bools) -> tuple[Ints, Floats]:
 
 @dataclass(frozen=True)
 class _Points:
-    """Scored detections, marked as true or false positives, from which an AP is computed."""
+    """True and false positives with scores, from which an AP is computed."""
 
     classes: Ints
     scores: Floats

@@ -70,23 +70,23 @@ _PACKAGES = {
 
 
 def evaluator_kinds(cfg: CfgNode, name: str) -> list[str]:
-    """Return the kinds of evaluators that support both a dataset and a model's predictions.
+    """Return the types of evaluators that support both a dataset and a model's predictions.
 
     Args:
         cfg: The model's config.
         name: The name of a registered dataset.
 
     Raises:
-        UserError: If the dataset's ``evaluator_type`` is unknown, or if none of its evaluators
-            supports the model's predictions.
+        UserError: If the dataset's ``evaluator_type`` is unknown, or if no evaluator for this type
+            of dataset supports the model's predictions.
     """
     metadata = MetadataCatalog.get(name)
     kind = metadata.get("evaluator_type", "coco")
     if kind not in _KINDS:
         raise UserError(
             f"The evaluator_type of the dataset {name} is {kind!r}; expected one of: "
-            f"{', '.join(_KINDS)}. Register the dataset with one of these, or remove it from "
-            "DATASETS.TEST."
+            f"{', '.join(_KINDS)}. Register the dataset with one of these types, or remove the "
+            "dataset from DATASETS.TEST."
         )
     kinds = list(_KINDS[kind])
     if kind == "coco" and predicts_rotated_boxes(cfg):
@@ -144,10 +144,10 @@ def _check_package(kind: str, name: str) -> None:
 
 
 def other_evaluator(kind: str, name: str, output_dir: str) -> DatasetEvaluator:
-    """Build an evaluator of any kind except "coco".
+    """Build an evaluator of any type except "coco".
 
     Args:
-        kind: An evaluator kind, as returned by :func:`evaluator_kinds`.
+        kind: An evaluator type, as returned by :func:`evaluator_kinds`.
         name: The name of the dataset.
         output_dir: The folder for the predictions.
     """
@@ -169,7 +169,7 @@ def other_evaluator(kind: str, name: str, output_dir: str) -> DatasetEvaluator:
 
 
 class _CurrentNumpy(DatasetEvaluator):
-    """Base class for evaluators whose packages use names that were removed from NumPy.
+    """Base class for evaluators that use functions or types that were removed from NumPy.
 
     lvis 0.5.3 uses ``numpy.float``, and cityscapesscripts 2.3.0 uses ``numpy.in1d``.
     """
@@ -193,8 +193,8 @@ class CurrentCityscapesSemSegEvaluator(_CurrentNumpy, CityscapesSemSegEvaluator)
 class CurrentCityscapesInstanceEvaluator(_CurrentNumpy, CityscapesInstanceEvaluator):
     """Detectron2's Cityscapes instance segmentation evaluator for current NumPy versions.
 
-    cityscapesscripts writes its matches to a file in the working directory. With current NumPy
-    versions this fails, because the matches contain NumPy integers. This class does not write the
+    cityscapesscripts writes the matches to a JSON file in the working directory. With current NumPy
+    versions, this fails because the matches contain NumPy integers. This class does not write the
     file.
     """
 

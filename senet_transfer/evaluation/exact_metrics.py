@@ -11,7 +11,7 @@ _FIRST = 1 / (1 + np.spacing(1))
 
 
 def recalls_of_two(counts: np.ndarray) -> np.ndarray:
-    """Return recall thresholds that are reached by two correct detections, but not by one.
+    """Return the recall thresholds that two true positives reach, but one true positive doesn't.
 
     For each number of objects ``n`` in ``counts``, the threshold is the power of two in the
     interval ``(1 / n, 2 / n]``. Many values of ``n`` share a threshold, so fewer thresholds have to
@@ -24,9 +24,10 @@ def recalls_of_two(counts: np.ndarray) -> np.ndarray:
 class ExactCOCOeval(COCOeval_faster):
     """COCO metrics computed in C++ that are bitwise identical to those of pycocotools.
 
-    This class corrects two deviations of faster-coco-eval. Its precision after a single correct
-    detection is 1, whereas that of pycocotools is slightly lower. In the evaluation of keypoints,
-    it omits classes without objects.
+    This class corrects two differences between faster-coco-eval and pycocotools. In
+    faster-coco-eval, the precision after a single correct detection is exactly 1, whereas in
+    pycocotools it is slightly lower. In keypoint evaluation, faster-coco-eval omits classes without
+    objects.
     """
 
     def __init__(self, truth: COCO, predictions: COCO, task: str, **options: Any):
@@ -35,13 +36,13 @@ class ExactCOCOeval(COCOeval_faster):
             truth: COCO object with the ground truth.
             predictions: COCO object with the predictions.
             task: "bbox", "segm" or "keypoints".
-            options: Other arguments of ``COCOeval_faster``.
+            options: Keyword arguments of ``COCOeval_faster``.
         """
         super().__init__(truth, predictions, task, **options)
         self.params.catIds = sorted(truth.getCatIds())
 
     def evaluate(self) -> None:
-        """Match predictions with the ground truth, and compute precision and recall."""
+        """Match predictions to the ground truth, and compute precision and recall."""
         usual = self.params.recThrs
         # The precision at these recalls is 1 if the first two detections are correct.
         seconds = recalls_of_two(self._count_objects())
@@ -63,7 +64,7 @@ class ExactCOCOeval(COCOeval_faster):
         self.eval["counts"][1] = len(usual)
 
     def _count_objects(self) -> np.ndarray:
-        """Return the number of objects that are not ignored, by class and area range."""
+        """Return the number of non-ignored ground-truth objects by class and area range."""
         p = self.params
         items = self.cocoGt.loadAnns(self.cocoGt.getAnnIds(imgIds=p.imgIds, catIds=p.catIds))
         counted = [

@@ -1,6 +1,7 @@
-"""Matching of detections and objects, and average precision, using flat arrays for all images.
+"""Matching of detections to ground-truth objects, and average precision.
 
-The definitions are those of the COCO metrics, and the results equal those of pycocotools.
+The arrays contain the detections or objects of all images. The definitions are those of the COCO
+metrics, and the results equal those of pycocotools.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,13 +29,13 @@ class ImageObjects:
     """Ground-truth objects in an image.
 
     Attributes:
-        regions: Boxes (left, top, width, height) in pixels, ``(N, 4)``, or masks in COCO's
-            compressed run-length encoding.
+        regions: Boxes (left, top, width, height) in pixels, ``(N, 4)``, or masks in compressed
+            COCO run-length encoding (RLE).
         classes: Class indices, ``(N,)``.
         crowd: True for crowds (regions with many objects), in which detections are ignored,
             ``(N,)``.
-        areas: Areas in square pixels, ``(N,)``. They determine which objects are small, medium or
-            large.
+        areas: Areas in square pixels, ``(N,)``, which determine whether an object is small, medium
+            or large.
     """
 
     regions: Regions
@@ -60,7 +61,7 @@ class ImageDetections:
 
 @dataclass(frozen=True)
 class Overlaps:
-    """Detections and objects of all images, and the pairs of overlapping detections and objects.
+    """Detections and ground-truth objects of all images, and the pairs that overlap.
 
     Attributes:
         images: Number of images.
@@ -73,8 +74,8 @@ class Overlaps:
         object_classes: Class of each object, ``(G,)``.
         object_areas: Area of each object in square pixels, ``(G,)``.
         crowd: True for crowds (regions with many objects), ``(G,)``.
-        detection: Index of each pair's detection, ``(P,)``.
-        object: Index of each pair's object, ``(P,)``.
+        detection: Index of the detection in each overlapping pair, ``(P,)``.
+        object: Index of the object in each overlapping pair, ``(P,)``.
         iou: IoU of each pair, at least :data:`LEAST_OVERLAP`, ``(P,)``. For a crowd, the fraction
             of the detection that is inside the crowd.
     """
@@ -94,17 +95,17 @@ class Overlaps:
 
     @property
     def same_class(self) -> Bools:
-        """True for pairs whose detection and object have the same class, ``(P,)``."""
+        """Mask of the pairs in which the detection and the object have the same class, ``(P,)``."""
         return self.classes[self.detection] == self.object_classes[self.object]
 
 
 def find_overlaps(
     objects: Sequence[ImageObjects], detections: Sequence[ImageDetections]
 ) -> Overlaps:
-    """Compute the IoU of each detection with each object in the same image.
+    """Compute the IoU of each detection with each ground-truth object in the same image.
 
     Args:
-        objects: The objects in each image.
+        objects: The ground-truth objects in each image.
         detections: The detections in each image, in the same order.
     """
     firsts, seconds, values, areas, orders = [], [], [], [], []
@@ -157,7 +158,7 @@ def _joined(parts: Sequence[NDArray], dtype: type) -> NDArray:
 
 
 def rank_in_group(*keys: NDArray) -> Ints:
-    """Return each element's position among the elements with equal keys, ``(N,)``."""
+    """Return the rank of each element among the elements with equal keys, ``(N,)``."""
     order = np.lexsort(keys)
     new = np.ones(len(order), bool)
     new[1:] = np.any([key[order][1:] != key[order][:-1] for key in keys], axis=0)
@@ -176,10 +177,10 @@ def greedy_matches(
     ignored: Bools,
     first_of_equal: bool = False,
 ) -> Ints:
-    """Match detections with objects greedily, in the order of the detections' ranks.
+    """Match detections to ground-truth objects greedily, in the order of the detections' ranks.
 
-    Each detection is matched with the unmatched object of highest IoU. As in the COCO metrics, an
-    ignored object is matched only if no other object is available, and a crowd can be matched
+    Each detection is matched to the unmatched object with the highest IoU. As in the COCO metrics,
+    an ignored object is matched only if no other object is available, and a crowd can be matched
     repeatedly.
 
     Args:
@@ -193,7 +194,8 @@ def greedy_matches(
             last one.
 
     Returns:
-        The index of the object matched with each detection, or -1 if there is none, ``(T, D)``.
+        The index of the object matched to each detection, or -1 for unmatched detections,
+        ``(T, D)``.
     """
     detection, target = overlaps.detection[pairs], overlaps.object[pairs]
     iou = overlaps.iou[pairs]
@@ -216,7 +218,7 @@ def greedy_matches(
 
 
 def _starts(values: NDArray) -> Bools:
-    """Return a mask that is True at the first of each group of equal values in a sorted array."""
+    """Return a mask of the first element in each run of equal values in a sorted array."""
     start = np.ones(len(values), bool)
     start[1:] = values[1:] != values[:-1]
     return start
@@ -224,12 +226,13 @@ def _starts(values: NDArray) -> Bools:
 
 @dataclass(frozen=True)
 class Matches:
-    """Matches of D detections with G objects of the same class at T IoU thresholds.
+    """Matches of D detections to G ground-truth objects of the same class at T IoU thresholds.
 
     Attributes:
-        hit: True for detections that are matched with an object, ``(T, D)``.
+        hit: True for true positives, ``(T, D)``.
         ignored: True for detections that are neither true nor false positives, ``(T, D)``.
-        match: Index of the object matched with each detection, or -1 if there is none, ``(T, D)``.
+        match: Index of the object matched to each detection, or -1 for unmatched detections,
+            ``(T, D)``.
         counted: True for objects that are not ignored, ``(G,)``.
         considered: Indices of the highest-scoring detections of each image and class, sorted by
             class and then by decreasing score, ``(N,)``.
@@ -249,11 +252,12 @@ def match_by_class(
     thresholds: Floats = IOU_THRESHOLDS,
     max_detections: int = 100,
 ) -> Matches:
-    """Match detections with objects of the same class, as the COCO metrics do.
+    """Match detections to ground-truth objects of the same class, as in the COCO metrics.
 
     Args:
         overlaps: The detections and objects, with the IoU of each overlapping pair.
-        area: The minimum and maximum object area in square pixels. Other objects are ignored.
+        area: The minimum and maximum object area in square pixels. Objects outside this range are
+            ignored.
         thresholds: The minimum IoU for a match, ``(T,)``.
         max_detections: The maximum number of detections per image and class.
     """
@@ -293,7 +297,7 @@ def precision_at_recalls(
         hit: True for true positives and False for false positives, by decreasing score, ``(N,)``.
         count: The number of objects.
         recalls: The recalls in [0, 1], ``(R,)``.
-        least: A number that is added to the denominator of the precision, as pycocotools does.
+        least: A small number that is added to the denominator of the precision, as in pycocotools.
 
     Returns:
         The largest precision at or above each recall, or 0 for recalls that aren't reached,

@@ -17,7 +17,7 @@ _CLASSIFICATION = ("top1_error", "top5_error", "images")
 
 
 def check_metric(cfg: CfgNode, key: str, metric: str) -> None:
-    """Check that the evaluation during training can return the given metric.
+    """Check that the evaluation of a run can return the given metric.
 
     Args:
         cfg: The config of the run.
@@ -58,7 +58,7 @@ def _known(cfg: CfgNode) -> list[str]:
 
 
 def _exists(cfg: CfgNode, name: str, known: list[str]) -> bool:
-    """Return True if a metric is known, or if its evaluator may return metrics not listed here."""
+    """Return True if a metric is known, or if a dataset's evaluator may return unlisted metrics."""
     task = name.partition("/")[0]
     if task == "validation":
         return cfg.TEST.LOSS and (name in known or not is_classification(cfg))

@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Numbering:
-    """Consecutive numbers, starting at 1, that replace the ids in an annotation file.
+    """Consecutive ids, starting at 1, that replace the ids in an annotation file.
 
     The libraries for the COCO metrics silently return wrong results for some ids: they store ids as
     doubles or 64-bit integers, and ignore matches with the annotation id 0. Images are numbered in
@@ -14,7 +14,7 @@ class Numbering:
     numbered in the order of the classes, and annotations in the order of the file.
 
     Attributes:
-        dataset: A copy of the ground truth with numbers instead of ids. Annotations whose image or
+        dataset: A copy of the ground truth with consecutive ids. Annotations whose image or
             category is not in the file are omitted, because the metrics ignore such annotations.
     """
 
@@ -48,11 +48,11 @@ class Numbering:
         }
 
     def image_numbers(self, ids: Sequence[Any]) -> list[int]:
-        """Return the numbers that replace the given image ids."""
+        """Return the consecutive ids that replace the given image ids."""
         return [self._images[key] for key in ids]
 
     def results(self, results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Copy COCO results and replace their image and category ids with consecutive numbers."""
+        """Copy COCO results, replacing the image and category ids with the consecutive ids."""
         return [self._numbered(result) for result in results]
 
     def _numbered(self, item: dict[str, Any]) -> dict[str, Any]:

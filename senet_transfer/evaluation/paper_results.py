@@ -125,7 +125,7 @@ CIFAR = _tables_iv_and_v()
 
 
 def published_on_cifar(dataset: str, model: str) -> Published | None:
-    """Return the published result of a model on a CIFAR dataset, or None if there is none.
+    """Return the published result of a model on a CIFAR dataset, or None if it wasn't published.
 
     Args:
         dataset: The name or path of the dataset, as in a config.

@@ -22,18 +22,19 @@ _NORMALISER = "loss_normalizer"
 
 
 def validation_losses(model: nn.Module, loader: Iterable[list[Any]]) -> dict[str, float]:
-    """Return the mean losses per image, without changing the model.
+    """Return a detector's mean losses per image, without changing the detector.
 
-    The backbone, batch normalisation and dropout are in evaluation mode. A detector's proposals are
-    sampled randomly, but with the same result in each call. All processes must call this function
-    together.
+    The backbone, batch normalisation and dropout are in evaluation mode. Proposals are sampled with
+    a fixed random seed, so repeated calls return the same losses. All processes must call this
+    function together.
 
     Args:
         model: A detector, which returns a dict of losses in training mode.
         loader: A loader of batches with ground truth.
 
     Returns:
-        The losses by name, and their sum ``total_loss``, averaged over the images of all processes.
+        The losses by name, including the sum ``total_loss``, averaged over the images of all
+        processes.
     """
     if isinstance(model, DistributedDataParallel):
         model = model.module
@@ -61,7 +62,7 @@ def validation_losses(model: nn.Module, loader: Iterable[list[Any]]) -> dict[str
 
 @contextlib.contextmanager
 def _loss_mode(model: nn.Module) -> Iterator[None]:
-    """Make a detector return losses inside the context, and restore its state on exit."""
+    """Make a detector return losses inside the context, and restore the detector on exit."""
     modes = [(module, module.training) for module in model.modules()]
     normaliser = vars(model).get(_NORMALISER)
     model.train()

@@ -38,8 +38,8 @@ class FileDifference:
     """Difference between two weight files.
 
     Attributes:
-        of: Compared values: "logits" or "res5" features for random images, or "tensors" if this
-            project has no model for the files, for example if they contain a detector.
+        of: Name of the compared values: "logits" or a feature map such as "res5" (network outputs
+            for random images), or "tensors" (the weights, for detectors and unregistered models).
         absolute: Maximum absolute difference.
         relative: Maximum absolute difference divided by the maximum absolute value.
     """
@@ -66,7 +66,7 @@ def convert_file(
     backbone_only: bool = False,
     **choice: Unpack[Choice],
 ) -> FileDifference | None:
-    """Convert a weight file of any family to this project's format or that of another project.
+    """Convert a weight file from any supported project to the format of this or another project.
 
     If a detector from a training run is converted to Detectron2's format, a config with
     Detectron2's own keys is written next to ``out``, with the suffix ``.yaml``.
@@ -76,12 +76,12 @@ def convert_file(
         out: The path of the new file. If ``to`` is None, the suffixes ``.pth`` and ``.safetensors``
             select this project's format, and ``.pkl`` selects Detectron2's format.
         to: The target format, one of ``senet_transfer.weights.convert.TARGETS``.
-        family: The file's family. It is only required if several families use its tensor names.
+        family: The weight family of the file, such as "torchvision". Required only if several
+            families use the same tensor names.
         force: If True, replace an existing file.
-        check: If True, check that the network has the same outputs with the weights of both files,
-            and write ``out`` only if they are equal.
-        backbone_only: If True, convert the backbone only, without the classifier or the other parts
-            of a detector.
+        check: If True, check that the network gives the same outputs with the original and with the
+            converted weights, and write ``out`` only if the outputs are equal.
+        backbone_only: If True, convert only the backbone of a classifier or detector.
         choice: Keyword arguments that select a network in the file, such as ``prefix`` and ``ema``;
             see :func:`senet_transfer.load_weights`.
 
@@ -117,21 +117,21 @@ def convert_file(
     if config:
         with written_whole(config_out) as partial:
             partial.write_text(config)
-        logger.info("Wrote %s, a config with only Detectron2's keys", config_out)
+        logger.info("Wrote %s, a config for unmodified Detectron2", config_out)
     return comparison
 
 
 def _write_checked(source: Source, out: Path, to: str) -> tuple[list[str], FileDifference]:
-    """Convert a file, and write the result to ``out`` only if the outputs stay the same."""
+    """Convert a weight file, and write ``out`` only if the network's outputs stay the same."""
     with tempfile.TemporaryDirectory() as folder:
         new = Path(folder, out.name)
         notes = write_converted(source, new, to)
-        logger.info("Comparing the outputs of both files")
+        logger.info("Comparing the network's outputs with the original and the converted weights")
         comparison = compare_files(source, examine(new, family_of(to)))
         if not comparison.relative <= TOLERANCE:
             raise UserError(
-                f"The converted weights do not give the same outputs as {source.path}: "
-                f"{comparison}. {out} is not written."
+                f"The converted weights do not give the same outputs as {source.path}; "
+                f"{comparison}. {out} was not written."
             )
         with written_whole(out) as partial:
             shutil.copyfile(new, partial)
@@ -175,7 +175,7 @@ def _network(source: Source) -> str:
 
 
 def _registered(source: Source) -> Architecture | None:
-    """Return a weight file's architecture, or None for detectors and unregistered models."""
+    """Return the architecture in a weight file; None for detectors and unregistered models."""
     arch = source.architecture
     if arch is None or source.detector or source.model_name not in list_models():
         return None
@@ -183,7 +183,7 @@ def _registered(source: Source) -> Architecture | None:
 
 
 def _model(source: Source, architecture: Architecture) -> nn.Module:
-    """Build the network for a weight file, with a classifier if the file contains one."""
+    """Build the network in a weight file, with a classifier if the file contains one."""
     entry = model_entry(source.model_name)
     norm = "FrozenBN" if source.family.affine_norms else "BN"
     if architecture.classes:
@@ -192,7 +192,7 @@ def _model(source: Source, architecture: Architecture) -> nn.Module:
 
 
 def _check_complete(source: Source) -> None:
-    """Raise a UserError if a registered model's file has missing or unexpected tensors."""
+    """Raise a UserError for missing or unexpected tensors in a registered model's file."""
     architecture = _registered(source)
     if architecture is not None:
         with torch.device("meta"):
@@ -204,7 +204,7 @@ def _check_complete(source: Source) -> None:
 def compare_files(first: Source, second: Source) -> FileDifference:
     """Compare the outputs of the networks in two weight files for the same random images.
 
-    If a file's network is not a registered model, compare the tensors instead.
+    If one of the networks is not a registered model, compare the weights instead.
     """
     known = [(source, arch) for source in (first, second) if (arch := _registered(source))]
     if len(known) < 2:
@@ -231,7 +231,8 @@ def _difference(
     if first.keys() != second.keys():
         only = first_of(sorted(first.keys() ^ second.keys()), 4)
         raise UserError(
-            f"The weight files can't be compared, because only one contains these tensors: {only}."
+            "The weight files can't be compared, because only one of them contains the tensors "
+            f"{only}."
         )
     absolute = largest = 0.0
     for name, value in first.items():

@@ -21,11 +21,11 @@ BOX_TOLERANCE, SCORE_TOLERANCE = 0.1, 1e-3
 def export_detector(model: nn.Module, path: str | Path, image: Tensor) -> int:
     """Export a detector with folded batch norms to TorchScript, and check the exported file.
 
-    The exported module takes one image of any size, uint8 or float32 ``(3, H, W)`` in 0-255. The
-    caller must resize the image and order its channels as in training. The outputs are tensors:
-    boxes in pixels, scores, classes, 28x28 masks (Mask R-CNN only), and the image size. The extra
-    file ``outputs`` in the archive lists their names. A region proposal network returns boxes and
-    logits.
+    The exported module takes one image of any size, uint8 or float32 ``(3, H, W)``, with values
+    from 0 to 255. The caller must resize the image and order its channels as in training. The
+    outputs are tensors: boxes in pixels, scores, classes, 28x28 masks (Mask R-CNN only), and the
+    image size. A region proposal network outputs proposal boxes, objectness logits, and the image
+    size. The extra file ``outputs`` in the TorchScript archive lists the names of the outputs.
 
     Args:
         model: A Detectron2 meta-architecture.
@@ -58,7 +58,7 @@ def crop(image: Tensor) -> Tensor:
 
 
 def infer(model: nn.Module, inputs: list[dict[str, Tensor]]) -> list[Instances]:
-    """Run a Detectron2 model, and return the results in pixel coordinates of the input images."""
+    """Run inference, and return the results in pixel coordinates of the (resized) input images."""
     if isinstance(model, GeneralizedRCNN):
         return model.inference(inputs, do_postprocess=False)
     key = "proposals" if isinstance(model, ProposalNetwork) else "instances"
@@ -78,7 +78,7 @@ def _compare(path: str | Path, expected: Instances, found: Instances) -> None:
         same = same and torch.equal(found.pred_classes, expected.pred_classes)
     if not same:
         raise UserError(
-            f"{path} detects {len(found)} objects in a crop of the image. They differ from the "
-            f"{len(expected)} objects detected by the model, possibly because objects with nearly "
-            "equal scores are sorted differently. Try a different image."
+            f"The exported detector {path} detects {len(found)} objects in a crop of the image. "
+            f"They differ from the {len(expected)} objects detected by the model, possibly because "
+            "objects with nearly equal scores are sorted differently. Try a different image."
         )

@@ -24,14 +24,16 @@ _NAMES = {
 
 
 def detectron2_config(cfg: CfgNode, weights: str) -> CfgNode:
-    """Return a config that uses only Detectron2's own keys, for a detector with a plain ResNet.
+    """Convert a detector's config to a config that contains only Detectron2's own keys.
+
+    The detector's backbone must be a ResNet or ResNeXt without SE, or one of Detectron2's own.
 
     Args:
         cfg: The detector's config. Its architecture and preprocessing keys must match the weights.
         weights: The path of the weights in Detectron2's format, for ``MODEL.WEIGHTS``.
 
     Raises:
-        UserError: If unmodified Detectron2 can't build the detector, or would return other results.
+        UserError: If unmodified Detectron2 can't build the detector, or would give other results.
     """
     if cfg.MODEL.BACKBONE.NAME in _NAMES["MODEL.BACKBONE.NAME"]:
         entry, options = backbone_from_config(cfg)
@@ -102,7 +104,7 @@ def _problems(
 
 
 def _input_problems(cfg: CfgNode) -> list[str]:
-    """Return messages about the preprocessing settings that Detectron2 does not support."""
+    """Return error messages for preprocessing settings that Detectron2 does not support."""
     problems = []
     if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
         problems.append(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}; expected 'BGR' or 'RGB'.")

@@ -1,4 +1,4 @@
-"""Export to ONNX, torch.export, AOTInductor or TorchScript, checked against the eager network."""
+"""Export of backbones and classifiers to ONNX, torch.export, AOTInductor or TorchScript."""
 
 import copy
 import json
@@ -38,7 +38,7 @@ TOLERANCE = 1e-3
 
 
 class ImageModel(nn.Module):
-    """Backbone or classifier that normalises its input: RGB images with values from 0 to 255."""
+    """Wrapper that normalises RGB images (0 to 255) and passes them to a backbone or classifier."""
 
     def __init__(self, network: nn.Module, preprocessing: Preprocessing):
         """
@@ -55,7 +55,7 @@ class ImageModel(nn.Module):
         self.register_buffer("std", std)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return a tuple of the logits, or of the feature maps from high to low resolution.
+        """Return the logits, or the feature maps from high to low resolution, as a tuple.
 
         Args:
             images: RGB images ``(N, 3, H, W)`` with values from 0 to 255. For a multispectral
@@ -91,8 +91,8 @@ def export_network(
         classes: The class names, for the metadata.
         mode: The evaluation mode, for the metadata; see
             :class:`~senet_transfer.data.images.transforms.EvalTransform`. For a mode with several
-            crops, the code that runs the exported file must average their logits.
-        reading: The settings for reading images, for the metadata.
+            crops, the code that runs the exported file must average the logits of the crops.
+        reading: The value range and EXIF setting for decoding images, for the metadata.
 
     Returns:
         The maximum difference from the eager network's outputs, relative to the largest output.

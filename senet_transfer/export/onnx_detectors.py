@@ -35,7 +35,7 @@ class Comparison:
 
     Attributes:
         threshold: The minimum score of the compared objects.
-        objects: The total number of objects in an image and a crop of the image.
+        objects: The total number of objects detected in an image and in a crop of the image.
         box: The largest difference between box coordinates, in pixels.
         score: The largest difference between scores or between mask probabilities.
     """
@@ -62,11 +62,11 @@ def export_detector_to_onnx(
 ) -> Comparison:
     """Export a detector with folded batch norms to ONNX, and check the exported file.
 
-    The exported model takes one RGB image of any size, float32 ``(3, H, W)`` in 0-255. The caller
-    must resize the image as in evaluation. The channel order and the normalisation are part of the
-    model. The outputs are sorted by score: ``boxes`` (N, 4) as x1, y1, x2, y2 in input pixels,
-    ``scores`` (N,) and ``classes`` (N,) as indices. A Mask R-CNN also has the output ``masks`` (N,
-    28, 28), the mask probabilities inside each box.
+    The exported model takes one RGB image of any size, float32 ``(3, H, W)``, with values from 0 to
+    255. The caller must resize the image as in evaluation. The channel order and the normalisation
+    are part of the model. The outputs are sorted by score: ``boxes`` (N, 4) as x1, y1, x2, y2 in
+    input pixels, ``scores`` (N,) and ``classes`` (N,) as indices. A Mask R-CNN also has the output
+    ``masks`` (N, 28, 28), the mask probabilities inside each box.
 
     The exported detector is compared with the original one on ``image`` and on a crop of it. If the
     original detects no objects, the comparison ignores the score threshold. On a uniformly grey
@@ -75,12 +75,12 @@ def export_detector_to_onnx(
     Args:
         model: A Detectron2 meta-architecture that predicts objects with boxes.
         path: The file to write.
-        image: An RGB image in 0-255, ``(3, H, W)``, for tracing and comparison.
+        image: An RGB image ``(3, H, W)`` with values from 0 to 255, for tracing and comparison.
         format: The channel order that the detector expects, "RGB", "BGR" or "L".
         metadata: Values to write to the file's metadata as JSON.
 
     Returns:
-        The number of compared objects, and their differences.
+        The number of compared objects, and the largest differences in boxes and scores.
 
     Raises:
         UserError: If a required package is missing, or if the exported detector and the original
@@ -119,8 +119,9 @@ def export_detector_to_onnx(
             )
         if found and not expected:
             raise UserError(
-                f"{path} detects {found} objects in a uniformly grey image, in which the model "
-                "detects none. Export the model to TorchScript (.ts) instead."
+                f"The exported detector {path} detects {found} objects in a uniformly grey image, "
+                "in which the original model detects none. Export the model to TorchScript (.ts) "
+                "instead."
             )
     return compared
 
@@ -179,7 +180,7 @@ def _thresholded(model: nn.Module) -> list[nn.Module]:
 
 
 def _score_limits(model: nn.Module) -> tuple[float, int]:
-    """Return a detector's score threshold and its maximum number of objects."""
+    """Return a detector's score threshold and its maximum number of detections per image."""
     module = _thresholded(model)[0]
     limit = "test_topk_per_image" if hasattr(module, "test_topk_per_image") else None
     return float(getattr(module, _THRESHOLD)), int(
@@ -207,10 +208,11 @@ def _runner(path: str | Path) -> Callable[[Tensor], Arrays]:
 def _compare(
     path: str | Path, expected: Arrays, found: Arrays, limit: int, compared: Comparison
 ) -> None:
-    """Check that two detectors return the same objects in any order, and update ``compared``.
+    """Check that two detectors return the same objects, and add the results to ``compared``.
 
-    If a detector returns its maximum number of objects, the objects with the lowest scores may be
-    missing from the other detector's results, because scores differ by rounding errors.
+    The order of the objects may differ. If a detector returns the maximum number of detections per
+    image (``limit``), those with the lowest scores may be missing from the other detector's results
+    because of rounding errors.
 
     Raises:
         UserError: If the objects differ.
@@ -227,9 +229,10 @@ def _compare(
         least = min(objects["scores"]) if len(matched) >= limit else compared.threshold
         if (~matched & (objects["scores"] > least + SCORE_TOLERANCE)).any():
             raise UserError(
-                f"{path} detects {len(found['scores'])} objects in an image. They differ from the "
-                f"{len(expected['scores'])} objects detected by the model, possibly because "
-                "rounding decides which of two overlapping boxes is kept. Try a different --image."
+                f"The exported detector {path} detects {len(found['scores'])} objects in an image. "
+                f"They differ from the {len(expected['scores'])} objects detected by the model, "
+                "possibly because rounding determines which of two overlapping boxes is suppressed "
+                "by NMS. Try a different --image."
             )
     compared.objects += int(same.any(1).sum())
     compared.box = max(compared.box, float(boxes[same].max(initial=0)))

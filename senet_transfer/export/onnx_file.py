@@ -27,7 +27,7 @@ def require_onnx() -> None:
 
 
 def write_onnx(model: "ModelProto", path: str | Path, metadata: Mapping[str, str]) -> None:
-    """Write an ONNX model with metadata to a file, and check the file.
+    """Write an ONNX model with metadata to a file, and validate the file.
 
     The doc strings and metadata added by the exporters are removed first, because they contain
     stack traces with local paths.

@@ -1,4 +1,4 @@
-"""Conversion of ONNX files to float16 or int8, and comparison with the original networks."""
+"""Conversion of ONNX files to float16 or int8, and comparison with the float32 networks."""
 
 import itertools
 import os
@@ -43,7 +43,7 @@ class CalibrationImages:
     classes: Sequence[str] = ()
 
     def paths(self) -> list[Path]:
-        """Return the sorted image paths.
+        """Return the sorted paths of all images in the folder.
 
         Raises:
             UserError: If the folder contains no images.
@@ -58,7 +58,7 @@ class CalibrationImages:
         return found
 
     def labels(self) -> np.ndarray | None:
-        """Return the label of each image, or None if the folders are not named after classes."""
+        """Return the label of each image, or None if the subfolders are not named after classes."""
         label = {name: index for index, name in enumerate(self.classes)}
         names = [path.parent.relative_to(self.folder).as_posix() for path in self.paths()]
         return np.array([label[name] for name in names]) if label.keys() >= set(names) else None
@@ -76,7 +76,7 @@ class CalibrationImages:
 
 
 def convert_precision(path: str | Path, precision: str, images: CalibrationImages) -> str:
-    """Convert the network in an ONNX file to a lower precision, and compare it with the original.
+    """Convert a float32 network in an ONNX file to a lower precision, and compare the outputs.
 
     The network's inputs and outputs remain float32.
 
@@ -84,7 +84,7 @@ def convert_precision(path: str | Path, precision: str, images: CalibrationImage
         path: An ONNX file with a classifier or backbone. The file is replaced.
         precision: "float16", or "int8" for static quantisation of convolutions and linear layers
             with one scale per channel.
-        images: The images for the comparison and for computing the ranges of int8 activations.
+        images: The images for the comparison and for int8 calibration (activation ranges).
 
     Returns:
         Sentences that compare the outputs and, if the images have labels, the top-1 errors before
@@ -132,7 +132,11 @@ class _Reader(CalibrationDataReader):
 def _compare(
     before: InferenceSession, after: InferenceSession, images: CalibrationImages, precision: str
 ) -> str:
-    """Return a sentence with the difference in outputs and, for a classifier, the error rates."""
+    """Compare the outputs of the network before and after the conversion, and describe the result.
+
+    For a classifier, the description also contains the share of equal predicted classes and, if the
+    images have labels, the top-1 errors.
+    """
     squares, differences, classes = 0.0, 0.0, []
     for batch in images.batches(images.paths()):
         pair = [session.run(None, {"images": batch}) for session in (before, after)]

@@ -43,15 +43,15 @@ def export_model(
     Args:
         model: An ``ImageClassifier`` or a Detectron2 detector, on the CPU, in evaluation mode.
         cfg: The model's config.
-        output: The path of the file to write. Its suffix must be one of :data:`FORMATS`.
+        output: The path of the file to write. Its suffix must be a value of :data:`FORMATS`.
         backbone_only: If True, export only the backbone, which returns feature maps.
         size: The side length of square images, or the height and width, in pixels. If None, the
             test crop size is used.
-        image: The path of an image for tracing a detector and checking the result. It is required
-            for TorchScript.
+        image: The path of an image for tracing a detector and checking the exported file. Required
+            for exporting a detector to TorchScript.
         precision: "float32" or, for classifiers and backbones in ONNX files, "float16" or "int8".
-        calibration: A folder of images for comparing the converted network with the original and
-            for computing the ranges of int8 activations.
+        calibration: A folder of images for int8 calibration and for comparing the float16 or int8
+            network with the float32 network.
         compiled: If True, compile a ``.pt2`` file with AOTInductor for this machine's processor.
 
     Returns:
@@ -66,9 +66,9 @@ def export_model(
     if precision != "float32" and not (network and form == "onnx" and calibration):
         raise UserError(
             f"--precision is {precision}, the architecture is {cfg.MODEL.META_ARCHITECTURE}, the "
-            f"output is {output}, and --calibration is {calibration!r}. This precision is only "
-            "available for classifiers and backbones in ONNX files (.onnx), and requires a folder "
-            "of images (--calibration). Change these options, or omit --precision."
+            f"output file is {output}, and --calibration is {calibration!r}. float16 and int8 are "
+            "only available for classifiers and backbones in ONNX files (.onnx), and require a "
+            "folder of images (--calibration). Change these options, or omit --precision."
         )
     if network:
         preprocessing = preprocessing_of(cfg)
@@ -97,9 +97,9 @@ def export_model(
         return said
     if form in ("torch_export", "aot_inductor"):
         raise UserError(
-            f"{output} selects the format {form}, but detectors can only be exported to ONNX and "
-            "TorchScript. Choose a name that ends in .onnx or .ts, or export only the backbone "
-            "with --backbone."
+            f"The suffix of {output} selects the format {form}, but detectors can only be exported "
+            "to ONNX and TorchScript. Choose a name that ends in .onnx or .ts, or export only the "
+            "backbone with --backbone."
         )
     if PIXELS in predicts(cfg):
         raise UserError(
@@ -193,7 +193,7 @@ def _example(cfg: CfgNode) -> Tensor:
 
 
 def format_of(output: str, *, compiled: bool = False) -> str:
-    """Return the key of :data:`FORMATS` that an output file's suffix selects.
+    """Return the export format (a key of :data:`FORMATS`) for the suffix of an output file.
 
     Args:
         output: The path of the output file.
@@ -220,7 +220,7 @@ def format_of(output: str, *, compiled: bool = False) -> str:
 
 
 def _read_image(path: str, cfg: CfgNode, format: str) -> Tensor:
-    """Read and resize an image in the same way as in Detectron2's evaluation."""
+    """Read an image, and resize it as Detectron2 does in evaluation."""
     try:
         image = read_image(path, format, reading_of(cfg))
     except (OSError, BrokenImageError) as error:

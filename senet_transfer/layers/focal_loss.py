@@ -26,14 +26,15 @@ def softmax_focal_loss(
 ) -> Tensor:
     """Return the mean focal loss of a batch.
 
-    Weights, label smoothing and the mean work as in `torch.nn.functional.cross_entropy`: with class
-    indices, the mean is weighted by the weights of the target classes.
+    Class weights, label smoothing and the mean reduction work as in
+    `torch.nn.functional.cross_entropy`: with class indices as targets, the mean is weighted by the
+    weights of the target classes.
 
     Args:
         logits: Logits `(N, C)`. The loss is computed in float32, or in the precision of the logits
             if it is higher.
         target: Class indices `(N,)`, int64, or class probabilities `(N, C)`.
-        gamma: Focusing parameter. A higher value reduces the loss of well-classified images more.
+        gamma: Focusing parameter. A larger value down-weights well-classified images more strongly.
         weight: Weight of each class, `(C,)`; None for equal weights.
         label_smoothing: Label smoothing, in [0, 1).
     """

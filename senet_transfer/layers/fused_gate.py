@@ -1,4 +1,4 @@
-"""CPU implementation of the end of a residual block: the gated branch plus the shortcut.
+"""Memory-efficient CPU implementation of SE gating and the residual addition.
 
 In the expression ``gate(r) * r + y`` with ``r = norm(conv(x))``, autograd saves ``r`` for the
 backward pass. A block without a gate does not need ``r``. The functions in this module compute the
@@ -16,7 +16,7 @@ same result, up to rounding, but save only tensors that a block without a gate s
   the output's channels.
 
 On other devices, the expression is evaluated as written. The same applies to modules with hooks, to
-compilers, tracers and dispatch modes, and to variants that these methods do not support. For the
+compilation, tracing and dispatch modes, and to variants that these methods do not support. For the
 kernels used on GPUs, see :mod:`senet_transfer.layers.fused`.
 """
 
@@ -46,7 +46,7 @@ def gated_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) 
 
     Args:
         conv: The last convolution of the residual branch, with its norm.
-        se: The gate for the convolution's output.
+        se: SE module applied to the convolution's output.
         x: Input of the convolution, ``(N, K, H, W)``.
         shortcut: Output of the shortcut, ``(N, C, H / stride, W / stride)``.
 
@@ -62,16 +62,16 @@ def gated_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) 
 
 
 def fold_squeeze(conv: Conv2d, se: SqueezeExcitation) -> None:
-    """Fold a convolution into its gate's ``fc1``, so the squeeze can read the convolution's input.
+    """Fold a convolution into ``fc1`` of its SE module, which then pools the convolution's input.
 
-    In a bottleneck, this makes ``fc1`` and the squeezed feature map four times smaller. The result
-    is for inference only; see :func:`senet_transfer.export.deploy`. Unsupported convolutions and
-    gates stay unchanged.
+    In a bottleneck, this makes ``fc1`` and the pooled feature map four times smaller. The result is
+    for inference only; see :func:`senet_transfer.export.deploy`. Unsupported convolutions and SE
+    modules stay unchanged.
 
     Args:
-        conv: The convolution before the gate, with its norm already folded into it.
-        se: The gate, whose ``fc1`` is replaced. Afterwards, only :func:`gated_sum` and the fused
-            kernels can use the gate.
+        conv: The convolution before the SE module, with its norm already folded into it.
+        se: SE module, whose ``fc1`` is replaced. Afterwards, only :func:`gated_sum` and the fused
+            kernels can use the module.
     """
     if not _is_pointwise(conv) or conv.norm is not None or se.squeeze != "avg":
         return
@@ -117,7 +117,7 @@ def _choose(
 
 
 def _needs_plain_calls(*modules: nn.Module) -> bool:
-    """Return whether hooks, a compiler or a dispatch mode rule out fusing these modules."""
+    """Return whether hooks, compilation, tracing or a dispatch mode prevent fusing the modules."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -133,13 +133,13 @@ def _is_pointwise(conv: Conv2d) -> bool:
 
 
 def _fold(norm: FrozenBatchNorm2d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Return the scale and shift per channel of a norm with fixed statistics."""
+    """Return the per-channel scale and shift that are equivalent to a norm in evaluation mode."""
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     return scale, norm.bias - norm.running_mean * scale
 
 
 class _Gate:
-    """Gates computed from squeezed feature maps, with a separate autograd graph.
+    """Gates computed from pooled features, with a separate autograd graph.
 
     A custom autograd function holds this graph and calls :meth:`backward` in its backward pass.
     """
@@ -151,7 +151,7 @@ class _Gate:
             self.value = se.excite(self.squeezed)
 
     def backward(self, gradient: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the gradients of the squeezed feature maps and of the trainable parameters."""
+        """Return the gradients of the pooled features and of the trainable parameters."""
         inputs = [self.squeezed, *self.parameters]
         # Retain the graph, because the outer backward pass may run more than once.
         found = torch.autograd.grad(

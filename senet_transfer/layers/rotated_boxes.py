@@ -2,7 +2,8 @@
 
 Detectron2 implements these operators in C++ and CUDA. If its compiled extension is missing, for
 example because it can't be built, heads for rotated boxes raise an error as soon as they run. The
-operators in this module have the same names, arguments and results, but need more time and memory.
+operators in this module have the same names, arguments and results, but are slower and use more
+memory.
 
 A rotated box consists of five values: the x and y coordinates of the centre, the width, the height,
 and the counterclockwise angle in degrees.
@@ -199,11 +200,11 @@ def roi_align_rotated(
     pooled_width: int,
     sampling_ratio: int,
 ) -> Tensor:
-    """Return the features (K, C, pooled_height, pooled_width) in rotated regions.
+    """Return the features (K, C, pooled_height, pooled_width) of rotated regions of interest.
 
     Args:
         input: Feature maps (N, C, H, W).
-        rois: Regions (K, 6): an image index and a rotated box.
+        rois: Regions of interest (K, 6): the index of the image in the batch, and a rotated box.
         spatial_scale: Factor that converts box coordinates to feature map coordinates.
         pooled_height: The number of rows of the output.
         pooled_width: The number of columns of the output.

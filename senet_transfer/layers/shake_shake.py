@@ -25,11 +25,11 @@ class _Mix(torch.autograd.Function):
 
 
 class ShakeMix(nn.Module):
-    """Sum ``alpha * a + (1 - alpha) * b``, with ``beta`` instead of ``alpha`` in the backward pass.
+    """Random convex combination ``alpha * a + (1 - alpha) * b`` of two feature maps.
 
-    In training, alpha and beta are drawn uniformly from [0, 1) for each image. The device's default
-    random generator is used, so the values can be reproduced with a seed. In evaluation, both are
-    0.5.
+    In the backward pass, the coefficient beta replaces alpha. In training, alpha and beta are drawn
+    uniformly from [0, 1) for each image. The device's default random generator is used, so the
+    values can be reproduced with a seed. In evaluation, both are 0.5.
     """
 
     def __init__(self, *, even: bool = False):
@@ -53,5 +53,5 @@ class ShakeMix(nn.Module):
         return _Mix.apply(a, b, drawn[0], torch.full_like(drawn[1], 0.5) if self.even else drawn[1])
 
     def extra_repr(self) -> str:
-        """Return the variant for the module's repr."""
+        """Return the value of ``even`` for the module's repr."""
         return f"even={self.even}"

@@ -1,6 +1,6 @@
-"""The Squeeze-and-Excitation operator and its variants.
+"""The Squeeze-and-Excitation (SE) module and its variants.
 
-Paper: "Squeeze-and-Excitation Networks", section 3 (operator) and section 6 (variants). Details
+Paper: "Squeeze-and-Excitation Networks", section 3 (SE block) and section 6 (variants). Details
 that the paper does not specify follow the authors' released network definitions.
 
 Differences from other implementations:
@@ -47,7 +47,7 @@ def hidden_width(channels: int, ratio: int, divisor: int = 1) -> int:
 
 @dataclass(frozen=True)
 class SEOptions:
-    """SE options of a network: the variant of the operator and its position in the blocks.
+    """SE options of a network: the variant of the SE module and its position in residual blocks.
 
     Attributes:
         ratio: Reduction ratio r.
@@ -57,8 +57,8 @@ class SEOptions:
             output of the residual branch before the sum. "pre" gates the input of the branch, and
             "post" the sum after its ReLU. "identity" gates the shortcut, after its projection if it
             has one. "3x3" gates the output of a bottleneck's 3x3 convolution, after its norm and
-            ReLU. In a shake block, "standard" gates each of the two branches, and "mixture" gates
-            their mixture.
+            ReLU. In a shake-shake block, "standard" gates each of the two branches, and "mixture"
+            gates their mixture.
         stages: Stages with SE, from 2 to 5.
         bias: Whether the two linear layers have biases.
         divisor: The hidden width is rounded to a multiple of this number (8 in timm). With 1, the
@@ -94,7 +94,8 @@ class SEOptions:
         if self.relu_before and self.placement != "standard":
             raise UserError(
                 f"The SE placement is {self.placement!r}, but a ReLU before the gate (relu_before) "
-                "requires the standard placement. Set one of the two to its default."
+                "is only supported with 'standard'. Set relu_before to False, or the placement to "
+                "'standard'."
             )
         if not isinstance(self.bias, bool) or not isinstance(self.relu_before, bool):
             raise UserError(
@@ -110,7 +111,7 @@ class SEOptions:
             )
 
     def operator(self, channels: int) -> "SqueezeExcitation":
-        """Build an SE operator with these options for feature maps with ``channels`` channels."""
+        """Build an SE module with these options for feature maps with ``channels`` channels."""
         return SqueezeExcitation(
             channels,
             ratio=self.ratio,
@@ -123,7 +124,7 @@ class SEOptions:
 
 
 class SqueezeExcitation(nn.Module):
-    """Squeeze-and-Excitation operator, which rescales channels based on the global context.
+    """Squeeze-and-Excitation module, which rescales channels based on the global context.
 
     It computes ``gate(x) * x`` with ``gate(x) = excitation(fc2(relu(fc1(squeeze(x)))))``.
     """
@@ -182,8 +183,9 @@ class SqueezeExcitation(nn.Module):
         "open" is for networks that start from the weights of a network without SE. The weights of
         fc2 are zero, and the bias sets every gate to 0.98 (sigmoid). An SE backbone initialised
         from a plain ResNet then computes the same features as the ResNet, except for a difference
-        of 2% per residual branch, and training adjusts the gates from there. Gates near 0.5 would
-        halve every residual branch, which frozen batch norms could not compensate for.
+        of 2% per residual branch. The gates are then learnt during training. Gates near 0.5 would
+        halve the output of every residual branch, and frozen batch norms could not compensate for
+        this.
 
         "random" uses He initialisation for fc2, too, with zero biases, as in the paper's training
         from scratch. The gates start near 0.5, where a sigmoid is 14 times as steep as at an open
@@ -220,7 +222,7 @@ class SqueezeExcitation(nn.Module):
         return self.excite(pooled)[:, :, None, None]
 
     def excite(self, squeezed: Tensor) -> Tensor:
-        """Compute gates ``(N, C)`` from squeezed feature maps ``(N, C)``."""
+        """Compute gates ``(N, C)`` from pooled features ``(N, C)``."""
         hidden = F.relu(_linear(self.fc1, squeezed))
         return EXCITATIONS[self.excitation](_linear(self.fc2, hidden))
 
@@ -242,7 +244,7 @@ class SqueezeExcitation(nn.Module):
         return x * gate if y is None else torch.addcmul(y, x, gate, value=scale)
 
     def extra_repr(self) -> str:
-        """Return the squeeze and excitation variants, which the module's repr shows."""
+        """Return the squeeze and excitation variants for the module's repr."""
         return f"squeeze={self.squeeze}, excitation={self.excitation}"
 
 
@@ -254,10 +256,11 @@ def mean_of_maps(x: Tensor) -> Tensor:
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Return ``layer(x)``.
+    """Apply a linear layer.
 
-    If :func:`_generated` returns True and the dtypes are equal, no matrix multiplication library
-    (such as MKL) is called.
+    If :func:`_generated` returns True and the dtypes are equal, the product is computed with
+    elementwise operations, so ``torch.compile`` generates code instead of calling a library such as
+    MKL.
     """
     if not _generated(x) or x.dtype != layer.weight.dtype:
         return layer(x)
@@ -266,7 +269,7 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _generated(x: Tensor) -> bool:
-    """Return whether ``torch.compile`` is compiling for inference on a CPU with a small batch.
+    """Return whether ``torch.compile`` is compiling inference with a small batch on a CPU.
 
     In this case, it is faster if the compiler generates loops for the whole SE block, from the
     pooling to the residual addition. Calls to a matrix multiplication library between these loops

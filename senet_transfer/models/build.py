@@ -1,7 +1,4 @@
-"""Construction of backbones from a Detectron2 config.
-
-No other module reads the config keys that describe networks.
-"""
+"""Construction of backbones from a Detectron2 config."""
 
 import contextlib
 import logging
@@ -34,7 +31,7 @@ _weights_follow: ContextVar[bool] = ContextVar("weights_follow", default=False)
 
 @contextlib.contextmanager
 def weights_follow() -> Iterator[None]:
-    """Suppress the warning that weights must be loaded, for callers that load them themselves."""
+    """Suppress the FrozenBN warning of a model whose weights are loaded after it is built."""
     token = _weights_follow.set(True)
     try:
         yield

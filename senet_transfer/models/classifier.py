@@ -36,7 +36,7 @@ class Classifier(nn.Module):
             backbone: Backbone that returns one feature map.
             num_classes: Number of classes.
             dropout: Dropout probability before the linear layer, in [0, 1).
-            neck: Function that builds a replacement for the pooling; see
+            neck: Function that builds a module to replace the pooling; see
                 :class:`~senet_transfer.models.registry.ModelEntry`.
 
         Raises:
@@ -101,8 +101,9 @@ def create_classifier(
         num_classes: Number of classes.
         weights: Path of a weight file of any family, or a name from ``list_catalogue()``. If the
             number of classes in the file differs from ``num_classes``, the linear layer is not
-            loaded, and the log reports that it is untrained.
-        family: Family of the file, required only if several families use the same tensor names.
+            loaded, and a message about the untrained layer is logged.
+        family: Weight family of the file, such as "torchvision". Required only if several families
+            use the same tensor names.
         prefix: Prefix of the network's tensor names in a file with several networks. See
             :func:`senet_transfer.load_weights` for details of ``prefix``, ``ema`` and ``head``.
         ema: Whether to load the averaged (EMA) weights. None follows the convention of the project
@@ -117,8 +118,8 @@ def create_classifier(
         module's attribute ``preprocessing`` describes the required preprocessing.
 
     Raises:
-        UserError: If a name or option is unknown, a value is invalid, the file does not fit the
-            network, or an option contradicts the file.
+        UserError: If a name or option is unknown, a value is invalid, the weights do not match
+            the network, or an option contradicts the network in the file.
     """
     entry = model_entry(name)
     if "out_features" in overrides:

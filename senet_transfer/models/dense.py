@@ -15,7 +15,7 @@ class DenseClassifier(nn.Module):
 
     This class implements the dense evaluation in section 3.2 of Simonyan and Zisserman 2015. For a
     network with global average pooling, the mean of the logits over all positions equals the logits
-    of the mean feature. SE blocks compute their gates from the whole image.
+    of the averaged features. SE blocks compute their gates from the whole image.
     """
 
     def __init__(self, model: ImageClassifier):
@@ -45,7 +45,7 @@ class DenseClassifier(nn.Module):
         return self.model.num_classes
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
-        """Return logits ``(N, num_classes)``, averaged over the scales.
+        """Return logits ``(N, num_classes)``, averaged over all scales of each image.
 
         Args:
             batch: A batch from the loader with ``image`` and ``shapes``, as returned by

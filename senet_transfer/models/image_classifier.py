@@ -59,7 +59,7 @@ class ImageClassifier(Classifier):
             num_classes: Number of classes.
             preprocessing: Preprocessing that the backbone requires.
             dropout: Dropout probability before the linear layer, in [0, 1).
-            neck: Function that builds a replacement for the pooling; see :class:`Classifier`.
+            neck: Function that builds a module to replace the pooling; see :class:`Classifier`.
             label_smoothing: Label smoothing of the loss, in [0, 1).
             loss: Training loss, "cross_entropy" or "focal".
             focal_gamma: Focusing parameter of the focal loss, a non-negative number.
@@ -154,13 +154,13 @@ class ImageClassifier(Classifier):
                 with these entries (others are ignored):
 
                 - ``image``: uint8 RGB images ``(N, 3, H, W)``, or in evaluation ``(N, V, 3, H, W)``
-                  with V views of each image.
+                  with V crops of each image.
                 - ``label``: int64 class indices ``(N,)``, only in training.
                 - ``cutout``: int64 centres ``(N, 2)`` of the squares, only in training with Cutout.
 
         Returns:
             A dict with the loss in training mode. In evaluation mode, or if ``batch`` is a tensor,
-            logits ``(N, num_classes)``, which are averaged over the views of each image.
+            logits ``(N, num_classes)``, which are averaged over the crops of each image.
         """
         if isinstance(batch, Tensor):
             return super().forward(batch)
@@ -194,7 +194,7 @@ class ImageClassifier(Classifier):
 
 
 def preprocessing_of(cfg: CfgNode) -> Preprocessing:
-    """Return a classifier's test-time preprocessing, as described by its config."""
+    """Return the test-time preprocessing that a classifier's config specifies."""
     image = cfg.INPUT.CLASSIFICATION
     return Preprocessing(
         format=cfg.INPUT.FORMAT,

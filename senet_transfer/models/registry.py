@@ -50,7 +50,7 @@ class ModelEntry:
         neck: Function that builds the module between a classifier's last feature map and its linear
             layer. It takes the number of channels of the feature map and ``dropout``. The module
             must have an attribute ``out_channels``. None uses global average pooling.
-        pooled: Name of the feature that a classifier uses; empty for the last feature map.
+        pooled: Name of the backbone output that a classifier uses; empty for the last feature map.
     """
 
     name: str
@@ -64,7 +64,7 @@ class ModelEntry:
 
     @property
     def network(self) -> str:
-        """Return the model name if timm builds the network, and an empty string otherwise."""
+        """Return the model name if timm builds the network, or an empty string otherwise."""
         return self.name if is_timm(self.name) else ""
 
     def options(self) -> list[str]:
@@ -128,7 +128,7 @@ def register_family(
 def register_prefix(
     prefix: str, entry: Callable[[str], ModelEntry], names: Callable[[str], list[str]]
 ) -> None:
-    """Register all models whose names start with a prefix.
+    """Register all models whose names start with a prefix, such as timm's networks.
 
     Args:
         prefix: Prefix, such as "timm/".
@@ -196,15 +196,15 @@ def build_backbone(
         entry: Registered model.
         source: Weight file that determines layer options of the network, such as the stride
             placement. Its weights are not loaded.
-        out_features: Names of the stages to return; None returns the last one.
+        out_features: Names of the stages whose outputs are returned; None for the last stage.
         norm: Detectron2 norm name, such as "BN".
         fused: "auto", True or False; see :func:`create_backbone`.
         overrides: Further arguments of ``entry.build``, and fields of :class:`SEOptions` with the
             prefix ``se_``.
 
     Raises:
-        UserError: If the model does not support an option, an option contradicts the file, or a
-            value is invalid.
+        UserError: If the model does not support an option, an option contradicts the network in the
+            file, or a value is invalid.
     """
     overrides = _with_file_options(entry, source, overrides)
     se = {key[3:]: overrides.pop(key) for key in _SE_OVERRIDES if key in overrides}
@@ -285,25 +285,27 @@ def create_backbone(
 ) -> Backbone:
     """Build a Detectron2 ``Backbone`` by name.
 
-    Without weights, every residual backbone has stride 2 in the 3x3 convolution, a padded stem
-    pool, no frozen stages, and torchvision's preprocessing. With weights, the stride placement, the
-    stem pool and the preprocessing are taken from the file. The paper's 3.86 GMACs for SE-ResNet-50
-    require ``stride_in_1x1=True``. Inception-ResNet-v2 has unpadded convolutions by default, as
-    published; use ``padding="same"`` for detectors.
+    By default, no stages are frozen. Without weights, ResNets and ResNeXts have stride 2 in the 3x3
+    convolutions of bottlenecks, a padded max pool in the stem, and torchvision's preprocessing.
+    With weights, the stride placement, the padding and the preprocessing are determined from the
+    file. The paper's 3.86 GMACs for SE-ResNet-50 require ``stride_in_1x1=True``.
+    Inception-ResNet-v2 has unpadded convolutions by default, as published; use ``padding="same"``
+    for detectors.
 
     Args:
         name: Model name; see :func:`list_models`. "timm/NAME" selects a network built by timm.
         weights: Path of a weight file of any family, or a name from ``list_catalogue()``; see
             :func:`senet_transfer.load_weights`. For a network built by timm, pass a file with its
             state dict, or "timm/NAME" with the name of pretrained weights.
-        family: Family of the file, required only if several families use the same tensor names.
+        family: Weight family of the file, such as "torchvision". Required only if several families
+            use the same tensor names.
         prefix: Prefix of the network's tensor names in a file with several networks. See
             :func:`senet_transfer.load_weights` for details of ``prefix``, ``ema`` and ``head``.
         ema: Whether to load the averaged (EMA) weights. None follows the convention of the project
             that saved the file.
         head: "strict", or "ignore" to load a file without its classifier or projection head.
-        out_features: Names of the stages to return, from "stem" and "res2" to "res5"; None returns
-            the last one.
+        out_features: Names of the stages whose outputs are returned: "stem" and "res2" to "res5".
+            None for the last stage.
         norm: "BN", "FrozenBN", "SyncBN" or "GN", as in Detectron2.
         fused: Whether fused Triton kernels compute the norms, gates, additions and ReLUs of
             residual blocks. "auto" uses them on a GPU, False never uses them, and True raises an
@@ -316,8 +318,8 @@ def create_backbone(
         backbone's attribute ``preprocessing`` describes the required preprocessing.
 
     Raises:
-        UserError: If a name or option is unknown, a value is invalid, the file does not fit the
-            network, or an option contradicts the file.
+        UserError: If a name or option is unknown, a value is invalid, the weights do not match
+            the network, or an option contradicts the network in the file.
     """
     entry = model_entry(name)
     stated = stated_options(entry, overrides)
@@ -372,10 +374,10 @@ def stated_options(entry: ModelEntry, overrides: Mapping[str, Any]) -> tuple[tup
 def _with_file_options(
     entry: ModelEntry, source: Source | None, overrides: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return ``overrides`` extended with the options of the network in a weight file.
+    """Return the user's network options, extended with the options of the network in a weight file.
 
     Raises:
-        UserError: If an override contradicts the file.
+        UserError: If an option set by the user contradicts the network in the file.
     """
     if source is None:
         return overrides
@@ -393,7 +395,7 @@ def _with_file_options(
         given = overrides.get(key, value)
         if (tuple(given) if key == "se_stages" else given) != value:
             raise UserError(
-                f"{key}={given!r} contradicts the network in {source.path}, for which it is "
+                f"{key}={given!r} contradicts the network in {source.path}, which has {key}="
                 f"{value!r}. The file was detected as {source.detected_as}. Remove the option, or "
                 "use different weights."
             )

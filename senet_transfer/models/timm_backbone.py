@@ -38,9 +38,9 @@ class TimmBackbone(Backbone):
     Attributes:
         model_name: Name of the model, such as "timm/regnety_002".
         net: timm's network without its classifier.
-        stages: Stage number of each module in ``net``, by path: 1 for the stem, 2 to 5 for the
-            stages that end with res2 to res5, and 6 for later layers. The dict is empty if timm
-            does not name the stages.
+        stages: Dict that maps the path of each module in ``net`` to its stage number: 1 for the
+            stem, 2 to 5 for the stages that end with res2 to res5, and 6 for later layers. Empty if
+            timm does not name the stages.
         unused_tensors: Names of the full network's tensors that are not part of this backbone.
     """
 
@@ -51,8 +51,8 @@ class TimmBackbone(Backbone):
         Args:
             model_name: Name of the model, such as "timm/regnety_002".
             in_channels: Number of image channels.
-            out_features: Names of the features to return, from "res2" to "res5", or only "pooled";
-                None returns "res5".
+            out_features: Names of the feature maps to return, from "res2" to "res5", or only
+                "pooled" for the pooled features. None returns "res5".
 
         Raises:
             UserError: If timm has no such network, the network has no feature maps with strides 4,
@@ -96,7 +96,7 @@ class TimmBackbone(Backbone):
             self._check_sizes(in_channels)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Map images ``(N, in_channels, H, W)`` to a dict from feature name to feature map."""
+        """Map images ``(N, in_channels, H, W)`` to a dict of feature maps by name."""
         if not self._maps:
             return {POOLED: self.net(x).flatten(1)[:, :, None, None]}
         found = self.net.forward_intermediates(
@@ -106,7 +106,7 @@ class TimmBackbone(Backbone):
         return {name: features[name] for name in self._out_features}
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Return the channels and strides of the features by name."""
+        """Return the number of channels and the stride of each feature map by name."""
         return {name: self._shapes[name] for name in self._out_features}
 
     def _check_sizes(self, in_channels: int) -> None:
@@ -172,7 +172,7 @@ def _feature_maps(model_name: str, net: Any) -> dict[str, dict[str, Any]]:
 def _stage_numbers(net: nn.Module, maps: list[dict[str, Any]]) -> dict[str, int]:
     """Return a dict that maps the path of each module to its stage number (1 for the stem).
 
-    The dict is empty if the stages are unknown. The modules of a network are listed in computation
+    The dict is empty if the stages are unknown. The modules of a network are listed in execution
     order, and timm specifies which module produces each feature map. The stem ends with the module
     that produces the last feature map with a smaller stride than res2. If there is no such feature
     map, the stem ends before the module that produces res2.
@@ -205,14 +205,14 @@ def build_timm(
     Args:
         model_name: Name of the model, such as "timm/regnety_002".
         se: Not used, because timm determines the network's SE layers.
-        norm: "BN" keeps all of timm's norms. "FrozenBN" and "SyncBN" convert the batch norms.
+        norm: "BN" keeps timm's norm layers. "FrozenBN" and "SyncBN" convert the batch norm layers.
         in_channels: Number of image channels.
         out_features: See :class:`TimmBackbone`.
         freeze_at: Number of stages to freeze, counted from the stem.
 
     Raises:
-        UserError: If timm is not installed, an option is invalid, or the network is not suitable,
-            for example because it has no feature maps with strides 4, 8, 16 and 32.
+        UserError: If timm is not installed, an option is invalid, or the network is not supported
+            as a backbone, for example because it has no feature maps with strides 4, 8, 16 and 32.
     """
     check_freeze_at(freeze_at, FEATURES)
     backbone = TimmBackbone(model_name, in_channels=in_channels, out_features=out_features)

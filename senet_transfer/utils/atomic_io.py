@@ -58,7 +58,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Sync a folder, so that file renames in it survive a crash."""
+    """Flush a folder to disk with ``fsync``, so that file renames in it survive a crash."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

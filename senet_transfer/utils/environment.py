@@ -58,7 +58,7 @@ def _machine(on_gpu: bool) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Return the commit of the Git clone, or ``$GIT_COMMIT`` if the code is not in a clone."""
+    """Return the commit of the Git clone; without a clone, ``$GIT_COMMIT`` or "unknown"."""
     root = Path(__file__).parents[2]
     # Git also searches the parent folders, which may belong to a user's repository if this package
     # is installed.

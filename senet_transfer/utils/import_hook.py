@@ -41,13 +41,13 @@ def _is_shown(record: logging.LogRecord) -> bool:
 
 
 def require_detectron2() -> None:
-    """Raise an ImportError that explains how to install Detectron2 if it is missing."""
+    """Raise an ImportError with installation instructions if Detectron2 is missing."""
     if importlib.util.find_spec("detectron2") is None:
         raise ImportError(
-            "senet_transfer requires Detectron2, which is not installed. It can't be installed by "
-            "name from the package index. Run `install_detectron2.py`, which pip installed next to "
-            "the `senet` command (in a clone of this project: `python "
-            "tools/install_detectron2.py`), or build Detectron2 from its official source."
+            "senet_transfer requires Detectron2, which is not installed. PyPI has no package named "
+            "detectron2. Run `install_detectron2.py`, which pip installed next to the `senet` "
+            "command (in a clone of this project: `python tools/install_detectron2.py`), or build "
+            "Detectron2 from its official source."
         )
 
 

@@ -1,4 +1,4 @@
-"""Processing of tasks in several worker processes."""
+"""Parallel processing of tasks in worker processes."""
 
 import multiprocessing
 import os
@@ -25,8 +25,8 @@ def run_parallel(
         workers: Number of processes.
 
     Raises:
-        UserError: If a process is killed. Exceptions raised by the function are passed on
-            unchanged.
+        UserError: If a process is killed. Exceptions raised by the function are
+            propagated unchanged.
     """
     remaining = iter(tasks)
     waiting: dict[Future, Any] = {}
@@ -48,8 +48,8 @@ def run_parallel(
                 yield waiting.pop(future), future.result()
     except BrokenProcessPool as error:
         raise UserError(
-            "A worker process was killed, most likely because the machine ran out of memory. Use "
-            "fewer workers; completed files are kept."
+            "A worker process was killed, most likely because the machine ran out of memory. "
+            "Completed files are kept. Repeat the command with fewer workers."
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""Wrappers for private APIs of other libraries, with the versions they were tested with.
+"""Wrappers for private APIs of other libraries; each docstring lists the tested versions.
 
 No other module of the package reads or writes a private attribute of torch, fvcore, Detectron2 or
 Python. ``tests/utils/test_private_api.py`` checks each function against public behaviour, so a test
@@ -148,7 +148,7 @@ def lerp_all(
 
 
 def skips_on_device(optimizer: Optimizer) -> bool:
-    """Return whether an optimizer skips a step if its ``found_inf`` tensor has the value 1.
+    """Return whether an optimizer can skip a step on the device if its ``found_inf`` tensor is 1.
 
     Uses a private API of torch 2.11 to 2.14: ``_step_supports_amp_scaling``, which is True for
     fused optimizers.
@@ -168,7 +168,7 @@ def scaler_state(scaler: GradScaler) -> list[Tensor]:
 
 
 def cpu_group() -> ProcessGroup:
-    """Return a process group of all ranks that can communicate CPU tensors.
+    """Return a process group of all ranks for collective operations on CPU tensors.
 
     Uses a private API of Detectron2 0.6 to 0.7: ``_get_global_gloo_group``, which
     ``comm.all_gather`` uses.
@@ -215,7 +215,7 @@ def set_write_period(writer: PeriodicWriter, period: int) -> None:
 
 
 def set_size_divisibility(fpn: FPN, multiple: int) -> None:
-    """Make an FPN pad its images to multiples of the given number of pixels.
+    """Set the size divisibility of an FPN: images are padded to multiples of this number of pixels.
 
     Uses a private API of Detectron2 0.6 to 0.7: ``FPN._size_divisibility``.
     """
@@ -250,7 +250,8 @@ def parser_arguments(parser: Any) -> list[Any]:
 def compile_program(program: ExportedProgram, path: str, metadata: Mapping[str, str]) -> None:
     """Compile an exported program with AOTInductor, and write it to a package (``.pt2``).
 
-    Private but documented API (torch 2.11 to 2.14): ``torch._inductor``.
+    Uses a private but documented API of torch 2.11 to 2.14:
+    ``torch._inductor.aoti_compile_and_package``.
 
     Args:
         program: Exported program.

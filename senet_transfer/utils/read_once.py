@@ -20,7 +20,7 @@ def read_once() -> Iterator[None]:
 
     For example, a run verifies a weight file, infers the network's architecture from it and loads
     it into the model. Within the block, only the first of these steps reads the file. The cache is
-    cleared when the block ends, so no tensors are kept in memory.
+    cleared when the block ends, which frees the memory of the cached tensors.
     """
     token = _RESULTS.set({})
     try:

@@ -1,9 +1,9 @@
 """Safe reading of pickles: arrays and plain containers are loaded without executing code.
 
-The reader is the standard library's unpickler with an allow-list: names in a pickle are looked up
-in a table of stand-ins, never in a module. Names that are not in the table become a
-:class:`Placeholder`. Functions and classes that can affect the system, such as ``os.system``,
-raise an error.
+The reader is the standard library's unpickler with an allow-list. Classes and functions named in a
+pickle are never imported, but replaced by safe stand-ins from a table. Names that are not in the
+table become a :class:`Placeholder`. Names of functions and classes that can affect the system, such
+as ``os.system``, raise an error.
 
 The base class is the standard library's Python implementation. The C implementation is
 not used, because its opcode handlers can't be overridden, and because a pickle can make it exhaust
@@ -158,7 +158,7 @@ def _encode(text: str, codec: str = "latin1") -> bytes:
 
 
 def _reconstructed(kind: Any, _base: Any = None, state: Any = None) -> Any:
-    """Create an object, replacing ``copyreg._reconstructor`` of pickle protocols 0 and 1.
+    """Create an object in place of ``copyreg._reconstructor``, used by pickle protocols 0 and 1.
 
     If the object is a dictionary, ``state`` contains its items.
     """
@@ -206,9 +206,9 @@ _NAMESPACE = re.compile(r"[\w.]+[.]((Simple)?Namespace|(Attr|Attribute|Easy)Dict
 class Placeholder:
     """Inert stand-in for a class or function that is not on the allow-list, and for its results.
 
-    It can be called, and items can be added to it, but only the name of the class or function is
-    kept. If the class is a namespace for parsed arguments, values of built-in types are kept as
-    well.
+    It can be called, and items can be added to it, but it stores only the name of the class or
+    function. If the class is a namespace, such as ``SimpleNamespace``, its attributes with values
+    of built-in types are stored as well.
     """
 
     __slots__ = ("name", "values")
@@ -237,8 +237,8 @@ _NAMESPACE_VALUES = (str, int, float, list, tuple, dict, types.NoneType, Placeho
 class _Tuple(tuple):
     """Tuple that is hashed by identity if it is long or nested.
 
-    Hashing a deeply nested tuple overflows the C stack. A malicious pickle can also make
-    Python hash a long tuple many times, which takes too long.
+    Hashing a deeply nested tuple overflows the C stack. A malicious pickle can also make Python
+    hash a long tuple many times, which would take excessive time.
     """
 
     __slots__ = ()
@@ -258,7 +258,7 @@ class _FrozenSet(set):
 
 
 class _Instructions(dict):
-    """Supported pickle instructions by opcode."""
+    """Mapping from the opcode of each supported pickle instruction to its handler."""
 
     def __missing__(self, code: int) -> NoReturn:
         raise ValueError(f"byte {bytes([code])!r} is not a supported pickle opcode")
@@ -308,7 +308,8 @@ class _PlainUnpickler(_Unpickler):
     def _attribute(self, *arguments: Any) -> Placeholder:
         """Return a placeholder for an attribute, such as a nested class or a method.
 
-        Pickle protocols before 4 store it as a call to ``getattr``, which is not executed.
+        Pickle protocols before 4 store the attribute as a call to ``getattr``. The call is not
+        executed.
         """
         owner, attribute = arguments if len(arguments) == 2 else (None, None)
         if not (isinstance(attribute, str) and attribute.isidentifier()):
@@ -342,7 +343,7 @@ class _PlainUnpickler(_Unpickler):
         self._steps_left -= steps
         if self._steps_left < 0 or self._bytes_left < 0:
             raise ValueError(
-                "the pickle requires far more time or memory than the file's size justifies"
+                "the pickle requires far more time or memory than expected for the size of the file"
             )
 
     def _charge(self, arguments: Any) -> None:
@@ -476,7 +477,7 @@ def load_plain(
 
 
 def length_of(stream: io.BytesIO) -> int:
-    """Return the number of bytes in a stream without copying them, unlike ``getbuffer``."""
+    """Return the number of bytes in a stream. Unlike ``BytesIO.getbuffer``, this copies no data."""
     position = stream.tell()
     length = stream.seek(0, io.SEEK_END)
     stream.seek(position)

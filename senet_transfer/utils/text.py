@@ -42,7 +42,12 @@ def counted(number: int, singular: str, plural: str = "") -> str:
 
 
 def check_utf8(path: str, use: str) -> None:
-    """Raise a UserError if a path is not valid UTF-8; ``use`` names what requires this encoding."""
+    """Raise a UserError if a path is not valid UTF-8.
+
+    Args:
+        path: The path to check.
+        use: What requires UTF-8, for the message, such as "videos".
+    """
     try:
         path.encode()
     except UnicodeEncodeError:

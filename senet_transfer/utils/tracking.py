@@ -23,10 +23,10 @@ _WINDOW = 20  # Number of steps over which losses are smoothed, the same as for 
 
 
 def build_tracking_writers(names: list[str], output_dir: str, config: str) -> list[EventWriter]:
-    """Start or continue a run in each tracker, and return the writers for the metrics.
+    """Start or resume a run in each tracker, and return the writers for the metrics.
 
-    The run ids are stored in ``tracking.json`` in the output folder. If training is resumed, the
-    tracker runs with these ids are continued.
+    The run id of each tracker is stored in ``tracking.json`` in the output folder. If training is
+    resumed, the tracker runs with these ids are resumed, too.
 
     Args:
         names: Names of the trackers; see :data:`TRACKERS`.
@@ -84,9 +84,9 @@ class WandbTracker(_Tracker):
     def __init__(self, output_dir: str, config: str, run_id: str | None):
         """
         Args:
-            output_dir: The folder for local files.
+            output_dir: The folder for the local files of wandb.
             config: The run's config as YAML.
-            run_id: The id of the run to continue; None to start a new run.
+            run_id: The id of the run to resume; None to start a new run.
         """
         super().__init__()
         wandb: Any = importlib.import_module("wandb")
@@ -112,7 +112,7 @@ class MLflowTracker(_Tracker):
         Args:
             output_dir: The output folder of the run. Its name becomes the name of the run.
             config: The run's config as YAML.
-            run_id: The id of the run to continue; None to start a new run.
+            run_id: The id of the run to resume; None to start a new run.
         """
         super().__init__()
         self._mlflow: Any = importlib.import_module("mlflow")

@@ -1,4 +1,4 @@
-"""Loading, checking and saving of weight files of all supported families.
+"""Loading, checking and saving of weight files from this project and other projects.
 
 This package operates on tensors and modules. It does not import any network classes, so the
 backbones can import it without a circular import.

@@ -14,7 +14,7 @@ HEADS = ("strict", "ignore")
 
 
 class Choice(TypedDict, total=False):
-    """Keyword arguments that select a network in a weight file.
+    """Keyword arguments of :func:`~.mapping.source.examine` that select a network in a weight file.
 
     Attributes:
         prefix: Prefix of the network's tensor names; None for a file with a single network.

@@ -48,16 +48,16 @@ _SE_BASIC = frozenset({"se_resnet18", "se_resnet34"})
 
 @dataclass(frozen=True)
 class Format:
-    """File format of another project.
+    """Weight file format of another project, as a target for conversion.
 
     Attributes:
-        title: Project name, for messages.
+        title: Project name, for error messages.
         family: Weight family of the project's files.
-        rename: Function that maps this project's tensor names to the other project's.
+        rename: Function that maps this project's tensor names to those of the other project.
         networks: Networks that the other project supports, by this project's model names.
         rename_deep: Same as ``rename``, for networks with a three-convolution stem.
-        basic_divisor: The hidden SE widths in networks with basic blocks are multiples of this
-            number.
+        basic_divisor: Number to whose multiples the hidden widths of SE layers are rounded in
+            networks with basic blocks.
     """
 
     title: str
@@ -101,7 +101,7 @@ TARGETS = (_OURS, DETECTRON2, *FORMATS)
 
 
 def target_for(path: Path, to: str | None) -> str:
-    """Return the conversion target: ``to`` or, if it is None, the default for the path's suffix.
+    """Return ``to`` or, if it is None, the default conversion target for the path's suffix.
 
     Raises:
         UserError: If the target is unknown or does not support this suffix.
@@ -121,10 +121,10 @@ def family_of(to: str) -> str:
 
 
 def write_converted(source: Source, path: Path, to: str) -> list[str]:
-    """Write a weight file's tensors and a record of their origin in the target project's format.
+    """Convert a weight file to another format, and store metadata about the origin of the weights.
 
     Args:
-        source: Examined weight file.
+        source: Weight file, as returned by :func:`~.mapping.source.examine`.
         path: Path of the new file. Its suffix must be valid for the target; see :func:`target_for`.
         to: Conversion target, one of :data:`TARGETS`.
 
@@ -137,8 +137,8 @@ def write_converted(source: Source, path: Path, to: str) -> list[str]:
     if source.unknown:
         raise UserError(
             f"{source.path}, detected as {source.detected_as}, contains {len(source.unknown)} "
-            f"tensors that are not part of this family ({first_of(source.unknown, 4)}) and can't "
-            "be converted. Remove them from the file if they are not needed."
+            f"tensors with unknown names ({first_of(source.unknown, 4)}), which can't be "
+            "converted. Remove these tensors from the file if they are not needed."
         )
     origin = {
         "family": source.family.name,
@@ -195,7 +195,7 @@ def _write_detectron2(
 
 
 def _keys_for_detectron2(source: Source) -> list[str]:
-    """Return notes about the config keys that must be set in Detectron2."""
+    """Return notes about the config keys that Detectron2 requires for the converted weights."""
     notes, keys = [], []
     if source.geometry.stride_in_1x1 is not None:
         keys.append(f"MODEL.RESNETS.STRIDE_IN_1X1 {source.geometry.stride_in_1x1}")
@@ -215,7 +215,7 @@ def _keys_for_detectron2(source: Source) -> list[str]:
 
 
 def _keys_for_images(pixels: Preprocessing | None) -> list[str]:
-    """Return a note that lists the preprocessing settings that the new file can't store."""
+    """Return a list with a note on preprocessing settings that the new file can't store, if any."""
     keys = []
     if pixels and pixels.upright:
         keys.append("INPUT.EXIF apply")
@@ -229,7 +229,7 @@ def _keys_for_images(pixels: Preprocessing | None) -> list[str]:
 
 
 def _write_foreign(source: Source, path: Path, form: Format, metadata: dict[str, Any]) -> None:
-    _check_expressible(source, form)
+    _check_supported(source, form)
     tensors = _renamed(source, form)
     if path.suffix == ".safetensors":
         with written_whole(path) as partial:
@@ -252,7 +252,7 @@ def _renamed(source: Source, form: Format) -> dict[str, Tensor]:
         if theirs is None:
             raise UserError(
                 f"{source.path} can't be converted: {form.title} has no tensor that corresponds to "
-                f"{name}. Convert it to senet_transfer or detectron2 instead."
+                f"{name}. Convert the file to the senet_transfer or detectron2 format instead."
             )
         if ".se.fc" in name and tensor.ndim == 2:
             tensor = tensor[:, :, None, None]  # the other projects use 1x1 convolutions
@@ -260,7 +260,7 @@ def _renamed(source: Source, form: Format) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_expressible(source: Source, form: Format) -> None:
+def _check_supported(source: Source, form: Format) -> None:
     """Raise a UserError if the target project has no equivalent of the network in the file."""
     arch = source.architecture
     problems = []
@@ -279,7 +279,8 @@ def _check_expressible(source: Source, form: Format) -> None:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise UserError(
             f"{source.path}, detected as {source.detected_as}, can't be converted to "
-            f"{form.title}:\n{lines}\nConvert it to senet_transfer or detectron2 instead."
+            f"{form.title}:\n{lines}\nConvert the file to the senet_transfer or detectron2 format "
+            "instead."
         )
 
 

@@ -42,12 +42,12 @@ class Change:
 
 
 def local_weights(name: str, family: str | None = None) -> tuple[str, str | None]:
-    """Return the local path and the family of the weight file called ``name``.
+    """Return the local path and the weight family of a weight file.
 
     Args:
         name: Path, catalogue name or URL, as in ``MODEL.WEIGHTS``. For a catalogue name or a URL,
             the file is downloaded to a cache.
-        family: Family specified by the user; None for the family in the catalogue, if any.
+        family: Weight family specified by the user; None for the one in the catalogue, if any.
 
     Raises:
         UserError: If the file does not exist or can't be downloaded.
@@ -70,7 +70,7 @@ def local_weights(name: str, family: str | None = None) -> tuple[str, str | None
 
 
 def examine_config_weights(cfg: CfgNode, weights: str | None = None) -> Source | None:
-    """Examine the weight file that a config specifies.
+    """Read the weight file specified in a config, and detect its weight family and architecture.
 
     Args:
         cfg: Config with ``MODEL.WEIGHTS`` and the keys that describe the weight file.
@@ -80,7 +80,7 @@ def examine_config_weights(cfg: CfgNode, weights: str | None = None) -> Source |
         The result of :func:`examine`, or None if no weight file is specified.
 
     Raises:
-        UserError: If the file can't be read, or its family is unknown.
+        UserError: If the file can't be read, or its weight family is unknown.
     """
     # MODEL.WEIGHTS_FAMILY and similar keys apply only to MODEL.WEIGHTS. A checkpoint specifies its
     # own family.
@@ -94,7 +94,7 @@ def examine_config_weights(cfg: CfgNode, weights: str | None = None) -> Source |
 
 
 def apply_file_geometry(cfg: CfgNode, weights: str | Source | None = None) -> list[Change]:
-    """Set the config keys that the network in a weight file requires.
+    """Set config keys to the layer options and preprocessing of the network in a weight file.
 
     Call this function before building the model. The keys describe the stride placement, the stem
     pool, the channel order, the mean and std, and the SE layers (biases, rounding of the hidden
@@ -110,8 +110,8 @@ def apply_file_geometry(cfg: CfgNode, weights: str | Source | None = None) -> li
         The changes made to the config.
 
     Raises:
-        UserError: If the file can't be read, its family is unknown, or it specifies values that
-            contradict the keys that must not be changed.
+        UserError: If the file can't be read, its weight family is unknown, or its values contradict
+            config keys that must not be changed.
     """
     source = weights if isinstance(weights, Source) else examine_config_weights(cfg, weights)
     changes = _changes(cfg, source) if source else []

@@ -28,14 +28,15 @@ class LoadReport:
 
     Attributes:
         path: Path of the file.
-        family: Name of the file's family, as specified by the user or detected.
-        alternatives: Other families with the same tensor names and shapes, and how they differ.
+        family: Name of the file's weight family, as specified by the user or detected.
+        alternatives: Other weight families with the same tensor names and shapes, each with a
+            description of how its layer options and preprocessing differ.
         loaded: Names of the loaded tensors in the model.
-        initialised: Names of the model's tensors that keep their initial values, and why.
-        ignored: Names of the file's tensors that were not used, and why.
-        notes: Notes for the user, for example about other changes to the tensors.
-        lookalikes: Other projects' networks with the same tensors but different outputs, unless the
-            file rules them out.
+        initialised: Names of the model's tensors that keep their initial values, with the reasons.
+        ignored: Names of the file's tensors that were not used, with the reasons.
+        notes: Notes for the user, for example about converted tensors.
+        lookalikes: Names of other projects' networks with the same tensor names and shapes but
+            different outputs, if the file may contain one of these networks.
         geometry: Layer options of the file's network, such as the stride placement. Unknown options
             are None and were assumed to be the same as in the model.
         preprocessing: Preprocessing that the model expects after loading.
@@ -89,26 +90,27 @@ def load_weights(
     ema: bool | str | None = None,
     head: str = "strict",
 ) -> LoadReport:
-    """Load a weight file of any known family into a model.
+    """Load a weight file of any known weight family into a model.
 
     Every tensor of the backbone is loaded, including norm statistics, and every tensor in the file
     is used. The report lists the exceptions: a classifier or detector predictors for a different
     number of classes, SE layers if the file has none, and detector parts that a backbone file does
-    not contain. The backbone's ``preprocessing`` is set to that of the file. The file's network and
-    the model must have the same stride placement and stem pool. To build a model that matches the
-    file, pass ``weights`` to ``create_backbone`` or ``create_classifier``, or use a config.
+    not contain. The backbone's ``preprocessing`` attribute is set to the preprocessing that the
+    file's network expects. The file's network and the model must have the same stride placement and
+    stem pool. To build a model that matches the file, pass ``weights`` to ``create_backbone`` or
+    ``create_classifier``, or use a config.
 
     Args:
         model: Backbone, classifier, or Detectron2 detector with one of this project's backbones.
         path: Path of the file, a name from ``list_catalogue()``, or a repository of the Hugging
             Face Hub such as "hf-hub:owner/name".
-        family: Family of the file, one of ``FAMILIES``. Required only if several families use the
-            same tensor names.
+        family: Weight family of the file, one of ``FAMILIES``. Required only if several families
+            use the same tensor names.
         prefix: Prefix of the network's tensor names in a file with several networks, such as
             "encoder_q." or "teacher.". The other tensors are ignored.
         ema: Whether to load the averaged (EMA) weights if a checkpoint contains both averaged and
-            plain weights. With None or "auto", the convention of the project that saved the file
-            applies. The report specifies which weights were loaded.
+            non-averaged weights. With None or "auto", the convention of the project that saved the
+            file applies. The report specifies which weights were loaded.
         head: "strict", or "ignore" to load only the backbone, without the file's classifier or
             projection head.
 
@@ -116,8 +118,8 @@ def load_weights(
         A report on the loaded tensors, which is also logged.
 
     Raises:
-        UserError: If the file is missing, damaged, of an unknown family, or does not fit the model.
-            The model is then left unchanged.
+        UserError: If the file is missing or damaged, its weight family is unknown, or it does not
+            fit the model. The model is then left unchanged.
     """
     path, family = locate_weights(path, family)
     network = target_of(model).network
@@ -126,11 +128,11 @@ def load_weights(
 
 
 def load_source(model: nn.Module, source: Source, *, exact: bool = False) -> LoadReport:
-    """Load an examined weight file into a model; see :func:`load_weights`.
+    """Load the content of a weight file into a model; see :func:`load_weights`.
 
     Args:
         model: Backbone, classifier or detector.
-        source: Weight file, as returned by :func:`~.mapping.source.examine`.
+        source: Content of the weight file, as returned by :func:`~.mapping.source.examine`.
         exact: Whether all tensors must match, including those that depend on the number of classes.
 
     Raises:
@@ -198,13 +200,13 @@ def _check_geometry(source: Source, target: Target) -> None:
             f"{source.path}, detected as {source.detected_as}, has the same tensor shapes as the "
             f"model, but the file's network computes different outputs:\n{lines}\nBuild the model "
             "with the file's layer options and preprocessing (weights= in create_backbone and "
-            "create_classifier, MODEL.WEIGHTS in a config). If the detected family is wrong, set "
-            "family= or MODEL.WEIGHTS_FAMILY."
+            "create_classifier, MODEL.WEIGHTS in a config). If the detected weight family is "
+            "wrong, set family= or MODEL.WEIGHTS_FAMILY."
         )
 
 
 def pixel_contradictions(file: Preprocessing, model: Preprocessing) -> list[str]:
-    """Return a message for each difference in channel order, mean or std between file and model."""
+    """Return messages about differences in channel order, mean or std between file and model."""
     found = []
     for name, key in (
         ("format", "INPUT.FORMAT"),

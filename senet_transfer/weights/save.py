@@ -35,7 +35,7 @@ def model_metadata(model: nn.Module, classes: Sequence[str] = ()) -> dict[str, A
         classes: Class names in the order of the model's outputs, if they are known.
 
     Returns:
-        Plain values for a checkpoint's "senet_transfer" entry.
+        Values of plain Python types for a checkpoint's "senet_transfer" entry.
     """
     return with_classes(_metadata(target_of(model)), classes)
 

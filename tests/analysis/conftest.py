@@ -14,7 +14,7 @@ PER_CLASS = 5
 
 @pytest.fixture(autouse=True)
 def _one_thread(one_thread):
-    """Run every test in this folder with one torch thread."""
+    """Run every test in this folder with a single torch thread."""
 
 
 @pytest.fixture(scope="session")

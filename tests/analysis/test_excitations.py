@@ -395,7 +395,7 @@ def test_gates_by_object_size_equal_those_of_detectron2_on_whole_images(
     by_class = CocoImages(str(detector / "objects.json"), str(detector), by="class")
     assert by_class.labels().tolist() == [0, 0, 1]
     assert by_class.left_out == 1
-    with pytest.raises(UserError, match="Remove one of the two options"):
+    with pytest.raises(UserError, match="Remove one of these options"):
         analyse(detector, tmp_path, "--group-by", "class", "--prune-stage", "5")
 
 

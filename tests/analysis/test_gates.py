@@ -97,7 +97,7 @@ def test_nothing_is_captured_after_the_context_ends():
 
 
 def observed(seed=0, classes=5, channels=7, between=0.1, within=0.05):
-    """Return random gates and labels. Class sizes differ, and one class has no images."""
+    """Return random gate values and labels, with varying class sizes and one empty class."""
     random = np.random.default_rng(seed)
     labels = np.repeat(np.arange(classes), random.integers(3, 9, classes))
     labels = labels[labels != 1]
@@ -209,7 +209,7 @@ def test_a_sample_keeps_the_original_order():
 
 @pytest.fixture
 def coco(tmp_path):
-    """Write an image with a red object, and a COCO file with this object and two others."""
+    """Write an image with a red object, and a COCO file with this object and two other objects."""
     pixels = np.full((60, 100, 3), 128, np.uint8)
     pixels[10:30, 70:95] = (200, 0, 0)
     Image.fromarray(pixels).save(tmp_path / "image.png")

@@ -140,11 +140,14 @@ def test_the_readme_counts_the_comparisons_in_which_se_is_better():
         better.append(sign * difference(*values)[0] > 0)
     assert (len(better), sum(better)) == (8, 5)
     readme = " ".join((ROOT / "README.md").read_text().split())
-    claim = "In our [eight comparisons](docs/results.md), SE is better in five and worse in three."
+    claim = (
+        "In our [eight comparisons](docs/results.md) of networks with and without SE, the networks "
+        "with SE are better in five and worse in three."
+    )
     assert claim in readme
     rows = re.findall(r"\((\S\d+\.\d+) to (\S\d+\.\d+)\)", readme)
     assert [low[0] == high[0] for low, high in rows] == [True, False, False, False]
-    assert "Only the first row's interval excludes 0." in readme
+    assert "only the confidence interval in the first row excludes 0." in readme
 
 
 def test_records_are_small_and_state_how_they_were_made():
@@ -207,7 +210,7 @@ def test_a_record_contains_what_is_needed_to_repeat_the_run(finished_run, tmp_pa
 
 
 def test_runs_of_different_settings_are_not_recorded_together(finished_run, tmp_path):
-    """Check that a second run is rejected if its config was edited after the first was recorded."""
+    """Check that a run is rejected if the config was edited after another run was recorded."""
     config = tmp_path / Path(CONFIG).name
     for rate, message in ((0.1, ""), (0.2, "different settings")):
         config.write_text(f"_BASE_: {ROOT / CONFIG}\nSOLVER:\n  BASE_LR: {rate}\n")
@@ -268,14 +271,14 @@ def test_runs_have_the_same_number_of_steps_unless_they_stop_early(
     if patience:
         write_record(other, tmp_path / "results")
     else:
-        with pytest.raises(UserError, match="different training: .*900.* instead of .*1800"):
+        with pytest.raises(UserError, match="different training: .*1800.*; expected .*900"):
             write_record(other, tmp_path / "results")
 
 
 def test_a_run_without_a_finite_metric_leaves_no_record(finished_run, tmp_path):
     results = {"classification": {"top1_error": None}, "training": {"iterations": 1800}}
     (finished_run.output_dir / "results.json").write_text(json.dumps(results))
-    with pytest.raises(UserError, match="no finite classification/top1_error"):
+    with pytest.raises(UserError, match="no finite value of classification/top1_error"):
         write_record(finished_run, tmp_path / "results")
     assert not list((tmp_path / "results").glob("*/*.json"))
 
@@ -312,7 +315,7 @@ def test_invalid_records_and_documents_are_errors(finished_run, tmp_path):
         update_documents(folder, [tmp_path / "missing.md"])
     path.write_text(json.dumps({**read_record(path), "metrics": {}}))
     for function in (read_records, lambda _: write_record(finished_run, folder)):
-        with pytest.raises(UserError, match=r"seed4.json is not .*lacks classification/top1_error"):
+        with pytest.raises(UserError, match=r"seed4.json is not .* classification/top1_error"):
             function(folder)
 
 
@@ -321,7 +324,7 @@ def test_invalid_records_and_documents_are_errors(finished_run, tmp_path):
     [
         ([], "nothing to do"),
         (["--config-file", CONFIG], "--output is missing"),
-        (["--update", "README.md"], "--update and --curves require"),
+        (["--update", "README.md"], "--results is missing"),
         (["--config-file", CONFIG, "--output", "o", "--jobs", "0"], "--jobs is 0"),
         (["--config-file", CONFIG, "--output", "o", "--seeds", "0", "0"], "same output folder"),
     ],
@@ -359,7 +362,7 @@ def test_the_other_commands_of_the_script_are_valid(part, count, command_parser,
 
 @pytest.fixture
 def printed(tmp_path):
-    """Return a function that runs a part of results/run.sh and returns its Python commands.
+    """Return a function that runs a part of results/run.sh and returns the Python commands in it.
 
     A fake Python prints the commands instead of running them.
     """

@@ -82,7 +82,7 @@ def test_finished_runs_are_kept_interrupted_ones_resumed_others_rejected(options
     assert "Starting training from iteration 1" in (output / "log.txt").read_text()
     resumed = torch.load(output / "model_final.pth", weights_only=True)["model"]
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    with pytest.raises(UserError, match=r"differs in SOLVER.BASE_LR: SOLVER.BASE_LR was 0.001"):
+    with pytest.raises(UserError, match=r"differ in SOLVER.BASE_LR: SOLVER.BASE_LR was 0.001"):
         run_once(CONFIG, [*options, "SOLVER.BASE_LR", "0.5"], output)
     # A key that the record of an earlier version lacks counts as having its default value.
     begun = json.loads((output / "run.json").read_text())

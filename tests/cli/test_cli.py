@@ -28,8 +28,8 @@ from senet_transfer.weights.convert import TARGETS
 from tests.processes import ROOT, call
 
 
-def facts(parser: argparse.ArgumentParser) -> dict[str, tuple]:
-    """Return the option strings, nargs, default and type of each argument of a parser, by name."""
+def arguments_of(parser: argparse.ArgumentParser) -> dict[str, tuple]:
+    """Map each argument of a parser to its option strings, nargs, default and type."""
     return {
         action.dest: (action.option_strings, action.nargs, action.default, action.type)
         for action in parser._actions
@@ -37,7 +37,7 @@ def facts(parser: argparse.ArgumentParser) -> dict[str, tuple]:
 
 
 def test_training_accepts_every_argument_of_detectron2s_parser():
-    ours, theirs = facts(argument_parser()), facts(default_argument_parser())
+    ours, theirs = arguments_of(argument_parser()), arguments_of(default_argument_parser())
     # The default in our parser is [] instead of None.
     theirs["opts"] = (*theirs["opts"][:2], ours["opts"][2], theirs["opts"][3])
     assert {name: ours[name] for name in theirs} == theirs
@@ -74,7 +74,7 @@ def test_multi_value_options_do_not_consume_the_config_options():
     modules = [importlib.import_module(f"senet_transfer.cli.{name}") for name in names]
     parsers = [made.parser() for made in (*modules, *PREPARATIONS.values())]
     number = 0
-    for parser in (parser for parser in parsers if "opts" in facts(parser)):
+    for parser in (parser for parser in parsers if "opts" in arguments_of(parser)):
         actions = {flag: action for action in parser._actions for flag in action.option_strings}
         needed = [flag for flag, action in actions.items() if action.required]
         if actions.pop("--opts", None):  # the values of --opts are config options

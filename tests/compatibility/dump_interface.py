@@ -1,9 +1,9 @@
-"""Script that reports missing public names, and dumps the ``--help`` texts of this checkout.
+"""Script that lists missing public names and saves the ``--help`` texts of all commands.
 
     python tests/compatibility/dump_interface.py NAMES.json OUTPUT.json
 
-NAMES.json maps modules to names. OUTPUT.json receives the names that can't be imported, with their
-errors, and the help text of each command.
+NAMES.json maps each module to a list of its public names. The script writes the names that can't be
+imported, with the error messages, and the help text of each command to OUTPUT.json.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ OUTSIDE = {"senet_transfer.analysis.benchmark": "benchmark"}
 
 
 def find_missing(names: dict[str, list[str]]) -> dict[str, str]:
-    """Return the names that can't be imported, with their errors."""
+    """Map each public name that can't be imported to the error message."""
     missing = {}
     sys.path.insert(0, str(ROOT / "tools"))
     for old, members in names.items():
@@ -54,7 +54,7 @@ def read_help(name: str, command: Callable[[], object]) -> str:
 
 
 def help_texts() -> dict[str, str]:
-    """Return the help texts of console commands and of scripts in ``tools/`` and ``datasets/``."""
+    """Map the console commands, and the scripts in ``tools/`` and ``datasets/``, to help texts."""
     os.environ["COLUMNS"] = "100"
     texts = {}
     scripts = [*ROOT.glob("tools/*.py"), *ROOT.glob("datasets/prepare_*.py")]

@@ -41,7 +41,7 @@ def draw_pixels() -> np.ndarray:
 
 
 def flatten(values: dict, prefix: str = "") -> dict[str, object]:
-    """Map a config's full keys, such as ``SOLVER.BASE_LR``, to values. Tuples become lists."""
+    """Flatten a nested config to keys such as ``SOLVER.BASE_LR``, and convert tuples to lists."""
     found: dict[str, object] = {}
     for key, value in values.items():
         if isinstance(value, dict):
@@ -56,9 +56,10 @@ def _plain(value: object) -> object:
 
 
 def parse_options(text: str) -> dict[str, str]:
-    """Map each option in a ``--help`` text to its metavar, and each positional argument to itself.
+    """Map each option in a ``--help`` text to its metavar.
 
-    Python 3.13 prints the metavar of ``-s, --long VALUE`` once; earlier versions print it twice.
+    Positional arguments are included; their names are used as both key and value. Python 3.13
+    prints the metavar of ``-s, --long VALUE`` once; earlier versions print it twice.
     """
     found = {}
     section = re.search(r"^positional arguments:\n(.*?)^\S", f"{text}\nend", re.M | re.S)
@@ -79,7 +80,7 @@ def tensor_sums(tensors: dict) -> dict[str, list[float]]:
 
 
 def last_metrics(run: Path) -> dict[str, float]:
-    """Return the last value of each metric that a run logged."""
+    """Return the last value of each metric in a run's ``metrics.json``."""
     metrics: dict[str, float] = {}
     for line in (run / "metrics.json").read_text().splitlines():
         metrics |= json.loads(line)

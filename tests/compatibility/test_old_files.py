@@ -48,7 +48,7 @@ def expected() -> dict:
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory, run_python) -> Path:
-    """Resume the run in a copy of its folder until training ends, and return the copy."""
+    """Resume a copy of the interrupted run, train to the end, and return the output folder."""
     work = tmp_path_factory.mktemp("resumed")
     shutil.copytree(FIXTURES / "run", work / "run")
     draw_images(work / "images")
@@ -109,7 +109,7 @@ def test_an_old_onnx_file_gives_its_original_logits(expected):
 
 
 def logits_of(model: torch.nn.Module) -> np.ndarray:
-    """Return a classifier's logits for the images of :func:`draw_pixels`, after normalisation."""
+    """Normalise the images of :func:`draw_pixels` and return a classifier's logits."""
     values = model.preprocessing
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (values.mean, values.std))
     with torch.no_grad():
@@ -204,7 +204,7 @@ def test_every_old_option_is_still_there(path, interface):
 
 
 def form(words: str) -> str:
-    """Return an option's metavar with empty braces in place of its choices."""
+    """Replace the choices in an option's metavar, such as ``{json,csv}``, with empty braces."""
     return re.sub(r"\{.*?\}", "{}", words)
 
 

@@ -135,7 +135,7 @@ INPUT:
 
 
 def call(*words: object, folder: Path, status: int = 0, **environment: str) -> None:
-    """Run a Python command in a folder, and check the exit status of the command."""
+    """Run Python with the given arguments in a folder, and check the exit status."""
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     line = [sys.executable, *(str(word) for word in words)]
     done = subprocess.run(line, cwd=folder, env=variables, capture_output=True, text=True)
@@ -143,7 +143,7 @@ def call(*words: object, folder: Path, status: int = 0, **environment: str) -> N
 
 
 def train_words() -> list[str]:
-    """Return the command line of the training run, without the Python executable."""
+    """Write the training run's config and return its command line without the Python executable."""
     words = [word for line in RUN.splitlines() for word in line.split(" ", 1)]
     config = FIXTURES / "empty.yaml"
     config.write_text("VERSION: 2\n")
@@ -151,16 +151,16 @@ def train_words() -> list[str]:
 
 
 def results(run: Path) -> dict:
-    """Return the sum of each tensor in a run's final weights and in their moving average."""
+    """Return the :func:`tensor_sums` of a run's final weights and of their moving average (EMA)."""
     names = {"model": "model_final.pth", "ema": "model_ema.pth"}
     found = {key: torch.load(run / name, weights_only=True) for key, name in names.items()}
     return {key: tensor_sums(checkpoint["model"]) for key, checkpoint in found.items()}
 
 
 def write_run(work: Path) -> dict:
-    """Save the output folder of an interrupted run, and return the results of the resumed run.
+    """Save the output folder of an interrupted run, then resume the run and return its results.
 
-    They equal the results of a run without interruption.
+    Also check that an uninterrupted run has the same results.
     """
     draw_images(work / "images")
     words = train_words()
@@ -182,7 +182,7 @@ def write_run(work: Path) -> dict:
 
 
 def write_weights() -> list:
-    """Save a classifier in three file formats and return its logits."""
+    """Save a classifier in three file formats, and return its logits as a list."""
     folder = FIXTURES / "weights"
     folder.mkdir()
     (folder / "config.yaml").write_text(WEIGHTS_CONFIG)
@@ -208,7 +208,7 @@ def write_weights() -> list:
 
 
 def pixel_values(model: torch.nn.Module) -> tuple:
-    """Return the pixel mean and standard deviation of a model."""
+    """Return the mean and standard deviation with which a model's inputs are normalised."""
     return model.preprocessing.mean, model.preprocessing.std
 
 
@@ -216,7 +216,8 @@ def write_detector_config(work: Path) -> dict:
     """Run the smoke test of the demo detector, and copy the run's config.yaml to the fixtures.
 
     Returns:
-        The expected config keys and the expected number of parameters.
+        A dictionary with the config's keys and values (``"keys"``) and the number of parameters of
+        the model (``"parameters"``).
     """
     environment = {"DETECTRON2_DATASETS": "datasets"}
     words = ["--output", "datasets/shapes", "--train", "8", "--val", "4"]
@@ -247,10 +248,7 @@ def write_lazy_config() -> int:
 
 
 def public_names() -> dict[str, list[str]]:
-    """Return the public names in each module, keyed by the module's name.
-
-    Each list also contains "", which stands for the module itself.
-    """
+    """Map each module to its public names and to "", which stands for the module itself."""
     names = {module: {"", *importlib.import_module(module).__all__} for module in WITH_ALL}
     for short in WITHOUT_ALL:
         module = importlib.import_module(f"senet_transfer.{short}")

@@ -134,7 +134,7 @@ def test_single_frames_and_frames_of_videos_are_kept_together(caplog):
         ({"folds": 4}, "no images are left for fold3"),
         ({"group_by": "("}, "not a valid regular expression"),
         ({"group_by": "frame"}, "matches none of the 3 file names: 1.jpg"),
-        ({"group_by": "jpg"}, "3 images in 1 groups: no images are left for val"),
+        ({"group_by": "jpg"}, "3 images that belong to 1 groups: no images are left for val"),
     ],
 )
 def test_a_split_that_is_impossible_is_rejected(options, complaint):

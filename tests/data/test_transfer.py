@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 class Recorder:
     """Stand-in for a CUDA stream that records all calls.
 
-    Its copies are negated, so that tests can tell them from the original tensors.
+    Its copies are negated, so that tests can distinguish them from the original tensors.
     """
 
     def __init__(self):

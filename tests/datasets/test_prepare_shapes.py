@@ -24,7 +24,7 @@ COUNTS = {"train": 40, "val": 4, "tiny": 8}
 
 @pytest.fixture(scope="module")
 def data_set(tmp_path_factory):
-    """Render a small dataset, which tests must not change."""
+    """Render a small dataset that is shared by all tests, which must not modify it."""
     return make_shapes(tmp_path_factory.mktemp("data") / "shapes", seed=0, train=40, val=4)
 
 
@@ -310,7 +310,7 @@ def test_rejects_a_folder_with_other_content_and_keeps_it(tmp_path, name, conten
     with pytest.raises(UserError, match=found) as caught:
         make_shapes(folder, train=1, val=1)
     assert "expected" in str(caught.value)
-    assert "Move this folder" in str(caught.value)
+    assert f"Move {folder}" in str(caught.value)
     assert snapshot(tmp_path) == {Path("shapes", name): content.encode()}
 
 

@@ -1,4 +1,4 @@
-"""Shell commands in the documents, and rules that make them fast enough for a CPU."""
+"""Shell commands in the documentation, and rules that shorten them for tests on a CPU."""
 
 import re
 import shlex
@@ -50,11 +50,11 @@ NOT_RUN = {
 
 @dataclass(frozen=True)
 class Rule:
-    """Rule for changing commands that would otherwise take too long or need missing files.
+    """Rule that changes commands that would take too long or need missing files.
 
     Attributes:
-        why: Reason for the rule.
-        apply: Function that takes a command's words and returns the words to run instead.
+        why: Reason why the commands can't be run unchanged.
+        apply: Function that takes the words of a command line and returns the words to run instead.
     """
 
     why: str
@@ -69,7 +69,7 @@ _TRAINS = ("tools/train_net.py", "tools/run_seeds.py", "tools/ablation.py", "sen
 
 
 def _instant(words: list[str]) -> list[str]:
-    """Replace a recipe with its smoke-test config, but keep the recipe's data and output folder."""
+    """Replace a recipe with its smoke-test config, but keep its datasets and output folder."""
     trains = {*_TRAINS} & {*words} or words[:2] == ["senet", "train"]
     if not trains or "--config-file" not in words:
         return words
@@ -90,7 +90,7 @@ def _instant(words: list[str]) -> list[str]:
 
 
 def _overwriting(words: list[str]) -> list[str]:
-    """Add ``--overwrite`` to training commands, because other commands may use the same folder."""
+    """Add ``--overwrite`` to training commands, because several use the same output folder."""
     flags = {"--resume", "--eval-only", "--overwrite"}
     trains = {"tools/train_net.py", "senet-train"} & set(words) or words[:2] == ["senet", "train"]
     if not trains or flags & set(words):
@@ -100,7 +100,7 @@ def _overwriting(words: list[str]) -> list[str]:
 
 
 def _short_recipe(words: list[str]) -> list[str]:
-    """Limit training with `--data` to one step on small images, from random weights."""
+    """Limit training with `--data` to one iteration on small images, from random weights."""
     short = {"SOLVER.MAX_ITER": "1", "SOLVER.IMS_PER_BATCH": "2", "MODEL.WEIGHTS": "",
              "INPUT.MIN_SIZE_TRAIN": "(96,)", "INPUT.MIN_SIZE_TEST": "96"}  # fmt: skip
     pairs = [word for key, value in short.items() if key not in words for word in (key, value)]
@@ -144,11 +144,11 @@ RULES = (
 
 @dataclass(frozen=True)
 class Command:
-    """Shell command in a document.
+    """Shell command in a document or source file.
 
     Attributes:
-        document: Path of the document.
-        text: The command on one line.
+        document: Path of the file, relative to the repository root.
+        text: The command, joined to a single line.
     """
 
     document: str
@@ -161,7 +161,7 @@ class Command:
 
     @property
     def to_run(self) -> list[str]:
-        """Words of the command that the tests run, with the replacements in RULES applied."""
+        """Words of the command that the tests run, after applying all rules in ``RULES``."""
         words = self.words
         for rule in RULES:
             words = rule.apply(words)
@@ -169,16 +169,16 @@ class Command:
 
     @property
     def form(self) -> str:
-        """Command without the GPU count, and with only the first word of the config name.
+        """Command without the number of GPUs, and with only the first word of the config name.
 
-        Commands that differ only in these parts have the same form.
+        In configs/README.md, the tests run only one of several commands with the same form.
         """
         line = re.sub(r"configs/([a-z0-9]+)_\w+\.yaml", r"\1", " ".join(self.words))
         return re.sub(r"(--num-gpus|--nproc-per-node) \d+", r"\1", line)
 
     @property
     def reason_not_run(self) -> str | None:
-        """Reason why the command is not run, or None if it is run."""
+        """Reason why the tests don't run the command, or None if they run it."""
         line = shlex.join(self.words)
         for pattern, reason in NOT_RUN.items():
             if re.fullmatch(pattern, line):
@@ -187,12 +187,12 @@ class Command:
 
 
 def code(text: str) -> list[tuple[str, str]]:
-    """Return (language, text) pairs for a document's code; inline code has language "inline"."""
+    """Return (language, text) pairs for all code in a document, with "inline" for inline code."""
     return [(m[1], m[2]) if m[3] is None else ("inline", m[3]) for m in _CODE.finditer(text)]
 
 
 def commands_in(document: str, text: str) -> list[Command]:
-    """Return the commands in the ``sh`` blocks and inline code of a document, in order."""
+    """Return the commands in the ``sh`` blocks and inline code of a document."""
     found = []
     for language, content in code(text):
         joined = re.sub(r"\s*\\\n\s*", " ", content)
@@ -212,8 +212,8 @@ COMMANDS = {document: commands_in(document, text) for document, text in DOCUMENT
 def run_here(document: str) -> list[Command]:
     """Return the commands in a document that the tests run.
 
-    The config tables contain a command for each recipe. Of commands with the same form, only one
-    is run, because test_instant.py runs the smoke-test config of every recipe.
+    The tables in configs/README.md contain a command for each recipe. The tests run only one of
+    several commands with the same form, because test_instant.py tests all recipes.
     """
     found = [command for command in COMMANDS[document] if not command.reason_not_run]
     if document != "configs/README.md":

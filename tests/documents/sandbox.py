@@ -35,7 +35,7 @@ TINY = "datasets/shapes/annotations/instances_tiny.json"
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Return environment variables that make sandbox commands use this checkout and Python."""
+    """Return the environment in which sandbox commands use this checkout and this Python."""
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     kept = {k: v for k, v in os.environ.items() if k not in ("DETECTRON2_DATASETS", "MAKEFLAGS")}
     return {**kept, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
@@ -57,7 +57,7 @@ def _shapes(root: Path) -> None:
 
 
 def _coco(root: Path) -> None:
-    """Write the shapes dataset as if it were COCO 2017, with COCO's classes."""
+    """Write the shapes dataset in the layout of COCO 2017, with COCO's 80 categories."""
     content = json.loads((root / TINY).read_text())
     keys = ("id", "name", "supercategory")
     things = [entry for entry in COCO_CATEGORIES if entry["isthing"]]
@@ -76,7 +76,7 @@ def _own_coco(root: Path) -> None:
 
 
 def _voc(root: Path) -> None:
-    """Write the shapes dataset in Pascal VOC's format, with the same images in train and val."""
+    """Write the shapes dataset in Pascal VOC format, with the same images in train and val."""
     content = json.loads((root / TINY).read_text())
     names = {category["id"]: category["name"] for category in content["categories"]}
     shutil.copytree(root / "datasets/shapes/tiny", root / "voc/JPEGImages")
@@ -128,7 +128,7 @@ def _shape_classes(root: Path) -> None:
 
 
 def _places365(root: Path) -> None:
-    """Write three Places365 splits in the original layout: text files, a folder and archives."""
+    """Write three Places365 splits in the original layout: lists, an image folder and archives."""
     source, rng = root / "SOURCE", np.random.default_rng(0)
     source.mkdir()
     classes = [f"/{'abc'[n % 3]}/class_{n}" for n in range(365)]
@@ -167,7 +167,7 @@ def _places365_shards(split: str) -> Callable[[Path], None]:
 
 
 def _imagenet(place: str) -> Callable[[Path], None]:
-    """Return a function that writes both ImageNet splits and the validation blacklist."""
+    """Return a function that writes small ImageNet splits and the validation blacklist."""
 
     def make(root: Path) -> None:
         rng = np.random.default_rng(0)
@@ -185,7 +185,7 @@ def _imagenet(place: str) -> Callable[[Path], None]:
 
 
 def _foreign_shards(root: Path) -> None:
-    """Write a shard without a manifest, and a file with the class names."""
+    """Write a WebDataset shard without this project's manifest, and a file with class names."""
     folder = root / "shards/train"
     folder.mkdir(parents=True)
     image = np.zeros((40, 40, 3), np.uint8)
@@ -259,7 +259,7 @@ def _detector_runs(root: Path) -> None:
 def _documents(root: Path) -> None:
     """Copy the configs and the files that ``tests/test_documents.py`` needs to update documents.
 
-    The tables are omitted from configs/README.md, so the command must write them.
+    The copy of configs/README.md contains no tables, so the tested command must add them.
     """
     (root / "configs").unlink()
     shutil.copytree(ROOT / "configs", root / "configs")
@@ -303,7 +303,7 @@ STAND_INS = (
 
 
 def made(lines: Iterable[list[str]]) -> set[str]:
-    """Return the output paths that the commands specify."""
+    """Return the output paths in the given command lines."""
     return {
         os.path.normpath(value)
         for words in lines
@@ -313,7 +313,7 @@ def made(lines: Iterable[list[str]]) -> set[str]:
 
 
 def make_sandbox(folder: Path, lines: list[list[str]]) -> Path:
-    """Create a folder with the files that commands need, except for the commands' own outputs."""
+    """Create a folder with all files that the commands read but don't write."""
     folder.mkdir()
     (folder / ".venv").symlink_to(sys.prefix)
     for name in LINKS:

@@ -38,7 +38,7 @@ def _script(word):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return a folder that contains an SE detector in ``output`` and an image."""
+    """Return a folder with a test image, and with an SE detector in its subfolder ``output``."""
     folder = tmp_path_factory.mktemp("scripts")
     options = {**SMALL_DETECTOR, **NARROW, "MODEL.ROI_HEADS.NUM_CLASSES": "3"}
     saved("configs/faster_rcnn_se_r50.yaml", options, folder / "output")
@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def expected(folder, one_thread, monkeypatch):
-    """Change the working directory to ``folder``, and return this project's detections."""
+    """Change to ``folder``, and return this project's detections for the test image."""
     monkeypatch.chdir(folder)
     found = load("output/model_final.pth", device="cpu", threshold=0.0)("image.png")
     assert len(found.scores) > 5

@@ -35,7 +35,7 @@ from tests.documents.warm import WarmPython
 
 
 def _texts(folder: str) -> Iterator[tuple[str, str]]:
-    """Yield each string in a folder's Python code, including docstrings, after its file's path."""
+    """Yield (path, string) pairs for all strings and docstrings in a folder's Python code."""
     for path in sorted((ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -43,7 +43,7 @@ def _texts(folder: str) -> Iterator[tuple[str, str]]:
 
 
 def _commands_in_code(folder: str) -> list[Command]:
-    """Return the commands in a folder's config headers and in strings in its Python code."""
+    """Return the commands in the config headers and Python strings of a folder."""
     found = []
     for path in sorted((ROOT / folder).rglob("*.yaml")):
         head = re.sub(r"\\\n#\s*", "", path.read_text())
@@ -64,7 +64,10 @@ class _ParsedError(Exception):
 
 
 def _parse(monkeypatch, words: list[str]) -> argparse.Namespace | None:
-    """Return a command's parsed arguments, or None for ``--help`` and scripts without a parser."""
+    """Return the parsed arguments of a script.
+
+    Return None for ``--help`` and for scripts without an argument parser.
+    """
     script, parse = ROOT / words[0], argparse.ArgumentParser.parse_args
     assert script.is_file(), f"{words[0]} does not exist"
     if len(words) == 2 and words[1] == "--help" or "sys.argv[1:]" in script.read_text():
@@ -91,7 +94,7 @@ SENET = {"train": "tools/train_net.py", "eval": "tools/eval_classifier.py",
 
 
 def _script(words: list[str]) -> list[str] | None:
-    """Return a command's script and arguments, or None if it does not run a script."""
+    """Return the script that a command runs, with its arguments, or None if there is no script."""
     if words[0] == "python":
         return words[1:]
     if words[0] == "torchrun":
@@ -102,7 +105,7 @@ def _script(words: list[str]) -> list[str] | None:
 
 
 def _check(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that a command's arguments are valid."""
+    """Check that a command's arguments and config are valid."""
     words = command.words
     assert words[0] in PROGRAMS, "add the program to PROGRAMS in tests/documents/commands.py"
     if re.fullmatch(COMMAND_NAME, command.text):
@@ -196,9 +199,9 @@ MEASURES = ("complexity.py", "benchmark.py", "eval_classifier.py", "eval_places3
 
 
 def _promised(words: list[str], printed: str) -> list[str]:
-    """Return the paths of the files and folders that a command should have written.
+    """Return the paths of the files and folders that a command is expected to write.
 
-    They are the output paths in the command's arguments. If the last word of its output is a file
+    These are the output paths in the command's arguments. If the printed output ends with a file
     path, this path is also included.
     """
     found = [b for a, b in zip(words, words[1:], strict=False) if a in ("--output", "OUTPUT_DIR")]
@@ -209,7 +212,7 @@ def _promised(words: list[str], printed: str) -> list[str]:
 
 
 def _fault(command: Command, folder: Path, python: WarmPython) -> str | None:
-    """Run a command and return a description of the error, or None if it succeeds."""
+    """Run a command and return a description of its failure, or None if it succeeds."""
     line, start = shlex.join(command.to_run), time.time()
     done = call(command.to_run, folder, python)
     printed = done.stdout + done.stderr

@@ -1,8 +1,8 @@
 """Process that imports the package once, and then forks itself for each Python script.
 
 Importing torch and Detectron2 takes four seconds, but most documented commands take only one second
-after that. Processes started with `--num-gpus 2` are forked, too. Newly started processes are
-tested by test_startup.py and test_commands.py.
+after that. The worker processes of `--num-gpus 2` are forked, too. test_startup.py and
+tests/faults/test_jobs.py test processes that are not forked.
 """
 
 import functools
@@ -18,13 +18,13 @@ LIMIT = 300  # time limit of a command in seconds
 
 
 class WarmPython:
-    """Context manager that starts a process in which scripts run one after the other.
+    """Context manager for a process that runs scripts one after another in forked processes.
 
     Args:
-        folder: Working folder of the scripts.
-        environment: Environment variables of the process.
-        printed: Temporary files for a script's stdout and stderr, without their extensions ``.out``
-            and ``.err``. Default: ``folder``.
+        folder: Working directory of the scripts.
+        environment: Environment variables of the scripts.
+        printed: Path prefix of two temporary files that capture a script's stdout (extension
+            ``.out``) and stderr (``.err``). Default: ``folder``.
     """
 
     def __init__(self, folder: Path, environment: dict[str, str], printed: Path | None = None):
@@ -42,7 +42,7 @@ class WarmPython:
         self.process.communicate()
 
     def call(self, words: list[str]) -> subprocess.CompletedProcess:
-        """Run ``python WORDS``; WORDS must start with a script, ``-c CODE`` or ``-m MODULE``."""
+        """Run Python with arguments that start with a script, ``-c CODE`` or ``-m MODULE``."""
         printed = [self.printed.with_name(f"{self.printed.name}.{name}") for name in ("out", "err")]
         request = {"words": words, "printed": [str(path) for path in printed]}
         self.process.stdin.write(json.dumps(request) + "\n")
@@ -52,7 +52,7 @@ class WarmPython:
 
 
 def _become(words: list[str], printed: list[str]) -> None:
-    """Run a Python command line in this process, which is terminated after ``LIMIT`` seconds."""
+    """Run a Python command line in this process, with a time limit of ``LIMIT`` seconds."""
     signal.alarm(LIMIT)
     for descriptor, path in enumerate([os.devnull, *printed]):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), descriptor)

@@ -1,4 +1,4 @@
-"""Fixtures that provide a small dataset of rendered shapes, and options for training on it."""
+"""Fixtures that provide a small dataset of synthetic shapes and options for training on it."""
 
 import pytest
 

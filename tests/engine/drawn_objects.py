@@ -18,11 +18,11 @@ WIDTH, HEIGHT = 96, 64
 
 @dataclass(frozen=True)
 class Drawn:
-    """Image file and its objects.
+    """Synthetic image file and the bounding boxes of its objects.
 
     Attributes:
         path: Path of the image file.
-        boxes: Boxes (x0, y0, x1, y1) in pixels.
+        boxes: Bounding boxes (x0, y0, x1, y1) in pixel coordinates.
         classes: Class index of each box.
     """
 
@@ -32,7 +32,7 @@ class Drawn:
 
 
 def draw(folder: Path, count: int = 4) -> list[Drawn]:
-    """Draw images with two non-overlapping rectangles each."""
+    """Write synthetic images with two non-overlapping rectangles each."""
     folder.mkdir()
     found = []
     for index in range(count):
@@ -65,16 +65,20 @@ def _record(index: int, drawn: Drawn, **fields) -> dict:
 
 
 def register_labels(name: str, images: list[Drawn], *, objects: bool = False) -> None:
-    """Register label images: 0 is background, 1 and 2 are classes, and 255 marks ignored pixels."""
+    """Register a semantic segmentation dataset.
+
+    In its label images, 0 is background, 1 and 2 are classes, and 255 marks ignored pixels. If
+    ``objects`` is True, the dataset also contains bounding boxes and polygons.
+    """
     records = []
     for index, drawn in enumerate(images):
         labels = np.zeros((HEIGHT, WIDTH), np.uint8)
         annotations = []
         for (x0, y0, x1, y1), label in zip(drawn.boxes, drawn.classes, strict=True):
             labels[y0:y1, x0:x1] = label + 1
-            outline = [[x0, y0, x1, y0, x1, y1, x0, y1]]
+            segmentation = [[x0, y0, x1, y0, x1, y1, x0, y1]]
             box = {"bbox": [x0, y0, x1, y1], "bbox_mode": int(BoxMode.XYXY_ABS)}
-            annotations.append({**box, "category_id": label, "segmentation": outline})
+            annotations.append({**box, "category_id": label, "segmentation": segmentation})
         labels[:2] = 255
         path = drawn.path.with_name(f"{drawn.path.stem}_labels.png")
         cv2.imwrite(str(path), labels)
@@ -89,7 +93,7 @@ def register_labels(name: str, images: list[Drawn], *, objects: bool = False) ->
 
 
 def register_rotated(name: str, images: list[Drawn]) -> None:
-    """Register a dataset in which each box is a rotated box with an angle of 0 or 180 degrees."""
+    """Register a dataset of rotated boxes, which have an angle of 0 or 180 degrees."""
     records = []
     for index, drawn in enumerate(images):
         annotations = []
@@ -102,7 +106,7 @@ def register_rotated(name: str, images: list[Drawn]) -> None:
 
 
 def coco_file(path: Path, images: list[Drawn]) -> Path:
-    """Write a COCO file with boxes, polygons, keypoints and LVIS's additional fields."""
+    """Write a COCO annotation file with boxes, polygons, keypoints and LVIS's additional fields."""
     categories = [
         {"id": i + 1, "name": name, "keypoints": KEYPOINTS, "synset": name, "frequency": "f"}
         for i, name in enumerate(CLASSES)
@@ -146,7 +150,7 @@ def register_lvis(name: str, images: list[Drawn]) -> None:
 
 
 def register_voc(name: str, images: list[Drawn]) -> None:
-    """Write the images and boxes in Pascal VOC's layout and register them."""
+    """Write the images and boxes in Pascal VOC format and register them as a dataset."""
     root = images[0].path.parent.with_name("voc")
     for part in ("Annotations", "ImageSets/Main", "JPEGImages"):
         (root / part).mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Tests for segmentation, proposals, keypoints, rotated boxes, Pascal VOC and LVIS.
+"""Tests for segmentation, region proposals, keypoints, rotated boxes, Pascal VOC and LVIS.
 
 The models are trained and evaluated on a few synthetic images.
 """
@@ -66,7 +66,7 @@ def forgotten():
 
 @pytest.fixture
 def options(tmp_path):
-    """Return a function that returns options for training one iteration on synthetic images."""
+    """Return a function that builds options for one training iteration on synthetic images."""
 
     def make(*flags: str, **keys: str):
         keys = {**SMALL, "OUTPUT_DIR": str(tmp_path / "run"), "DATASETS.TRAIN": "('drawn',)",
@@ -233,7 +233,7 @@ def test_lvis_is_trained_and_evaluated(images, options):
 
 
 def evaluate(keys: dict[str, str], outputs: list[dict], images, tmp_path) -> dict:
-    """Return the evaluation results for the given outputs on the dataset "drawn"."""
+    """Evaluate model outputs on the dataset "drawn" and return the metrics."""
     words = [word for item in keys.items() for word in item]
     cfg = load_config("", [*words, "OUTPUT_DIR", str(tmp_path)])
     cfg.DATASETS.TEST = ("drawn",)
@@ -250,7 +250,7 @@ def evaluate(keys: dict[str, str], outputs: list[dict], images, tmp_path) -> dic
 
 
 def truth(images, *, rotated: bool = False, first: int = 0) -> list[dict]:
-    """Return the ground truth as predictions, without objects in the first ``first`` images."""
+    """Return the ground truth as model outputs, with no objects in the first ``first`` images."""
     outputs = []
     for index, image in enumerate(images):
         boxes = torch.tensor(image.boxes, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Tests for training on images with five channels, starting from weights for colour images."""
+"""Tests for training on images with five channels, starting from weights of an RGB model."""
 
 import json
 from dataclasses import replace
@@ -39,7 +39,7 @@ def _one_thread(one_thread):
 
 
 def five_channels(image: Image.Image) -> np.ndarray:
-    """Return a uint16 image with five channels and values up to 4095, made from a colour image."""
+    """Return a uint16 image with five channels and values up to 4095, computed from RGB."""
     pixels = np.asarray(image.convert("RGB")).astype(np.uint16) * 16
     return np.dstack([pixels, pixels[..., 0], 4095 - pixels[..., 1]])
 

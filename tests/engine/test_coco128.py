@@ -1,4 +1,4 @@
-"""Tests for the paper's detection config on real COCO images, reduced in size for a CPU."""
+"""Tests for the paper's detection config on real COCO images, at a low resolution for a CPU."""
 
 import contextlib
 import io

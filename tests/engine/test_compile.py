@@ -1,4 +1,4 @@
-"""Tests for training compiled networks."""
+"""Tests for training with ``torch.compile``."""
 
 import shutil
 
@@ -16,7 +16,7 @@ from tests.comparing import assert_same
 
 @pytest.fixture
 def train(tmp_path):
-    """Return a function that trains a small network and returns the losses and the checkpoint."""
+    """Return a function that trains a small network and returns its losses and final checkpoint."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (32, 3, 32, 32), dtype=torch.uint8, generator=generator)
     data = ImageArrays(images, torch.arange(32) % 3, ["cat", "dog", "ship"], "test")

@@ -1,7 +1,7 @@
-"""Tests for reading the losses only every 20 steps, as in training on a GPU.
+"""Tests for reading the loss values only every 20 steps, as in training on a GPU.
 
-The tests run on a CPU. Each run must be bit-for-bit equal to one that reads the losses after each
-step.
+The tests run on a CPU. The results must be bitwise equal to those of a run that reads the loss
+values after each step.
 """
 
 import json
@@ -27,7 +27,10 @@ STEPS = 26
 
 
 class Net(nn.Module):
-    """Network with batch norm and dropout. Calls listed in ``bad`` produce non-finite values."""
+    """Network with batch norm and dropout.
+
+    The calls listed in ``bad`` have a non-finite loss or gradient, or raise an error.
+    """
 
     def __init__(self, bad=(), kind="loss"):
         super().__init__()
@@ -68,7 +71,7 @@ def fused(parameters, kind):
 
 
 def train(net, period, folder, *, optimizer="SGD", rank=None, ema=True, **options):
-    """Train, and return the final state, the metrics, the JSON reports and the error message."""
+    """Train, and return the final state, the metrics, the error reports and the error message."""
     folder.mkdir()
     model = net if rank is None else DistributedDataParallel(net, broadcast_buffers=False)
     trainer = StepTrainer(
@@ -133,7 +136,7 @@ def test_losses_read_together_give_the_same_run(tmp_path, dtype, optimizer, kind
 
 
 def check_logged_metrics(rank=None):
-    """Compare metrics with those that Detectron2 logs; check that ``gather`` is called once."""
+    """Compare the logged metrics with Detectron2's, and check that ``gather`` is called once."""
     net, losses = Net(), []
     net.register_forward_hook(
         lambda *call: losses.append({k: v.detach() for k, v in call[2].items()})

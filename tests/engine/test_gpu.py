@@ -1,4 +1,4 @@
-"""Tests for networks and training on a CUDA GPU. They are run by `make test-gpu`."""
+"""Tests for networks and training on a CUDA GPU, run by `make test-gpu`."""
 
 import copy
 import math
@@ -24,7 +24,10 @@ half_precision = pytest.mark.parametrize("amp", ["False", "True"], ids=["float32
 
 
 def outputs_and_gradients(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return a backbone's features and the gradients of their mean squares, copied to the CPU."""
+    """Return a backbone's feature maps and parameter gradients, copied to the CPU.
+
+    The loss is the sum of the mean squares of all feature maps.
+    """
     features = model(images)
     sum(feature.square().mean() for feature in features.values()).backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -36,9 +39,9 @@ def outputs_and_gradients(model: torch.nn.Module, images: torch.Tensor) -> dict[
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
 @pytest.mark.parametrize("name", ["se_resnet18", "se_resnet50", "se_mobilenet"])
 def test_features_and_gradients_equal_those_of_the_cpu(name, norm, layout):
-    """Compare a backbone on the GPU with its copy on the CPU, in float64.
+    """Compare the features and gradients of a backbone on the GPU and on the CPU, in float64.
 
-    In float64, the GPU uses PyTorch's operators instead of the fused kernels.
+    In float64, the backbone uses PyTorch's operators instead of the fused kernels.
     """
     torch.manual_seed(0)
     stages = ["res2", "res3", "res4", "res5"]
@@ -63,9 +66,9 @@ def test_features_and_gradients_equal_those_of_the_cpu(name, norm, layout):
     ],
 )
 def test_fused_features_and_gradients_equal_those_of_the_cpu(name, norm, layout):
-    """Compare the errors of the fused operators with those of PyTorch's operators.
+    """Compare the rounding errors of the fused kernels with those of PyTorch's operators.
 
-    The errors of float32 outputs and gradients are relative to a float64 computation on the CPU.
+    The rounding errors in float32 are measured against a float64 computation on the CPU.
     """
     torch.manual_seed(0)
     # Open gates would hide errors, because they hardly depend on their input.

@@ -37,7 +37,7 @@ GROWTH = 4e6
 
 
 def usage() -> tuple[int, int]:
-    """Return the memory in bytes and the number of open files of this process and its children."""
+    """Return the memory in bytes and the open file count of this process and its children."""
     gc.collect()
     memory = files = 0
     pids = [os.getpid()]

@@ -78,7 +78,7 @@ def test_a_detector_of_grey_images_trains_predicts_and_is_exported(
 
 @pytest.mark.long
 def test_grey_images_start_from_weights_for_colours(command, tmp_path):
-    """Compare a grayscale and a BGR model with the same weights on a grayscale image."""
+    """Compare a grayscale and a BGR model that load the same weights, on a grayscale image."""
     main(command("--quiet", **{**SHORT, "INPUT.FORMAT": "BGR", "DATASETS.TEST": "()"}))
     weights = str(tmp_path / "run" / "model_final.pth")
     colours, grey = (

@@ -1,4 +1,4 @@
-"""Tests that every smoke-test config trains, saves checkpoints and evaluates."""
+"""Tests that every smoke-test config can be trained, saved and evaluated."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Tests for starting the processes of a job on a machine with GPUs."""
+"""Tests for launching training processes on CPUs and GPUs."""
 
 import os
 
@@ -12,7 +12,7 @@ from senet_transfer.engine import launch
 def one_gpu(monkeypatch):
     """Simulate a machine with one GPU.
 
-    Return a list to which each launched job adds its value of ``$CUDA_VISIBLE_DEVICES``.
+    Return a list that receives the value of ``$CUDA_VISIBLE_DEVICES`` for each launched job.
     """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -16,10 +16,10 @@ from senet_transfer.engine.trainer import Trainer
 
 @pytest.fixture
 def dense(shared_data, command):
-    """Return (function, path of the annotation file).
+    """Return an evaluation function and the path of the annotation file.
 
-    The function sets ``TEST.DETECTIONS_PER_IMAGE`` to its argument, evaluates perfect detections of
-    an image, and returns the box metrics.
+    The function sets ``TEST.DETECTIONS_PER_IMAGE`` to its argument, evaluates detections that are
+    equal to the ground truth, and returns the bounding-box metrics.
     """
     folder = shared_data.parent / "cases" / "detection" / "dense"
 

@@ -1,4 +1,4 @@
-"""Tests for the numerical settings that a run chooses according to its device."""
+"""Tests for numerical settings, such as AMP, whose value "auto" depends on the device."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Tests for recipes that are generated for a user's data (`--data`)."""
+"""Tests for recipes that are generated for a user's dataset (`--data`)."""
 
 import json
 import logging
@@ -16,19 +16,19 @@ from senet_transfer.data.classification.open import open_dataset
 from senet_transfer.data.own_data import DataPart, divide, find_parts
 from senet_transfer.data.shapes.class_folders import make_shape_classes
 from senet_transfer.engine.recipe import make
-from senet_transfer.engine.recipe.facts import DataFacts, MachineFacts, describe_data
+from senet_transfer.engine.recipe.facts import DataProperties, MachineProperties, describe_data
 from senet_transfer.engine.recipe.rules import SCHEDULES, backbone, choose
 from senet_transfer.engine.setup import RunOptions
 from senet_transfer.engine.train import main
 from tests.engine.conftest import SMALL
 
 # COCO 2017: most images are 640 x 480, and a tenth of the objects are smaller than 15 pixels.
-COCO = DataFacts("detection", 117_266, 80, 480, object_size=0.03, most_objects=93)
-GPUS = MachineFacts(gpu_memory=80.0, processes=8, cpus=64)
-CPU = MachineFacts(gpu_memory=0.0, processes=1, cpus=2)
+COCO = DataProperties("detection", 117_266, 80, 480, object_size=0.03, most_objects=93)
+GPUS = MachineProperties(gpu_memory=80.0, processes=8, cpus=64)
+CPU = MachineProperties(gpu_memory=0.0, processes=1, cpus=2)
 
 
-def settings(data: DataFacts, machine: MachineFacts, weights: str) -> dict:
+def settings(data: DataProperties, machine: MachineProperties, weights: str) -> dict:
     return {choice.key: choice.value for choice in choose(data, machine, weights)}
 
 
@@ -43,7 +43,7 @@ def test_coco_on_eight_gpus_gets_detectron2s_recipe():
 
 def test_settings_depend_on_the_data_and_the_machine():
     few = replace(COCO, images=100, most_objects=150)
-    found = settings(few, MachineFacts(8.0, 1, 4), "cadene/se_resnet50")
+    found = settings(few, MachineProperties(8.0, 1, 4), "cadene/se_resnet50")
     # At 800 pixels, 8 GB is enough for 2 images. 12,000 samples are 120 epochs; the limit is 100.
     assert (found["SOLVER.IMS_PER_BATCH"], found["SOLVER.BASE_LR"]) == (2, 0.0025)
     assert (found["SOLVER.EPOCHS"], found["TEST.EVAL_EPOCHS"]) == (100, 10)
@@ -54,7 +54,7 @@ def test_settings_depend_on_the_data_and_the_machine():
     assert (slow["MODEL.WEIGHTS"], slow["MODEL.BACKBONE.ARCH"]) == ("", "se_resnet18")
     assert (slow["INPUT.MIN_SIZE_TEST"], slow["SOLVER.EPOCHS"]) == (320, 60)
     assert slow["MODEL.ANCHOR_GENERATOR.SIZES"][0] == [16]
-    flowers = DataFacts("classification", 900, 5, short_side=150)
+    flowers = DataProperties("classification", 900, 5, short_side=150)
     found = settings(flowers, CPU, "timm_legacy/seresnet18")
     assert found["_BASE_"] == "finetune_folder"
     crop, batch = found["INPUT.CLASSIFICATION.CROP"], found["SOLVER.IMS_PER_BATCH"]
@@ -87,7 +87,7 @@ def test_dataset_statistics_equal_a_count_by_hand(tmp_path):
     train, val = find_parts(str(tmp_path))
     assert (train, val) == (DataPart(str(tmp_path / "train.json"), str(tmp_path)), None)
     # The third image has no objects. Both classes have the same weight in the object size.
-    assert describe_data(train, train) == DataFacts("detection", 2, 2, 100, 0.1, 10)
+    assert describe_data(train, train) == DataProperties("detection", 2, 2, 100, 0.1, 10)
 
 
 def test_boxes_without_a_size_are_rejected_as_in_training(tmp_path, caplog):

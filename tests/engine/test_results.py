@@ -1,4 +1,4 @@
-"""Tests for JSON result files."""
+"""Tests for JSON result files and for the summary of a run."""
 
 import json
 

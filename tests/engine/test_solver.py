@@ -1,4 +1,4 @@
-"""Tests that compare schedules, parameter groups and epochs with simple reference code."""
+"""Tests that compare learning rate schedules and parameter groups with reference code."""
 
 import copy
 import math
@@ -27,7 +27,7 @@ def config(**overrides):
 
 
 def rates(cfg, evaluations=()):
-    """Return the learning rate of each step; ``evaluations`` are (step, metric) pairs."""
+    """Return the learning rate of each step, given the evaluations as (step, metric) pairs."""
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=cfg.SOLVER.BASE_LR)
     schedule = build_lr_scheduler(cfg, optimizer)

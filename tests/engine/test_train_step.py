@@ -132,7 +132,7 @@ def test_a_skipped_step_does_not_change_weights_and_buffers(tmp_path):
 
 
 def verdict(net, scale):
-    """Return whether the guard skips a step, and whether it finds non-finite gradients.
+    """Return whether StepGuard skips a step, and whether it detects non-finite gradients.
 
     Args:
         net: Model whose gradients are checked. The loss is finite.

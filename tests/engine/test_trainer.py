@@ -1,4 +1,4 @@
-"""Tests for training, checkpointing, evaluation and prediction with a small detector."""
+"""Tests for training, checkpointing, evaluation and inference with a small detector."""
 
 import contextlib
 import io
@@ -135,7 +135,7 @@ def test_an_incompatible_checkpoint_is_rejected_with_all_tensors(command, tmp_pa
 
 @pytest.fixture
 def trained(command, tmp_path):
-    """Train briefly, and return the path of a checkpoint that detects some objects."""
+    """Train a detector for two iterations, and return the path of its checkpoint."""
     train(command(**{"SOLVER.MAX_ITER": "2", "SOLVER.STEPS": "(1,)"}))
     return str(tmp_path / "run" / "model_final.pth")
 

@@ -1,7 +1,7 @@
-"""Tests that count how often a training step waits to read a value from the device.
+"""Tests that count the host-device synchronisations in each training step.
 
-On a CPU, the tests count operators that would copy a value from a GPU to the host. As on a GPU,
-the trainers read losses every 20 steps.
+On a CPU, the tests count operators that would synchronise with a GPU, e.g. to copy a value to the
+host. As on a GPU, the trainers read the loss values every 20 steps.
 """
 
 import copy
@@ -45,7 +45,7 @@ _METHODS = ("cpu", "numpy", "tolist")
 
 
 class Waits(TorchDispatchMode):
-    """Counter of operators and tensor methods that read from the device."""
+    """Counter of operators and tensor methods that would synchronise with a GPU."""
 
     def __init__(self):
         super().__init__()
@@ -91,7 +91,7 @@ class FusedTrainer(Trainer):
 
 
 class CudaWaits:
-    """Counter of operations that make PyTorch wait for the GPU."""
+    """Counter of operations that synchronise the host with the GPU."""
 
     @contextmanager
     def counting(self):
@@ -108,14 +108,14 @@ class CudaWaits:
 
 @pytest.fixture
 def asynchronous(monkeypatch):
-    """Make trainers treat the CPU as an asynchronous device."""
+    """Make trainers treat the CPU as a device that runs asynchronously, such as a GPU."""
     monkeypatch.setattr(trainer_module, "_ASYNCHRONOUS", ("cpu",))
 
 
 def waits_of_steps(trainer, waits):
-    """Count the reads from the device in each training step, including those in hooks.
+    """Count the host-device synchronisations in each training step, including its hooks.
 
-    Return one dictionary per step, which maps each kind of read to its count.
+    Return one dictionary per step, which maps each operator or method to its number of calls.
     """
     found = []
     with EventStorage() as trainer.storage:
@@ -155,7 +155,7 @@ def classifier(kind, config, data, tmp_path, **options):
 
 
 def cifar(folder):
-    """Write a small dataset with images of CIFAR's size and return its folder."""
+    """Write a small dataset of 32x32 images and return its folder."""
     images = torch.randint(256, (32, 3, 32, 32), dtype=torch.uint8)
     data = ImageArrays(images, torch.arange(32) % 3, ["cat", "dog", "ship"], "test")
     for split in ("train", "test"):
@@ -171,7 +171,7 @@ def places(kind, shapes, tmp_path, **options):
     name = make_shape_classes(shapes, tmp_path / "classes")
     small = {"MODEL.BACKBONE.ARCH": "se_resnet18", "INPUT.CLASSIFICATION.CROP": "32"}
     trainer = classifier(kind, "places365_se_r152", name, tmp_path, **small, **options)
-    # Load the batches in advance: in a real run, worker processes do this without waiting.
+    # Load the batches in advance. In a real run, worker processes load them asynchronously.
     batches = list(islice(trainer._trainer.data_loader, STEPS))
     if torch.cuda.is_available():
         batches = [{**batch, "image": batch["image"].pin_memory()} for batch in batches]
@@ -200,16 +200,16 @@ def test_a_cifar_network_waits_only_in_every_20th_step(tmp_path, asynchronous, d
 
 
 def waits_of_detectors(trainer, kind, waits, **options):
-    """Train for three steps on the same batch, and count each step's reads from the device.
+    """Count the host-device synchronisations in three training steps on the same batch.
 
     Args:
-        trainer: Trainer with the model and the data.
-        kind: Class of the trainer that runs the steps.
-        waits: Counter of reads from the device, such as :class:`Waits`.
+        trainer: Trainer that provides the model and the batch.
+        kind: Trainer class that runs the steps.
+        waits: Counter of synchronisations, such as :class:`Waits`.
         **options: Further arguments for ``kind``.
 
     Returns:
-        A list with the counts of each step, as a ``collections.Counter``.
+        One ``collections.Counter`` per step.
     """
     batch = next(iter(trainer._trainer.data_loader))
     model = copy.deepcopy(trainer.model)
@@ -260,6 +260,6 @@ def test_on_a_gpu_a_detector_waits_no_more_often_than_with_detectron2s_trainer(c
         trainer, StepTrainer, CudaWaits(), reads_after=lambda iteration: False
     )
     assert all(found)
-    # Detectron2 also waits for each image to be copied to the GPU.
+    # Detectron2 also synchronises for each image that is copied to the GPU.
     for waits, others in zip(found, expected, strict=True):
         assert waits.total() <= others.total()

@@ -19,9 +19,9 @@ STEM = "aachen_000000_000019"
 
 @pytest.fixture
 def city(tmp_path, monkeypatch):
-    """Write the annotations of one image in Cityscapes' layout.
+    """Write the annotations of one image in the folder layout of Cityscapes.
 
-    Yield its label ids, its instance ids, and a dict with its ``file_name``.
+    Yield the image's label ids, instance ids, and a dict with the ``file_name``.
     """
     ids = np.full((64, 128), ROAD, np.uint8)
     ids[:20] = SKY

@@ -62,7 +62,7 @@ def truth(tmp_path_factory):
 
 
 def predictions(truth: list[dict], masks: bool) -> list[tuple[dict, dict]]:
-    """Return shifted ground truth and random false detections, with tied scores.
+    """Return shifted ground-truth objects and random false positives, with tied scores.
 
     Some images have more than 100 detections.
     """

@@ -63,8 +63,8 @@ def box(*region, label, score=1.0, crowd=False):
 def by_hand():
     """Return the diagnostics of two images, for comparison with values derived by hand.
 
-    In the first image, there is a true positive, a detection on a crowd, and a false detection of
-    each type. The second image contains one object and no detections.
+    In the first image, there is a true positive, a detection in a crowd, and a false positive of
+    each error type. The second image contains one object and no detections.
     """
     objects = [
         box(0, 0, 10, 10, label=0),

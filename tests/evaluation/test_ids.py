@@ -61,13 +61,14 @@ class Drawn:
         rle = mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))
         x, y, w, h = (float(value) for value in mask_util.toBbox(rle))
         if self.ids.random() < 0.4:
-            outline = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+            segmentation = [[x, y, x + w, y, x + w, y + h, x, y + h]]
         elif self.ids.random() < 0.5:
-            outline = {"size": rle["size"], "counts": rle["counts"].decode()}
+            segmentation = {"size": rle["size"], "counts": rle["counts"].decode()}
         else:
             flat = mask.flatten(order="F")
             changes = np.flatnonzero(np.diff(np.concatenate([[0], flat]))).tolist()
-            outline = {"size": rle["size"], "counts": np.diff([0, *changes, flat.size]).tolist()}
+            runs = np.diff([0, *changes, flat.size]).tolist()
+            segmentation = {"size": rle["size"], "counts": runs}
         points = self.draw.integers(0, SIDE, (17, 3))
         points[:, 2] = self.draw.integers(0, 3, 17) * self.ids.choice((0, 1, 1, 1))
         return {
@@ -77,7 +78,7 @@ class Drawn:
             "bbox": [x, y, w, h],
             "area": float(mask.sum()) * self.ids.choice((1.0, 1.0, 30.0)),
             "iscrowd": int(self.ids.random() < 0.1),
-            "segmentation": outline,
+            "segmentation": segmentation,
             "keypoints": points.flatten().tolist(),
             "num_keypoints": int((points[:, 2] > 0).sum()),
         }
@@ -191,7 +192,7 @@ def evaluated(tmp_path, monkeypatch):
 
 
 def compared(drawn: Drawn, evaluated) -> int:
-    """Compare all metrics with pycocotools; return how many have a value other than -1, 0 or 1."""
+    """Compare all metrics with pycocotools; return the number of values other than -1, 0 and 1."""
     plain = dict(enumerate(drawn.outputs, 1))
     hostile = dict(zip(drawn.image_ids, drawn.outputs, strict=True))
     expected = evaluated(COCOEvaluator, drawn.plain, plain)
@@ -266,13 +267,14 @@ def from_1(data: dict) -> dict:
 
 
 def displaced(data: dict) -> dict:
-    """Return detections with typical errors, by image id.
+    """Return detections with typical errors, keyed by image id.
 
-    The boxes are shifted at random. Some objects are missing, and some have a random class.
+    The boxes are shifted at random. Some objects have no detection, and some detections have a
+    random class.
     """
     draw = np.random.default_rng(0)
     classes = {key: n for n, key in enumerate(sorted(item["id"] for item in data["categories"]))}
-    outlined = any(item.get("segmentation") for item in data["annotations"])
+    has_masks = any(item.get("segmentation") for item in data["annotations"])
     pointed = any("keypoints" in item for item in data["annotations"])
     outputs = {}
     for image in sorted(data["images"], key=lambda item: item["id"]):
@@ -288,7 +290,7 @@ def displaced(data: dict) -> dict:
         found.pred_boxes = Boxes(torch.from_numpy(boxes))
         found.scores = torch.from_numpy(draw.integers(1, 10, len(own)) / 10)
         found.pred_classes = torch.tensor(np.array(labels, np.int64))
-        if outlined:
+        if has_masks:
             found.pred_masks = filled(boxes, side)
         if pointed:
             count = len(data["annotations"][0]["keypoints"]) // 3

@@ -144,7 +144,7 @@ def test_exporting_preserves_the_models_device_and_mode(classifier, tmp_path, mo
 
 
 def with_statistics(model: nn.Module, side: int) -> nn.Module:
-    """Set the running statistics of all norms from random images, and return the model.
+    """Compute the running statistics of batch norms from random images, and return the model.
 
     Arbitrary statistics would amplify rounding errors.
     """

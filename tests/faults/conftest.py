@@ -1,6 +1,6 @@
 """Fixtures that provide small datasets and training runs.
 
-The tests write gigabytes, so their files are in /dev/shm if it has enough space.
+The tests write several gigabytes. Their files are in /dev/shm if it has enough space.
 """
 
 import os
@@ -78,7 +78,7 @@ def disk():
 
 @pytest.fixture(scope="session")
 def words(disk):
-    """Write small datasets; return the command-line arguments of a training run on each."""
+    """Write small datasets, and map each kind of data to the arguments of a training run."""
     tree, shards = disk / "tree", disk / "shards"
     random = np.random.RandomState(0)
     for name in ("blue", "green", "red"):
@@ -113,7 +113,7 @@ def words(disk):
 
 @pytest.fixture
 def work(words, disk):
-    """Yield a function that creates a run on the given kind of data; delete the runs afterwards."""
+    """Yield a function that creates a run on the given kind of data, and then delete its files."""
     folder = Path(tempfile.mkdtemp(dir=disk))
     yield lambda kind, *options: runs.Work(folder / "run", [*words[kind], *options])
     shutil.rmtree(folder)
@@ -142,7 +142,7 @@ def straight(words, disk):
 
 @pytest.fixture
 def half(work, straight):
-    """Return a function that creates a run in the state after its third checkpoint."""
+    """Return a function that creates the files of a run that ended after its third checkpoint."""
 
     def make(kind: str) -> runs.Work:
         begun, whole = work(kind), straight(kind)[0].folder

@@ -32,7 +32,7 @@ def die_at_call(count: int) -> None:
 
 
 def die_at_byte(count: int) -> None:
-    """Limit files to the given number of bytes; a write beyond this limit kills the process."""
+    """Limit the size of files in bytes, so that a write beyond the limit kills the process."""
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_FSIZE, (count, count))
 
@@ -92,7 +92,7 @@ def no_batch(iteration: int, rank: int) -> None:
 
 
 def raise_in_the_model(iterations: tuple[int, ...], rank: int) -> None:
-    """Raise Detectron2's error for NaN values in the given iterations of one rank."""
+    """Raise Detectron2's error about NaN predictions in the given iterations of one rank."""
     loss = StepTrainer._loss
 
     def raising(self, part, totals):

@@ -59,7 +59,7 @@ class Work:
     def start(
         self, *flags: str, harm: Callable[[], None] | None = None, **environment: str
     ) -> multiprocessing.Process:
-        """Start a process that runs the script, after calling ``harm`` to inject a fault.
+        """Start a process that calls ``harm`` to inject a failure and then runs the script.
 
         ``harm`` must be a module-level function, because it is pickled.
         """
@@ -109,7 +109,7 @@ class Work:
         return -1
 
     def go_on(self, ranks: int = 1) -> None:
-        """Resume the run, or start it again if it has no checkpoint, and train to the end.
+        """Resume the run, or restart it if there is no checkpoint, and train to the end.
 
         Assert that training continues at the iteration after the newest intact checkpoint.
         """
@@ -137,7 +137,7 @@ class Work:
             json.loads(line)
 
     def assert_ends_as(self, straight: "Work") -> None:
-        """Assert that the final checkpoint equals that of an uninterrupted run bit for bit."""
+        """Assert that the final checkpoint is bitwise equal to that of an uninterrupted run."""
         found, expected = (load(work.folder / "model_final.pth") for work in (self, straight))
         # Ignore metadata, which describes the file that the model was loaded from.
         found.pop("senet_transfer"), expected.pop("senet_transfer")

@@ -1,4 +1,4 @@
-"""Tests for runs with failures at random points, determined by a seed.
+"""Tests that inject failures into training runs at pseudo-random points.
 
 Runs are killed or receive signals, the disk is full, or checkpoints are damaged. After each
 failure, the run is resumed. It must continue after its last intact checkpoint, leave no incomplete
@@ -22,7 +22,7 @@ KINDS = ("folder", "shards", "detection", "memory")
 
 
 def seeded(count: int) -> list[tuple[str, int]]:
-    """Return (kind of data, seed) pairs that cycle through the kinds."""
+    """Return ``count`` pairs of a kind of data and a seed, cycling through ``KINDS``."""
     return [(KINDS[seed % len(KINDS)], seed) for seed in range(count)]
 
 

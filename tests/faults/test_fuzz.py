@@ -263,7 +263,7 @@ IMAGES = [
 
 
 def damaged(data: st.DataObject, content: bytes) -> bytes:
-    """Return a copy of a file's content in which bytes are changed, removed or inserted."""
+    """Return a copy of a file's content with randomly changed, removed or inserted bytes."""
     content = bytearray(content)
     for _ in range(data.draw(st.integers(0, 4))):
         place = data.draw(st.integers(0, max(len(content) - 1, 0)))

@@ -1,4 +1,4 @@
-"""Tests for jobs with several processes, started with torchrun or ``--num-gpus``."""
+"""Tests for distributed training jobs, started with torchrun or ``--num-gpus``."""
 
 import contextlib
 import os

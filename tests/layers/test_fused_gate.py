@@ -257,7 +257,7 @@ def test_a_second_derivative_is_an_error_and_not_wrong():
 @pytest.mark.parametrize(("name", "plain"), [("se_resnet50", "resnet50")])
 @pytest.mark.long
 def test_training_saves_at_most_2_percent_more_than_without_gates(name, plain, norm):
-    """Compare the bytes that backbones with and without SE save for the backward pass.
+    """Compare the size of the tensors saved for the backward pass with and without SE.
 
     An unfused multiplication with the gate would save 20 to 50% more than the network without SE.
     """

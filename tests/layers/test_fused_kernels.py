@@ -71,7 +71,7 @@ BOUNDS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _report() -> Iterator[None]:
-    """Print the largest errors after the last test."""
+    """Print the largest error of each dtype and tensor after the last test."""
     yield
     for (dtype, name), (error, case) in sorted(WORST.items()):
         print(f"worst error of {name} in {dtype}: {error:.1e} ({case})")
@@ -240,9 +240,9 @@ def kernels_run() -> Iterator[None]:
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Make each Triton program process several tiles, as it does with large batches."""
     monkeypatch.setattr(launch, "_PROGRAMS", 1)
-    launch._plan.cache_clear()
+    launch._tiling.cache_clear()
     yield
-    launch._plan.cache_clear()
+    launch._tiling.cache_clear()
 
 
 NORMS = ["BN", "BN in evaluation", "FrozenBN", ""]
@@ -277,7 +277,7 @@ CASES = list(dict.fromkeys(cases()))
 
 
 def fast_if(condition: bool) -> tuple:
-    """Return pytest marks: none if the condition is true, otherwise ``slow``."""
+    """Return the pytest mark ``slow`` unless the condition is true."""
     return () if condition else (pytest.mark.slow,)
 
 
@@ -428,7 +428,7 @@ def test_another_batch_size_needs_no_other_kernels(monkeypatch):
 
 @runs_kernels
 def test_integers_as_momentum_and_epsilon(monkeypatch):
-    """Check that integers are passed as floats.
+    """Check that an integer momentum or epsilon is passed to the kernels as a float.
 
     Triton would compile a different kernel if an integer argument is 1.
     """
@@ -817,7 +817,7 @@ def test_gradients_of_two_processes_are_averaged(tmp_path):
 @runs_kernels
 @pytest.mark.parametrize("norm", NORMS[:3])
 def test_a_gate_saves_no_additional_feature_map(norm):
-    """Compare the size of autograd's saved tensors with that of a block without a gate."""
+    """Compare the size of the tensors saved for the backward pass with and without a gate."""
     inputs = draw((2, 4, 24, 24), DOUBLE, False, 1).requires_grad_()
     shortcut = draw((2, 8, 24, 24), DOUBLE, False, 2).requires_grad_()
     kept = {}
@@ -946,10 +946,13 @@ FAST = {
 
 
 def check_all() -> None:
-    """Run :func:`check` on two models. It fails for each of the ``MUTATIONS`` of the kernels."""
+    """Compare two fused models with their unfused versions, on two shapes.
+
+    The comparison must detect each of the ``MUTATIONS`` of the kernels.
+    """
     for shape, last in (((2, 5, 3, 4), False), ((2, 66, 7, 10), True)):
         maps = [draw(shape, DOUBLE, last, seed) for seed in (1, 2)]
-        launch._plan.cache_clear()
+        launch._tiling.cache_clear()
         check(PreAct(shape[1], "BN", "sigmoid"), maps, outputs=2)
         check(End(shape[1]), maps)
 
@@ -989,7 +992,7 @@ def test_the_check_fails_if_a_term_is_missing(name, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "_PROGRAMS", 8)
     with pytest.raises(AssertionError):
         check_all()
-    launch._plan.cache_clear()
+    launch._tiling.cache_clear()
     WORST.clear()
     WORST.update(worst)
 
@@ -998,7 +1001,7 @@ def test_the_check_fails_if_a_term_is_missing(name, tmp_path, monkeypatch):
 def test_the_check_passes_if_no_term_is_missing(monkeypatch):
     monkeypatch.setattr(launch, "_PROGRAMS", 8)
     check_all()
-    launch._plan.cache_clear()
+    launch._tiling.cache_clear()
 
 
 @runs_kernels

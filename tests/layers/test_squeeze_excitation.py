@@ -1,4 +1,4 @@
-"""Tests that compare the SE operator with plain implementations of the paper's equations."""
+"""Tests that compare the SE module with plain implementations of the paper's equations."""
 
 import pytest
 import torch

@@ -33,7 +33,7 @@ def build(cfg):
 
 
 def small(cfg):
-    """Change a detector's config to make its heads fast, and return the config."""
+    """Reduce the number of proposals in a detector's config, and return the config."""
     cfg.MODEL.RPN.PRE_NMS_TOPK_TRAIN = cfg.MODEL.RPN.PRE_NMS_TOPK_TEST = 50
     cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 10
     cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 8

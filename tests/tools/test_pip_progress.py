@@ -1,4 +1,4 @@
-"""Tests for the progress output of `make setup`, with a script in place of pip."""
+"""Tests for the progress output of `make setup`, with a fake pip script."""
 
 import importlib.util
 import io

@@ -10,10 +10,9 @@ from senet_transfer.utils import environment
 
 @pytest.fixture
 def commit_of(tmp_path, monkeypatch):
-    """Create a Git repository.
+    """Create a Git repository, and return a function that maps a folder to the recorded commit.
 
-    Return a function that takes a folder in the repository. It returns the commit that is recorded
-    if the package is in this folder.
+    The function simulates that the package is installed in the given folder of the repository.
     """
 
     def git(*words: str) -> str:

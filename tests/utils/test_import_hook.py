@@ -1,4 +1,4 @@
-"""Tests that commands hide irrelevant warnings of libraries, and no others."""
+"""Tests that commands hide only those library warnings that users can't act on."""
 
 import logging
 import warnings

@@ -24,7 +24,7 @@ OWN_PROGRESS = ("pip_progress.py",)
 
 
 class Screen(io.StringIO):
-    """Stand-in for stderr, connected either to a terminal or to a pipe."""
+    """Stand-in for stderr that acts as a terminal or as a pipe."""
 
     def __init__(self, terminal: bool):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Tests for writers to experiment trackers, with stand-ins for the trackers' packages."""
+"""Tests for experiment tracking, with mocks of the wandb and mlflow packages."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from senet_transfer.utils.tracking import build_tracking_writers, check_trackers
 
 
 class Service:
-    """Stand-in for wandb and mlflow that records all calls."""
+    """Mock of the wandb and mlflow packages that records all calls."""
 
     def __init__(self):
         self.received, self.started, self.finished = [], [], 0

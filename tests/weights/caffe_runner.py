@@ -14,7 +14,7 @@ from senet_transfer.weights.formats.caffe.layers import CaffeLayer, window_of
 def run_caffe(
     layers: Iterable[CaffeLayer], tensors: dict[str, torch.Tensor], image: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Run a network and return the final value of each blob by name.
+    """Run a Caffe network and return its blobs by name, after all in-place layers.
 
     Args:
         layers: Layers of a caffemodel.

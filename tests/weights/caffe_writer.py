@@ -1,4 +1,4 @@
-"""Writer of Caffe files for the tests, which encodes Caffe's messages in protobuf's format.
+"""Writer of Caffe files for the tests, which encodes Caffe's protobuf messages.
 
 It shares no code with the reader under test. Field numbers and types are therefore repeated here.
 """
@@ -143,7 +143,7 @@ class CaffeNet:
         return self.layer("BatchNorm", name, [bottom], bottom, blobs, batch_norm_param=params)
 
     def scale(self, name: str, bottom: str, weight: Any, bias: Any) -> str:
-        """Add the affine part of a batch norm."""
+        """Add a Scale layer, which contains the weight and bias of a batch norm in Caffe."""
         params = {"bias_term": True}
         return self.layer("Scale", name, [bottom], bottom, [weight, bias], scale_param=params)
 
@@ -208,11 +208,11 @@ class CaffeNet:
         return self.layer("Axpy", name, [gate, residual, shortcut], name)
 
     def add(self, name: str, *bottoms: str) -> str:
-        """Add an elementwise sum of layers."""
+        """Add a layer that computes the elementwise sum of its inputs."""
         return self.layer("Eltwise", name, list(bottoms), name, eltwise_param={"operation": "SUM"})
 
     def concat(self, name: str, *bottoms: str) -> str:
-        """Add a concatenation of channels."""
+        """Add a layer that concatenates the channels of its inputs."""
         return self.layer("Concat", name, list(bottoms), name)
 
     def dropout(self, name: str, bottom: str, ratio: float) -> str:
@@ -224,7 +224,7 @@ class CaffeNet:
         return self.layer("Softmax", name, [bottom], name)
 
     def gate_channels(self, name: str, bottom: str, gate: str) -> str:
-        """Add SE-BN-Inception's layers that apply a gate: Reshape to (N, C), Scale with axis 0."""
+        """Add SE-BN-Inception's layers that apply a gate: Reshape to (N, C), Scale along axis 0."""
         flat = self.layer(
             "Reshape",
             f"{name}_prob_reshape",
@@ -291,7 +291,7 @@ class CaffeNet:
         return bytes(out)
 
     def v1_caffemodel(self) -> bytes:
-        """Return the weights in the format of 2014, with V1LayerParameter and without BatchNorm."""
+        """Return the weights in the 2014 format, with V1LayerParameter and without BatchNorm."""
         out = bytearray(_bytes(1, self.name.encode()))
         for layer in self.layers:
             body = b"".join(_bytes(2, bottom.encode()) for bottom in layer["bottoms"])

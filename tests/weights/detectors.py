@@ -1,4 +1,4 @@
-"""Small detectors with this project's backbones, and losses of their first training step."""
+"""Functions that build small detectors and compute the losses of the first training step."""
 
 import torch
 from detectron2.config import CfgNode

@@ -35,7 +35,7 @@ class Mode(enum.Enum):
 
 
 class Trainer:
-    """Class with a nested class and methods that a training script may save in a checkpoint."""
+    """Class that a training script may save in a checkpoint, with methods and a nested class."""
 
     class Mode(enum.Enum):
         """Enum that is defined inside a class."""
@@ -167,7 +167,7 @@ def python2_pickle(value: Any, protocol: int = 2) -> bytes:
 
 
 def python2_torch_file(value: Any, path: Path) -> None:
-    """Write a file in the legacy format of ``torch.save``, with Python 2's strings."""
+    """Write a file in the legacy format of ``torch.save``, with Python 2 strings."""
     module = types.SimpleNamespace(
         Pickler=Python2Pickler,
         dump=lambda obj, file, protocol=2: file.write(python2_pickle(obj, protocol)),

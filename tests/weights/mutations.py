@@ -1,4 +1,4 @@
-"""Random changes to files, determined by a seed."""
+"""Reproducible random damage to files, for fuzz tests."""
 
 import struct
 from collections.abc import Callable
@@ -10,8 +10,8 @@ _EXTREMES = (0, 1, 2**7, 2**8 - 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1
 _EDGE = 256
 
 
-def _place(rng: np.random.Generator, data: bytes) -> int:
-    """Return a random position, which is near the file's start or end with probability 1/2."""
+def _position(rng: np.random.Generator, data: bytes) -> int:
+    """Return a random position in a file; half of the positions are near its start or end."""
     edge = min(_EDGE, len(data))
     where = rng.integers(4)
     if where == 0:
@@ -22,14 +22,14 @@ def _place(rng: np.random.Generator, data: bytes) -> int:
 
 
 def _span(rng: np.random.Generator, data: bytes) -> tuple[int, int]:
-    start = _place(rng, data)
+    start = _position(rng, data)
     return start, min(len(data), start + int(rng.integers(1, 40)))
 
 
 def _flip_bits(rng: np.random.Generator, data: bytes, _: bytes) -> bytes:
     damaged = bytearray(data)
     for _ in range(int(rng.integers(1, 5))):
-        damaged[_place(rng, data)] ^= 1 << int(rng.integers(8))
+        damaged[_position(rng, data)] ^= 1 << int(rng.integers(8))
     return bytes(damaged)
 
 
@@ -40,11 +40,11 @@ def _set_bytes(rng: np.random.Generator, data: bytes, _: bytes) -> bytes:
 
 
 def _cut(rng: np.random.Generator, data: bytes, _: bytes) -> bytes:
-    return data[: _place(rng, data)]
+    return data[: _position(rng, data)]
 
 
 def _cut_head(rng: np.random.Generator, data: bytes, _: bytes) -> bytes:
-    return data[_place(rng, data) :]
+    return data[_position(rng, data) :]
 
 
 def _delete(rng: np.random.Generator, data: bytes, _: bytes) -> bytes:
@@ -53,7 +53,7 @@ def _delete(rng: np.random.Generator, data: bytes, _: bytes) -> bytes:
 
 
 def _insert(rng: np.random.Generator, data: bytes, _: bytes) -> bytes:
-    place = _place(rng, data)
+    place = _position(rng, data)
     return data[:place] + rng.bytes(int(rng.integers(1, 20))) + data[place:]
 
 
@@ -71,7 +71,7 @@ def _extreme(rng: np.random.Generator, data: bytes, _: bytes) -> bytes:
     value = _EXTREMES[rng.integers(len(_EXTREMES))]
     size = int(rng.choice([1, 2, 4, 8]))
     raw = struct.pack("<Q", value)[:size]
-    place = _place(rng, data)
+    place = _position(rng, data)
     return data[:place] + raw + data[place + size :]
 
 

@@ -60,7 +60,7 @@ def images(seed: int = 0, size: tuple[int, int] = (64, 96)) -> Tensor:
 
 @torch.no_grad()
 def outputs_of_peer(model: nn.Module, x: Tensor, stages: list[nn.Module] | None = None) -> dict:
-    """Return the logits of another project's network and the outputs of its four stages."""
+    """Return the logits and the outputs of the four stages of another project's network."""
     found: dict[str, Tensor] = {}
     modules = stages or [getattr(model, f"layer{i}") for i in (1, 2, 3, 4)]
     hooks = [
@@ -76,7 +76,7 @@ def outputs_of_peer(model: nn.Module, x: Tensor, stages: list[nn.Module] | None 
 
 @torch.no_grad()
 def outputs_of_ours(model: Classifier, x: Tensor) -> dict[str, Tensor]:
-    """Return the outputs of res2 to res5 and the logits of this project's classifier."""
+    """Return the outputs of res2 to res5 and the logits of one of this project's classifiers."""
     stages = [getattr(model.backbone, name) for name in STAGES]
     return outputs_of_peer(model, x, stages)
 
@@ -123,12 +123,15 @@ def geometry_options(model: Classifier) -> dict[str, object]:
     return options
 
 
-def check_traps(ours: str, right: Classifier, expected: dict, path: Path, **fixed: object) -> None:
-    """Check that weights are rejected if a stride, pool or other option without tensors is wrong.
+def check_wrong_options(
+    ours: str, right: Classifier, expected: dict, path: Path, **fixed: object
+) -> None:
+    """Check that weights are rejected if an option that does not affect tensor shapes is wrong.
 
-    For each wrong option, ``load_weights`` must raise an error. ``load_state_dict`` accepts the
-    tensors, but the outputs must then differ from those of the original network. This shows that
-    comparisons of outputs detect such errors.
+    These options are the stem pool, the stride placement and the ReLU before the gate. For each
+    wrong option, ``load_weights`` must raise an error. ``load_state_dict`` accepts the tensors, but
+    the outputs must then differ from those of the original network. This shows that comparisons of
+    outputs detect such errors.
     """
     fixed["num_classes"] = right.linear.out_features
     options = {**geometry_options(right), **fixed}
@@ -150,7 +153,7 @@ def check_peer(
 
     Args:
         model: Original network, from which the file was saved.
-        stages: Modules of the original network whose outputs are res2 to res5.
+        stages: Modules of the original network whose outputs correspond to res2 to res5.
         path: Path of the weight file.
         ours: Name of this project's model into which the file is loaded.
         family: Weight family that must be detected.
@@ -160,5 +163,5 @@ def check_peer(
     created = create_classifier(ours, weights=path, **overrides).eval()
     assert examine(path).family.name == family
     assert worst(expected, outputs_of_ours(created, images())) < 1e-5
-    check_traps(ours, created, expected, path, **overrides)
+    check_wrong_options(ours, created, expected, path, **overrides)
     return created

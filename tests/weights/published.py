@@ -17,7 +17,7 @@ BLOCKS = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}
 
 
 class Activated(nn.Module):
-    """Convolution named ``conv`` with an activation, like mmcv's ConvModule."""
+    """Module with a convolution named ``conv`` and an activation, like mmcv's ConvModule."""
 
     def __init__(self, inputs: int, outputs: int, activation: Callable[[Tensor], Tensor]):
         super().__init__()
@@ -67,7 +67,7 @@ class BiasFreeSELayer(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual block. ``se`` is None or (attribute name, function that returns the SE layer)."""
+    """Residual block. ``se`` is None, or the name of the SE layer and a function that builds it."""
 
     def __init__(self, inputs, planes, stride, *, bottleneck, stride_in_1x1, se):
         super().__init__()

@@ -23,7 +23,7 @@ ODD = ["", ".", "x", "fc", "layer1.0", "layer9.9.conv9.weight", "backbone.", "st
 
 
 def _mutate(file: WeightFile, rng: random.Random) -> WeightFile:
-    """Change names, shapes, dtypes or metadata at random, to simulate damage and mistakes."""
+    """Change tensor names, shapes, dtypes or metadata of a weight file at random."""
     tensors, metadata = dict(file.tensors), dict(file.metadata)
     for _ in range(rng.choice([1, 1, 2, 5])):
         name = rng.choice(list(tensors))

@@ -547,7 +547,7 @@ def test_weights_of_a_diverged_training_are_rejected_in_every_format(kind, value
 def test_a_sharded_model_loads_from_its_index(tmp_path):
     index = write_shards(prefixed("model.", (peer := tiny()).state_dict()), tmp_path)
     _assert_is(peer, index)
-    with pytest.raises(UserError, match=r"one of 2 files.*model\.safetensors\.index\.json"):
+    with pytest.raises(UserError, match=r"split into 2 files.*model\.safetensors\.index\.json"):
         _logits(tmp_path / "model-00001-of-00002.safetensors")
     with pytest.raises(UserError, match=r"Hugging Face model folder.*safetensors\.index\.json"):
         _logits(tmp_path)

@@ -345,7 +345,7 @@ def test_other_architectures_are_saved_and_loaded_strictly_too(marked, tmp_path)
 
 def _forced(path):
     # The family can't be detected from these names and must be specified.
-    with pytest.raises(UserError, match="match no known family"):
+    with pytest.raises(UserError, match="match no known weight family"):
         load_weights(OtherBackbone(), path)
     with pytest.raises(UserError, match="detected as senet_transfer"):
         load_weights(OtherBackbone(), path, family="senet_transfer")

@@ -22,8 +22,8 @@ CLASSES, DETECTIONS = 80, 100
 def draw_truth_and_detections(images: int) -> tuple[dict, list[dict]]:
     """Return random ground truth and detections for the given number of images.
 
-    Each image has about seven objects, as in COCO, and 100 detections, half of which are near
-    objects.
+    Each image has about seven objects, as in COCO, and 100 detections. Half of the detections are
+    ground-truth boxes with added noise.
     """
     draw = np.random.default_rng(0)
     annotations: list[dict] = []

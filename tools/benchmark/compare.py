@@ -3,9 +3,9 @@
 The speed of a machine can drift by more than the differences to be measured. Therefore, each
 candidate is timed once per round, and ratios are computed within each round. Even two instances of
 the same network differ in speed because of their memory locations. Therefore, the baseline is built
-twice, and the second instance serves as the control. Rounds are added until the control's
-confidence interval is within the tolerance around 1. If this does not happen in time, the
-comparison is reported as unresolved.
+twice, and the second instance serves as the control. Rounds are added until the confidence interval
+of the control's ratio to the baseline is within the tolerance around 1. If this condition is not
+met within the time budget, the comparison is reported as unresolved.
 """
 
 import gc
@@ -37,7 +37,7 @@ class Ratio:
 
     @classmethod
     def of(cls, ratios: list[float]) -> "Ratio":
-        """Compute the median of ratios and its confidence interval.
+        """Compute the median of ratios and the median's 95% confidence interval.
 
         For fewer than 6 values, the interval is the full range, and its confidence is below 95%.
         """
@@ -54,7 +54,7 @@ class Ratio:
 
 
 def _outside(count: int) -> int:
-    """Return how many sorted values lie on each side of the median's 95% confidence interval.
+    """Return the number of values below (or above) the 95% confidence interval of the median.
 
     Args:
         count: Number of values.
@@ -70,12 +70,12 @@ def _outside(count: int) -> int:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Timings of several functions, which are called candidates.
+    """Run times of several functions (candidates) and their ratios to a baseline.
 
     Attributes:
         what: Description of the comparison.
         baseline: Candidate in the denominator of all ratios.
-        seconds: Duration of each candidate in seconds, one value per round.
+        seconds: Run times of each candidate in seconds, one value per round.
         control: Candidate that is a second instance of the baseline, or None.
         tolerance: Maximum distance from 1 for the confidence interval of the control's ratio.
         pairs: Pairs of candidates whose ratio (first over second) is also reported.
@@ -102,7 +102,7 @@ class Comparison:
 
     @property
     def resolved(self) -> bool:
-        """True if there is a control and its confidence interval is within the tolerance."""
+        """True if two instances of the baseline were timed and agree within the tolerance."""
         return self.control is not None and self.ratio(self.control).within(self.tolerance)
 
     def as_dict(self) -> dict[str, Any]:
@@ -169,16 +169,16 @@ def compare(
         baseline: The name of the candidate in the denominator of all ratios.
         control: The name of a candidate that is a second instance of the baseline.
         seconds: The time budget in seconds, excluding the warm-up. The comparison ends after half
-            of this time if the control is within the tolerance. At least ``min_rounds`` rounds are
-            always run.
+            of this time if there is no control or the control's ratio is within the tolerance. At
+            least ``min_rounds`` rounds are always run.
         tolerance: The tolerance around 1 for the confidence interval of the control's ratio.
         warm_up: The number of calls of each candidate before the first round.
         min_rounds: The minimum number of rounds. A 95% confidence interval requires 6.
         pairs: Pairs of candidates whose ratio (first over second) is also reported.
         profile: If True, profile the time and memory of each candidate in one additional call, and
             add the profile to the notes.
-        timer: A function that calls a candidate and returns its time in seconds. If None, a single
-            call is timed, including the GPU's work.
+        timer: A function that calls a candidate and returns the run time in seconds. If None, a
+            single call is timed, including the execution of its GPU kernels.
     """
     timer = timer or _time
     for _ in range(warm_up):

@@ -1,4 +1,4 @@
-"""Benchmark ``detector``: training step of Faster R-CNN with and without SE."""
+"""Benchmark ``detector``: training step time and memory of Faster R-CNN with and without SE."""
 
 import contextlib
 from collections.abc import Callable, Iterator

@@ -98,8 +98,8 @@ def check_wheels(folder: Path) -> None:
     packed = {parse_wheel_filename(wheel.name)[0] for wheel in wheels}
     if missing := {canonicalize_name(name) for name in PACKED} - packed:
         raise PackError(
-            f"There is no wheel for {', '.join(sorted(missing))}; expected one for each package in "
-            "PACKED. Check these names in PACKED."
+            f"There is no wheel for {', '.join(sorted(missing))}; expected a wheel for each "
+            "package in PACKED. Check these names in PACKED."
         )
     known = packed | {canonicalize_name(name) for name in (*PROVIDED, "sal-detectron2")}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
@@ -118,7 +118,7 @@ def check_wheels(folder: Path) -> None:
     if problems:
         raise PackError(
             f"Some requirements are in neither PACKED nor PROVIDED: {'; '.join(problems)}. Add "
-            "each package to one of the two."
+            "each required package to PACKED or PROVIDED."
         )
 
 

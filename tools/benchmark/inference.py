@@ -1,4 +1,4 @@
-"""Benchmark ``inference``: eager, compiled and ONNX models, compared with ResNet-50 and timm."""
+"""Benchmark ``inference``: eager, compiled and ONNX SE-ResNet-50, versus ResNet-50 and timm."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -77,7 +77,7 @@ def _models(device: str) -> tuple[dict[str, nn.Module], list[tuple[str, str]]]:
 
 
 def _compiled(model: nn.Module, images: Tensor) -> Callable[[], None]:
-    """Compile a model with torch's fastest options: channels last and frozen weights.
+    """Compile a model with the fastest options of torch.compile: channels last, frozen weights.
 
     Users can freeze the weights with the environment variable ``TORCHINDUCTOR_FREEZING=1``.
     """

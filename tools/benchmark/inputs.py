@@ -130,7 +130,7 @@ def _ours(folder: Path) -> Callable[[], None]:
 
 
 def _bare(files: list[bytes]) -> None:
-    """Decode each image and resize a random crop, which is the minimum work for any loader."""
+    """Decode each image and resize a random crop, a lower bound on the cost of any data loader."""
     for data in files:
         RECIPE[0](torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1))
 

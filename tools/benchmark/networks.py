@@ -113,7 +113,7 @@ def detection_backbone(name: str, device: str = "cpu", fused: str | bool = "auto
 def measure_backbone(options: Options) -> Iterator[Row]:
     """Measure detection backbones: step time, and size of the tensors saved for the backward pass.
 
-    This size is also measured for classifiers.
+    The size of the saved tensors is also measured for classifiers.
     """
     images = torch.randn(2, 3, 320, 480, device=options.device)
     names = {"plain": "resnet50", "plain again": "resnet50", "SE": "se_resnet50"}

@@ -1,4 +1,4 @@
-"""Benchmark results as text, and as JSON with a description of the machine."""
+"""Writers of benchmark results as text, and as JSON with a description of the machine."""
 
 import json
 import math

@@ -31,7 +31,7 @@ BATCH = 8
 
 
 def measure_scaling(options: Options) -> Iterator[Row]:
-    """Measure data-parallel training, peak memory, and the time an evaluation waits for images."""
+    """Measure data-parallel training, peak memory, and the data loading time in an evaluation."""
     if options.device == "cpu":
         yield _processes(options)
     yield from _memory(options)
@@ -87,7 +87,7 @@ def _process(rank: int, address: str, seconds: float, result: str) -> None:
 
 
 def _broadcast_flag(flag: bool = False) -> bool:
-    """Return rank 0's flag on every rank; on other ranks, the argument is ignored."""
+    """Broadcast rank 0's flag to all ranks; on other ranks, the argument is ignored."""
     value = torch.tensor(flag)
     dist.broadcast(value, src=0)
     return bool(value)
@@ -111,7 +111,7 @@ def _memory(options: Options) -> Iterator[Row]:
 
 
 def _evaluation(options: Options) -> Amounts:
-    """Measure the time of an evaluation, and how long it waits for images from one worker."""
+    """Measure the time of an evaluation and the time spent waiting for a single worker process."""
     model = wrap_classifier(create_classifier("se_resnet18", num_classes=2)).to(options.device)
     with tempfile.TemporaryDirectory() as name:
         # Use enough images to make the worker's start-up time (0.1 s) negligible.

@@ -1,4 +1,4 @@
-"""Parameter count and computational cost of each part of a classifier or detector."""
+"""Parameter count and computational cost of each component of a classifier or detector."""
 
 from dataclasses import dataclass
 
@@ -20,10 +20,10 @@ class Report:
 
     Attributes:
         size: Height and width of the network's input in pixels.
-        parts: Cost of each part of the model, such as a stage of the backbone, in the order of
-            computation.
-        notes: Remarks on how the cost was counted.
-        modules: Cost of each module that processes whole images, by module name.
+        parts: Cost of each component of the model, such as a stage of the backbone, in the order of
+            the forward pass.
+        notes: Components and operators whose cost is excluded or depends on the config.
+        modules: Cost of each module by name, excluding the ROI heads.
     """
 
     size: tuple[int, int]
@@ -69,10 +69,10 @@ def report(model: nn.Module, cfg: CfgNode, size: tuple[int, int] | None = None) 
 
 
 class _Whole(nn.Module):
-    """Wrapper for the part of a model that runs once per image, without the preprocessing.
+    """Wrapper for the modules of a model that run once per image, without the preprocessing.
 
-    For a two-stage detector, this part consists of the backbone and the RPN head. For a dense
-    detector, it consists of the backbone and the detection head.
+    For a two-stage detector, these modules are the backbone and the RPN head. For a dense detector,
+    they are the backbone and the detection head.
     """
 
     def __init__(self, model: nn.Module):
@@ -91,7 +91,7 @@ class _Whole(nn.Module):
 
 
 class _Box(nn.Module):
-    """Wrapper for a detector's ROI heads. Its input is the pooled feature map of one region."""
+    """Wrapper for a detector's box head and box predictor, with pooled ROI features as input."""
 
     def __init__(self, heads: nn.Module):
         super().__init__()
@@ -167,7 +167,7 @@ def _stages(model: nn.Module, backbone: str, found: Measured) -> dict[str, Cost]
 
 
 def _named(found: Measured) -> dict[str, Cost]:
-    """Return the costs by module name, with the wrapper's prefix ``model.`` removed."""
+    """Return the cost of each module by name, without the wrapper's prefix ``model.``."""
     return {
         name.removeprefix("model."): cost
         for name, cost in found.modules.items()

@@ -1,6 +1,6 @@
-"""Counts of parameters, multiply-accumulates and activations, in total and for SE gates only.
+"""Parameter, multiply-accumulate and activation counts of a model and of its SE gates.
 
-The counting rules reproduce the paper's numbers. Multiply-accumulates (MACs) are counted for
+The counting rules reproduce the SENet paper's numbers. Multiply-accumulates (MACs) are counted for
 convolutions, linear layers and matrix products. For SE gates, one MAC per element is added for
 global pooling and one for the multiplication with the feature map. fvcore doesn't count these MACs,
 but they explain why the paper reports 3.86 GFLOPs for ResNet-50 and 3.87 GFLOPs for SE-ResNet-50.
@@ -52,7 +52,7 @@ class Cost:
     Attributes:
         parameters: Number of weights and biases, including frozen ones but not the running
             statistics of norms.
-        macs: Number of multiply-accumulates, counted by the rules at the top of this file.
+        macs: Number of multiply-accumulates.
         activations: Number of output elements of convolutions and linear layers.
         se_parameters: Number of parameters in SE gates.
         se_macs: Number of multiply-accumulates in SE gates.
@@ -86,8 +86,7 @@ class Measured:
 
     Attributes:
         modules: Cost of each module including its submodules, by name. ``""`` is the whole model.
-        unknown: Number of calls to each operator whose cost is unknown. The cost excludes these
-            operators.
+        unknown: Operators whose cost is unknown and not counted, with the number of calls to each.
     """
 
     modules: dict[str, Cost]
@@ -151,7 +150,7 @@ def _analysis(model: nn.Module, inputs: tuple[Tensor, ...]) -> FlopCountAnalysis
 
 
 def _with_activations(handle: Handle) -> Handle:
-    """Extend an fvcore handle to also count output elements."""
+    """Extend an fvcore operator handle to also count activations (output elements)."""
 
     def count(inputs: list[Any], outputs: list[Any]) -> Counter:
         found = handle(inputs, outputs)

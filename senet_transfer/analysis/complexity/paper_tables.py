@@ -1,4 +1,4 @@
-"""Comparison of counted parameters and MACs with the Params and GFLOPs in the paper's tables.
+"""Comparison of parameter and MAC counts with the tables of the SENet paper.
 
 Paper: "Squeeze-and-Excitation Networks", Tables II, III, X, XIII, XV and XVI. GFLOPs in the paper
 are multiply-accumulates for one image, and Params include the running statistics of batch norms. In
@@ -98,13 +98,13 @@ ROWS = (
 
 @dataclass(frozen=True)
 class Compared:
-    """A row from one of the paper's tables and the counted cost of the same network.
+    """Parameter and MAC counts of a network, and the row of the paper's table for this network.
 
     Attributes:
-        row: Row from the paper.
+        row: Row of the paper's table.
         parameters: Counted number of parameters, including the running statistics of norms as in
             the paper.
-        report: Counted cost.
+        report: Counted parameters and MACs.
         explanation: Possible reason why the paper's GFLOPs differ. Empty if none is known.
     """
 
@@ -115,7 +115,7 @@ class Compared:
 
     @property
     def parameters_off(self) -> float | None:
-        """Counted minus published number of parameters.
+        """Difference between the counted and the published number of parameters.
 
         None if the paper doesn't report the number.
         """
@@ -124,7 +124,7 @@ class Compared:
 
     @property
     def gflops_off(self) -> float | None:
-        """Relative difference between counted and published GFLOPs.
+        """Relative difference between the counted and the published GFLOPs.
 
         None if the paper doesn't report GFLOPs.
         """
@@ -155,9 +155,9 @@ def _without_gates(cost: Cost) -> int:
 
 
 def _inception_resnet_v2(model: nn.Module, found: Report) -> str:
-    """Return the reason why this network's GFLOPs differ from those in the SENet paper.
+    """Explain why the GFLOPs of Inception-ResNet-v2 differ from those in the SENet paper.
 
-    Published versions of this network have different numbers of residual blocks.
+    Published versions of Inception-ResNet-v2 have different numbers of residual blocks.
     """
     blocks: dict[str, list[float]] = {}
     for name, module in model.named_modules():
@@ -177,10 +177,10 @@ def _inception_resnet_v2(model: nn.Module, found: Report) -> str:
 
 
 def _shufflenet_g3(model: nn.Module, found: Report) -> str:
-    """Return the reason why this network's GFLOPs differ from those in the SENet paper.
+    """Explain why the GFLOPs of ShuffleNet 1x (g = 3) differ from those in the SENet paper.
 
     The SENet paper's number equals the ShuffleNet paper's number for 2 groups in the pointwise
-    convolutions, but this network has 3 groups.
+    convolutions, but the network has 3 groups.
     """
     two, three = (_shufflenet_macs(groups, width) / 1e6 for groups, width in ((2, 200), (3, 240)))
     return (

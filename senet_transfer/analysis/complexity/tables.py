@@ -27,7 +27,7 @@ def _share(part: int, whole: int) -> str:
 
 
 def paper_rows(found: list[Compared]) -> tuple[list[tuple[str, ...]], list[str]]:
-    """Format a comparison with the paper as table rows and footnotes.
+    """Format comparisons of counted and published costs as table rows and footnotes.
 
     The rows have the columns :data:`PAPER_HEADERS`. The last column contains references to the
     footnotes.

@@ -1,4 +1,4 @@
-"""Images of training inputs, unusual annotations and duplicates for the HTML page."""
+"""Image cards for a dataset's HTML page: training inputs, unusual annotations and duplicates."""
 
 import math
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ _LEAST_PICTURE = 320
 
 
 def input_card(views: Sequence[View], classes: Sequence[str], *, detection: bool) -> dict[str, Any]:
-    """Return images of a training input with and without augmentation."""
+    """Return the card of a training input: the image with and without augmentation."""
     panels = []
     for view, text in zip(views, ("training input", "without augmentation"), strict=True):
         height, width = view.pixels.shape[:2]
@@ -50,15 +50,15 @@ def _view_picture(view: View) -> dict[str, Any]:
 
 
 def unusual_card(split: Split, item: Unusual, reading: Reading) -> dict[str, Any]:
-    """Return a crop around an unusual annotation, or an unusual image as a whole.
+    """Return the card of an unusual annotation (a crop around it) or of an unusual image.
 
     Args:
         split: The dataset.
-        item: The annotation or image.
+        item: The unusual annotation or image.
         reading: Settings for reading images.
 
     Raises:
-        Exception: Any exception that a decoder raises for a damaged file.
+        Exception: Any exception that a decoder raises for a corrupted file.
     """
     name = split.name_of(item.image)
     if split.files:
@@ -119,7 +119,7 @@ def crop_around(boxes: np.ndarray, width: int, height: int) -> tuple[int, int, i
 def duplicates_card(
     members: Sequence[tuple[Split, int]], *, identical: bool, reading: Reading
 ) -> dict[str, Any]:
-    """Return thumbnails of a group of identical or almost identical images.
+    """Return the card of a group of duplicates or near-duplicates: thumbnails of the images.
 
     Args:
         members: Dataset and index of each image.

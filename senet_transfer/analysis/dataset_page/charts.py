@@ -19,13 +19,14 @@ _MOST_TICKS = 8
 def object_charts(
     cfg: CfgNode, names: Sequence[str], objects: Sequence[Objects], anchors: AnchorFit | None
 ) -> list[dict[str, Any]]:
-    """Return histograms of the objects in detection data.
+    """Return histograms of object counts, sizes and aspect ratios in detection data.
 
     Args:
         cfg: Config of a detector.
         names: Names of the datasets, starting with the training data.
         objects: The annotated objects of each dataset.
-        anchors: The largest IoU of each training object with any anchor.
+        anchors: The largest IoU of each training object with any anchor. None if the model has no
+            axis-aligned anchors.
 
     Returns:
         One dict per chart with ``title``, ``across`` (label of the horizontal axis), ``labels`` of
@@ -49,7 +50,7 @@ def object_charts(
 
 
 def image_charts(names: Sequence[str], sizes: Sequence[np.ndarray]) -> list[dict[str, Any]]:
-    """Return histograms of image sizes and aspect ratios. Those with a single bin are omitted.
+    """Return histograms of image sizes and aspect ratios, omitting histograms with a single bin.
 
     Args:
         names: Names of the datasets.
@@ -69,7 +70,7 @@ def _ratio(sides: np.ndarray) -> np.ndarray:
 
 
 def _size_chart(cfg: CfgNode, objects: Objects, anchors: AnchorFit | None) -> dict[str, Any]:
-    """Return a histogram of training object sizes, split by the IoU with the best anchor."""
+    """Return a histogram of training object sizes, split by the largest IoU with any anchor."""
     scale = training_scale(cfg, objects.sizes)[objects.images]
     sides = (objects.boxes[:, 2:] - objects.boxes[:, :2]) * scale
     values = np.sqrt(sides.clip(0).prod(1))

@@ -31,7 +31,7 @@ _BLOCK = 512
 
 @dataclass(frozen=True)
 class Fingerprints:
-    """Fingerprints and properties of N images.
+    """Hashes, sizes and contrasts of N images.
 
     Attributes:
         index: Index of each image in its dataset, int64 ``(N,)``.
@@ -146,7 +146,7 @@ def near_pairs(bits: np.ndarray, distance: int = DISTANCE) -> np.ndarray:
     """Return all pairs of hashes that differ in at most ``distance`` bits.
 
     Args:
-        bits: The hashes, uint64 ``(N, W)``. 10,000 hashes take about a second.
+        bits: The hashes, uint64 ``(N, W)``. Comparing 10,000 hashes takes about one second.
         distance: Maximum number of different bits.
 
     Returns:
@@ -165,7 +165,7 @@ def near_pairs(bits: np.ndarray, distance: int = DISTANCE) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """A group of images that are identical or almost identical.
+    """A group of duplicate or near-duplicate images.
 
     Attributes:
         members: Indices of the images, sorted.
@@ -179,9 +179,9 @@ class Duplicates:
 def find_duplicates(
     digests: np.ndarray, bits: np.ndarray, contrast: np.ndarray
 ) -> list[Duplicates]:
-    """Group identical and almost identical images; see :class:`Fingerprints` for the arguments.
+    """Group duplicate and near-duplicate images; see :class:`Fingerprints` for the arguments.
 
-    Images with very little contrast count as duplicates only if their files are identical.
+    Images with very low contrast count as duplicates only if their files are identical.
     """
     parents = list(range(len(digests)))
 
@@ -211,13 +211,13 @@ def find_duplicates(
 def _join(
     keys: np.ndarray, items: Iterable[int], parents: list[int], root: Callable[[int], int]
 ) -> dict[int, int]:
-    """Join all items with the same key into one group.
+    """Merge all items with the same key into one group of a union-find forest.
 
     Args:
         keys: The key of each item.
         items: The items, as indices into ``parents``.
-        parents: The parent of each item in a union-find forest, which is changed in place.
-        root: Function that returns the root of an item's group.
+        parents: The parent of each item in the forest, which is modified in place.
+        root: Function that returns the root of an item's tree.
 
     Returns:
         The first item with each key.

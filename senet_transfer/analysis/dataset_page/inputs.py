@@ -1,4 +1,4 @@
-"""Training inputs as the training loader returns them, and the same images without augmentation."""
+"""Training inputs from the data loader, and the same images without augmentation."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -23,14 +23,14 @@ from senet_transfer.layers.cutout import cut_out
 
 @dataclass(frozen=True)
 class View:
-    """An image as the network receives it.
+    """An input image of the network, with its annotations.
 
     Attributes:
         pixels: RGB image, uint8 ``(H, W, 3)``.
         name: Path or key of the image.
         classes: Class of each object. For a classifier, the label of the image.
         boxes: Left, top, right and bottom of each object in pixels, ``(N, 4)``.
-        outlines: Polygons of masks and rotated boxes, as (object index, points ``(P, 2)``).
+        outlines: Polygons of the masks or rotated boxes, as (object index, points ``(P, 2)``).
     """
 
     pixels: np.ndarray
@@ -43,8 +43,8 @@ class View:
 def training_views(cfg: CfgNode, count: int) -> list[tuple[View, View]]:
     """Return the first training inputs of a run, each paired with the unaugmented image.
 
-    The training loader uses the config's seed, or seed 0 if the config has no seed. A second loader
-    returns the same images in the same order, with the evaluation transform.
+    The training loader uses the config's seed, or seed 0 if the config has no seed. The unaugmented
+    images come from a second loader with the same seed and without random augmentation.
 
     Args:
         cfg: Config whose datasets are registered.

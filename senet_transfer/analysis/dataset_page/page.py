@@ -45,13 +45,13 @@ MUCH_IMBALANCE, MANY_UNFIT = 10, 0.1
 
 @dataclass(frozen=True)
 class _Content:
-    """Data computed for the page.
+    """Contents of the HTML page about a dataset.
 
     Attributes:
         cfg: The config.
         splits: The datasets, starting with the training data.
         prints: The fingerprints of each dataset.
-        groups: The groups of duplicates. Members are numbered consecutively across all datasets.
+        groups: The groups of duplicates. Images are numbered consecutively across all datasets.
         unusual: The unusual annotations or images.
         anchors: The largest IoU of each training object with any anchor.
     """
@@ -65,7 +65,7 @@ class _Content:
 
     @cached_property
     def indices(self) -> list[tuple[int, int]]:
-        """Dataset and image index of each image; ``groups`` contains positions in this list."""
+        """Dataset index and image index of each image, in the order used by ``groups``."""
         return [(k, index) for k, found in enumerate(self.prints) for index in found.index.tolist()]
 
     @cached_property
@@ -100,8 +100,8 @@ def write_data_page(
         cfg: Config returned by :func:`~.splits.data_config`.
         output: The HTML file, which is written atomically.
         inputs: Number of training inputs to show.
-        limit: Maximum number of images per dataset to decode when searching for duplicates and
-            measuring the images of a classifier. For larger datasets, a random sample is used.
+        limit: Maximum number of images per dataset to decode for finding duplicates and, in
+            classification data, for the image sizes. For larger datasets, a random sample is used.
         workers: Number of processes that decode images.
         say: A function that is called with a message if images can't be read.
         quiet: If True, show no progress bars.
@@ -238,7 +238,7 @@ def _summary(split: Split, found: Fingerprints) -> dict[str, Any]:
 
 
 def _class_rows(splits: list[Split]) -> list[dict[str, Any]]:
-    """Return image and object counts by class, the class with the most training objects first."""
+    """Return image and object counts by class, sorted by decreasing number of training objects."""
     counts = [split.class_counts() for split in splits]
     order = np.argsort(-counts[0][1], kind="stable")
     return [
@@ -277,7 +277,7 @@ def _anchor_values(content: _Content) -> dict[str, Any] | None:
 
 
 def _kinds(content: _Content) -> list[tuple[str, list[int]]]:
-    """Return a description of each kind of unusual item, and the number of items per dataset."""
+    """Return a description of each type of unusual annotation or image, with counts per dataset."""
     counts = Counter((item.kind, item.split) for item in content.unusual)
     kinds = IMAGE_KINDS if is_classification(content.cfg) else KINDS
     numbers = range(len(content.splits))
@@ -285,7 +285,7 @@ def _kinds(content: _Content) -> list[tuple[str, list[int]]]:
 
 
 def _findings(content: _Content) -> list[tuple[str, str]]:
-    """Return the sentences of the summary, each with the id of the page section that it links to.
+    """Return the sentences of the page's summary, each with the id of the section to link to.
 
     The most important findings come first.
     """

@@ -58,7 +58,8 @@ class Split:
 
     Attributes:
         name: Name or short path.
-        role: "training data" or "evaluation data", followed by the name if the role is not unique.
+        role: "training data" or "evaluation data", followed by the name if there are several
+            datasets of this type.
         trains: True for training data.
         classes: Class names.
         images: Encoded images. Their labels are meaningless for detection data.
@@ -150,7 +151,7 @@ def open_splits(cfg: CfgNode) -> list[Split]:
 
 
 def read_objects(records: Sequence[dict]) -> Objects:
-    """Collect the objects in dataset dicts. Rotated boxes are replaced by axis-aligned boxes."""
+    """Collect the objects in dataset dicts, with rotated boxes converted to axis-aligned boxes."""
     rows, classes, images = [], [], []
     for index, record in enumerate(records):
         for item in record.get("annotations", ()):
@@ -183,12 +184,12 @@ def data_config(
         val: Evaluation data, in the same form. If empty, ``data`` is searched for it.
         images: Image folder for annotation files. If empty, the folder is searched for.
         datasets: Detection datasets as in ``--dataset``, in addition to ``data`` and ``val``.
-        config_file: A YAML file or the name of a config. If empty, the recipe for fine-tuning on
-            this kind of data is used.
+        config_file: A YAML file or the name of a config. If empty, the recipe for fine-tuning a
+            detector or a classifier is used, depending on the data.
         options: Alternating config keys and values.
 
     Raises:
-        UserError: If there is no data, or training would reject the data or the config.
+        UserError: If no data is specified, or if training would reject the data or the config.
     """
     register_shapes()
     names, entries = _named(data, val, images)
@@ -226,7 +227,7 @@ def _corners(box: Sequence[float], mode: BoxMode) -> Sequence[float]:
 
 
 def _named(data: str, val: str, images: str) -> tuple[list[str], list[list[str]]]:
-    """Find the datasets to show. The arguments are those of :func:`data_config`.
+    """Determine the names of the datasets to show; see :func:`data_config` for the arguments.
 
     Returns:
         The names of the datasets, and a ``DATASETS.REGISTER`` entry for each annotation file.

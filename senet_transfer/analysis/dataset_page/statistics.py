@@ -21,7 +21,7 @@ def shares(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
 
 
 def imbalance(counts: np.ndarray) -> float:
-    """Return the ratio of the largest to the smallest count. Counts of 0 are ignored."""
+    """Return the class imbalance: the ratio of the largest to the smallest nonzero class count."""
     present = counts[counts > 0]
     return float(present.max() / present.min()) if len(present) else 1.0
 
@@ -29,8 +29,9 @@ def imbalance(counts: np.ndarray) -> float:
 def training_scale(cfg: CfgNode, sizes: np.ndarray) -> np.ndarray:
     """Return the resize factors used in training, ``(M, 2)`` for width and height.
 
-    Training draws the short side from ``INPUT.MIN_SIZE_TRAIN``; this function uses the median. With
-    ``INPUT.LARGE_SCALE_JITTER``, it sets the random factor to 1.
+    During training, the length of the short side is sampled from ``INPUT.MIN_SIZE_TRAIN``; this
+    function uses the median. With ``INPUT.LARGE_SCALE_JITTER``, the jitter factor is assumed to be
+    1.
 
     Args:
         cfg: Config of a detector.
@@ -55,8 +56,8 @@ class AnchorFit:
 
     Attributes:
         overlaps: The IoUs, float64 ``(N,)``.
-        labels: Label of each object according to Detectron2's IoU thresholds: 1 for a positive
-            example, 0 for a negative example, -1 in between, int ``(N,)``.
+        labels: Label that Detectron2 assigns to an anchor with this IoU: 1 for positive, 0 for
+            negative and -1 for ignored anchors, int ``(N,)``.
         thresholds: The config's IoU thresholds.
         border: Number of pixels that an anchor may extend beyond the image
             (``MODEL.RPN.BOUNDARY_THRESH``). If negative, there is no limit.
@@ -121,7 +122,7 @@ def best_overlaps(
         border: See :class:`AnchorFit`.
 
     Returns:
-        The IoUs, float64 ``(N,)``; 0 if the image has no permitted anchor.
+        The IoUs, float64 ``(N,)``; 0 if ``border`` excludes all anchors of the image.
     """
     best = np.zeros(len(boxes))
     centres, sides = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]

@@ -1,10 +1,10 @@
 """Unusual annotations, which are often mistakes, and unusual images.
 
-Each check finds items, assigns a score to each item, and sorts the items by score. The scores of
-sizes, aspect ratios and counts are robust deviations: the distance from the median, divided by
-1.4826 times the median absolute deviation. For normally distributed values, this divisor is the
-standard deviation. Sizes and aspect ratios are compared on a logarithmic scale, and counts by their
-square roots.
+Each check finds annotations or images, and assigns a score to each of them. The scores of sizes,
+aspect ratios and counts are robust deviations: the distance from the median, divided by 1.4826
+times the median absolute deviation. For normally distributed values, this divisor is the standard
+deviation. The deviations are computed from the logarithms of sizes and aspect ratios, and from the
+square roots of counts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -52,7 +52,8 @@ class Unusual:
 
     Attributes:
         kind: A key of :data:`KINDS` or :data:`IMAGE_KINDS`.
-        score: Score for comparisons within the kind; higher values are more unusual.
+        score: Score that ranks the annotations or images of this kind; the most unusual one has the
+            highest score.
         image: Index of the image.
         objects: Indices of the objects; empty if the whole image is unusual.
         why: The reason, as a sentence.
@@ -79,10 +80,10 @@ def deviations(values: np.ndarray, least_spread: float = _LEAST_SPREAD) -> np.nd
 
 
 def select(found: Sequence[Unusual], count: int) -> list[Unusual]:
-    """Return up to ``count`` unusual items of all kinds, without repeating an object or image.
+    """Select up to ``count`` unusual annotations and images of all kinds, without repetitions.
 
-    The most unusual item of each kind comes first, then the second most unusual of each kind, and
-    so on.
+    The result starts with the most unusual annotation or image of each kind, followed by the second
+    most unusual of each kind, and so on.
     """
     ranked: dict[str, list[Unusual]] = {}
     for item in sorted(found, key=lambda item: (-item.score, item.split, item.image)):
@@ -98,7 +99,7 @@ def select(found: Sequence[Unusual], count: int) -> list[Unusual]:
 
 
 def unusual_annotations(objects: Objects, classes: Sequence[str]) -> list[Unusual]:
-    """Find unusual annotations in detection data, of all kinds in :data:`KINDS`."""
+    """Find unusual annotations of all kinds in :data:`KINDS` in detection data."""
     return [
         *_degenerate(objects, classes),
         *_outside(objects, classes),

@@ -62,7 +62,7 @@ class GateAnalysis:
 def open_labelled(
     data: str, images: str = "", group_by: str = "", reading: Reading = UPRIGHT
 ) -> ClassificationDataset:
-    """Open a labelled dataset of any supported kind.
+    """Open a labelled classification or detection dataset of any supported format.
 
     Args:
         data: A path accepted by :func:`~senet_transfer.data.classification.open.open_dataset`, a
@@ -71,7 +71,7 @@ def open_labelled(
         images: The image folder for annotations. Required for a JSON file in COCO format.
         group_by: If "class" or "size", whole images are grouped by the class or size of more than
             half of their objects. If empty, the objects are cropped and grouped by class.
-        reading: Settings for reading the images with objects.
+        reading: Settings for reading the images of detection data.
 
     Raises:
         UserError: If the data is missing or corrupted.
@@ -111,7 +111,7 @@ def analyze_gates(
     workers: int = 2,
     quiet: bool = False,
 ) -> GateAnalysis:
-    """Collect statistics of a model's gates, write figures and tables, and optionally prune gates.
+    """Collect gate statistics of a model, write figures and tables, and optionally prune gates.
 
     Args:
         loaded: A classifier or detector with SE.
@@ -146,7 +146,7 @@ def analyze_gates(
     if whole and prune_stages:
         raise UserError(
             "--prune-stage evaluates a classifier, but --group-by groups images without class "
-            "labels. Remove one of the two options."
+            "labels. Remove one of these options."
         )
     pruned = pruned_config(loaded.cfg, loaded.model, prune_stages) if prune_stages else None
     transform = _transform(loaded)

@@ -50,7 +50,7 @@ class Excitations:
 
     @property
     def units(self) -> str:
-        """Plural of ``unit``: "classes" or "sizes"."""
+        """Plural term for the groups of images in figures: "classes" or "sizes"."""
         return "sizes" if self.unit == "size" else "classes"
 
 
@@ -73,7 +73,7 @@ def choose_classes(
     """Return the names of the classes to plot, keyed by label.
 
     Args:
-        sample: The sample of images.
+        sample: The images sampled from the dataset.
         names: The class names. If empty, ``count`` classes with images are selected at random.
         count: The number of classes to select.
         seed: The seed for the random selection.

@@ -1,4 +1,4 @@
-"""Figures of gate values: the paper's Figures 6 and 7 for each block, and an overview."""
+"""Figures of SE gate values by channel, as in Figures 6 and 7 of the SENet paper."""
 
 import os
 from contextlib import AbstractContextManager
@@ -29,7 +29,7 @@ def channels_to_draw(block: GateStatistics, count: int, *, seed: int = 0) -> np.
 def draw_classes(
     axes: Axes, block: GateStatistics, found: Excitations, channels: np.ndarray
 ) -> None:
-    """Plot the mean gate value per channel for each class and for all classes, as in Figure 6."""
+    """Plot the mean gate value per channel, for each class and all classes (paper, Figure 6)."""
     x = np.arange(len(channels))
     for (label, name), colour in zip(found.drawn.items(), _cycled(len(found.drawn)), strict=True):
         axes.plot(x, block.kept[label].mean[channels], color=colour, lw=1.2, label=name)
@@ -41,7 +41,7 @@ def draw_classes(
 def draw_spread(
     axes: Axes, block: GateStatistics, drawn: dict[int, str], channels: np.ndarray
 ) -> None:
-    """Plot the mean and standard deviation per channel for two classes, as in Figure 7."""
+    """Plot mean and standard deviation of the gates per channel, for two classes (Figure 7)."""
     x = np.arange(len(channels))
     for (label, name), colour in list(zip(drawn.items(), COLOURS, strict=False))[:2]:
         kept = block.kept[label]
@@ -76,7 +76,7 @@ def _finish(axes: Axes, block: GateStatistics, channels: np.ndarray) -> None:
 def write_blocks(
     found: Excitations, folder: str, *, channels: int = 50, seed: int = 0
 ) -> list[str]:
-    """Plot the gates of each block: the class means, and the spread within two of the classes.
+    """Plot the gates of each block: class means, and standard deviations within two classes.
 
     One PNG file per block is written.
 
@@ -110,9 +110,10 @@ def write_blocks(
 def write_overview(
     found: Excitations, folder: str, *, channels: int = 50, seed: int = 0
 ) -> list[str]:
-    """Write ``figure6.png`` (the paper's selection of blocks) and ``blocks.png`` (all blocks).
+    """Plot the gates of several blocks in one figure.
 
-    For the arguments, see :func:`write_blocks`.
+    ``figure6.png`` shows the blocks returned by :func:`papers_blocks`, and ``blocks.png`` shows all
+    blocks. For the arguments, see :func:`write_blocks`.
 
     Returns:
         The paths of the files.

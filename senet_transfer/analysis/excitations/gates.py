@@ -1,4 +1,4 @@
-"""Gate names as in the paper, and recording of gate values."""
+"""Names of SE gates as in the paper, and hooks that record gate values."""
 
 import re
 from collections import Counter
@@ -17,7 +17,7 @@ _IN_STAGE = re.compile(r"(?:.*\.)?res(?P<stage>\d+)(?P<rest>\..+)?\.[^.]+$")
 
 
 def gates_of(backbone: nn.Module) -> dict[str, nn.Module]:
-    """Return a backbone's gates, keyed by name, in the order of its modules.
+    """Return the SE gates of a backbone, keyed by name, in the order of the backbone's modules.
 
     Names follow the paper's ``SE_stageID_blockID`` with blocks counted from 1: ``res4.5.se`` is
     named SE_4_6. If a gate is in a branch, its name ends with the branch's name. A gate outside all

@@ -1,9 +1,10 @@
-"""Removal of a stage's gates, and the effect on accuracy (paper, section 4).
+"""Pruning of the SE gates of a stage, and its effect on accuracy (paper, section 4).
 
-Most SE parameters are in the last stage, and the paper found that the gates of this stage could be
-removed with a small loss of accuracy. Without further training, a gate can be replaced by 1 or by
-its mean over the analysed images. The mean is a constant per channel, which is folded into the
-preceding convolution. This is exact for gates that have the same value for all images.
+Most SE parameters are in the last stage, and the SENet paper found that the gates of this stage
+could be removed with a small loss of accuracy. Without further training, a gate can be replaced by
+the constant 1 or by its mean over the analysed images. The mean is a constant per channel, which is
+folded into the preceding convolution. The replacement is exact for gates that have the same value
+for all images.
 """
 
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ _LAST: dict[type[nn.Module], tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Pruned:
-    """Evaluation results of a network with all or some of its gates.
+    """Evaluation results of a pruned network, or of the original network with all gates.
 
     Attributes:
         name: Description of the network's gates.
@@ -106,17 +107,17 @@ def pruned_config(cfg: CfgNode, model: ImageClassifier, stages: list[int]) -> Cf
 def without_gates(
     cfg: CfgNode, model: ImageClassifier, scales: dict[str, np.ndarray] | None = None
 ) -> ImageClassifier | None:
-    """Build the network without some of its gates, with all other weights copied from the model.
+    """Build the pruned network, with all weights except those of the gates copied from the model.
 
     Args:
         cfg: The config returned by :func:`pruned_config`.
         model: The model with all gates.
-        scales: The constants ``(C,)`` that replace the gates, by the gates' names in the paper. If
-            None, the gates are replaced by 1.
+        scales: The constants ``(C,)`` that replace the gates, keyed by the gate names returned by
+            :func:`~.gates.gates_of`. If None, the gates are replaced by 1.
 
     Returns:
-        The network in evaluation mode on the model's device, or None if the scale of a gate can't
-        be folded into a convolution directly before the gate.
+        The network in evaluation mode on the model's device, or None if there is no convolution
+        directly before a gate into which the constant can be folded.
     """
     with weights_follow():
         pruned = build_model(cfg)
@@ -138,7 +139,7 @@ def without_gates(
 
 
 def _convolution_before(pruned: nn.Module, backbone: nn.Module, path: str) -> nn.Module | None:
-    """Return the convolution directly before a removed gate, or None if there is none."""
+    """Return the convolution directly before a removed gate, or None if it can't be determined."""
     block_path, _, _ = path.rpartition(".")
     block, plain = backbone.get_submodule(block_path), pruned.get_submodule(block_path)
     names = next((names for kind, names in _LAST.items() if isinstance(block, kind)), None)
@@ -148,7 +149,7 @@ def _convolution_before(pruned: nn.Module, backbone: nn.Module, path: str) -> nn
 
 
 def _scale_output(conv: nn.Module, scale: torch.Tensor) -> None:
-    """Scale the output channels of a convolution or, if it has a norm, of the norm."""
+    """Scale the output channels of a convolution, using the weights of its norm if it has one."""
     norm = getattr(conv, "norm", None)
     layer = conv if norm is None else norm
     with torch.no_grad():
@@ -178,7 +179,8 @@ def measure_pruning(
         options: Keyword arguments for ``evaluate_classifier``.
 
     Returns:
-        The three evaluations, or the first two if the means can't be folded into convolutions.
+        The results with all gates, with gates replaced by 1, and with gates replaced by their
+        means. If the means can't be folded into convolutions, the result with means is omitted.
     """
     means = {name: block.mean_of_classes for name, block in found.blocks.items()}
     candidates = {
@@ -196,7 +198,7 @@ def measure_pruning(
 
 
 def pruning_table(rows: list[Pruned]) -> str:
-    """Format a table of errors and parameter counts, with the differences from the first row."""
+    """Format a table of errors and parameter counts, with differences from the unpruned network."""
     first = rows[0]
     lines = [
         (

@@ -27,7 +27,7 @@ class _Sums:
 
     @property
     def scatter(self) -> np.ndarray:
-        """Sum of squared distances from the mean."""
+        """Sum of squared deviations from the mean."""
         # The values are of order 1 and the sums have double precision, so cancellation is small.
         return np.maximum(self.squares - self.images * self.mean**2, 0)
 
@@ -56,8 +56,8 @@ class Summary:
         mean: Mean of all values.
         saturated: Fraction of values above 0.95.
         closed: Fraction of values below 0.05.
-        between: Standard deviation of the class means, without the part that is explained by the
-            finite number of images per class.
+        between: Standard deviation of the class means, corrected for the finite number of images
+            per class.
         within: Standard deviation between images of the same class.
     """
 
@@ -75,7 +75,7 @@ class Summary:
 
     @property
     def verdict(self) -> str:
-        """Reason why the gate has little effect.
+        """Reason why the gate has little effect on the network.
 
         ``"open"`` if most values are close to 1, ``"constant"`` if the values hardly vary, or
         ``""`` for other gates.
@@ -147,7 +147,7 @@ class GateStatistics:
 
     @property
     def mean_of_classes(self) -> np.ndarray:
-        """Mean of the class means, ``(C,)``, over the classes with images."""
+        """Mean of the class means, ``(C,)``, excluding classes without images."""
         return self._mean_of_classes
 
     def summary(self) -> Summary:

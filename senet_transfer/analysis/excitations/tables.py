@@ -38,7 +38,7 @@ def block_table(found: Excitations) -> str:
 
 
 def write_csv(found: Excitations, folder: str) -> list[str]:
-    """Write ``gates.csv`` (one row per channel and class) and ``blocks.csv`` (one per block).
+    """Write ``gates.csv`` (one row per channel and class) and ``blocks.csv`` (one row per block).
 
     Returns:
         The paths of the files.

@@ -1,4 +1,4 @@
-"""HTML report on training runs, with results, curves, images and config differences."""
+"""HTML report on training runs, with results, training curves, images and config differences."""
 
 from senet_transfer.analysis.report.page import write_report
 from senet_transfer.analysis.report.run_folder import Run, find_runs, load_run, load_runs

@@ -1,4 +1,4 @@
-"""Confused classes, class errors and calibration of a classifier."""
+"""Confused classes, per-class errors and calibration of a classifier, for the HTML report."""
 
 import json
 from collections.abc import Callable
@@ -46,7 +46,7 @@ class Predictions:
         return self.best == self.labels
 
     def class_errors(self, classes: int) -> np.ndarray:
-        """Return the top-1 error of each class in percent, ``(C,)``; NaN for empty classes."""
+        """Return the top-1 error per class in percent, ``(C,)``; NaN for classes without images."""
         total = np.bincount(self.labels, minlength=classes)
         wrong = np.bincount(self.labels[~self.hit], minlength=classes)
         with np.errstate(invalid="ignore"):
@@ -115,7 +115,7 @@ def read_predictions(run: Run, name: str) -> Predictions | None:
 def confusion_galleries(
     runs: list[Run], budget: int, say: Callable[[str], None], *, quiet: bool = False
 ) -> list[dict[str, Any]]:
-    """Collect confused classes with example images, class errors and calibration per dataset.
+    """Collect confused classes, example images, per-class errors and calibration by dataset.
 
     Args:
         runs: The runs to report on.

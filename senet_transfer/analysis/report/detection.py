@@ -40,8 +40,10 @@ class Found:
         boxes: Boxes (left, top, width, height) in pixels, ``(N, 4)``.
         scores: Scores in [0, 1], ``(N,)``.
         classes: Class indices, ``(N,)``.
-        matches: Index of the object matched with each detection, or -1, ``(N,)``.
-        errors: Index in ``ERROR_TYPES`` of each detection's error, or -1, ``(N,)``.
+        matches: Index of the ground-truth object matched to each detection, or -1 for unmatched
+            detections, ``(N,)``.
+        errors: Index of each detection's error type in ``ERROR_TYPES``, or -1 for detections
+            without an error, ``(N,)``.
     """
 
     boxes: np.ndarray
@@ -54,7 +56,7 @@ class Found:
 def detection_galleries(
     runs: list[Run], budget: int, say: Callable[[str], None], *, quiet: bool = False
 ) -> list[dict[str, Any]]:
-    """Build a gallery for each dataset with saved detections.
+    """Build an image gallery for each dataset for which the runs contain saved detections.
 
     Args:
         runs: The runs to report on.
@@ -67,9 +69,9 @@ def detection_galleries(
         ``errors`` (names of the error types), ``runs`` (indices into the argument ``runs``) and
         ``images``.
         Each image is a dict with ``name``, ``src`` (a data URI), ``width``, ``height``, ``truth``
-        (for each object: left, top, width, height and class) and ``found`` (a dict from the run's
-        index to its detections, with left, top, width, height, class, score in percent, index of
-        the matched object and error type of each).
+        (left, top, width, height and class of each ground-truth object) and ``found`` (a dict from
+        run index to detections: left, top, width, height, class, score in percent, index of the
+        matched object and index of the error type of each detection).
     """
     groups: dict[tuple[str, str], list[int]] = {}
     for position, run in enumerate(runs):
@@ -154,7 +156,7 @@ def _ground_truth(run: Run, name: str) -> tuple[list[dict], Any]:
 
 
 def _read_found(path: Path, images: list[dict], metadata: Any) -> list[Found]:
-    """Read the detections for each image, in the order of ``images``."""
+    """Read a run's detections from a results file, and return them in the order of ``images``."""
     try:
         rows = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -193,7 +195,7 @@ def _read_found(path: Path, images: list[dict], metadata: Any) -> list[Found]:
 
 
 def _errors(images: list[dict], detections: list[ImageDetections]) -> list[np.ndarray]:
-    """Return the error types of the detections, as one array per image."""
+    """Return the error types of the detections, as one array per image; see ``ERROR_TYPES``."""
     objects = [
         ImageObjects(image["boxes"], image["classes"], image["crowd"], image["boxes"][:, 2])
         for image in images
@@ -203,21 +205,21 @@ def _errors(images: list[dict], detections: list[ImageDetections]) -> list[np.nd
 
 
 def match_detections(boxes: np.ndarray, classes: np.ndarray, image: dict[str, Any]) -> np.ndarray:
-    """Match detections with objects as in COCO evaluation at an IoU threshold of 0.5.
+    """Match detections to ground-truth objects as in COCO evaluation at an IoU threshold of 0.5.
 
-    In order of decreasing score, each detection is matched with the unmatched object of the same
+    In order of decreasing score, each detection is matched to the unmatched object of the same
     class that has the highest IoU. Detections that match only a crowd are ignored. Omitting
-    detections with low scores doesn't change the matches of the others.
+    detections with low scores doesn't change the matches of the remaining detections.
 
     Args:
         boxes: The boxes (left, top, width, height), sorted by decreasing score, ``(N, 4)``.
         classes: The class indices, ``(N,)``.
-        image: A dict with the objects' ``boxes`` ``(M, 4)``, ``classes`` ``(M,)`` and ``crowd``
-            ``(M,)``, which is 0 or 1.
+        image: A dict with the ground truth: ``boxes`` ``(M, 4)``, ``classes`` ``(M,)`` and
+            ``crowd`` ``(M,)``, which is 0 or 1.
 
     Returns:
-        For each detection, the index of the matched object, -1 for no match, or -2 for a crowd,
-        ``(N,)``.
+        The index of the object matched to each detection, -1 for unmatched detections, or -2 for
+        detections matched to a crowd, ``(N,)``.
     """
     matches = np.full(len(boxes), -1)
     if not len(boxes) or not len(image["boxes"]):
@@ -236,7 +238,7 @@ def match_detections(boxes: np.ndarray, classes: np.ndarray, image: dict[str, An
 
 
 def _f1(image: dict[str, Any], found: Found) -> float:
-    """Return an image's F1 score, which is 1 if it has neither objects nor detections."""
+    """Return the F1 score of an image's detections; 1 if there are no objects or detections."""
     shown = found.scores >= SCORE
     hits = int((found.matches[shown] >= 0).sum())
     both = int((image["crowd"] == 0).sum()) + int(shown.sum())
@@ -244,10 +246,10 @@ def _f1(image: dict[str, Any], found: Found) -> float:
 
 
 def _worst_and_best(quality: np.ndarray, budget: int) -> list[int]:
-    """Return the indices of the images to show, sorted by quality.
+    """Return the indices of the images to show, sorted by increasing quality.
 
-    If there are more than ``budget`` images, the first half of the result contains the worst
-    images, and the second half contains the best images.
+    If there are more than ``budget`` images, the first half of the result contains the images with
+    the lowest quality, and the second half contains the images with the highest quality.
     """
     order = np.argsort(quality, kind="stable")
     if len(order) > budget:

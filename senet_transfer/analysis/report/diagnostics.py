@@ -1,4 +1,4 @@
-"""Reader for the diagnostics that are written when a detector is evaluated."""
+"""Reader for the diagnostics files that are written when a detector is evaluated."""
 
 import json
 from collections.abc import Callable
@@ -17,17 +17,17 @@ MOST_CLASSES = 24
 
 _TASKS = {"bbox": "boxes", "segm": "masks"}
 _ERRORS = {
-    "classification": "found at the right place, with the wrong class",
-    "localisation": "found with the right class, at a poor position",
-    "both": "wrong class and poor position",
-    "duplicate": "found again although a better detection exists",
-    "background": "detection where there is no object",
-    "missed": "object that is not found",
+    "classification": "correct location, wrong class",
+    "localisation": "correct class, poor localisation",
+    "both": "wrong class and poor localisation",
+    "duplicate": "duplicate of a better detection of the same object",
+    "background": "detection of background",
+    "missed": "ground-truth object without a detection",
 }
 
 
 def detection_diagnostics(runs: list[Run], say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Read the diagnostics of all runs.
+    """Read the detector diagnostics of all runs.
 
     Args:
         runs: The runs to report on.
@@ -36,8 +36,8 @@ def detection_diagnostics(runs: list[Run], say: Callable[[str], None]) -> list[d
     Returns:
         One dict per dataset and IoU type. ``data`` is the label of the dataset, ``task`` the
         label of the IoU type, and ``errors`` describes the types of errors. ``runs`` maps run
-        indices to the results of :func:`~senet_transfer.evaluation.diagnostics.diagnose`, reduced
-        to what the page shows.
+        indices to the results of :func:`~senet_transfer.evaluation.diagnostics.diagnose`, with the
+        confusion matrix limited to :data:`MOST_CLASSES` classes.
     """
     groups: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for position, run in enumerate(runs):
@@ -76,7 +76,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _shown(found: dict[str, Any]) -> dict[str, Any]:
-    """Return the diagnostics, with the confusion matrix reduced to the part shown on the page."""
+    """Return the diagnostics, with the confusion matrix limited to the most confused classes."""
     matrix = found["confusion"]["matrix"]
     count = len(matrix) - 1
     labels = list(range(count))

@@ -1,4 +1,4 @@
-"""Writer for the report on training runs."""
+"""Writer for the HTML report on training runs."""
 
 import math
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def write_report(
     say: Callable[[str], None] = print,
     quiet: bool = False,
 ) -> None:
-    """Write a report on one or more runs.
+    """Write an HTML report on one or more training runs.
 
     Args:
         runs: The runs returned by :func:`~.run_folder.load_runs`.
@@ -86,7 +86,7 @@ def write_report(
 
 
 def _curves(runs: list[Run]) -> dict[str, dict[int, list[list[float]]]]:
-    """Return subsampled curves by metric and run, excluding per-class and constant metrics."""
+    """Return subsampled curves by metric and run, except for per-class and constant metrics."""
     curves: dict[str, dict[int, list[list[float]]]] = {}
     constants = _constants(runs)
     for position, run in enumerate(runs):
@@ -101,7 +101,7 @@ def _curves(runs: list[Run]) -> dict[str, dict[int, list[list[float]]]]:
 
 
 def _constants(runs: list[Run]) -> dict[str, float | None]:
-    """Return the metrics that never change, with their values; None stands for NaN or infinity."""
+    """Return the metrics that stay constant, with their values; None stands for NaN or infinity."""
     values: dict[str, set[float | None]] = {}
     for run in runs:
         for name, points in run.curves.items():
@@ -191,7 +191,7 @@ def _results(run: Run) -> list[dict[str, Any]]:
 
 
 def _class_tables(runs: list[Run], classification: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return tables of the AP or error by class and run, worst class first."""
+    """Return tables of the per-class AP or top-1 error of each run, sorted from worst to best."""
     tables = []
     by_data: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
     for position, run in enumerate(runs):

@@ -1,4 +1,4 @@
-"""The paper's results for a run's network and dataset."""
+"""Lookup of the SENet paper's results for a run's network and dataset."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,8 @@ class PaperRow:
         name: Network name.
         values: Values in percent, by Detectron2 metric name.
         source: Publication and table.
-        note: Limitation of the comparison. Empty if there is none.
+        note: Reason why the results are not fully comparable with those of the run. Empty if the
+            results are comparable.
     """
 
     name: str

@@ -54,7 +54,7 @@ class Run:
 
     @property
     def iterations(self) -> int:
-        """Number of training iterations up to the last logged one."""
+        """Number of training iterations completed at the last log entry."""
         # Use only the training loss, because evaluation results are logged at the next iteration.
         points = self.curves.get("total_loss")
         return points[-1][0] + 1 if points else 0
@@ -84,7 +84,7 @@ def find_runs(folders: Iterable[str | Path]) -> list[Path]:
         folders: The folders of single runs, or folders that contain runs.
 
     Raises:
-        UserError: If a folder is not a run's folder and does not contain one.
+        UserError: If a folder is neither the output folder of a run nor contains such a folder.
     """
     found: dict[Path, None] = {}
     for folder in map(Path, folders):
@@ -184,7 +184,7 @@ def _read_metrics(run: Run) -> None:
 def _total_seconds(path: Path) -> float:
     """Return the total training time of a run in seconds, including the time before each resume.
 
-    The logged ``elapsed_seconds`` start at 0 whenever the run is resumed.
+    The logged metric ``elapsed_seconds`` restarts at 0 whenever the run is resumed.
     """
     before, elapsed = 0.0, 0.0
     for row in _rows(path):
@@ -242,7 +242,7 @@ def _read_environment(run: Run) -> None:
 
 
 def config_texts(cfg: CfgNode) -> dict[str, str]:
-    """Return the config's values as text, by key."""
+    """Return the values of all config keys as text, by key."""
     return {key: _text(value) for key, value in config_items(cfg)}
 
 

@@ -1,4 +1,4 @@
-"""Figures of the evaluation results during training, drawn from recorded runs."""
+"""Figures of evaluation metrics over the course of training, for recorded runs."""
 
 import csv
 from pathlib import Path
@@ -24,10 +24,10 @@ _PLAIN, _SE = "#0072B2", "#D55E00"
 
 
 def draw_curves(records: str | Path, folder: str | Path) -> list[Path]:
-    """Plot the evaluation results during training, with one figure per baseline.
+    """Plot evaluation metrics over the course of training, with one figure per baseline.
 
-    A figure compares the network with and without SE and, if such runs are recorded, training
-    from random and from pretrained weights. The lines show the mean over the runs, and the
+    A figure compares the network with and without SE and, if such runs are recorded, training from
+    scratch with fine-tuning from pretrained weights. The lines show the mean over the runs, and the
     shaded areas show the range from the lowest to the highest value.
 
     Args:
@@ -83,7 +83,7 @@ def _draw(curves: dict[str, dict[int, list[float]]], records: dict[str, Records]
 
 
 def evaluations(folder: Path, records: Records) -> dict[int, list[float]]:
-    """Read the evaluation results of the iterations in which all runs were evaluated.
+    """Read the evaluation results at the iterations at which all runs were evaluated.
 
     Args:
         folder: The folder with the records of one config.

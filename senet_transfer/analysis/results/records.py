@@ -1,6 +1,6 @@
-"""Records of finished runs, small enough for version control.
+"""Compact records of finished training runs, for version control.
 
-``<folder>/<config>/seed<N>.json`` contains a run's metrics and how they were measured.
+``<folder>/<config>/seed<N>.json`` contains a run's metrics, training settings and command.
 ``seed<N>.csv`` contains the training loss and the evaluation results during training.
 """
 
@@ -124,7 +124,7 @@ def write_probe_record(
 def write_gates_record(
     counts: Sequence[tuple[str, int]], path: str | Path, *, words: Sequence[str], weights: str
 ) -> None:
-    """Write a record of how a network's gates were measured.
+    """Write a record of a gate analysis: command, machine, and number of images per class.
 
     Args:
         counts: Name and number of images of each class.
@@ -152,7 +152,7 @@ def read_record(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text())
         missing = [key for key in _KEYS if key not in record]
         if missing or record["metric"] not in record["metrics"]:
-            raise ValueError(f"it lacks {first_of(missing) or record['metric']}")
+            raise ValueError(f"it doesn't contain {first_of(missing) or record['metric']}")
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is not a record of a run: {error}. Delete it.") from error
     return dict(record)
@@ -199,7 +199,7 @@ def training_difference(
 
 
 def _settings(cfg: CfgNode) -> str:
-    """Return the hash of all settings that determine a run's result, except for its seed."""
+    """Return a hash of all settings that determine a run's result, except for the seed."""
     own = (*_SPEED, "SEED", "OUTPUT_DIR")
     if "se" not in backbone_name(cfg).split("_"):
         own += ("MODEL.SE.",)
@@ -225,8 +225,8 @@ def _record(run: Run, config: str, cfg: CfgNode) -> dict[str, Any]:
     found = metrics({k: v for k, v in results.items() if k != "training"})
     if f"{task}/{value}" not in found:
         raise UserError(
-            f"The run in {run.output_dir} has no finite {task}/{value}, so it can't be recorded. "
-            "Its log.txt shows why. Train it again in an empty folder."
+            f"The run in {run.output_dir} has no finite value of {task}/{value}, so it can't be "
+            "recorded. See the cause in its log.txt, and repeat the run in an empty folder."
         )
     begun, on_gpu = run.output_dir / ORIGIN, cfg.MODEL.DEVICE != "cpu"
     return {

@@ -5,8 +5,8 @@ A document contains a table between two comments::
     <!-- results: NAME ... -->
     <!-- end of results -->
 
-NAME is the name of a baseline config, such as ``cifar10_resnet20``. Its results are compared with
-the results of its SE counterpart. Without names, the table contains all results.
+NAME is the name of a baseline config, such as ``cifar10_resnet20``. The results of this config are
+compared with those of the config with SE. Without names, the table contains all results.
 """
 
 import math
@@ -138,7 +138,7 @@ def comparison(records: dict[str, Records], names: Sequence[str], *, details: bo
 
 
 def transfer(records: dict[str, Records], names: Sequence[str]) -> str:
-    """Return a table that compares random with pretrained initial weights.
+    """Return a table that compares training from scratch with fine-tuning pretrained weights.
 
     Args:
         records: The records, keyed by config name.
@@ -169,7 +169,7 @@ def _check_comparable(first: Records, second: Records) -> None:
         found = " and ".join(str(records[0][unlike]) for records in (first, second))
         raise UserError(
             f"The results of {names} can't be compared, because they differ in {unlike}: {found}. "
-            "Train one of them again with the other's options."
+            "Repeat the runs of one config with the settings of the other config."
         )
 
 
@@ -212,7 +212,7 @@ def _signed(value: float) -> str:
 
 
 def _paper(records: Records) -> str:
-    """Return the paper's value for the network, or "-" if the paper reports none."""
+    """Return the paper's value for the network, or "-" if the paper doesn't report it."""
     if not records or is_probe(records[0]):
         return "-"
     record = records[0]

@@ -1,1 +1,1 @@
-"""Commands that analyse models and runs, and commands that train several runs for comparison."""
+"""Commands that analyse models and runs, and commands that compare several training runs."""

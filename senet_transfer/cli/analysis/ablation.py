@@ -1,4 +1,4 @@
-"""Train the SE variants in the paper on your data, and compare the results with the paper.
+"""Train the SE variants of the paper's ablations on your data, and compare them with the paper.
 
     senet ablation --config-file configs/cifar10_se_resnet20.yaml --list
     senet ablation --config-file configs/cifar10_se_resnet20.yaml --seeds 0 1 2 \\
@@ -9,8 +9,8 @@
 
 Each variant changes one key in MODEL.SE of the configured network. Each run has a separate folder.
 After an interruption, repeat the command: finished runs are not trained again, and an unfinished
-run is resumed. The exit status is 75 if runs are unfinished. To match the paper's
-networks, set MODEL.SE.BIAS to False.
+run is resumed. The exit status is 75 if runs are unfinished. To match the networks in the paper's
+ablations, set MODEL.SE.BIAS to False.
 """
 
 import argparse
@@ -44,15 +44,19 @@ def parser() -> argparse.ArgumentParser:
         default="output/ablation",
         help="parent folder of all runs (default: output/ablation)",
     )
-    add("--list", action="store_true", help="only show the variants and their complexity")
+    add("--list", action="store_true", help="list the variants and their complexity, and exit")
     add("--num-gpus", type=int, default=1, help="number of processes per run (default: 1)")
-    add("--quiet", action="store_true", help="write the runs' logs only to their log.txt files")
+    add(
+        "--quiet",
+        action="store_true",
+        help="write each run's log only to its log.txt file, not to the terminal",
+    )
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train the unfinished runs and print the results table."""
+    """Execute the unfinished training runs and print the results table."""
     from detectron2.utils.logger import setup_logger
 
     from senet_transfer.analysis.ablation import grid, grid_table, run_grid, write_grid

@@ -1,4 +1,4 @@
-"""Count a model's parameters, multiply-accumulates and activations, in total and for SE gates.
+"""Count the parameters, multiply-accumulates and activations of a model and of its SE gates.
 
     senet complexity --model se_resnet50
     senet complexity --model resnet50 --model "se_resne*" --size 320
@@ -6,7 +6,7 @@
     senet complexity --config-file configs/faster_rcnn_se_r50.yaml --size 800 1333
     senet complexity --weights output/model_final.pth
 
-Compare all Params and GFLOPs values in the paper with this project's networks:
+Compare the parameter counts and GFLOPs of this project's networks with those in the paper:
     senet complexity --paper
 """
 
@@ -26,8 +26,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--weights",
         default="",
-        help="checkpoint or weight file whose strides and padding the model uses; it also "
-        "specifies the model if neither --model nor --config-file is given",
+        help="checkpoint or weight file that determines the strides and paddings, and also the "
+        "architecture if neither --model nor --config-file is given",
     )
     add(
         "--size",
@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--paper",
         action="store_true",
-        help="compare this project's networks with all values in the paper",
+        help="compare this project's networks with all published values in the paper",
     )
     add("--quiet", action="store_true", help="hide the progress bar")
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
@@ -71,7 +71,8 @@ def main(args: argparse.Namespace) -> None:
     if cfg.MODEL.WEIGHTS and not args.weights:
         notes.append(
             "The counts are for the strides and paddings in the config. A run uses those of the "
-            f"weight file {cfg.MODEL.WEIGHTS}. To count with them, pass this file as --weights."
+            f"weight file {cfg.MODEL.WEIGHTS}. To use the file's strides and paddings for the "
+            "counts, pass it as --weights."
         )
     if len(reports) == 1:
         rows = [cost_row(name, cost) for name, cost in reports[0].parts.items()]
@@ -95,8 +96,8 @@ def _print_paper(args: argparse.Namespace) -> None:
 
     if args.model or args.config_file or args.weights or args.size or args.opts:
         raise UserError(
-            "--paper uses fixed models and sizes. Remove --model, --config-file, --weights, --size "
-            "and config options."
+            "--paper uses fixed models and image sizes. Remove --model, --config-file, --weights, "
+            "--size and config options."
         )
     rows, reasons = paper_rows(compare_with_paper(quiet=args.quiet))
     right = ("left", "left", *["right"] * 6, "left")

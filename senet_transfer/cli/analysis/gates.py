@@ -1,4 +1,4 @@
-"""Analyse the gates of an SE network, as in Figures 6 and 7 of the paper, on any labelled images.
+"""Analyse the gate values of an SE network on labelled images, as in Figures 6 and 7 of the paper.
 
     senet gates --weights output/model_best.pth --data flowers/val \\
         --output output/gates
@@ -11,11 +11,12 @@
 
 --data can be an image folder with one folder per class, shards, Places365, or annotations such as a
 JSON file in COCO format with --images. Annotated objects are cropped from their images. With
---group-by, whole images are processed as in detection, and are grouped by the class or size of most
-of their objects. A gate has one value per image, not per object. By default, 50 images of each
-class or group are used. The output folder contains one figure per block (blocks/), the blocks shown
-in the paper (figure6.png), an overview of all blocks (blocks.png), and the values (gates.csv,
-blocks.csv). One line per block is printed, with these columns:
+--group-by, whole images are processed as in detection, because a gate has one value per channel and
+image, not per object. The images are then grouped by the class or size of most of their objects. By
+default, 50 images of each class or group are used. The output folder contains one figure per block
+(blocks/), a figure of the blocks shown in the paper (figure6.png), an overview of all blocks
+(blocks.png), and the gate values (gates.csv, blocks.csv). The command prints one line per block,
+with these columns:
 
     mean      mean gate value
     > 0.95    fraction of open gates
@@ -23,10 +24,13 @@ blocks.csv). One line per block is printed, with these columns:
     between   standard deviation of the class means, corrected for sampling noise
     within    standard deviation between the images of a class
     ratio     between / within: how class-specific the gates are
-    "open" or "constant" marks a block whose gates have little effect and might be removed
 
-With --prune-stage 5, the classifier is evaluated on all images in --data with and without the gates
-of stage 5, and the network without these gates is written to OUTPUT/pruned.
+A block is marked "open" if most gate values are close to 1, or "constant" if the values hardly
+vary. Such gates have little effect and might be removed.
+
+With --prune-stage 5, the classifier is evaluated on all images in --data with all gates, and with
+the gates of stage 5 replaced by 1 or by their means. The better of the two pruned networks is
+written to OUTPUT/pruned.
 """
 
 import argparse
@@ -41,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     parser.lists = ("--classes", "--prune-stage")
     add = parser.add_argument
     add("--weights", required=True, help="weights of an SE classifier or detector")
-    add("--model", default="", help="model name, unless a config or the weights specify it")
+    add("--model", default="", help="model name, if neither a config nor the weights specify it")
     add(
         "--config-file",
         default="",
@@ -66,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
         "--record",
         default="",
         metavar="FILE",
-        help="also write a record of the command, the machine and the image counts",
+        help="also write the command, the hardware and the image counts to this JSON file",
     )
     add(
         "--classes",
@@ -92,14 +96,14 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         action="append",
         default=[],
-        help="one or more stages from which to remove the gates",
+        help="one or more stages whose SE gates are removed, to measure the effect on accuracy",
     )
     add_running_arguments(parser)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Analyse the gates, and print the results and the paths of the files."""
+    """Analyse the gates, and print the statistics and the location of the written files."""
     from senet_transfer.analysis.excitations.analyze import analyze_gates, open_labelled
     from senet_transfer.analysis.excitations.prune import pruning_table
     from senet_transfer.analysis.excitations.tables import block_table

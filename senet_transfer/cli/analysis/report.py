@@ -1,4 +1,6 @@
-"""Create an HTML report on runs: results compared with the paper, curves, images and configs.
+"""Create an HTML report on training runs.
+
+The report shows the results next to those in the paper, training curves, images and configs.
 
     senet report output/demo
     senet report output/demo output/other --output compared.html

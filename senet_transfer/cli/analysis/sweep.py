@@ -1,4 +1,4 @@
-"""Train with several seeds or folds, and compare the results with the paper.
+"""Train a config with several seeds or folds, and compare the results with the paper.
 
     senet sweep --config-file configs/cifar10_se_resnet110.yaml --seeds 0 1 2 \\
         --output output/cifar10_se_resnet110
@@ -6,12 +6,12 @@
     senet sweep --config-file configs/finetune_folder.yaml --folds flowers_folds \\
         --output output/flowers_folds
 
-Train a network without and with SE, stop after 40 minutes, and record finished runs:
+Train a network with and without SE, stop after 40 minutes, and record finished runs:
     senet sweep --config-file configs/cifar10_resnet20.yaml \\
         --config-file configs/cifar10_se_resnet20.yaml --output output --minutes 40 \\
         --results results
 
-Update the tables in documents with the recorded results:
+Update the result tables in Markdown files from the recorded results:
     senet sweep --results results --update README.md docs/results.md
 
 Each run has a separate folder. After an interruption, repeat the command: finished runs are not
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
         "--folds",
         default="",
         metavar="FOLDER",
-        help="train on each fold in a folder written by senet data split --folds K",
+        help="train once per fold; FOLDER is written by senet data split --folds K",
     )
     add("--images", default="", help="image folder of detection data, for --folds")
     add(
@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
         help="parent folder of all runs; with several configs, each config has a subfolder",
     )
     add("--num-gpus", type=int, default=1, help="number of processes per run (default: 1)")
-    add("--jobs", type=int, default=1, help="number of runs to train at the same time (default: 1)")
+    add("--jobs", type=int, default=1, help="number of runs to execute in parallel (default: 1)")
     add(
         "--minutes",
         type=float,
@@ -72,29 +72,33 @@ def parser() -> argparse.ArgumentParser:
         "--results",
         default="",
         metavar="FOLDER",
-        help="write a small record of each finished run to FOLDER/<config>/seed<N>.json",
+        help="write the results of each finished run to FOLDER/<config>/seed<N>.json",
     )
     add(
         "--update",
         action="append",
         default=[],
         metavar="DOCUMENT",
-        help="update the result tables in one or more documents from the records in --results",
+        help="update the result tables in one or more Markdown files from the files in --results",
     )
     add(
         "--curves",
         default="",
         metavar="FOLDER",
-        help="plot the results of evaluations during training from the records in --results; each "
+        help="plot the metrics over the course of training from the files in --results; each "
         "figure compares a network with and without SE on one dataset",
     )
-    add("--quiet", action="store_true", help="write the runs' logs only to their log.txt files")
+    add(
+        "--quiet",
+        action="store_true",
+        help="write each run's log only to its log.txt file, not to the terminal",
+    )
     add("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train the unfinished runs and print the results table."""
+    """Execute the unfinished training runs, and update the requested tables and figures."""
     from detectron2.utils.logger import setup_logger
 
     from senet_transfer.analysis.results.curves import draw_curves
@@ -121,7 +125,10 @@ def _check(args: argparse.Namespace) -> None:
     if args.config_file and not args.output:
         raise UserError("--output is missing. Set it to the parent folder of all runs.")
     if documents and not args.results:
-        raise UserError("--update and --curves require the folder of the records. Pass --results.")
+        raise UserError(
+            "--results is missing; expected the folder with the results to be used by --update and "
+            "--curves. Pass --results FOLDER."
+        )
     if args.folds and (args.results or len(args.config_file) > 1):
         raise UserError(
             "--folds requires exactly one --config-file and does not support --results."
@@ -134,7 +141,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    """Train all runs, print one table per config, and return the number of unfinished runs."""
+    """Execute all runs, print a table per config, and return the number of unfinished runs."""
     from senet_transfer.analysis.repeated_runs import run_all, runs_report
     from senet_transfer.analysis.results.records import write_record
 
@@ -159,7 +166,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _runs(args: argparse.Namespace, config: str) -> "list[Run]":
-    """Return the runs of a config, one per fold or seed."""
+    """Return the training runs of a config, one per fold or seed."""
     from senet_transfer.analysis.repeated_runs import fold_options, fold_runs, seed_runs
 
     several = len(args.config_file) > 1

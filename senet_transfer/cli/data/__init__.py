@@ -14,7 +14,7 @@ class Preparation:
     """Command for preparing, checking or showing a dataset.
 
     Attributes:
-        text: Description, for the help text.
+        text: Description for the help text.
         parser: Function that returns the argument parser.
         main: Main function, which takes the parsed arguments.
     """
@@ -47,7 +47,7 @@ PREPARATIONS = {
         "convert Places365 to shards", preparation.places365_parser, preparation.run_places365
     ),
     "shapes": Preparation(
-        "render the shapes dataset", preparation.shapes_parser, preparation.run_shapes
+        "render the synthetic shapes dataset", preparation.shapes_parser, preparation.run_shapes
     ),
     "show": Preparation(
         "write an HTML page about a dataset", own_data.show_parser, own_data.run_show
@@ -75,11 +75,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def prepare(name: str, words: list[str] | None = None) -> None:
-    """Parse the arguments for a dataset, and prepare, check or show it.
+    """Parse the command-line arguments, and prepare, check or show a dataset.
 
     Args:
         name: A key of :data:`PREPARATIONS`.
-        words: The arguments after ``senet data NAME``. If None, the script's arguments are used.
+        words: The arguments after ``senet data NAME``. If None, ``sys.argv`` is used.
     """
     chosen = PREPARATIONS[name]
     own = chosen.parser()

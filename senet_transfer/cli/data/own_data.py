@@ -1,4 +1,4 @@
-"""Commands that import, check, split and show a user's own data."""
+"""Commands that import, check, split and show a user's own dataset."""
 
 import argparse
 import logging
@@ -26,10 +26,15 @@ def check_parser() -> argparse.ArgumentParser:
         "images",
         metavar="FOLDER",
         nargs="?",
-        help="folder that file names are relative to; default: the format's usual folder",
+        help="image folder, which file names in the annotations are relative to; default: the "
+        "format's usual folder",
     )
     add("--masks", action="store_true", help="also check the segmentation masks of the objects")
-    add("--headers-only", action="store_true", help="read only image headers, without decoding")
+    add(
+        "--headers-only",
+        action="store_true",
+        help="read the image headers without decoding the images",
+    )
     add(
         "--value-range",
         type=float,
@@ -47,8 +52,8 @@ def _add_exif_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ignore-exif",
         action="store_true",
-        help="the boxes refer to the images as stored, without EXIF rotation; for training, set "
-        "INPUT.EXIF to ignore",
+        help="the box coordinates refer to the images as stored, before EXIF rotation; for "
+        "training, set INPUT.EXIF to ignore",
     )
 
 
@@ -58,20 +63,20 @@ def run_check(args: argparse.Namespace) -> None:
         register_coco_dataset,
         registered_entry,
     )
-    from senet_transfer.data.detection.dataset_checks import check_outlines, check_trainable
+    from senet_transfer.data.detection.dataset_checks import check_segmentations, check_trainable
     from senet_transfer.data.detection.image_checks import check_dataset_images
     from senet_transfer.data.images.decode import Reading
 
     name = os.path.basename(os.path.abspath(args.json_file))
     reading = Reading(tuple(args.value_range), upright=not args.ignore_exif)
     register_coco_dataset(
-        name, args.json_file, args.images, outlines=args.masks, upright=reading.upright
+        name, args.json_file, args.images, segmentations=args.masks, upright=reading.upright
     )
     dataset = registered_entry(name)
     assert isinstance(dataset, CocoDataset)
     check_trainable([name])
     if args.masks:
-        check_outlines([name])
+        check_segmentations([name])
     mode = "header" if args.headers_only else "decode"
     images = check_dataset_images(dataset, mode=mode, reading=reading, quiet=args.quiet)
     print(f"{args.json_file}: the annotations and {counted(images, 'image')} have no errors")
@@ -90,7 +95,7 @@ def split_parser() -> argparse.ArgumentParser:
         "one folder per class",
     )
     parser.add_argument(
-        "--output", type=Path, required=True, help="output folder for the files of the splits"
+        "--output", type=Path, required=True, help="output folder for the split files"
     )
     _add_split_arguments(parser)
     return parser
@@ -104,16 +109,16 @@ def _add_split_arguments(parser: argparse.ArgumentParser, val: float | None = 0.
         "--val",
         type=float,
         default=val,
-        help=f"fraction of images in the split val (default: {shown})",
+        help=f"fraction of images in the validation split (default: {shown})",
     )
     parts.add_argument(
         "--folds",
         type=int,
         default=0,
         metavar="K",
-        help="write K train/val splits for K-fold cross-validation; their val sets do not overlap",
+        help="write K train/val splits for K-fold cross-validation, with disjoint validation sets",
     )
-    add("--test", type=float, default=0.0, help="fraction of images in the split test (default: 0)")
+    add("--test", type=float, default=0.0, help="fraction of images in the test split (default: 0)")
     add("--seed", type=int, default=0, help="seed for the random split (default: 0)")
     add(
         "--group-by",
@@ -154,7 +159,7 @@ def import_parser() -> argparse.ArgumentParser:
         required=True,
         help="output folder for the JSON files; must not contain files of an earlier import",
     )
-    add("--images", type=Path, help="folder with the images; default: the format's usual folder")
+    add("--images", type=Path, help="image folder; default: the format's usual folder")
     _add_exif_argument(parser)
     _add_split_arguments(parser, val=None)
     return parser
@@ -193,7 +198,11 @@ def run_import(args: argparse.Namespace) -> None:
 def _split_import(
     args: argparse.Namespace, datasets: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Split imported data and print a table; raise an error if the data is already split."""
+    """Split an imported dataset and print a table of the splits.
+
+    Raises:
+        UserError: If the dataset already defines several splits.
+    """
     from senet_transfer.data.split_files import split_coco
     from senet_transfer.data.splits import Split
 

@@ -1,4 +1,4 @@
-"""Commands that prepare CIFAR, render the shapes dataset, and convert images to shards."""
+"""Commands that prepare CIFAR, render a synthetic dataset, and convert images to shards."""
 
 import argparse
 import os
@@ -76,7 +76,7 @@ def folder_parser() -> argparse.ArgumentParser:
     order.add_argument(
         "--classes-from",
         type=Path,
-        help="folder of existing shards whose list of classes is used, such as the training shards",
+        help="folder of existing shards, such as the training shards, whose class list is used",
     )
     order.add_argument(
         "--classes",
@@ -101,8 +101,8 @@ def run_folder(args: argparse.Namespace) -> None:
 def manifest_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Write manifest.json and index files next to shards that another tool has "
-        "written in WebDataset's layout. The shards can also be used without these files, "
-        "but then the samples are counted each time the dataset is opened."
+        "written in WebDataset format. The shards can also be used without these files, but then "
+        "the samples are counted each time the dataset is opened."
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder with .tar files")
     parser.add_argument(
@@ -165,7 +165,9 @@ def run_cifar(args: argparse.Namespace) -> None:
 
 def shapes_parser() -> argparse.ArgumentParser:
     root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
-    parser = argparse.ArgumentParser(description="Render the shapes dataset in COCO format.")
+    parser = argparse.ArgumentParser(
+        description="Render the synthetic shapes dataset in COCO format."
+    )
     add = parser.add_argument
     add("--output", type=Path, default=root / "shapes", help="output folder (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed for the random images (default: 0)")
@@ -200,7 +202,7 @@ def _shards_parser(description: str, *, source: str) -> argparse.ArgumentParser:
         default=0,
         help="maximum number of unreadable images to skip and record (default: 0)",
     )
-    add("--verify", action="store_true", help="read all written shards and verify them")
+    add("--verify", action="store_true", help="read and verify all written shards")
     add("--quiet", action="store_true", help="hide the progress bars")
     return parser
 

@@ -3,9 +3,9 @@
     senet features --model se_resnet50 --weights se_resnet50.pth --data flowers/train \\
         --output train.npz
 
-The file contains the features (one row per image), the labels, the paths of the images and the
-names of the classes. Features are the input of the classifier's linear layer: the last feature map,
-averaged over all spatial positions. The data can have any format that training supports.
+The file contains the features (one row per image), the labels, the image paths and the class names.
+Features are the input of the classifier's linear layer: the last feature map, averaged over all
+spatial positions. The data can have any format that training supports.
 """
 
 import argparse

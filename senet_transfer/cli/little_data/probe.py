@@ -1,12 +1,12 @@
-"""Evaluate a pretrained backbone on new classes: a linear probe and nearest neighbours.
+"""Evaluate a pretrained backbone on new classes with a linear probe and k-nearest neighbours.
 
     senet probe --model se_resnet50 --weights se_resnet50.pth --train flowers/train \\
         --data flowers/val --output output/probe
 
 The backbone is not trained. Its features are computed once, and a linear classifier is fitted to
-them, which takes minutes on a CPU. The output folder contains the classifier as a checkpoint
-(model_final.pth with config.yaml), which can be evaluated, exported and used for prediction, and
-the errors in percent (probe.json).
+them, which takes minutes on a CPU. The output folder contains the errors in percent (probe.json)
+and the classifier as a checkpoint (model_final.pth with config.yaml), which can be evaluated,
+exported and used for inference.
 """
 
 import argparse
@@ -27,15 +27,16 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=20,
         metavar="K",
-        help="number of nearest neighbours (default: 20)",
+        help="number of nearest neighbours per image (default: 20)",
     )
     add(
         "--seed",
         type=int,
         default=0,
-        help="random seed for selecting the held-out part of --train (default: 0)",
+        help="seed for selecting the images of --train that are held out to choose the L2 "
+        "regularisation (default: 0)",
     )
-    add("--record", default="", metavar="FILE", help="write a record of the results to FILE")
+    add("--record", default="", metavar="FILE", help="also write the results to this JSON file")
     add_backbone_arguments(parser)
     add_running_arguments(parser)
     return parser

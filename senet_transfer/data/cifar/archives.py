@@ -173,7 +173,7 @@ def _verify_checksums(
 
 
 def _checksums(form: type[CIFAR10] | BinaryVersion) -> dict[str, str | None]:
-    """Return the MD5 checksums of the required files, keyed by file name.
+    """Return a dictionary from the names of the required files to their official MD5 checksums.
 
     Unknown checksums are None.
     """
@@ -271,7 +271,7 @@ def _classes(meta: dict[str, Any], data: bytes, where: str) -> list[str]:
 
 
 def _batch(meta: dict[str, Any], data: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Parse a file into images, uint8 `(N, 3072)`, and labels, int64 `(N,)`."""
+    """Parse a CIFAR batch file into images, uint8 `(N, 3072)`, and labels, int64 `(N,)`."""
     if before := meta.get("label_bytes"):
         record = before + _PIXELS
         if not data or len(data) % record:

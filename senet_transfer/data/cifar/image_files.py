@@ -84,7 +84,7 @@ def read_images(
 
     Args:
         path: Folder or archive with one folder per class.
-        classes: Class names in label order, including the names of all class folders. None to use
+        classes: Class names in label order; every class folder must be among them. None to use
             the sorted names of the class folders.
         reading: Settings for reading the images.
         quiet: Whether to hide the progress bar.
@@ -119,7 +119,7 @@ def _in_folder(images: Images) -> Iterator[tuple[str, bytes]]:
 
 
 def _in_archive(path: Path, folders: set[str]) -> Iterator[tuple[str, bytes]]:
-    """Yield the name and content of each image, and add the archive's folders to ``folders``."""
+    """Yield each image's name and content, and add the archive's folder names to ``folders``."""
     with open_tar(path) as archive:
         for member in archive:
             # The name determines only the class and the order; nothing is extracted to disk.

@@ -138,8 +138,9 @@ class CifarTrainLoader:
 class CifarEvalLoader:
     """One-pass iterator over this process's share of the data, in order and without augmentation.
 
-    A batch contains ``"image"`` and ``"label"`` as in training. In addition, ``"key"`` contains the
-    image names, and ``"index"`` contains the image indices in the dataset.
+    A batch contains ``"image"`` and ``"label"`` as in training. In addition, ``"index"`` contains
+    the image indices in the dataset, ``"key"`` the same indices as strings, and ``"path"`` the
+    image paths.
 
     Attributes:
         expected: Number of images that this process loads.

@@ -50,7 +50,9 @@ def read_source(
 def prepare_cifar(
     source: str | Path, output: str | Path, *, verify: bool = True, quiet: bool = False
 ) -> Path:
-    """Convert a dataset to safetensors files. Existing files with the same content are kept.
+    """Convert a dataset of 32x32 images to safetensors files.
+
+    Existing files with the same content are kept.
 
     Args:
         source: See :func:`read_source`.

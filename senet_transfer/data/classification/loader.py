@@ -8,7 +8,8 @@ The training data is divided among the `world_size * num_workers` workers of all
 `r * num_workers + w`. A run that is resumed with the same seed, ranks, workers and batch size gets
 the same batches as an uninterrupted run.
 
-The rank and the world size are arguments because worker processes cannot query them.
+The rank and the world size are passed as arguments, so that worker processes do not depend on
+`torch.distributed`.
 """
 
 import logging
@@ -136,10 +137,10 @@ def build_classification_eval_loader(
     """Build an evaluation loader that loads each image once across all ranks and workers.
 
     In addition to the entries of a training batch, each batch contains `index`, the image indices
-    in the dataset (`list[int]`), and `path`, the image paths (`list[str]`). With V views of each
-    image, such as ten crops, the shape of `image` is `(N, V, 3, H, W)`. If whole images of
-    different sizes are evaluated, `image` is a flat tensor and `shapes` contains the image shapes;
-    see :func:`~senet_transfer.data.images.multi_scale.pack`.
+    in the dataset (`list[int]`), and `path`, the image paths (`list[str]`). With V crops per
+    image, the shape of `image` is `(N, V, 3, H, W)`. If whole images of different sizes are
+    evaluated, `image` is a flat tensor and `shapes` contains the image shapes; see
+    :func:`~senet_transfer.data.images.multi_scale.pack`.
 
     The last batch of a worker may be smaller. The number of images may differ by one between
     ranks. A broken image raises an error, because skipping it would change the metrics. Loading a
@@ -170,7 +171,7 @@ def build_classification_eval_loader(
 
 @dataclass(frozen=True)
 class _Readers:
-    """Processes that read the data. With 0 workers, each rank's main process reads the data."""
+    """Reader processes of all ranks. With 0 workers, each rank's main process reads the data."""
 
     rank: int
     world_size: int
@@ -194,7 +195,7 @@ class _Readers:
         return self.world_size * self.processes
 
     def global_index(self, worker: int) -> int:
-        """Return the index of a worker of this rank among the reader processes of all ranks."""
+        """Return the global index of one of this rank's workers, counted across all ranks."""
         return self.rank * self.processes + worker
 
 
@@ -309,11 +310,11 @@ class _TrainBatches(IterableDataset):
     def _fill(
         self, images: torch.Tensor, samples: list[tuple[int, RawSample]], good: list[int], last: str
     ) -> None:
-        """Replace each broken sample with the next valid one; wrap around at the batch's end."""
+        """Replace each broken sample in a batch with the next valid sample, wrapping around."""
         if not good:
             raise UserError(
-                f"All {len(samples)} images of a batch are broken; the last one is {last}. Verify "
-                "the data."
+                f"All {len(samples)} images of a batch are broken; the last one is {last}. "
+                "Expected at least one valid image per batch. Verify the data."
             )
         for row in set(range(len(samples))).difference(good):
             other = next((index for index in good if index > row), good[0])

@@ -80,7 +80,8 @@ class ShardDataset(ClassificationDataset):
             storage: Options for reading remote files.
             cache: Cache for local copies of remote shards; None to read remote shards without
                 copying.
-            indices: Index of each shard; empty to read each index from its file when it is needed.
+            indices: Index of each shard, int64 ``(n, 3)``, with each image's offset, size and
+                label. If empty, each shard's index file is read on first use.
         """
         sizes = np.array([shard.samples for shard in manifest.shards], np.int64)
         super().__init__(manifest.classes, sizes, base)
@@ -284,7 +285,7 @@ def _common_folder(path: object, folders: Sequence[str]) -> str:
 
 
 def _matches(path: Path) -> list[Path]:
-    """Return the files that match a pattern with wildcards and braces.
+    """Return the shards that match a pattern with wildcards and braces.
 
     Braces are expanded in order, as in a shell. The files that match each expanded name are sorted.
 
@@ -309,7 +310,7 @@ def _matches(path: Path) -> list[Path]:
 
 
 def _check_shards(manifest: Manifest, folder: Path) -> None:
-    """Raise a UserError if local shards are missing, before training starts."""
+    """Raise a UserError if a local shard that is listed in the manifest is missing."""
     missing = [shard.name for shard in manifest.shards if not (folder / shard.name).is_file()]
     if missing:
         raise UserError(
@@ -342,8 +343,8 @@ def _open_places365(path: Path, split: str, size: str | None) -> ImageDataset | 
     """Open the official Places365 distribution; return None for other data.
 
     Raises:
-        UserError: If the folder or archive has a name that the distribution uses for several
-            splits, but not for `split`.
+        UserError: If the distribution uses the name of the folder or archive for several splits,
+            but not for `split`.
     """
     sizes = places365.SIZES if size is None else (size,)
     known = [

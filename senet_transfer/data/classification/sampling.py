@@ -115,8 +115,9 @@ def class_aware_stream(
         dataset: Training data. Samples are read one at a time. This is slow for remote data without
             a cache.
         seed: Random seed of the order.
-        draws: Positions in the infinite sequence of samples, starting at 0. In any range of
-            consecutive positions, the sample counts of any two classes differ by at most two.
+        draws: Positions of the samples to yield in the infinite sequence of samples, counted from
+            0. In any range of consecutive positions, the sample counts of any two classes differ by
+            at most two.
     """
     labels = dataset.labels()
     by_class = np.argsort(labels, kind="stable").astype(np.uint32)

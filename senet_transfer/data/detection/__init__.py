@@ -1,1 +1,1 @@
-"""Detection data in COCO format: checks, registration, mapping and loading."""
+"""Detection datasets in COCO format: validation, registration, mapping and loading."""

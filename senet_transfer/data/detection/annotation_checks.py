@@ -1,9 +1,9 @@
 """Validation of annotation files in COCO format.
 
 Without these checks, an invalid file may cause an error hours into training, such as a KeyError in
-the evaluator, or merely a low AP. A fast check accepts regular entries, and only the remaining
-entries are examined in detail. Checking COCO's own 450 MB file therefore takes a fraction of the
-time that `json.load` takes.
+the evaluator, or a low AP. A fast check accepts most valid annotations, and only the remaining
+annotations are examined in detail. Validating COCO's 450 MB file of training annotations therefore
+takes only a fraction of the time that `json.load` takes to parse it.
 """
 
 import math
@@ -20,7 +20,7 @@ from senet_transfer.data.detection.file_names import (
 )
 from senet_transfer.data.detection.formats.records import NOTES, SOURCE
 from senet_transfer.data.detection.formats.source import read_annotations
-from senet_transfer.data.detection.outlines import outline_problem
+from senet_transfer.data.detection.segmentations import segmentation_problem
 from senet_transfer.errors import UserError
 
 _REPAIR = "Correct or remove the entry and save the file again"
@@ -28,14 +28,18 @@ _BOX_FORM = "[x, y, width, height] in pixels"
 
 
 @dataclass
-class OutlineSummary:
-    """Summary of the outlines (`segmentation` entries) of an annotation file.
+class SegmentationSummary:
+    """Result of checking the `segmentation` entries of an annotation file.
 
-    `first_missing` and `first_problem` describe the first annotation without an outline and the
-    first one with an invalid outline.
+    Attributes:
+        num_rle: Number of valid run-length encodings (RLE), except those of crowds.
+        num_missing: Number of annotations without a segmentation.
+        num_invalid: Number of annotations with an invalid segmentation.
+        first_missing: Error message for the first annotation without a segmentation.
+        first_problem: Error message for the first annotation with an invalid segmentation.
     """
 
-    num_rle: int = 0  # run-length encodings of objects that are not crowds
+    num_rle: int = 0
     num_missing: int = 0
     num_invalid: int = 0
     first_missing: str = ""
@@ -44,7 +48,7 @@ class OutlineSummary:
 
 @dataclass
 class CocoSummary:
-    """Summary of a valid annotation file."""
+    """Classes, images and statistics of a valid annotation file in COCO format."""
 
     classes: list[str]  # sorted by category id, as in Detectron2
     id_map: dict[int, int]  # category id in the file -> index into `classes`
@@ -59,14 +63,18 @@ class CocoSummary:
     most_objects: int = 0  # largest number of objects in an image, except crowds
     num_trainable: int = 0  # annotations that are not crowds and have a box
     num_odd_areas: int = 0  # annotations whose `area` does not match their box
-    outlines: "OutlineSummary | None" = None  # None if the outlines were not examined
+    segmentations: SegmentationSummary | None = None  # None if they were not checked
     # File name, width, height and id of each image.
     images: list[tuple[str, int, int, int]] = field(default_factory=list, repr=False)
     renamed: dict[str, str] = field(default_factory=dict)  # listed file name -> existing file name
     warnings: list[str] = field(default_factory=list)
 
     def order_classes(self, classes: Sequence[str]) -> None:
-        """Reorder the classes. The set of classes must not change."""
+        """Set the order of the classes.
+
+        Args:
+            classes: All class names of the file, in the new order.
+        """
         ids = {self.classes[index]: number for number, index in self.id_map.items()}
         self.classes = list(classes)
         self.id_map = {ids[name]: index for index, name in enumerate(classes)}
@@ -78,27 +86,35 @@ def read_coco_summary(
     *,
     upright: bool = True,
     allow_empty: bool = False,
-    outlines: bool = False,
+    segmentations: bool = False,
 ) -> CocoSummary:
-    """Read and validate annotations, and check that their images exist.
+    """Read and validate an annotation file, and check that its images exist.
 
-    Invalid outlines do not raise an error, because box detectors do not use outlines.
+    Invalid segmentations do not raise an error, because detectors without a mask head do not use
+    segmentations.
 
     Args:
         json_file: Annotation file in COCO instances format, or a file or folder in another
             supported format.
         image_dir: Folder to which the `file_name` entries are relative.
         upright: Whether the annotations refer to the images with EXIF orientation applied.
-        allow_empty: Whether to accept a file without usable annotations, such as a test set whose
-            ground truth is not public.
-        outlines: Whether to also examine the outlines of the objects.
+        allow_empty: Whether to accept a file that contains no annotations or only crowd
+            annotations, such as a test set whose ground truth is not public.
+        segmentations: Whether to also check the segmentations (polygons or run-length encodings)
+            of the objects, and to store the result in the summary.
+
+    Returns:
+        The classes, images and statistics of the file.
 
     Raises:
-        UserError: If the file is invalid. The message names the file and the first invalid entry.
+        UserError: If the file is invalid, or an image is missing. The message contains the path of
+            the file and the first invalid entry.
     """
     _check_folder(image_dir, json_file)
     data = read_annotations(json_file, image_dir, upright=upright)
-    return summarize_coco(data, json_file, image_dir, allow_empty=allow_empty, outlines=outlines)
+    return summarize_coco(
+        data, json_file, image_dir, allow_empty=allow_empty, segmentations=segmentations
+    )
 
 
 def summarize_coco(
@@ -107,11 +123,11 @@ def summarize_coco(
     image_dir: str | None,
     *,
     allow_empty: bool = False,
-    outlines: bool = False,
+    segmentations: bool = False,
 ) -> CocoSummary:
-    """Validate the content of an annotation file; see :func:`read_coco_summary`.
+    """Validate annotations in COCO format after parsing; see :func:`read_coco_summary`.
 
-    If `image_dir` is None, the images are not required to exist.
+    If `image_dir` is None, the images do not have to exist.
     """
     images = _section(json_file, data, "images")
     categories = _section(json_file, data, "categories")
@@ -127,11 +143,11 @@ def summarize_coco(
             raise UserError(
                 f"{json_file}: all {len(annotations)} annotations have iscrowd=1, which training "
                 "ignores; expected at least one object with iscrowd=0. CVAT, for example, exports "
-                "objects drawn with the brush with iscrowd=1. If the annotations are single "
-                "objects, set iscrowd to 0."
+                "brush masks with iscrowd=1. If each annotation is a single object, set iscrowd to "
+                "0."
             )
-        if outlines:
-            summary.outlines = _examine_outlines(json_file, annotations, sizes)
+        if segmentations:
+            summary.segmentations = _check_segmentations(json_file, annotations, sizes)
     summary.warnings += [f"{json_file}: {note}." for note in data.get(NOTES, ())]
     if image_dir is not None:
         names = [image["file_name"] for image in images]
@@ -146,7 +162,7 @@ def summarize_coco(
 
 
 def _section(json_file: str, data: dict, key: str) -> list[dict]:
-    """Return `data[key]`; raise an error unless it is a non-empty list of objects."""
+    """Return `data[key]`; raise an error if it is not a non-empty list of JSON objects."""
     if key not in data:
         found = f"no `{key}` (its keys: {', '.join(map(repr, list(data)[:10])) or 'none'})"
     elif not isinstance(data[key], list):
@@ -166,8 +182,8 @@ def _section(json_file: str, data: dict, key: str) -> list[dict]:
             "Python."
         )
     raise UserError(
-        f"{json_file} contains {found}; expected a non-empty `{key}` list, as in COCO's instances "
-        f"format. Check the path, and the settings with which the file was exported.{more}"
+        f"{json_file} contains {found}; expected a non-empty `{key}` list, as in COCO instances "
+        f"format. Check the path and the export settings.{more}"
     )
 
 
@@ -181,7 +197,7 @@ def _bad(
 
 
 def _entry_name(json_file: str, section: str, index: int, item: dict) -> str:
-    """Describe the file and position of an entry, for error messages."""
+    """Return the file and position of an entry as text for error messages."""
     if SOURCE in item:
         return str(item[SOURCE])
     return f"{json_file}: {section}[{index}]" + (f" (id {item['id']!r})" if "id" in item else "")
@@ -198,7 +214,7 @@ def _check_unique_ids(json_file: str, section: str, items: list[dict]) -> None:
 
 
 def _check_images(json_file: str, images: list[dict]) -> dict:
-    """Validate all images, and return a dictionary from image id to (width, height) in pixels."""
+    """Validate the image entries, and return a dictionary from image id to (width, height)."""
     for index, image in enumerate(images):
         try:
             name, width, height = image["file_name"], image["width"], image["height"]
@@ -222,7 +238,7 @@ def _check_images(json_file: str, images: list[dict]) -> dict:
 
 
 def _image_problem(image: dict) -> tuple[str, str] | None:
-    """Return an image entry's problem and the expected value; None if the entry is valid."""
+    """Return the error in an image entry and the expected value; None if the entry is valid."""
     name = image.get("file_name")
     if type(image.get("id")) is not int:
         # String ids would work here, but not in every implementation of the COCO metrics.
@@ -280,7 +296,7 @@ def _check_categories(json_file: str, categories: list[dict]) -> CocoSummary:
 
 
 def _keypoint_names(category: dict) -> list[str]:
-    """Return the names of a category's keypoints, or an empty list if they are invalid."""
+    """Return a category's keypoint names; an empty list if they are missing or invalid."""
     names = category.get("keypoints")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return []
@@ -290,7 +306,7 @@ def _keypoint_names(category: dict) -> list[str]:
 def _check_annotations(
     json_file: str, annotations: list[dict], sizes: dict, summary: CocoSummary
 ) -> None:
-    """Validate all annotations, and add counts and warnings to `summary`."""
+    """Validate all annotations, and add statistics and warnings to `summary`."""
     id_map, over_the_edge, not_evaluable, odd_areas = summary.id_map, 0, 0, 0
     for index, item in enumerate(annotations):
         if not _is_usual(item, sizes, id_map):
@@ -305,7 +321,7 @@ def _check_annotations(
         area = item.get("area")
         if area is None or item.get("iscrowd") is None:
             not_evaluable += 1
-        # The area of an outline is at most the area of its box. The tolerances allow for rounding.
+        # An object's area is at most the area of its box. The tolerances allow for rounding.
         if area is not None and w * h > 9 and not 1 < area < 1.1 * (w + 2) * (h + 2):
             odd_areas += 1
     _check_unique_ids(json_file, "annotations", annotations)
@@ -327,8 +343,8 @@ def _check_annotations(
     if largest == 0:
         raise UserError(
             f"{json_file}: all {len(annotations)} boxes are [0, 0, 0, 0]; expected {_BOX_FORM}. "
-            "Export the file again with boxes. If the file has outlines, the boxes can be "
-            "computed from them."
+            "Export the file again with boxes, or compute the boxes from the segmentations if the "
+            "file contains segmentations."
         )
     if largest <= 1:
         raise _bad(
@@ -346,7 +362,8 @@ def _check_annotations(
 def _is_usual(item: dict, sizes: dict, id_map: dict) -> bool:
     """Return True if a fast check shows that an annotation is valid.
 
-    Otherwise, the annotation may be valid or invalid; see :func:`_annotation_problem`.
+    The check also returns False for some valid annotations. :func:`_annotation_problem` then
+    examines the annotation in detail.
     """
     try:
         x, y, w, h = item["bbox"]
@@ -376,7 +393,7 @@ def _is_finite(value: object) -> bool:
 
 
 def _annotation_problem(item: dict, sizes: dict, id_map: dict) -> tuple[str, str] | None:
-    """Return an annotation's problem and the expected value; None if the annotation is valid."""
+    """Return the error in an annotation and the expected value; None if it is valid."""
     for key in ("id", "image_id", "category_id", "bbox"):
         if key not in item:
             return f"has no `{key}`", "id, image_id, category_id and bbox"
@@ -410,21 +427,23 @@ def _box_problem(bbox: object, size: tuple[int, int]) -> tuple[str, str] | None:
     return None
 
 
-def _examine_outlines(json_file: str, annotations: list[dict], sizes: dict) -> OutlineSummary:
-    found = OutlineSummary()
+def _check_segmentations(
+    json_file: str, annotations: list[dict], sizes: dict
+) -> SegmentationSummary:
+    found = SegmentationSummary()
     for index, item in enumerate(annotations):
-        outline = item.get("segmentation")
-        problem = outline_problem(outline, *sizes[item["image_id"]])
+        segmentation = item.get("segmentation")
+        problem = segmentation_problem(segmentation, *sizes[item["image_id"]])
         name = _entry_name(json_file, "annotations", index, item)
         if problem:
             found.num_invalid += 1
             found.first_problem = (
                 found.first_problem or f"{name} {problem[0]}; expected {problem[1]}"
             )
-        elif not outline:
+        elif not segmentation:
             found.num_missing += 1
             found.first_missing = found.first_missing or f"{name} has no `segmentation`"
-        elif isinstance(outline, dict) and not item.get("iscrowd"):
+        elif isinstance(segmentation, dict) and not item.get("iscrowd"):
             found.num_rle += 1
     return found
 
@@ -476,19 +495,20 @@ def _check_folder(image_dir: str, json_file: str) -> None:
         if os.path.isdir(json_file):
             found += " (were the annotation file and the folder swapped?)"
     raise UserError(
-        f"Image folder {image_dir} {found}; expected the folder to which the file_names in "
-        f"{json_file} are relative. Check the path; `~` and $VARS are expanded."
+        f"Image folder {image_dir} {found}; expected the folder to which the `file_name` "
+        f"entries in {json_file} are relative. Check the path; `~` and $VARS are expanded."
     )
 
 
 def _find_files(json_file: str, names: list[str], image_dir: str) -> dict[str, str]:
-    """Check that all listed images exist, and find files whose names on disk differ in spelling.
+    """Check that all images of an annotation file exist.
 
     Returns:
-        Dictionary from the listed name to the name on disk, for names that are spelled differently.
+        Dictionary from the name in the annotation file to the name on disk, for images whose names
+        are spelled differently.
 
     Raises:
-        UserError: If listed images are missing from the folder.
+        UserError: If images are missing from the folder.
     """
     missing = find_missing(names, image_dir)
     renamed = find_renamed(missing, image_dir) if missing else {}
@@ -498,6 +518,6 @@ def _find_files(json_file: str, names: list[str], image_dir: str) -> dict[str, s
     raise UserError(
         f"{len(missing)} of the {len(names)} images listed in {json_file} are not in {image_dir}, "
         f"for example {', '.join(missing[:3])}.{describe_missing(missing, image_dir)} Expected all "
-        "file_names to be relative to this folder. Pass the correct image folder, or remove these "
-        "images from the file."
+        "`file_name` entries to be relative to this folder. Pass the correct image folder, or "
+        "remove these images from the annotation file."
     )

@@ -1,8 +1,8 @@
-"""Registration of datasets in COCO or another supported format with Detectron2.
+"""Registration of datasets with Detectron2, in COCO or another supported annotation format.
 
 In contrast to Detectron2's `register_coco_instances`, the annotation file is validated on
-registration and whenever it has changed, a dataset can be registered twice, and the class names
-are available immediately.
+registration and whenever it has changed, the same dataset can be registered repeatedly, and the
+class names are available in the metadata before the dataset is loaded.
 """
 
 import logging
@@ -34,20 +34,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class CocoDataset:
-    """Detectron2 catalog entry for a dataset of this project; calling it loads the data.
+    """Callable entry of Detectron2's `DatasetCatalog` that loads a dataset.
 
-    Catalog entries are the only record of registered datasets, so no separate list has to be kept
-    in sync with the catalog.
+    There is no other list of the datasets registered by this project; :func:`registered_entry`
+    looks them up in the catalog.
 
     Attributes:
         name: Dataset name in the catalogs.
         json_file: Annotation file in COCO format, or a file or folder in another supported format.
             The path may end with a colon and the name of a split.
         image_dir: Folder to which the `file_name` entries are relative.
-        allow_empty: Whether to accept a file without objects.
+        allow_empty: Whether to accept a file without annotations.
         upright: Whether the annotations refer to the images with EXIF orientation applied.
-        summary: Summary of the file as last read; None if it has not been read.
-        class_order: Order of the classes; empty for the order of the category ids.
+        summary: Summary of the annotation file when it was last read; None if it has not been read.
+        class_order: Class names in the order of the model outputs; if empty, the classes are sorted
+            by category id.
     """
 
     name: str
@@ -60,7 +61,7 @@ class CocoDataset:
     _state: object | None = field(default=None, compare=False, repr=False)
 
     def __call__(self) -> list[dict]:
-        """Load the dataset in Detectron2's format.
+        """Load the dataset as a list of Detectron2's dataset dicts.
 
         Raises:
             UserError: If the annotation file has changed and is no longer valid.
@@ -71,7 +72,7 @@ class CocoDataset:
         return records
 
     def image_records(self) -> list[dict]:
-        """Return Detectron2's dataset dicts with the path, size and id of each image."""
+        """Return one dataset dict per image, with its path, size and id but no annotations."""
         summary = self.refresh()
         return [
             {
@@ -83,14 +84,14 @@ class CocoDataset:
             for name, width, height, number in summary.images
         ]
 
-    def refresh(self, *, outlines: bool = False) -> CocoSummary:
-        """Read and validate the annotation file, unless it has not changed since the last call.
+    def refresh(self, *, segmentations: bool = False) -> CocoSummary:
+        """Read and validate the annotation file, unless it is unchanged since the last call.
 
         Args:
-            outlines: Whether to also check the `segmentation` entries, which mask heads require.
+            segmentations: Whether to also check the segmentations, which mask heads require.
 
         Returns:
-            The file's summary.
+            The summary of the annotation file.
 
         Raises:
             UserError: If the file is invalid. The metadata is not changed in this case.
@@ -98,12 +99,12 @@ class CocoDataset:
         state = annotations_state(self.json_file, self.image_dir, upright=self.upright)
         known = self.summary
         if known and state is not None and state == self._state:
-            if known.outlines is None and outlines:
+            if known.segmentations is None and segmentations:
                 # The file's warnings have already been logged.
-                self.summary = self._read(outlines)
+                self.summary = self._read(segmentations)
                 self.order_classes(self.class_order)
             return self.summary or known
-        summary = self._read(outlines)
+        summary = self._read(segmentations)
         logger.info(
             "Dataset '%s': %d images, %d annotations (%d crowd), %d classes",
             self.name,
@@ -118,23 +119,24 @@ class CocoDataset:
         self.order_classes(self.class_order)
         return summary
 
-    def _read(self, outlines: bool) -> CocoSummary:
+    def _read(self, segmentations: bool) -> CocoSummary:
         return read_coco_summary(
             self.json_file,
             self.image_dir,
             upright=self.upright,
             allow_empty=self.allow_empty,
-            outlines=outlines,
+            segmentations=segmentations,
         )
 
     def order_classes(self, classes: Sequence[str]) -> None:
-        """Change the class order, which by default is the order of the category ids.
+        """Set the class order; by default, the classes are sorted by category id.
 
-        This is required for a model whose training data used different ids for the same classes.
+        This is required for a model whose training data has the same classes, but with different
+        category ids.
 
         Args:
-            classes: The class names in the new order. If they differ from the file's class names,
-                the order of the category ids is used.
+            classes: The class names in the new order. If they are not the class names of the
+                annotation file, the classes are sorted by category id.
         """
         if self.summary is None:
             return
@@ -147,10 +149,10 @@ class CocoDataset:
     def publish(
         self, classes: Sequence[str], id_map: dict[int, int], keypoints: Sequence[str] = ()
     ) -> None:
-        """Write classes, keypoints and paths to the catalog's metadata, replacing existing values.
+        """Write classes, keypoints and paths to the dataset's metadata, replacing existing values.
 
-        `Metadata` does not allow values to be changed, but they must be updated if the annotation
-        file has changed. The metadata object is updated in place, because evaluators and
+        Detectron2's `Metadata` raises an error if an attribute is set to a different value, so its
+        `vars` are updated instead. The object itself is not replaced, because evaluators and
         visualisers keep references to it.
         """
         vars(MetadataCatalog.get(self.name)).update(
@@ -168,16 +170,16 @@ class CocoDataset:
 
 
 class ShapesDataset(CocoDataset):
-    """Split of the rendered shapes dataset, whose files may not exist yet."""
+    """Split of the rendered shapes dataset, which can be registered before its files exist."""
 
-    def refresh(self, *, outlines: bool = False) -> CocoSummary:
+    def refresh(self, *, segmentations: bool = False) -> CocoSummary:
         if not os.path.exists(self.json_file):
             raise UserError(
                 f"Dataset '{self.name}' has not been created: {os.path.abspath(self.json_file)} "
                 "does not exist. Run `senet data shapes`, which takes a few "
-                "seconds (`make demo` also runs it)."
+                "seconds (`make demo` also runs this command)."
             )
-        return super().refresh(outlines=outlines)
+        return super().refresh(segmentations=segmentations)
 
 
 def register_coco_dataset(
@@ -186,7 +188,7 @@ def register_coco_dataset(
     image_dir: str | os.PathLike | None = None,
     *,
     allow_empty: bool = False,
-    outlines: bool = False,
+    segmentations: bool = False,
     upright: bool = True,
 ) -> None:
     """Validate a dataset in COCO or another supported format, and register it with Detectron2.
@@ -201,10 +203,10 @@ def register_coco_dataset(
             and the name of a split, such as `voc:train`.
         image_dir: Folder to which the `file_name` entries are relative; None selects the format's
             default folder, which for COCO is the folder of the annotation file.
-        allow_empty: Whether to accept a file without objects, such as a test set whose ground truth
-            is not public.
-        outlines: Whether to also check the `segmentation` entries, which mask heads require. If
-            True, a run with masks does not need to read the file again.
+        allow_empty: Whether to accept a file without annotations, such as a test set whose ground
+            truth is not public.
+        segmentations: Whether to also check the segmentations, which mask heads require. For a
+            model with a mask head, this avoids reading the file a second time.
         upright: Whether the annotations refer to the images with EXIF orientation applied.
 
     Raises:
@@ -227,30 +229,31 @@ def register_coco_dataset(
             "different name."
         )
     if isinstance(known, CocoDataset) and known == dataset:
-        known.refresh(outlines=outlines)
+        known.refresh(segmentations=segmentations)
         known.order_classes(())
         return
-    dataset.refresh(outlines=outlines)
+    dataset.refresh(segmentations=segmentations)
     DatasetCatalog[name] = dataset
 
 
 def register_datasets(
-    entries: Sequence[Sequence[str]], *, outlines: bool = False, upright: bool = True
+    entries: Sequence[Sequence[str]], *, segmentations: bool = False, upright: bool = True
 ) -> list[str]:
     """Register the datasets listed in `DATASETS.REGISTER`, and the shapes dataset.
 
     Args:
         entries: List of `[name, annotation file or folder, image folder]` entries. The image folder
-            may be omitted. `~` and `$VARS` in paths are expanded. Relative paths are searched in
-            the working directory, then in `$DETECTRON2_DATASETS`.
-        outlines: See :func:`register_coco_dataset`.
+            may be omitted. `~` and `$VARS` in paths are expanded. Relative paths are looked
+            up in the working directory, then in `$DETECTRON2_DATASETS`.
+        segmentations: See :func:`register_coco_dataset`.
         upright: See :func:`register_coco_dataset`.
 
     Returns:
-        The dataset names in `entries`.
+        The names of the datasets in `entries`.
 
     Raises:
-        UserError: If an entry is malformed, a file or folder is invalid, or a name is already used.
+        UserError: If an entry is malformed, a file or folder is invalid, or a name is already used
+            for a different dataset.
     """
     register_shapes()
     if not isinstance(entries, list | tuple):
@@ -274,7 +277,7 @@ def register_datasets(
                 "expected unique names. Rename one of the datasets."
             )
     for name, expanded in paths.items():
-        register_coco_dataset(name, *expanded, outlines=outlines, upright=upright)
+        register_coco_dataset(name, *expanded, segmentations=segmentations, upright=upright)
     return list(paths)
 
 
@@ -296,7 +299,7 @@ def register_shapes() -> None:
         if type(known) is not ShapesDataset and (known is not None or _has_metadata(name)):
             # Not an error, because most runs do not use the shapes dataset.
             logger.warning(
-                "'%s' is already registered by other code; keeping that registration", name
+                "'%s' is already registered by other code; keeping the existing registration", name
             )
             continue
         id_map = {i + 1: i for i in range(len(SHAPE_CLASSES))}
@@ -305,7 +308,7 @@ def register_shapes() -> None:
 
 
 def registered_entry(name: str) -> object | None:
-    """Return the catalog entry for `name` without loading the data; None if the name is unknown."""
+    """Return the catalog entry of a dataset without loading it; None if it is not registered."""
     if name not in DatasetCatalog:
         return None
     # `.get` is not used because Detectron2's catalog overrides it to load the dataset.
@@ -313,7 +316,7 @@ def registered_entry(name: str) -> object | None:
 
 
 def flip_pairs(keypoints: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the pairs of left and right keypoints, which a horizontal flip swaps."""
+    """Return the pairs of left and right keypoints that must be swapped after a horizontal flip."""
     pairs = []
     for name in keypoints:
         for left, right in _SIDES.items():
@@ -334,7 +337,7 @@ def _expand(path: str) -> str:
     if unset and not annotations_exist(expanded):
         raise UserError(
             f"DATASETS.REGISTER contains the path {path}, but the environment variable {unset[0]} "
-            "is not set. Set it, or use the full path."
+            "is not set. Set the variable, or use the full path."
         )
     root = os.environ.get("DETECTRON2_DATASETS", "datasets")
     below = os.path.abspath(os.path.join(os.path.expanduser(root), path))

@@ -1,4 +1,4 @@
-"""Classification datasets based on annotations in COCO format: object crops or whole images."""
+"""Classification datasets built from annotations in COCO format: object crops or whole images."""
 
 import math
 import os
@@ -16,11 +16,12 @@ from senet_transfer.errors import UserError
 
 
 class CocoCrops(SingleImages):
-    """Dataset with one crop for each object in an annotation file.
+    """Classification dataset with one crop for each object in an annotation file.
 
-    A crop is the square around an object's box, limited to the image, so that a classification
-    network sees the object undistorted and in context. Crowd annotations are excluded. Boxes with
-    a side shorter than ``min_side`` are also excluded, because they show little detail.
+    A crop is a square around an object's box, shifted or cropped to fit into the image. Square
+    crops include some context and keep the aspect ratio when they are resized to a square input.
+    Crowd annotations are excluded. Boxes with a side shorter than ``min_side`` pixels are also
+    excluded, because they show little detail.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class CocoCrops(SingleImages):
             reading: Settings for reading the images.
 
         Raises:
-            UserError: If the annotation file is invalid or contains no suitable object.
+            UserError: If the annotation file is invalid or contains no object that is large enough.
         """
         summary = read_coco_summary(json_file, image_dir, upright=reading.upright)
         content = read_annotations(json_file, image_dir, upright=reading.upright)
@@ -80,14 +81,14 @@ SIZES = {"small": 32**2, "medium": 96**2, "large": math.inf}
 
 
 class CocoImages(SingleImages):
-    """Dataset of the images in an annotation file, labelled with a property of their objects.
+    """Classification dataset of whole images, labelled with the class or size of most objects.
 
     The label of an image is the class or size of more than half of its objects. Images without
     such a majority are excluded. Crowd annotations are ignored. A sample contains only the path of
     an image, not the encoded image.
 
     Attributes:
-        by: Property by which the images are grouped, "class" or "size".
+        by: Property of the objects that determines the labels, "class" or "size".
         left_out: Number of excluded images.
     """
 
@@ -96,8 +97,9 @@ class CocoImages(SingleImages):
         Args:
             json_file: Annotation file in COCO instances format.
             image_dir: Folder with the annotated images.
-            by: Property that labels the images: "class", or "size" for COCO's size classes, which
-                are small (an area below 32² pixels), medium (below 96² pixels) and large.
+            by: Property of the objects that determines the labels: "class", or "size" for COCO's
+                size classes, which are small (an area below 32² pixels), medium (below 96² pixels)
+                and large.
             upright: Whether the annotations refer to the images with EXIF orientation applied.
 
         Raises:
@@ -144,7 +146,7 @@ def _size(item: dict) -> int:
 def square_around(
     box: tuple[float, float, float, float], width: int, height: int
 ) -> tuple[int, int, int, int]:
-    """Return the square around a box, shifted and cropped to fit into the image.
+    """Return the square around a box, shifted or cropped to fit into the image.
 
     Args:
         box: Box as (x, y, width, height) in pixels, as in COCO.
@@ -152,7 +154,7 @@ def square_around(
         height: Image height in pixels.
 
     Returns:
-        The (left, top, right, bottom) edges in whole pixels, inside the image.
+        The edges (left, top, right, bottom) of the square as integers, in pixels.
     """
     x, y, w, h = box
     side = max(w, h)
@@ -163,7 +165,7 @@ def square_around(
 
 
 def _within(low: float, high: float, limit: int) -> tuple[int, int]:
-    """Shift an interval into the range from 0 to ``limit``, and shorten it if it is too long."""
+    """Shift an interval into the range from 0 to ``limit``, shorten it if needed, and round it."""
     shift = max(0.0, -low) - max(0.0, high - limit)
     # Halves are rounded up, because rounding half to even would change the length of some
     # intervals.

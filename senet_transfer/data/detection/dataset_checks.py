@@ -1,4 +1,4 @@
-"""Checks of a run's datasets before the run starts."""
+"""Validation of the datasets of a training or evaluation run before the run starts."""
 
 import difflib
 import logging
@@ -31,18 +31,18 @@ _COCO_NAME = re.compile(r"(?:keypoints_)?coco_(2014|2017)_\w")
 def dataset_classes(names: str | Sequence[str]) -> list[str]:
     """Return the class names of a run's datasets, all of which must have the same classes.
 
-    If the classes of a dataset are in a different order, the order of the first dataset is used.
+    If a dataset registered by this project has the same classes in a different order, its classes
+    are reordered as in the first dataset.
 
     Args:
-        names: Names of all datasets in `DATASETS.TRAIN` and `DATASETS.TEST`. All must be
-            registered.
+        names: Names of all datasets in `DATASETS.TRAIN` and `DATASETS.TEST`.
 
     Returns:
         The class names in the order of the model outputs; empty if there are no datasets.
 
     Raises:
-        UserError: If a name is unknown, a dataset has no classes, or two datasets have different
-            classes.
+        UserError: If a dataset is not registered or has no classes, or if two datasets have
+            different classes.
     """
     names = [names] if isinstance(names, str) else list(names)
     if not names:
@@ -59,19 +59,19 @@ def dataset_classes(names: str | Sequence[str]) -> list[str]:
         one, other = ("missing" if part is None else repr(part) for part in pair)
         raise UserError(
             f"The datasets '{first}' and '{name}' have different classes ({len(expected)} and "
-            f"{len(found)} in total): class {index} is {one} in the first and {other} in the "
-            "second. All datasets of a run must have the same classes in the same order (sorted "
-            "by category id). Use the same `categories` in their annotation files."
+            f"{len(found)} in total): class {index} is {one} in the first dataset and {other} "
+            "in the second dataset. All datasets of a run must have the same classes in the same "
+            "order (sorted by category id). Use the same `categories` in their annotation files."
         )
     return expected
 
 
 def use_class_order(names: Sequence[str], classes: Sequence[str]) -> bool:
-    """Set the class order of datasets. The default is the order of the category ids.
+    """Set the class order of datasets; by default, the classes are sorted by category id.
 
     Returns:
-        True on success. False if a dataset has different classes or was not registered by this
-        project.
+        True if the order was set. False, without any change, if a dataset has different classes or
+        was not registered by this project.
     """
     entries = [registered_entry(name) for name in names]
     datasets = [entry for entry in entries if isinstance(entry, CocoDataset)]
@@ -109,8 +109,8 @@ def check_datasets_on_disk(names: str | Sequence[str], *, evaluated: Sequence[st
             if name in evaluated and os.path.basename(name) != name and not _has_json(name):
                 raise UserError(
                     f"The dataset '{name}' can't be evaluated, because Detectron2 would write a "
-                    "file with this name outside the output folder. Register it under a name "
-                    "without slashes."
+                    "file with this name outside the output folder. Register the dataset under "
+                    "a name without slashes."
                 )
             problems = _missing_paths(name)
             if problems:
@@ -122,7 +122,7 @@ def check_datasets_on_disk(names: str | Sequence[str], *, evaluated: Sequence[st
 def category_ids(name: str) -> list[int]:
     """Return a dataset's category ids in class order.
 
-    If the metadata contains no ids, the ids 1 to N are returned.
+    If the metadata does not contain an id for each of the N classes, the ids 1 to N are returned.
     """
     metadata = MetadataCatalog.get(name)
     found = metadata.get("thing_dataset_id_to_contiguous_id")
@@ -132,7 +132,7 @@ def category_ids(name: str) -> list[int]:
 
 
 def warn_of_many_objects(names: Sequence[str], limit: int) -> None:
-    """Warn about datasets in which an image contains more objects than the detection limit.
+    """Warn about datasets in which an image contains more objects than can be detected.
 
     Args:
         names: Names of the datasets to evaluate.
@@ -144,8 +144,8 @@ def warn_of_many_objects(names: Sequence[str], limit: int) -> None:
             continue
         if dataset.summary.most_objects > limit:
             logger.warning(
-                "'%s' has up to %d objects per image, but at most %d are detected "
-                "(TEST.DETECTIONS_PER_IMAGE), so even a perfect detector has a low AP. Set "
+                "The dataset '%s' has up to %d objects per image, but at most %d are detected "
+                "(TEST.DETECTIONS_PER_IMAGE), which limits the AP of any detector. Set "
                 "TEST.DETECTIONS_PER_IMAGE to %d or more. The metrics then use the same limit.",
                 name,
                 dataset.summary.most_objects,
@@ -154,24 +154,25 @@ def warn_of_many_objects(names: Sequence[str], limit: int) -> None:
             )
 
 
-def check_outlines(names: Sequence[str]) -> bool:
-    """Check that all objects have the outlines required by a mask head.
+def check_segmentations(names: Sequence[str]) -> bool:
+    """Check that all objects have a valid segmentation, which mask heads require.
+
+    Datasets that are not registered by this project are not checked.
 
     Returns:
-        True if an object's outline is a run-length encoding, which requires
-        ``INPUT.MASK_FORMAT: "bitmask"``.
+        True if the segmentation of an object (except crowds) is a run-length encoding, which
+        requires ``INPUT.MASK_FORMAT: "bitmask"``.
 
     Raises:
-        UserError: If a dataset registered by this project contains an object without an outline,
-            or with an invalid one.
+        UserError: If an object has no segmentation or an invalid segmentation.
     """
     has_rle = False
     for name in names:
         dataset = registered_entry(name)
         if not isinstance(dataset, CocoDataset):
             continue
-        summary = dataset.refresh(outlines=True)
-        found = summary.outlines
+        summary = dataset.refresh(segmentations=True)
+        found = summary.segmentations
         if found is None:
             continue
         for count, first in (
@@ -179,11 +180,12 @@ def check_outlines(names: Sequence[str]) -> bool:
             (found.num_missing, found.first_missing),
         ):
             if count:
-                what = "an invalid mask" if first == found.first_problem else "no mask"
+                kind = "an invalid" if first == found.first_problem else "no"
                 raise UserError(
-                    f"{first}. {count} of {summary.num_annotations} annotations have {what}, but "
-                    "MODEL.MASK_ON requires a valid mask for each object. Correct the file, or set "
-                    "MODEL.MASK_ON to False to train on boxes only."
+                    f"{first}. {count} of {summary.num_annotations} annotations have {kind} "
+                    "segmentation, but MODEL.MASK_ON requires a valid segmentation for each "
+                    "object. Correct the file, or set MODEL.MASK_ON to False to train on boxes "
+                    "only."
                 )
         has_rle = has_rle or found.num_rle > 0
     return has_rle
@@ -192,7 +194,7 @@ def check_outlines(names: Sequence[str]) -> bool:
 def check_trainable(names: Sequence[str]) -> None:
     """Check that the training data contains at least one object to train on.
 
-    Datasets that are not registered by this project are not checked.
+    The check is skipped if any of the datasets is not registered by this project.
 
     Raises:
         UserError: If no dataset contains an object that is not a crowd and has a box of positive
@@ -206,7 +208,7 @@ def check_trainable(names: Sequence[str]) -> None:
 
 
 def check_objects(files: Sequence[str], summaries: Sequence[CocoSummary]) -> None:
-    """Raise a UserError if none of the annotation files contains an object for training."""
+    """Raise a UserError if no annotation file contains an object that can be used for training."""
     if any(summary.num_trainable for summary in summaries):
         return
     total, zero, crowd = (
@@ -216,8 +218,8 @@ def check_objects(files: Sequence[str], summaries: Sequence[CocoSummary]) -> Non
     raise UserError(
         f"{' and '.join(files)}: none of the {total} annotations can be used for training: {zero} "
         f"boxes have zero width or height, and {crowd} annotations have iscrowd=1. Expected "
-        "objects with iscrowd=0 and a box [x, y, width, height] in pixels. Check how the file was "
-        "exported."
+        "objects with iscrowd=0 and a box [x, y, width, height] in pixels. Check the export "
+        "settings."
     )
 
 

@@ -1,8 +1,8 @@
 """Faster versions of Detectron2's image decoding and resizing.
 
-Decoding with simplejpeg returns the same pixels as Pillow, because both bundle libjpeg-turbo.
-Enlarging images with PyTorch returns slightly different pixels, so it is optional and only used in
-training.
+Decoding with simplejpeg returns the same pixels as Pillow, because both libraries include
+libjpeg-turbo. Upsampling with PyTorch returns slightly different pixels, so it is optional and only
+used in training.
 """
 
 from collections.abc import Sequence
@@ -23,12 +23,12 @@ def decode_jpeg(data: bytes, image_format: str) -> np.ndarray | None:
     """Decode a JPEG file with simplejpeg.
 
     Args:
-        data: The encoded image.
-        image_format: "RGB" or "BGR".
+        data: Content of the JPEG file.
+        image_format: Channel order of the result. Only "RGB" and "BGR" are supported.
 
     Returns:
-        The same pixels as with Pillow, uint8 `(H, W, 3)`. None if the format is not supported or
-        the file is damaged; the caller must then use Pillow.
+        The same pixels as Pillow returns, uint8 `(H, W, 3)`. None if the format is not supported or
+        the file is damaged; the caller must then decode the file with Pillow.
     """
     if image_format not in _COLOURS or jpeg_size(data) is None:
         return None
@@ -39,16 +39,17 @@ def decode_jpeg(data: bytes, image_format: str) -> np.ndarray | None:
 
 
 class FastResize(T.ResizeTransform):
-    """Variant of Detectron2's `ResizeTransform` that enlarges images with PyTorch.
+    """Variant of Detectron2's `ResizeTransform` that upsamples images with PyTorch.
 
-    The pixel values differ from Pillow's by at most 1, because both use bilinear interpolation.
-    Pillow is still used for shrinking, because it is faster. It is also used for other
-    interpolation modes, and for images that are not uint8 `(H, W, C)`. OpenCV is not used, because
-    its threads are not copied to a forked worker process, which would wait for them forever.
+    The pixel values differ from Pillow's by at most 1, because both libraries use bilinear
+    interpolation. Pillow is still used for downsampling, because it is faster than PyTorch. Pillow
+    is also used for other interpolation modes, and for images that are not uint8 `(H, W, C)`.
+    OpenCV is not used, because it may hang in forked worker processes: `fork` does not copy its
+    threads.
     """
 
     def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
-        """Resize an image."""
+        """Resize an image `(H, W)` or `(H, W, C)` to the new height and width."""
         interpolation = self.interp if interp is None else interp
         bilinear = interpolation == Image.Resampling.BILINEAR
         grows = self.new_h >= self.h and self.new_w >= self.w
@@ -65,7 +66,7 @@ class FastResizeShortestEdge(T.ResizeShortestEdge):
     """Variant of Detectron2's `ResizeShortestEdge` that uses :class:`FastResize`."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
-        """Sample a size in the same way as Detectron2, and return the transform."""
+        """Sample the new size as Detectron2 does, and return the resize transform."""
         found = super().get_transform(image)
         if not isinstance(found, T.ResizeTransform):
             return found
@@ -76,11 +77,11 @@ class ChannelResize(T.ResizeTransform):
     """Variant of Detectron2's `ResizeTransform` that resizes each channel separately with Pillow.
 
     Pillow does not support images with more than four channels. In images with two or four
-    channels, it treats the last channel as transparency.
+    channels, Pillow treats the last channel as an alpha channel.
     """
 
     def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
-        """Resize an image of shape `(H, W, C)`."""
+        """Resize an image `(H, W, C)` to the new height and width."""
         bands = np.split(img, img.shape[2], axis=2)
         return np.concatenate([super(ChannelResize, self).apply_image(b, interp) for b in bands], 2)
 
@@ -89,7 +90,7 @@ class ChannelResizeShortestEdge(T.ResizeShortestEdge):
     """Variant of Detectron2's `ResizeShortestEdge` that uses :class:`ChannelResize`."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
-        """Return the transform for an image."""
+        """Sample the new size as Detectron2 does, and return the resize transform."""
         found = super().get_transform(image)
         if isinstance(found, T.ResizeTransform):
             return ChannelResize(found.h, found.w, found.new_h, found.new_w, found.interp)
@@ -97,12 +98,12 @@ class ChannelResizeShortestEdge(T.ResizeShortestEdge):
 
 
 def with_channel_resize(augmentations: Sequence[T.Augmentation]) -> list[T.Augmentation]:
-    """Replace each `ResizeShortestEdge` in a list with :class:`ChannelResizeShortestEdge`."""
+    """Replace `ResizeShortestEdge` augmentations with :class:`ChannelResizeShortestEdge`."""
     return [_resized_by(ChannelResizeShortestEdge, augmentation) for augmentation in augmentations]
 
 
 def with_fast_resize(augmentations: Sequence[T.Augmentation]) -> list[T.Augmentation]:
-    """Replace each `ResizeShortestEdge` in a list with :class:`FastResizeShortestEdge`."""
+    """Replace `ResizeShortestEdge` augmentations with :class:`FastResizeShortestEdge`."""
     return [_resized_by(FastResizeShortestEdge, augmentation) for augmentation in augmentations]
 
 

@@ -1,7 +1,7 @@
-"""Search for images that an annotation file lists under slightly different names.
+"""Search for images whose names are spelled differently in the annotation file than on disk.
 
 Annotation tools may write backslashes (on Windows), percent-encoded names, or accented letters in a
-different Unicode form (NFC or NFD) than the file system.
+different Unicode normalisation form (NFC or NFD) than the file system.
 """
 
 import os
@@ -20,9 +20,9 @@ def is_inside(name: str) -> bool:
 
 
 def find_missing(names: Sequence[str], image_dir: str) -> list[str]:
-    """Return the names that do not exist in the image folder.
+    """Return the names of images that do not exist in the image folder.
 
-    Listing each folder once is much faster on network storage than checking each file.
+    Each folder is listed once, which is much faster on network storage than checking each file.
     """
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
@@ -45,10 +45,13 @@ def find_missing(names: Sequence[str], image_dir: str) -> list[str]:
 
 
 def find_renamed(missing: Sequence[str], image_dir: str) -> dict[str, str]:
-    """Map missing names to the existing files they refer to, such as `a\\b.jpg` to `a/b.jpg`.
+    """Find existing files for missing image names, such as `a/b.jpg` for `a\\b.jpg`.
 
     Only different spellings of the same name are resolved: backslashes, percent encoding and
-    Unicode forms.
+    Unicode normalisation forms.
+
+    Returns:
+        Dictionary from missing name to the name of the existing file.
     """
     found = {}
     for name in missing:
@@ -68,7 +71,10 @@ def find_renamed(missing: Sequence[str], image_dir: str) -> dict[str, str]:
 
 
 def describe_missing(missing: Sequence[str], image_dir: str) -> str:
-    """Return a hint about missing images, such as files with similar names, or an empty string."""
+    """Return a hint, such as similar file names, for an error message about missing images.
+
+    The hint is empty if there are no files with similar names.
+    """
     bare = os.path.basename(missing[0].replace("\\", "/"))
     if bare != missing[0] and os.path.isfile(os.path.join(image_dir, bare)):
         return f" The image folder contains {bare}, so the folder in the file_names is wrong."

@@ -35,10 +35,10 @@ def check_images(
     reading: Reading = UPRIGHT,
     max_size: float = math.inf,
 ) -> None:
-    """Check the images of datasets registered by this project.
+    """Check that the images of datasets can be read and have the annotated sizes.
 
     Args:
-        names: Names of registered datasets. Datasets registered by other code are not checked.
+        names: Names of registered datasets. Datasets not registered by this project are skipped.
         mode: "header" reads only the file headers and compares the image sizes with the
             annotations; "decode" decodes the complete images.
         reading: Settings for reading images. If they specify a number of channels, images are
@@ -68,11 +68,11 @@ def check_dataset_images(
     max_size: float = math.inf,
     quiet: bool = True,
 ) -> int:
-    """Check the images of one dataset; see :func:`check_images`.
+    """Check that the images of a dataset can be read and have the annotated sizes.
 
     Args:
         dataset: The dataset.
-        mode: One of :data:`MODES`.
+        mode: "header" or "decode"; see :func:`check_images`.
         reading: Settings for reading images. If they specify a number of channels, images are
             decoded completely in both modes.
         max_size: The maximum length of an image's longer side after resizing, in pixels.
@@ -80,6 +80,10 @@ def check_dataset_images(
 
     Returns:
         The number of images.
+
+    Raises:
+        UserError: If any image is unreadable or differs in size from its annotation. The message
+            lists all such images.
     """
     records = dataset.image_records()
     read = partial(
@@ -105,7 +109,7 @@ def check_dataset_images(
         listed = [*problems[:_LISTED], *([f"... and {more} more"] if more > 0 else [])]
         raise UserError(
             f"{len(problems)} of the {len(records)} images listed in {dataset.json_file} can't be "
-            "used:\n  " + "\n  ".join(listed) + "\nRestore or correct these files, or remove them "
+            "used:\n  " + "\n  ".join(listed) + "\nRestore or correct these images, or remove them "
             "from the annotation file."
         )
     paths = [record["file_name"] for record in records]
@@ -131,7 +135,7 @@ def _problem_of(check: Callable[[dict], object], record: dict, max_size: float) 
 
 
 def _check_header(record: dict, *, read: Callable[[dict], object], reading: Reading) -> None:
-    """Check an image without decoding it. On failure, read it completely to find the reason."""
+    """Check an image's header; if the check fails, decode the image to find the reason."""
     try:
         with PathManager.open(record["file_name"], "rb") as file:
             image = Image.open(file)

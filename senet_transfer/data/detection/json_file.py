@@ -46,12 +46,12 @@ def read_json_object(path: str) -> dict:
 
 
 def sniff_json(path: str) -> str | None:
-    """Check the first and last bytes of a file that should contain a JSON object.
+    """Check from its first and last bytes that a file contains a JSON object.
 
-    This requires only two small reads, so all files can be checked before a run starts.
+    The file is not parsed, so that even large files can be checked quickly before a run starts.
 
     Returns:
-        A complete error message, or None if no problem was found.
+        An error message, or None if no problem was found.
     """
     try:
         if stat.S_ISDIR(os.stat(path).st_mode):
@@ -80,7 +80,7 @@ def sniff_json(path: str) -> str | None:
 
 
 def _describe_head(head: bytes) -> str | None:
-    """Describe file content that begins with `head`; return None if it may be a JSON object."""
+    """Describe a file's content from its first bytes; return None if it may be a JSON object."""
     if not head:
         return "an empty file"
     known = {

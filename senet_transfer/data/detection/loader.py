@@ -1,10 +1,10 @@
-"""Resumable detection data loader with Detectron2's datasets, samplers and grouping.
+"""Resumable data loader for detection, with Detectron2's datasets, samplers and grouping.
 
-Detectron2's own loader uses one random stream per worker for augmentation and groups images by
+Detectron2's own loader uses one random generator per worker for augmentation and groups images by
 aspect ratio after reading them, so it cannot be resumed in the middle of an epoch. This loader
-plans batches from the annotated widths and heights before reading images, and seeds the random
-generators separately for each image. A batch depends only on the seed, rank and iteration, not on
-the number of workers.
+groups images by their annotated sizes before reading them, and seeds the random generators
+separately for each image. A batch depends only on the seed, rank and iteration, not on the number
+of workers.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 SampledIndex = tuple[int, int]
 
 # A schedule with more epochs than this is probably a mistake.
-MANY_PASSES = 500
+MANY_EPOCHS = 500
 
 # Separates the random streams for images from those for training steps, which also depend on the
 # seed and the rank.
@@ -83,13 +83,15 @@ def seeded_rng(*entropy: int) -> Iterator[None]:
 def build_train_loader(
     cfg: CfgNode, mapper: Callable[[dict], dict], *, seed: int, start_iter: int = 0
 ) -> RaisingLoader:
-    """Build this process's infinite training loader, which yields lists of mapped images.
+    """Build the infinite training loader of this process.
+
+    Each batch is a list of the mapper's outputs.
 
     Args:
         cfg: Config with Detectron2's keys for datasets, sampler and grouping.
-        mapper: Function that maps an image's dictionary to a model input.
-        seed: Random seed of the order and augmentation; must be the same in all processes.
-        start_iter: Iteration to start from.
+        mapper: Function that converts a dataset dict to a model input.
+        seed: Random seed for the image order and augmentation; must be the same in all processes.
+        start_iter: Index of the first iteration.
     """
     # Detectron2's samplers choose a random seed if none is given. Only the
     # RepeatFactorTrainingSampler uses the seed in the config, where -1 means a random seed.
@@ -102,7 +104,7 @@ def build_train_loader(
     parts = (theirs.dataset if grouped else theirs).dataset
     records = parts.dataset
     if cfg.SOLVER.get("EPOCHS") is None:
-        _tell_passes(cfg, len(records))
+        _log_epochs(cfg, len(records))
     batches = PlannedBatches(
         parts.sampler,
         batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
@@ -135,7 +137,7 @@ def build_test_loader(
     Args:
         cfg: Config with Detectron2's keys for data loading.
         dataset_name: Name of a registered dataset.
-        mapper: Function that maps an image's dictionary to a model input.
+        mapper: Function that converts a dataset dict to a model input.
     """
     loader = build_detection_test_loader(cfg, dataset_name, mapper=ErrorsAsValues(mapper))
     loader.worker_init_fn = init_worker
@@ -159,26 +161,27 @@ def _unmapped(record: dict) -> dict:
     return record
 
 
-def _tell_passes(cfg: CfgNode, images: int) -> None:
+def _log_epochs(cfg: CfgNode, images: int) -> None:
     # Users may forget to shorten a COCO schedule for a small dataset.
     solver = cfg.SOLVER
-    passes = solver.MAX_ITER * solver.IMS_PER_BATCH / images
-    facts = (solver.MAX_ITER, solver.IMS_PER_BATCH, passes, images)
-    if passes <= MANY_PASSES:
+    epochs = solver.MAX_ITER * solver.IMS_PER_BATCH / images
+    values = (solver.MAX_ITER, solver.IMS_PER_BATCH, epochs, images)
+    if epochs <= MANY_EPOCHS:
         logger.info(
-            "Training runs for %d steps of %d images, which is %.3g epochs of %d training images.",
-            *facts,
+            "Training for %d iterations with %d images per step corresponds to %.3g epochs of %d "
+            "images.",
+            *values,
         )
         return
     logger.warning(
-        "Training runs for %d steps of %d images, which is %.0f epochs of only %d training "
-        "images. The paper trains for 24 epochs on COCO. Reduce SOLVER.MAX_ITER and "
-        "SOLVER.STEPS to shorten training.", *facts
+        "Training for %d iterations with %d images per step corresponds to %.0f epochs of only %d "
+        "images. The COCO recipes train for 24 epochs. Reduce SOLVER.MAX_ITER and SOLVER.STEPS to "
+        "shorten training.", *values
     )  # fmt: skip
 
 
 def _shapes(records: Dataset) -> Callable[[int], bool]:
-    """Return a function that returns whether the image with a given index is wider than tall.
+    """Return a function that checks whether the image with a given index is wider than tall.
 
     Detectron2 groups images by this criterion.
     """
@@ -191,9 +194,9 @@ def _shapes(records: Dataset) -> Callable[[int], bool]:
             with contextlib.suppress(Exception), Image.open(record["file_name"]) as image:
                 return image.width > image.height
             raise UserError(
-                f"The record of {record.get('file_name', 'an image')} contains no width and "
-                "height; expected both if DATALOADER.ASPECT_RATIO_GROUPING is True. Add them to "
-                "the dataset's records, or set DATALOADER.ASPECT_RATIO_GROUPING to False."
+                f"The dataset dict of {record.get('file_name', 'an image')} contains no width or "
+                "no height, which DATALOADER.ASPECT_RATIO_GROUPING requires. Add both keys to all "
+                "dataset dicts, or set DATALOADER.ASPECT_RATIO_GROUPING to False."
             )
         return record["width"] > record["height"]
 
@@ -203,8 +206,8 @@ def _shapes(records: Dataset) -> Callable[[int], bool]:
 class PlannedBatches(Sampler[list[SampledIndex]]):
     """Batch sampler that groups images by aspect ratio without reading them.
 
-    Images are grouped as in Detectron2's AspectRatioGroupedDataset: an image is held back until
-    there are enough images in its group for a batch.
+    As in Detectron2's `AspectRatioGroupedDataset`, images that are wider than tall and all other
+    images form two groups, and a batch is yielded as soon as a group contains enough images.
     """
 
     def __init__(
@@ -217,11 +220,11 @@ class PlannedBatches(Sampler[list[SampledIndex]]):
     ):
         """
         Args:
-            sampler: Sampler that yields an infinite sequence of image indices. The sequence must be
-                the same in each iteration over the sampler.
-            batch_size: Number of images per step in this process.
-            is_wide: Function that returns whether the image with a given index is wide; None to
-                disable grouping.
+            sampler: Sampler that yields an infinite sequence of image indices. Every iterator over
+                the sampler must yield the same sequence.
+            batch_size: Number of images per batch in this process.
+            is_wide: Function that checks whether the image with a given index is wider than tall;
+                None disables grouping.
             start_iter: Index of the first batch to yield.
         """
         self.sampler, self.batch_size, self.is_wide = sampler, batch_size, is_wide
@@ -243,8 +246,8 @@ class PlannedBatches(Sampler[list[SampledIndex]]):
 class _SeededImages(Dataset):
     """Dataset wrapper that seeds the random generators before it loads an image.
 
-    The seed depends on the image's position in the order of training images. Unreadable images
-    are counted and replaced with the next readable image.
+    The seed is derived from the run's seed, the rank and the position in the sequence of sampled
+    images. Unreadable images are counted and replaced with the next readable image of the dataset.
     """
 
     def __init__(self, images: Dataset, seed: int, rank: int, skips: SkipCounter):

@@ -8,15 +8,17 @@ Differences from Detectron2's own `DatasetMapper` and `read_image`:
 - 16-bit grayscale images are scaled to 8 bits. Pillow's conversion would clip all values above 255.
 - 32-bit integer and floating-point images require ``INPUT.VALUE_RANGE``, because their value range
   is unknown.
-- The EXIF orientation of TIFF files is applied once. Detectron2 applies it again after Pillow. If
-  ``INPUT.EXIF`` is "ignore", the orientation of all other files is ignored.
-- A vertical flip, which mirrors a person, also swaps left and right keypoints.
+- The EXIF orientation of TIFF files is applied only by Pillow. Detectron2 applies it a second time.
+- If ``INPUT.EXIF`` is "ignore", the EXIF orientation of files other than TIFF is ignored.
+- A vertical flip also swaps left and right keypoints, because it mirrors persons.
 - For models with masks, ``INPUT.CROP`` also supports images without objects, for which Detectron2
   raises an error.
+- Rotated boxes and images with any number of channels are supported.
+- The labels in label images for semantic segmentation are validated.
 - ``INPUT`` has keys for additional augmentation, which is disabled by default.
 
-Everything else is the same as in Detectron2, including the pixels of all other images, unless
-``INPUT.FAST_RESIZE`` is set. JPEG files are decoded faster, with identical pixels.
+All other outputs are the same as Detectron2's, unless ``INPUT.FAST_RESIZE`` is set. JPEG files are
+decoded faster, with identical pixels.
 """
 
 import copy
@@ -36,7 +38,7 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image, UnidentifiedImageError
 
 from senet_transfer.config.architectures import PIXELS, predicts, predicts_rotated_boxes
-from senet_transfer.data.detection.augmentation.build import removes_parts, with_augmentation
+from senet_transfer.data.detection.augmentation.build import crops_images, with_augmentation
 from senet_transfer.data.detection.fast_images import (
     decode_jpeg,
     with_channel_resize,
@@ -62,21 +64,21 @@ class UnreadableImageError(UserError):
     """Error for an image file that cannot be decoded. Training skips and counts such images.
 
     Attributes:
-        reason: Reason for the error, without advice on how to fix it.
+        reason: Path of the file and reason for the error, without advice on how to fix it.
     """
 
     reason = ""
 
 
 class CheckedDatasetMapper(DatasetMapper):
-    """Variant of Detectron2's `DatasetMapper` with informative errors for broken images.
+    """Variant of Detectron2's `DatasetMapper` with informative errors for invalid data.
 
     Args:
-        is_train: Whether to map annotations in addition to images.
+        is_train: Whether to return annotations in addition to images.
         annotation_files: Dictionary from image folder to the annotation files that list its images;
             used in error messages.
-        labels: Number of classes in label images, and the label to ignore; None if the model does
-            not use label images.
+        labels: Number of classes for semantic segmentation, and the label of ignored pixels; None
+            to accept any label.
         rotated: Whether the model uses rotated boxes.
         reading: Settings for reading images.
         **kwargs: Other arguments of `DatasetMapper`.
@@ -113,7 +115,7 @@ class CheckedDatasetMapper(DatasetMapper):
         theirs = super().from_config(cfg, is_train)
         if is_train:
             theirs["augmentations"] = with_augmentation(cfg, theirs["augmentations"])
-            theirs["recompute_boxes"] = removes_parts(cfg) and cfg.MODEL.MASK_ON
+            theirs["recompute_boxes"] = crops_images(cfg) and cfg.MODEL.MASK_ON
         # A config of Detectron2 itself does not have this key.
         if is_train and cfg.INPUT.get("FAST_RESIZE", False) and not channels_of(cfg.INPUT.FORMAT):
             theirs["augmentations"] = with_fast_resize(theirs["augmentations"])
@@ -129,11 +131,11 @@ class CheckedDatasetMapper(DatasetMapper):
         }
 
     def __call__(self, dataset_dict: dict) -> dict:
-        """Map an image's dictionary in the same way as `DatasetMapper`.
+        """Convert a dataset dict to a model input, as `DatasetMapper` does.
 
         Raises:
-            UserError: If the image cannot be read, or its size differs from the size in the
-                dictionary.
+            UserError: If the image cannot be read, its size differs from the size in the dataset
+                dict, or its annotations are invalid.
         """
         dataset_dict = copy.deepcopy(dataset_dict)  # modified below
         image = self._read(dataset_dict)
@@ -185,7 +187,7 @@ class CheckedDatasetMapper(DatasetMapper):
             return
         try:
             super()._transform_annotations(dataset_dict, transforms, image_shape)
-        # Detectron2 and pycocotools raise exceptions of many types for invalid outlines.
+        # Detectron2 and pycocotools raise exceptions of many types for invalid segmentations.
         except (AssertionError, IndexError, TypeError, ValueError) as error:
             raise UserError(
                 f"{self._describe(dataset_dict)} has annotations that can't be used: {error} "
@@ -198,8 +200,8 @@ class CheckedDatasetMapper(DatasetMapper):
     def _swap_keypoints(self, instances: Instances, transforms: T.TransformList) -> None:
         """Swap left and right keypoints after a vertical flip.
 
-        Detectron2 does the same after a horizontal flip. Both flips together are a rotation, for
-        which the keypoints are swapped twice.
+        Detectron2 itself swaps them only after a horizontal flip. A horizontal and a vertical flip
+        together are a rotation, for which two swaps cancel each other.
         """
         flips = sum(isinstance(part, T.VFlipTransform) for part in transforms.transforms)
         if flips % 2 and instances.has("gt_keypoints") and self.keypoint_hflip_indices is not None:
@@ -217,7 +219,10 @@ class CheckedDatasetMapper(DatasetMapper):
         dataset_dict["instances"] = detection_utils.filter_empty_instances(instances)
 
     def _check_keypoints(self, dataset_dict: dict) -> None:
-        """Add invisible keypoints to objects without keypoints, and check all other keypoints."""
+        """Check the number of keypoints of each object.
+
+        Objects without keypoints are given invisible keypoints.
+        """
         if not self.use_keypoint or self.keypoint_hflip_indices is None:
             return
         length = 3 * len(self.keypoint_hflip_indices)
@@ -252,7 +257,7 @@ def read_checked(
     """Read an image with :func:`read_image`, and compare its size with the annotated size.
 
     Args:
-        dataset_dict: Dictionary of the image in Detectron2's format.
+        dataset_dict: Detectron2's dataset dict for the image.
         image_format: See :func:`read_image`.
         reading: See :func:`read_image`.
         annotation_files: Dictionary from image folder to the annotation files that list its images;
@@ -260,7 +265,7 @@ def read_checked(
 
     Raises:
         UnreadableImageError: If the image cannot be read.
-        UserError: If the image's size differs from the size in its dictionary.
+        UserError: If the image's size differs from the size in the dataset dict.
     """
     path, image_name = dataset_dict["file_name"], _describe(dataset_dict, annotation_files)
     try:
@@ -314,7 +319,7 @@ def read_labels(
     Args:
         path: Path of a single-channel image.
         shape: Expected height and width.
-        labels: Number of classes, and the label to ignore; None accepts any label.
+        labels: Number of classes, and the label of ignored pixels; None to accept any label.
 
     Returns:
         The class of each pixel, uint8 (H, W).
@@ -343,7 +348,8 @@ def read_labels(
         if wrong:
             raise UserError(
                 f"The label image {path} contains the labels {wrong[:10]}; expected 0 to "
-                f"{count - 1} for the {count} classes, or {ignored} for pixels to ignore."
+                f"{count - 1} for the {count} classes, or {ignored} for ignored pixels. Correct "
+                "the label image."
             )
     return found
 
@@ -354,8 +360,8 @@ def read_image(path: str, image_format: str, reading: Reading = UPRIGHT) -> np.n
     Args:
         path: Path of an image in one of the formats in `file_types.FORMATS`.
         image_format: "BGR", "RGB", "L", or any other format supported by Detectron2's `read_image`.
-            It is not used if ``reading`` specifies a number of channels; the image can then be in
-            any format supported by :func:`~senet_transfer.data.images.channels.decode_channels`.
+            Ignored if ``reading`` specifies a number of channels; the image can then be in any
+            format supported by :func:`~senet_transfer.data.images.channels.decode_channels`.
         reading: Settings for reading the image. By default, the EXIF orientation is applied, as in
             Detectron2.
 
@@ -364,7 +370,7 @@ def read_image(path: str, image_format: str, reading: Reading = UPRIGHT) -> np.n
         for the format "YUV-BT.601".
 
     Raises:
-        BrokenImageError: If the image has 32 bits per value and ``reading`` specifies no value
+        BrokenImageError: If the image has 32 bits per channel and ``reading`` specifies no value
             range.
         Exception: Any exception that Pillow raises for a missing, broken or truncated file.
     """

@@ -1,9 +1,11 @@
 """Conversion of COCO annotations to Detectron2's dataset dicts.
 
-The dicts equal the output of Detectron2's `load_coco_json`, with three differences. An object
-with an invalid outline is kept without the outline. If the annotations spell a file name
-differently from the image file, such as `my%20image.jpg` for `my image.jpg`, the dict contains the
-name of the image file. Annotation files with a byte order mark or null values are supported.
+The result is the same as that of Detectron2's `load_coco_json`, with three differences:
+
+- An object with an invalid segmentation is kept, but without the segmentation.
+- If a file name is spelled differently in the annotation file than on disk, such as
+  `my%20image.jpg` for `my image.jpg`, the dict contains the name on disk.
+- Annotation files with a byte order mark or null values are supported.
 """
 
 import os
@@ -14,7 +16,7 @@ from pycocotools import mask as mask_util
 
 from senet_transfer.data.detection.annotation_checks import CocoSummary
 from senet_transfer.data.detection.formats.source import read_annotations
-from senet_transfer.data.detection.outlines import outline_problem, usable_polygons
+from senet_transfer.data.detection.segmentations import segmentation_problem, usable_polygons
 
 _KEYS = ("iscrowd", "bbox", "keypoints", "category_id")
 
@@ -22,16 +24,17 @@ _KEYS = ("iscrowd", "bbox", "keypoints", "category_id")
 def read_records(
     json_file: str, image_dir: str, summary: CocoSummary, *, upright: bool = True
 ) -> list[dict]:
-    """Read an annotation file that has been validated.
+    """Read a validated annotation file as a list of Detectron2's dataset dicts.
 
     Args:
-        json_file: Annotation file in COCO instances format.
+        json_file: Annotation file in COCO instances format, or a file or folder in another
+            supported format.
         image_dir: Folder to which the `file_name` entries are relative.
         summary: The file's summary, as returned by ``read_coco_summary``.
         upright: Whether the annotations refer to the images with EXIF orientation applied.
 
     Returns:
-        One dictionary per image in Detectron2's format, sorted by image id.
+        One dataset dict per image, sorted by image id.
     """
     data = read_annotations(json_file, image_dir, upright=upright)
     by_image = defaultdict(list)
@@ -56,13 +59,13 @@ def read_records(
 
 def _object(item: dict, width: int, height: int, id_map: dict[int, int]) -> dict:
     found = {key: item[key] for key in _KEYS if item.get(key) is not None}
-    outline = item.get("segmentation")
-    if outline and outline_problem(outline, width, height) is None:
-        if isinstance(outline, list):
-            outline = usable_polygons(outline)
-        elif isinstance(outline["counts"], list):
-            outline = mask_util.frPyObjects(outline, *outline["size"])
-        found["segmentation"] = outline
+    segmentation = item.get("segmentation")
+    if segmentation and segmentation_problem(segmentation, width, height) is None:
+        if isinstance(segmentation, list):
+            segmentation = usable_polygons(segmentation)
+        elif isinstance(segmentation["counts"], list):
+            segmentation = mask_util.frPyObjects(segmentation, *segmentation["size"])
+        found["segmentation"] = segmentation
     points = item.get("keypoints")
     if points:
         # Keypoints are pixel indices, but boxes have continuous coordinates.

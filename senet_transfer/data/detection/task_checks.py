@@ -1,4 +1,4 @@
-"""Checks of datasets with semantic segmentation or keypoints before a run starts."""
+"""Validation of datasets for semantic segmentation or keypoint detection before a run starts."""
 
 import os
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def stuff_classes(names: Sequence[str]) -> tuple[list[str], int]:
 
     Raises:
         UserError: If a dataset has no classes or no label images, if label images are missing, or
-            if two datasets have different classes.
+            if two datasets have different classes or ignored labels.
     """
     found = {name: _stuff(name) for name in names}
     first, expected = next(iter(found.items()))
@@ -54,14 +54,14 @@ def _stuff(name: str) -> tuple[list[str], int]:
         raise UserError(
             f"{len(lacking)} of {len(records)} images of the dataset {name} have no label image "
             f"({', '.join(lacking[:_SHOWN]) or 'the dataset is empty'}); expected the path of an "
-            "existing single-channel image in `sem_seg_file_name` of every record. Correct the "
-            "records."
+            "existing single-channel image in `sem_seg_file_name` of every dataset dict. Correct "
+            "the dataset dicts."
         )
     return list(metadata.stuff_classes), metadata.get("ignore_label", _DEFAULT_IGNORED)
 
 
 def use_keypoints(cfg: CfgNode, names: Sequence[str]) -> None:
-    """Check the keypoints of datasets, and copy their number and names to the config.
+    """Check that datasets have the same keypoints, and copy their number and names to the config.
 
     Args:
         cfg: The config of a run with ``MODEL.KEYPOINT_ON``, modified in place.

@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 def sort_by_name(names: Iterable[str], root: str | Path) -> list[str]:
     """Sort class names as torchvision's ImageFolder does, and warn if the names are numbers.
 
-    Sorted as text, "10" precedes "9". If labels are in a different order than in training, all
-    predictions are wrong.
+    Sorted as text, "10" precedes "9". If the class order in evaluation differs from that in
+    training, predictions are compared with the wrong labels.
 
     Args:
         names: Class names.
@@ -32,8 +32,8 @@ def sort_by_name(names: Iterable[str], root: str | Path) -> list[str]:
         by_number = _sort_by_number(by_name)
         if by_number != by_name:
             logger.warning(
-                "The classes in %s are numbers. Their labels are in alphabetical order, as in "
-                "torchvision's ImageFolder: %s. The numeric order would be: %s. To use this "
+                "The class names in %s are numbers. They are sorted alphabetically, as in "
+                "torchvision's ImageFolder: %s. The numeric order would be: %s. To use the numeric "
                 "order, add --classes numeric.",
                 root,
                 first_of(by_name, _SHOWN),

@@ -40,10 +40,10 @@ class Reading:
     Attributes:
         value_range: Values that are mapped to 0 and 255 in images with more than 8 bits per
             channel; see :func:`to_8_bit`.
-        upright: Whether to apply the EXIF orientation. In colour and grayscale TIFF files, it
-            is always applied by Pillow.
-        channels: Number of channels of images that are not converted to RGB, with the channels in
-            the order of the file. None to convert images to RGB.
+        upright: Whether to apply the EXIF orientation. Pillow always applies the orientation of
+            colour and grayscale TIFF files.
+        channels: Expected number of channels, for images that are not converted to RGB. The
+            channels are in the order of the file. None to convert images to RGB.
     """
 
     value_range: tuple[float, ...] = ()
@@ -61,7 +61,7 @@ class BrokenImageError(Exception):
 
 
 def bits_of(image: Image.Image) -> int:
-    """Return the bits per value of an opened image: 8, 16 or 32. For 1-bit images, return 8."""
+    """Return the bits per value of a PIL image: 8, 16 or 32. For 1-bit images, return 8."""
     # Pillow opens 16-bit PGM files in its mode for 32-bit integers.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         return 16
@@ -69,7 +69,7 @@ def bits_of(image: Image.Image) -> int:
 
 
 def exif_orientation(image: Image.Image) -> int | None:
-    """Return the EXIF orientation of an opened image, from 1 to 8.
+    """Return the EXIF orientation of a PIL image, from 1 to 8.
 
     Return None if the image has no orientation or its EXIF data is broken. Also return None for
     TIFF files, because Pillow applies the orientation when it decodes these files.
@@ -83,9 +83,9 @@ def exif_orientation(image: Image.Image) -> int | None:
 
 
 def size_of(image: Image.Image, *, upright: bool) -> tuple[int, int]:
-    """Return the width and height of an opened image.
+    """Return the width and height of a PIL image.
 
-    If ``upright`` is True, the EXIF orientation is applied first.
+    If ``upright`` is True, return the size after the EXIF orientation has been applied.
     """
     sideways = upright and exif_orientation(image) in SIDEWAYS
     return (image.height, image.width) if sideways else image.size
@@ -108,7 +108,7 @@ def to_8_bit(
     """Convert an image with 16 or 32 bits per value to 8 bits.
 
     Args:
-        image: Opened image. It is returned unchanged if it has 8 bits per value.
+        image: PIL image. It is returned unchanged if it has 8 bits per value.
         value_range: Values that are mapped to 0 and 255; empty to map the whole range of a 16-bit
             image.
         data: The encoded image. If ``data`` and ``value_range`` are given, 16-bit colour images are
@@ -146,7 +146,7 @@ def scale(values: np.ndarray, value_range: Sequence[float]) -> np.ndarray:
 
 
 def stored_values(image: Image.Image, data: bytes = b"") -> np.ndarray:
-    """Return the values of an opened grayscale image, without Pillow's scaling to 16 bits."""
+    """Return the values of a grayscale PIL image, without Pillow's scaling to 16 bits."""
     # The tile is only known before decoding.
     maxval = _tile_arguments(image)[1:2] if image.format == "PPM" else ()
     values = np.asarray(image)
@@ -158,10 +158,10 @@ def stored_values(image: Image.Image, data: bytes = b"") -> np.ndarray:
 
 
 def has_deep_colours(image: Image.Image, data: bytes) -> bool:
-    """Return whether Pillow reduces an image to 8 bits per channel when decoding it.
+    """Return True if Pillow reduces an image to 8 bits per channel when decoding it.
 
     Args:
-        image: Opened image. It must not have been decoded yet, unless it is a PNG image.
+        image: PIL image. It must not have been decoded yet, unless it is a PNG image.
         data: The encoded image.
     """
     if bits_of(image) > 8:
@@ -179,7 +179,7 @@ def has_deep_colours(image: Image.Image, data: bytes) -> bool:
 
 
 def has_deep_planes(image: Image.Image) -> bool:
-    """Return whether an opened TIFF file has 16-bit colours in separate planes.
+    """Return True for a TIFF file with separate planes and more than 8 bits per channel.
 
     Pillow reads wrong pixels from such a file if the file is not compressed.
     """
@@ -190,14 +190,14 @@ def has_deep_planes(image: Image.Image) -> bool:
 
 
 def deep_colours(image: Image.Image, data: bytes) -> np.ndarray:
-    """Return the values of an image for which :func:`has_deep_colours` is True.
+    """Read a colour image with more than 8 bits per channel at full precision.
 
     Args:
-        image: Opened image that has not been decoded yet.
+        image: PIL image that has not been decoded yet.
         data: The encoded image.
 
     Returns:
-        The values as they are stored, uint16 RGB ``(H, W, 3)``.
+        The values stored in the file, uint16 RGB ``(H, W, 3)``.
 
     Raises:
         BrokenImageError: If neither tifffile nor OpenCV reads the values with full precision.
@@ -245,7 +245,7 @@ def jpeg2000_bits(data: bytes) -> int:
 
 
 def _white(image: Image.Image) -> int:
-    """Return the largest possible pixel value of an opened 16-bit grayscale image."""
+    """Return the largest possible pixel value of a 16-bit grayscale PIL image."""
     # A TIFF file can also specify 12 bits.
     return (1 << (_bits_per_sample(image) if image.format == "TIFF" else 16)) - 1
 
@@ -255,26 +255,26 @@ def _bits_per_sample(image: Image.Image) -> int:
 
 
 def _white_is_zero(image: Image.Image) -> bool:
-    """Return whether an opened image is a TIFF file in which brighter pixels have lower values.
+    """Return True for a TIFF image in which brighter pixels have lower values.
 
-    Pillow inverts such files only if they have 8 bits.
+    Pillow inverts such images only if they have 8 bits per value.
     """
     tags = getattr(image, "tag_v2", {})
     return tags.get(ExifTags.Base.PhotometricInterpretation) == 0
 
 
 def _tile_arguments(image: Image.Image) -> tuple:
-    """Return the decoder arguments that Pillow stores in an opened image, such as the raw mode."""
+    """Return the decoder arguments that Pillow stores in a PIL image, such as the raw mode."""
     tiles = getattr(image, "tile", ())
     arguments = tiles[0][3] if tiles else ()
     return arguments if isinstance(arguments, tuple) else (arguments,)
 
 
 def to_rgb(image: Image.Image, reading: Reading, data: bytes = b"") -> Image.Image:
-    """Convert an opened image to RGB with 8 bits per channel.
+    """Convert a PIL image to RGB with 8 bits per channel.
 
     Args:
-        image: Opened image.
+        image: PIL image.
         reading: Settings for reading the image; ``channels`` is ignored.
         data: The encoded image. If it is given, 16-bit colour images are read with full precision;
             see :func:`to_8_bit`.

@@ -108,7 +108,7 @@ def label_images(
 def _check_class_folders(
     by_class: Mapping[str, list[str]], root: Path, *, allow_empty: bool
 ) -> None:
-    """Raise a UserError for stray images, for empty class folders, or if there are no images."""
+    """Raise a UserError for images outside of class folders, empty class folders or no images."""
     if "" in by_class:
         raise UserError(
             f"{root} contains images outside of class folders: {first_of(by_class[''])}. Expected "
@@ -129,7 +129,7 @@ def _check_class_folders(
 
 
 def _check_splits(found: list[str], root: Path, classes: list[str] | None) -> None:
-    """Raise a UserError if the folders are splits, such as `train` and `val`, not classes."""
+    """Raise a UserError if the class folders are actually splits, such as `train` and `val`."""
     splits = _splits(found)
     if splits and (classes is None or not set(found).issubset(classes)):
         raise UserError(

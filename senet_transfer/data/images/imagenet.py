@@ -40,7 +40,7 @@ def open_imagenet(
     exclude: str | Path | None = None,
     skip_missing: int = 0,
 ) -> Images:
-    """Find a split's images and labels.
+    """Find the images and labels of an ImageNet split.
 
     Args:
         source: Folder with the archives or the folders `train` and `val`. It must also contain the
@@ -102,7 +102,7 @@ def _images_of(folder: Path, split: str) -> Path | None:
 
 
 def open_imagenet_images(path: Path, split: str, *, skip_missing: int = 0) -> Images:
-    """Find the images in an archive, a folder of class folders, or a folder of validation images.
+    """Find ImageNet images and their labels in an archive, class folders or a validation folder.
 
     The parent folder of `path` is searched for the development kit, or for the `meta.bin` that
     torchvision creates from the kit. One of them is required for validation images that are not in

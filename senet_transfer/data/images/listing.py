@@ -23,7 +23,7 @@ class Images:
 
     Attributes:
         root: Folder or archive.
-        names: Image paths relative to the folder, or to the top folder of the archive.
+        names: Image paths relative to the folder, or to the top-level folder of the archive.
         labels: Indices into `classes`, int32 `(N,)`.
         classes: Class names.
         sizes: File sizes in bytes, int64 `(N,)`.
@@ -178,8 +178,8 @@ def find_listed_images(
     """Find every listed image in a folder or an archive.
 
     Args:
-        root: Folder, or tar archive with one top folder that contains all members, as in Places365.
-        names: Image paths relative to the folder or to the archive's top folder.
+        root: Folder, or tar archive with a single top-level folder, as in Places365.
+        names: Image paths relative to the folder or to the archive's top-level folder.
         labels: Image labels, `(N,)`.
         classes: Class names.
         complete: Whether to raise an error if the folder or archive contains images that are not
@@ -224,7 +224,7 @@ def _folder_files(root: Path, names: Sequence[str], complete: bool) -> dict[str,
     """Return a dictionary from image path to (0, size), in the format of :func:`archive_members`.
 
     The dictionary contains those images in ``names`` that exist. If ``complete`` is True, it also
-    contains all other images in the folder, with a size of 1 instead of their actual size.
+    contains all other images in the folder. Their sizes are not needed, so they are set to 1.
     """
     found = {}
     for name in names:
@@ -243,8 +243,8 @@ def _folder_files(root: Path, names: Sequence[str], complete: bool) -> dict[str,
 def archive_members(archive: Path) -> dict[str, tuple[int, int]]:
     """Return a dictionary from image path to (offset, size) for an uncompressed tar archive.
 
-    The paths do not contain the top folder. In an archive of archives, such as ImageNet's training
-    images, each nested archive is treated as a folder.
+    The paths do not include the top-level folder. In an archive of archives, such as ImageNet's
+    training images, each nested archive is treated as a folder.
 
     Raises:
         UserError: If the archive is damaged, or contains an image twice.

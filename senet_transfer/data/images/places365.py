@@ -29,7 +29,7 @@ _LIST_ARCHIVES = ("filelist_places365-standard.tar", "filelist_places365-challen
 
 @functools.cache
 def places365_classes() -> dict[str, bool]:
-    """Return whether each class is an outdoor scene, keyed by class name in label order."""
+    """Return a dictionary from class name to True for outdoor scenes, in label order."""
     text = files(__package__).joinpath("places365_classes.txt").read_text("utf-8")
     rows = [line.split() for line in text.splitlines() if not line.startswith("#")]
     return {name: kind == "2" for name, kind in rows}
@@ -51,7 +51,7 @@ def image_places(split: str, size: str) -> list[str]:
 def open_places365(
     source: str | Path, split: str, size: str = "256", *, skip_missing: int = 0
 ) -> Images:
-    """Find a split's images and labels.
+    """Find the images and labels of a Places365 split.
 
     Args:
         source: Folder with the lists and the image folders or archives.
@@ -86,7 +86,7 @@ def open_places365(
 def open_places365_images(
     images: Path, lists: Path, split: str, *, skip_missing: int = 0
 ) -> Images:
-    """Find a split's images and labels, given separate paths for images and lists.
+    """Find the images and labels of a Places365 split, given separate paths for images and lists.
 
     Args:
         images: Folder or archive with the images.
@@ -168,7 +168,7 @@ def read_list(text: str, where: str, num_classes: int | None) -> tuple[list[str]
 
 
 def _read_list(folder: Path, name: str) -> str:
-    """Read a list from a folder, or from an archive of lists in the folder."""
+    """Read a Places365 list from a folder, or from an archive of lists in the folder."""
     try:
         if (folder / name).is_file():
             return (folder / name).read_text("utf-8")

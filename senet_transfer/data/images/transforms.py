@@ -162,7 +162,7 @@ class EvalTransform:
     """Deterministic resize and crop for evaluation.
 
     Images are decoded and resized with Pillow. Resizing tensors instead would change pixel values
-    by up to 1, which changes the third digit of the logits.
+    by up to 1, which changes the logits in the third significant digit.
 
     Attributes:
         mode: "short_side" resizes the short side to `resize` and crops the centre; "squash" resizes
@@ -230,7 +230,7 @@ class EvalTransform:
 
 
 def put(image: Tensor, place: Tensor) -> None:
-    """Copy an image into `place`, a slice of a batch."""
+    """Copy an image into `place`, its slice of the batch tensor."""
     alike = (image.shape, image.dtype) == (place.shape, place.dtype)
     if alike and image.ndim == 3 and image.stride(0) == 1:
         # OpenCV splits interleaved channels eight times as fast as PyTorch. It writes to the given

@@ -63,8 +63,8 @@ def make_shapes(
         `output_dir` as a path.
 
     Raises:
-        UserError: If the folder contains anything else or cannot be written, or an argument is out
-            of range. An existing folder is not changed in this case.
+        UserError: If the folder contains other data or cannot be written, or an argument is out of
+            range. An existing folder is not changed in this case.
     """
     _check_numbers(seed, train, val)
     output_dir = Path(output_dir)
@@ -107,7 +107,7 @@ def _is_present(target: Path, settings: dict[str, int]) -> bool:
     """Return True if a folder contains the dataset, or False if it is empty or does not exist.
 
     Raises:
-        UserError: If the folder contains anything else.
+        UserError: If the folder contains other data, or the path is a file.
     """
     if not target.exists():
         return False
@@ -120,9 +120,9 @@ def _is_present(target: Path, settings: dict[str, int]) -> bool:
         if found is None:
             return True
     raise UserError(
-        f"{target} already exists and is {found}; expected no folder, an empty folder or the "
-        f"shapes dataset with {_listed(settings)}. Move this folder or choose a different one. "
-        "Nothing was changed."
+        f"{target} already exists and is {found}; expected a new or empty folder, or the shapes "
+        f"dataset with {_listed(settings)}. Nothing was changed. Move {target}, or choose a "
+        "different folder."
     )
 
 
@@ -257,5 +257,5 @@ def _polygons(mask: np.ndarray) -> list[list[float]]:
             right[:, :cut] = False
             return _polygons(left) + _polygons(right)
     # With a tolerance of half a pixel, even a single pixel keeps its corners.
-    outlines = [cv2.approxPolyDP(contour, scale / 2, closed=True) for contour in contours]
-    return [((outline.reshape(-1) + 0.5) / scale).tolist() for outline in outlines]
+    polygons = [cv2.approxPolyDP(contour, scale / 2, closed=True) for contour in contours]
+    return [((polygon.reshape(-1) + 0.5) / scale).tolist() for polygon in polygons]

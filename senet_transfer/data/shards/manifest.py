@@ -102,8 +102,8 @@ def load_manifest(base: str, storage: RemoteOptions | None = None) -> Manifest:
     except AbsentFileError as error:
         raise UserError(
             f"{where} does not exist. Check the URL. Remote shards require a manifest, because "
-            "counting their samples would transfer all of them. Run `senet data manifest FOLDER` "
-            "where the shards are stored, and upload manifest.json and the index files."
+            "counting their samples would require downloading all shards. Run `senet data manifest "
+            "FOLDER` where the shards are stored, and upload manifest.json and the index files."
         ) from error
     except ValueError as error:
         raise UserError(f"{where} is not valid JSON: {error}. Prepare the data again.") from None

@@ -105,14 +105,14 @@ def scan_shards(
     ]
     manifest = Manifest(classes, shards, plan=FOREIGN)
     logger.info(
-        "%s: found %d images with labels for %d classes in %d shards, which have no %s.",
+        "%s: found %d images with labels for %d classes in %d shards without a %s.",
         paths[0].parent, manifest.samples, largest + 1, len(shards), MANIFEST,
     )  # fmt: skip
     return manifest, indices
 
 
 def is_shard_name(name: str) -> bool:
-    """Return True if a file name is that of a tar file, which may be compressed."""
+    """Return True if a file name has the extension of a tar file or a compressed tar file."""
     return name.endswith(_SUFFIXES)
 
 
@@ -158,7 +158,7 @@ def _pattern(name: str) -> str:
 
 
 def _split_of(name: str) -> str | None:
-    """Return the split in a shard's name, or None if the name contains no split."""
+    """Return the split that occurs in a shard's name, or None if the name contains no split."""
     words = set(re.findall("[a-z]+", name.lower()))
     return next((split for split, synonyms in _SPLITS.items() if words & synonyms), None)
 
@@ -176,7 +176,9 @@ def write_manifest(folder: str | Path, classes: list[str] | None = None) -> Mani
     """
     folder = Path(folder)
     if (folder / MANIFEST).exists():
-        raise UserError(f"{folder / MANIFEST} already exists. Delete it to write a new one.")
+        raise UserError(
+            f"{folder / MANIFEST} already exists. Delete this file to write a new manifest."
+        )
     paths = find_shards(folder) if folder.is_dir() else []
     if not paths:
         raise UserError(
@@ -214,8 +216,8 @@ def _check_uncompressed(paths: Sequence[Path]) -> None:
     if commands:
         raise UserError(
             f"{len(commands)} of {len(paths)} shards in {paths[0].parent} are compressed: "
-            f"{first_of(commands)}. Expected uncompressed tar files, because images are read from "
-            f"any position in a shard. Decompress the shards: {next(iter(commands.values()))}"
+            f"{first_of(commands)}. Expected uncompressed tar files, because images are read at "
+            f"arbitrary byte offsets. Decompress the shards: {next(iter(commands.values()))}"
         )
 
 

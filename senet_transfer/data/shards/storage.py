@@ -132,7 +132,7 @@ def read_bytes(url: str, storage: RemoteOptions) -> bytes:
 
 
 def read_range(url: str, storage: RemoteOptions, offset: int, size: int) -> bytes:
-    """Read `size` bytes starting at `offset`.
+    """Read `size` bytes of a file, starting at `offset`.
 
     Raises:
         UserError: If the file cannot be read or is too short.
@@ -201,7 +201,7 @@ def missing_files(urls: Sequence[str], storage: RemoteOptions) -> list[str]:
         try:
             found = list(pool.map(is_missing, urls))
         except Exception as error:
-            logger.info("The shards of %s can't be checked: %s", urls[0], error)
+            logger.info("The remote shards, such as %s, can't be checked: %s", urls[0], error)
             return []
     return [url for url, missing in zip(urls, found, strict=True) if missing]
 

@@ -186,7 +186,7 @@ def _good_samples(plan: ShardPlan, skipped: list[dict[str, str]]) -> Iterator[Ra
 
 
 def _on_disk(lines: Sequence[str]) -> bytes:
-    """Join lines and encode them as UTF-8. File names that are not UTF-8 keep their bytes."""
+    """Join lines and encode them as UTF-8. File names that are not UTF-8 stay unchanged."""
     return "\n".join(lines).encode("utf-8", "surrogateescape")
 
 
@@ -299,7 +299,7 @@ def _too_many_broken(
 def _written(
     pending: list[ShardPlan], output: Path, workers: int
 ) -> Iterator[tuple[dict[str, Any], int]]:
-    """Write shards.
+    """Write the planned shards, in parallel if there are several workers and shards.
 
     Yields:
         The content of each shard's JSON file, and the number of images planned for the shard.

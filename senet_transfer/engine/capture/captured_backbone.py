@@ -1,4 +1,4 @@
-"""Detector backbone that runs as CUDA graphs, which are captured separately for each image size."""
+"""Detector backbone that runs as CUDA graphs, with separate graphs for each image size."""
 
 import inspect
 import logging
@@ -29,7 +29,7 @@ class CapturedBackbone:
 
     The results are the same as without capturing. In particular, the batch norm statistics, which
     change during a capture, are restored afterwards. The gradients returned by a backward pass are
-    overwritten by the next one, so gradients of several passes must not be accumulated.
+    overwritten by the next backward pass, so gradients must not be accumulated over several passes.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class CapturedBackbone:
     ):
         """
         Args:
-            backbone: The backbone, with an FPN if it has one. Its ``forward`` is replaced.
+            backbone: The backbone, including its FPN, if any. Its ``forward`` is replaced.
             capture: A function that captures a module for sample inputs. If None, modules are
                 captured as CUDA graphs that share one memory pool.
             max_sizes: The maximum number of captured sizes.
@@ -79,8 +79,9 @@ class CapturedBackbone:
             if not self._told:
                 self._told = True
                 logger.info(
-                    "%d image sizes are captured as CUDA graphs. Other sizes run eagerly; a larger "
-                    "INPUT.SIZE_DIVISIBILITY reduces the number of sizes.",
+                    "CUDA graphs have been captured for the maximum of %d image sizes. Other sizes "
+                    "run eagerly. To reduce the number of sizes, increase "
+                    "INPUT.SIZE_DIVISIBILITY.",
                     self._max_sizes,
                 )
             return self._forward(images)
@@ -112,7 +113,7 @@ class CapturedBackbone:
 
 
 class _Forward(nn.Module):
-    """Module with a backbone's parameters and its original forward pass."""
+    """Module with the parameters and the original forward pass of a backbone."""
 
     def __init__(self, backbone: nn.Module, forward: Forward):
         super().__init__()

@@ -29,8 +29,8 @@ class CapturedStep:
     afterwards. Eager and replayed steps compute the same values.
 
     Calls whose input shapes differ from the captured shapes, such as an incomplete batch, run
-    eagerly. After ``warm_up`` such calls in a row, the step is captured again and replaces the
-    previous graph.
+    eagerly. After ``warm_up`` consecutive calls with the same new shapes, the step is captured
+    again, and the previous graph is discarded.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class CapturedStep:
         """
         Args:
             function: The step function. It takes a dict of tensors on the device and returns
-                tensors. It must not read values from the device. Among the host values that change
-                between steps, it may depend only on those returned by ``state``.
+                tensors. It must not cause host-device synchronisation.
             graphs: The backend that captures the step, such as CUDA graphs.
-            state: A function that returns the host values that the step depends on, such as the
-                training modes of the modules.
+            state: A function that returns all Python values that affect the step and may change
+                between steps, such as the training modes of the modules. A graph is replayed only
+                if these values are the same as during its capture.
             warm_up: The number of eager calls before a capture.
         """
         self._function, self._graphs, self._state = function, graphs, state

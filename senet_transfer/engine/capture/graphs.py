@@ -26,11 +26,11 @@ class Graph(Protocol):
     outputs: Outputs
 
     def replay(self) -> None:
-        """Execute the captured operations on the current tensor values; overwrite ``outputs``."""
+        """Execute the captured operations on the current input values; overwrite ``outputs``."""
 
 
 class Graphs(Protocol):
-    """Interface for capturing functions as CUDA graphs. Tests implement it without a GPU."""
+    """Interface for capturing functions as CUDA graphs. Tests use an implementation for the CPU."""
 
     device: torch.device
 

@@ -1,9 +1,9 @@
 """Verification of checkpoints, and the list of a run's checkpoints.
 
 ``last_checkpoint`` is a Detectron2 file that contains the name of the newest checkpoint.
-``recent_checkpoints`` lists all checkpoints that the run keeps, newest last. The list is used to
-fall back to an earlier checkpoint if the newest is corrupted, and to delete old checkpoints. Both
-files are replaced atomically after the new checkpoint has been written to disk.
+``recent_checkpoints`` lists the checkpoints of the run, newest last. The list is used to fall back
+to an earlier checkpoint if the newest is corrupted, and to delete old checkpoints. Both files are
+replaced atomically after the new checkpoint has been written to disk.
 """
 
 import logging
@@ -25,12 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 def sum_file(path: Path) -> Path:
-    """Return the path of the ``sha256sum`` checksum file of ``path``."""
+    """Return the path of the SHA-256 checksum file for ``path``."""
     return path.with_name(f"{path.name}.sha256")
 
 
 def write_sum(path: Path) -> None:
-    """Write the checksum file for ``path``."""
+    """Write the SHA-256 checksum file for ``path``, in the format of ``sha256sum``."""
     write_text(sum_file(path), f"{file_sha256(path)}  {path.name}\n")
 
 
@@ -94,7 +94,7 @@ def record(folder: str | Path, name: str, keep: int) -> None:
 
 
 def forget(folder: str | Path) -> None:
-    """Delete a run's checkpoint list so that the run can't be resumed. Keep the checkpoints."""
+    """Delete a run's checkpoint list, but no checkpoints. The run can't be resumed afterwards."""
     for name in (TAG, HISTORY):
         Path(folder, name).unlink(missing_ok=True)
 

@@ -22,7 +22,7 @@ from senet_transfer.weights.save import model_metadata
 
 
 class Checkpointer(DetectionCheckpointer):
-    """Checkpointer that accounts for every tensor in the model and in the file.
+    """Checkpointer that raises an error if a weight file does not match the model.
 
     Detectron2's checkpointer only logs mismatches, so training would start from random weights if a
     file had nothing in common with the model. Checkpoints include a description of the network, so
@@ -53,9 +53,9 @@ class Checkpointer(DetectionCheckpointer):
             save_dir: The run's output folder.
             family: The family of a pretrained weight file whose tensor names match several families
                 (``MODEL.WEIGHTS_FAMILY``). Checkpoints in ``save_dir`` don't need it.
-            choice: The network to load from a pretrained weight file with several networks
-                (``MODEL.WEIGHTS_PREFIX`` and similar keys). Checkpoints in ``save_dir`` don't need
-                it.
+            choice: The network to load from a pretrained weight file that contains several
+                networks (``MODEL.WEIGHTS_PREFIX`` and similar keys). Checkpoints in ``save_dir``
+                don't need it.
             keep: The number of checkpoints to keep, or 0 to keep all. The oldest are deleted.
             classes: The class names in the order of the model's outputs, to store in checkpoints.
             kwargs: Additional arguments for Detectron2's ``DetectionCheckpointer``.
@@ -115,7 +115,7 @@ class Checkpointer(DetectionCheckpointer):
 
         All processes of a job must call this method. Damaged checkpoints that are newer than the
         returned one are skipped. When the run saves its next checkpoint, they are removed from the
-        list of checkpoints, but their files are kept.
+        list of checkpoints, but their files are not deleted.
         """
         path = history.newest_whole(self.save_dir)
         if self.save_to_disk:
@@ -160,7 +160,7 @@ class Checkpointer(DetectionCheckpointer):
 
 
 def _training_state(filename: str, names: list[str]) -> dict[str, Any]:
-    """Return everything in a checkpoint except the model, without running code from the file.
+    """Return all entries of a checkpoint except the model, without executing code from the file.
 
     The file is memory-mapped to avoid reading the model's tensors a second time.
     """
@@ -181,7 +181,7 @@ def _training_state(filename: str, names: list[str]) -> dict[str, Any]:
 
 
 class UntaggedCheckpointer(Checkpointer):
-    """Checkpointer for models that are not used to resume training, such as the best model."""
+    """Checkpointer for files that are not used to resume training, such as ``model_best.pth``."""
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Do nothing, because runs are not resumed from the checkpoints of this class."""
+        """Leave ``last_checkpoint`` unchanged, so that runs do not resume from this file."""

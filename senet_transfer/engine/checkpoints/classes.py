@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 def config_next_to(weights: str) -> str:
     """Return the path of the ``config.yaml`` next to a checkpoint, or "" if there is none.
 
-    Files in a Hugging Face Hub repository are downloaded. For weights that are part of this
-    package, the path of the config in the package is returned.
+    If the checkpoint is in a Hugging Face Hub repository, the files are downloaded. If it is part
+    of this package, the path of the config in the package is returned.
     """
     if names_published(weights):
         return bundled_config(weights)
@@ -41,7 +41,7 @@ def trained_classes(source: Source) -> list[str]:
     ``config.yaml`` next to it.
 
     Returns:
-        The class names, or an empty list if they are unknown or the file has no predictor.
+        The class names, or an empty list if they are unknown or the file contains only a backbone.
     """
     if source.classes:
         return list(source.classes)
@@ -113,8 +113,8 @@ def apply_file_classes(cfg: CfgNode, source: Source) -> None:
     """Copy a weight file's class names, if they are known, to a config.
 
     Args:
-        cfg: The config, which is changed in place. Classes that it already contains keep their
-            category ids.
+        cfg: The config, which is changed in place. Classes that are already in the config keep
+            their category ids.
         source: The weight file of the model.
     """
     names = trained_classes(source)

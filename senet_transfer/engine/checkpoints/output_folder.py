@@ -106,8 +106,8 @@ def _written(folder: Path) -> Iterator[Path]:
 def drop_earlier_log(folder: str | Path, size: int) -> None:
     """Remove the messages of an earlier run from the log.
 
-    These messages are the first ``size`` bytes. The file is rewritten in place, because this
-    process keeps appending to it.
+    These messages are the first ``size`` bytes of the file. The file is rewritten in place, because
+    this process has opened it for appending.
     """
     path = Path(folder, LOG)
     if size and path.is_file():

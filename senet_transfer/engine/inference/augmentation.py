@@ -14,7 +14,7 @@ def with_augmentation(cfg: CfgNode, model: nn.Module) -> GeneralizedRCNNWithTTA 
     masks. For all other detectors, it is a :class:`FusedDetector`.
 
     Detectron2's default sizes, 400 to 1200 pixels, assume ``INPUT.MIN_SIZE_TEST: 800``. If
-    ``TEST.AUG`` has its default values, the sizes are scaled to the config's test size.
+    ``TEST.AUG`` contains these defaults, they are scaled in proportion to ``INPUT.MIN_SIZE_TEST``.
     """
     theirs = get_cfg()
     aug, default = cfg.TEST.AUG, theirs.TEST.AUG

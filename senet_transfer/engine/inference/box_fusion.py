@@ -23,7 +23,7 @@ def fuse_boxes(
         boxes: Boxes ``(N, 4)`` of each detector, as (x0, y0, x1, y1).
         scores: Scores ``(N,)`` of each detector.
         classes: Class indices ``(N,)`` of each detector.
-        iou_threshold: Minimum IoU with a merged box for another box to be added to it.
+        iou_threshold: A box is added to a merged box if their IoU is above this threshold.
 
     Returns:
         The merged boxes, scores and classes, in descending order of the scores.

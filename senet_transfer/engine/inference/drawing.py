@@ -72,7 +72,7 @@ class ClassNames:
 
 
 class PredictionDrawing(Visualizer):
-    """Detectron2's visualizer with fixed colours and labels that do not overlap.
+    """Detectron2's visualizer with a fixed colour per class, and labels that do not overlap.
 
     If there is no free space for a label near its object, the label is omitted.
 
@@ -204,7 +204,7 @@ class PredictionDrawing(Visualizer):
         return [withStroke(linewidth=width, foreground=(0, 0, 0, 0.55))]
 
     def _label(self, label: str, rect: Rect, colour: Colour) -> None:
-        """Draw a label next to a rectangle if there is free space."""
+        """Draw a label next to a bounding box if there is free space."""
         axes, scale = self.output.ax, self.output.scale
         text = axes.text(
             0,
@@ -240,10 +240,10 @@ def free_corner(
     """Return the top left corner for a label near an object, or None if there is no free space.
 
     Args:
-        rect: The object's rectangle.
+        rect: The object's bounding box.
         size: The label's width and height.
         image: The image's width and height. The label must be inside the image.
-        taken: The rectangles of the other labels.
+        taken: The bounding boxes of the labels drawn so far.
     """
     (x0, y0, x1, y1), (w, h) = rect, size
     most_x, most_y = image[0] - w, image[1] - h
@@ -295,9 +295,9 @@ def _extent(mask: np.ndarray) -> Rect:
 
 
 def _bounds(boxes: Any) -> np.ndarray:
-    """Return the rectangles next to which labels are drawn, ``(N, 4)``.
+    """Return the boxes ``(N, 4)`` next to which labels are drawn.
 
-    For a rotated box, the rectangle is the topmost corner of the box and has no area.
+    For a rotated box, the returned box is its topmost corner, with a width and height of 0.
     """
     boxes = boxes.tensor.numpy()
     if boxes.shape[1] == 4:

@@ -33,9 +33,9 @@ def check_same_classes(sources: Sequence[ModelSource]) -> None:
             )
         if has_caffe_order(first) != has_caffe_order(other):
             raise UserError(
-                f"The class orders of {files} differ: one is a Caffe model with the class order of "
-                "ImageNet's development kit, and the other is not. Combine only models with the "
-                "same class order."
+                f"The class orders of {files} differ: only one of the models is a Caffe model with "
+                "the class order of ImageNet's development kit. Combine only models with the same "
+                "class order."
             )
         names = list(first.cfg.DATASETS.CLASSES), list(other.cfg.DATASETS.CLASSES)
         if not all(names) or names[0] == names[1]:

@@ -51,10 +51,10 @@ def run_evaluation(
     """Evaluate a classifier, or the mean of several classifiers' probabilities.
 
     Args:
-        sources: The classifiers, which have the same classes in the same order.
+        sources: The classifiers, which must have the same classes in the same order.
         device: The device, such as "cuda:1". If empty, ``MODEL.DEVICE`` is used.
-        data: The path of shards, a folder, a CSV file or an archive. If empty, the first dataset in
-            ``DATASETS.TEST`` is used.
+        data: The evaluation data: shards, a folder, a CSV file or an archive. If empty, the first
+            dataset in ``DATASETS.TEST`` is used.
         views: The scales and crops to evaluate for each image. If None, the model's defaults are
             used.
         batch_size: The number of images per batch.
@@ -167,7 +167,7 @@ def run_saved_evaluation(
 def _written(
     evaluation: Evaluation, results: dict[str, Any], output: str, predictions: str
 ) -> dict[str, Any]:
-    """Write the requested files, and return the results."""
+    """Write the JSON and CSV files that were requested, and return the results."""
     if predictions:
         evaluation.write_predictions(predictions)
     if output:
@@ -206,7 +206,7 @@ def _check_files(output: str, predictions: str, *, keep_logits: bool) -> None:
         _check_writable(path)
     if keep_logits and not predictions:
         raise UserError(
-            "--logits adds the logits to the CSV file of --predictions. Pass "
+            "--logits requires --predictions, because the logits are written to its CSV file. Pass "
             "--predictions FILE as well."
         )
 

@@ -18,11 +18,11 @@ from senet_transfer.models.averaged import average_logits
 
 @dataclass(frozen=True)
 class SavedLogits:
-    """Contents of a CSV file written by ``--predictions FILE --logits``.
+    """Contents of a CSV file written by ``senet eval --predictions FILE --logits``.
 
     Attributes:
         file: Path of the file.
-        rows: Dictionary from image key to row index, starting at 0.
+        rows: Dictionary from image key to the zero-based index of its row.
         labels: Label and class name of each image.
         paths: Path of each image.
         logits: Logits of each image, float32 ``(N, C)``.
@@ -36,7 +36,7 @@ class SavedLogits:
 
     @classmethod
     def read(cls, file: str) -> "SavedLogits":
-        """Read a CSV file.
+        """Read a CSV file with logits.
 
         Raises:
             UserError: If the file can't be read or contains no logits.
@@ -83,7 +83,7 @@ def evaluate_saved_logits(
     """Evaluate the mean class probabilities computed from the logits in several files.
 
     Args:
-        files: CSV files of the same images, written by ``--predictions FILE --logits``.
+        files: CSV files for the same images, written by ``senet eval --predictions FILE --logits``.
         keep_predictions: If True, return the top classes of each image.
         keep_logits: If True, return the logarithm of the mean probabilities of each image.
 
@@ -134,7 +134,7 @@ def _check_same(first: SavedLogits, other: SavedLogits) -> None:
         )
     if differing := first.rows.keys() ^ other.rows.keys():
         raise UserError(
-            f"{files} contain different images: {len(differing)} are in only one of the files, "
+            f"{files} contain different images: {len(differing)} images are in only one file, "
             f"such as {min(differing)}. Evaluate both models on the same data."
         )
     for key, row in first.rows.items():

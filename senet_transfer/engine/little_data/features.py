@@ -77,8 +77,8 @@ def load_backbone(found: ModelSource, device: str = "") -> LoadedModel:
     """Build a classifier and load its backbone; the weight file may lack the linear layer.
 
     Raises:
-        UserError: If the model is not a classifier, or the weight file lacks a part of the
-            backbone.
+        UserError: If the model is not a classifier, or the weight file does not contain all
+            backbone weights.
     """
     if not is_classification(found.cfg):
         raise UserError(
@@ -137,7 +137,7 @@ def extract_features(
         dataset: The dataset, whose classes may differ from the classifier's.
         batch_size: The number of images per batch.
         workers: The number of processes that read and decode images. Each process builds batches
-            from its own part of the data.
+            from its own subset of the images.
         quiet: If True, show no progress bar.
 
     Raises:

@@ -28,8 +28,8 @@ class LinearProbe:
         weight: Weight of a linear layer on the features, float32 ``(C, D)``.
         bias: Bias of this layer, float32 ``(C,)``.
         weight_decay: The selected strength of the regularisation.
-        tried: One dict per strength with the results on the held-out images: ``weight_decay``,
-            ``top1_error`` in percent and ``loss``, the mean cross-entropy.
+        tried: The results on the held-out images, as one dict per regularisation strength with the
+            keys ``weight_decay``, ``top1_error`` (in percent) and ``loss`` (mean cross-entropy).
         held_out: The number of held-out images.
     """
 

@@ -28,7 +28,7 @@ def neighbour_scores(
         num_classes: Number of classes.
 
     Returns:
-        Scores ``(N, num_classes)``. The score of a class without neighbours is 0.
+        Scores ``(N, num_classes)``. The score is 0 for a class with no image among the neighbours.
     """
     known = F.normalize(train.double()).T
     scores = []
@@ -43,8 +43,8 @@ def top_errors(scores: Tensor, labels: Tensor) -> dict[str, float]:
     """Return the number of images and the top-1 and top-5 errors in percent.
 
     Args:
-        scores: Class scores ``(N, C)``. Classes with a score of minus infinity are not among the
-            top 5, even if fewer than five classes have finite scores.
+        scores: Class scores ``(N, C)``. Classes with a score of minus infinity never count as
+            top-5 predictions, even if fewer than five classes have finite scores.
         labels: Class indices ``(N,)``.
     """
     values, best = scores.topk(min(TOP, scores.shape[1]))

@@ -62,9 +62,10 @@ class GradualUnfreezing(HookBase):
         Args:
             model: The unwrapped model (not ``DistributedDataParallel``).
             starts: The iterations at which the last stage, the stage before it, and so on are
-                unfrozen. If there are fewer iterations than stages, the other stages stay frozen.
-            wrap: A function that wraps the model for distributed training again. The wrapper only
-                supports the parameters that required gradients when it was created.
+                unfrozen. If there are fewer iterations than stages, the first stages stay frozen.
+            wrap: A function that wraps the model in ``DistributedDataParallel`` again. It is called
+                whenever stages are frozen or unfrozen, because the wrapper only reduces gradients
+                of the parameters that required gradients when it was created.
 
         Raises:
             UserError: If an iteration is negative, if the iterations are not in ascending order, or

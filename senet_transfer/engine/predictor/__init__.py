@@ -1,1 +1,1 @@
-"""Prediction on images and videos, with trained, published and exported models."""
+"""Inference on images and videos, with trained, published and exported models."""

@@ -23,12 +23,12 @@ class ActivationMap:
     """Class activation map: the contribution of each position to the logit of a class.
 
     Attributes:
-        view: The part of the image that the classifier sees, uint8 RGB ``(H, W, 3)``.
+        view: The crop of the image that the classifier receives, uint8 RGB ``(H, W, 3)``.
         name: The class name.
         probability: The probability of the class.
         cam: The map ``(h, w)``. Its mean plus the bias of the class is the logit.
         plain: The map that would result if the last SE gate scaled all channels equally, by the
-            mean of its values; None if the network has no gates.
+            mean of its values; None if the network has no SE blocks.
     """
 
     view: np.ndarray
@@ -39,13 +39,14 @@ class ActivationMap:
 
     @property
     def added(self) -> np.ndarray | None:
-        """Change caused by the last SE gate, ``cam - plain``. None if the network has no gates."""
+        """Effect of the last SE gate, ``cam - plain``. None if the network has no SE blocks."""
         return None if self.plain is None else self.cam - self.plain
 
     def plot(self) -> Image.Image:
         """Return a figure that shows ``cam`` overlaid on the image.
 
-        If the network has gates, a second panel shows ``added``.
+        If the network has SE blocks, a second panel shows the effect of the last SE gate
+        (``added``).
         """
         maps = [(self.cam, f"{self.name} {self.probability:.1%}")]
         if self.added is not None:
@@ -118,7 +119,7 @@ def class_activation_map(
 
 
 def _scale_equally(gate: SqueezeExcitation, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    """Replace the gates of an SE layer with their mean over the channels, as a forward hook."""
+    """Recompute an SE layer's output with its gate averaged over the channels (forward hook)."""
     x, shortcut, scale = (*inputs, None, 1.0)[:3]
     gated = scale * x * gate.gate(x).mean(1, keepdim=True)
     return gated if shortcut is None else gated + shortcut

@@ -1,4 +1,4 @@
-"""Prediction on image files and videos, with results and drawings written to files."""
+"""Inference on image files and videos, with results and drawings written to files."""
 
 import csv
 import itertools
@@ -48,16 +48,17 @@ def predict_files(
     report: Callable[[Result], object] = lambda result: None,
     plot: Callable[[Any], Image.Image] = lambda result: result.plot(),
 ) -> str:
-    """Run prediction on images, and write the results and, optionally, drawings of them.
+    """Run inference on images, and write the results and, optionally, drawings of them.
 
-    After Ctrl-C, the results so far are kept.
+    On Ctrl-C, the results for the images processed so far are written.
 
     Args:
         predictor: The predictor.
         images: Paths of images, or the images found by :func:`~.inputs.find_photos`. A path that
             occurs several times is processed once.
         output_dir: The output folder for ``predictions.json`` (or ``.csv``, or the folder
-            ``labels`` for YOLO) and the drawings. A drawing has the relative path of its image.
+            ``labels`` for YOLO) and the drawings. Each drawing has the same relative path as its
+            image.
         form: The output format, one of :data:`FORMATS`. The default is "coco" for detectors and
             "json" for classifiers.
         draw: If True, write images with the predictions drawn on them. The default is True for
@@ -66,7 +67,7 @@ def predict_files(
         workers: See :meth:`Predictor.stream`.
         quiet: If True, show no progress bar.
         report: A function that is called with each result.
-        plot: A function that returns the drawing of a result.
+        plot: A function that returns an image with a result drawn on it.
 
     Returns:
         The path of the results file or folder.
@@ -101,7 +102,7 @@ def predict_files(
     except KeyboardInterrupt:
         path = writer.close()
         logger.warning(
-            "Prediction was interrupted. The predictions for some of the %d images are in %s.",
+            "Inference was interrupted. The predictions for some of the %d images are in %s.",
             len(photos),
             path,
         )
@@ -121,11 +122,11 @@ def predict_video(
     batch_size: int = 0,
     quiet: bool = False,
 ) -> tuple[str, int]:
-    """Run prediction on a video, and write the results and a video with the results drawn on it.
+    """Run inference on a video, and write the results and a video with the results drawn on it.
 
     The results are written to ``NAME.jsonl``: one JSON object per frame, with its index, its time
     in seconds and the results. The video is ``NAME.mp4``. Memory use does not depend on the length
-    of the video. Ctrl-C ends a stream; the results so far are kept.
+    of the video. Ctrl-C ends a stream; the results for the frames processed so far are written.
 
     Args:
         predictor: The predictor.

@@ -1,4 +1,4 @@
-"""Input images for prediction: files, folders, glob patterns, lists, URLs, images in memory."""
+"""Input images for inference: files, folders, glob patterns, lists, URLs, images in memory."""
 
 import glob
 import itertools
@@ -28,7 +28,7 @@ _TIMEOUT = 30.0  # seconds
 
 @dataclass(frozen=True, eq=False)
 class Photo:
-    """Input image for prediction. A file is read when needed, and is not kept in memory.
+    """Input image for inference. A file is read when needed, and is not kept in memory.
 
     Attributes:
         source: Path, HTTP(S) URL, PIL image or pixels. RGB or grayscale pixels are a uint8 array

@@ -51,7 +51,7 @@ def load(
 
             - The output folder of a run. The best model is loaded or, without one, the final model.
             - A checkpoint or weight file.
-            - A config file whose ``MODEL.WEIGHTS`` contains all weights of the model.
+            - A config file whose ``MODEL.WEIGHTS`` is a file with all weights of the model.
             - The name of published weights, such as "cadene/se_resnet50"; "senet_transfer/NAME" for
               weights in this package; or "timm/NAME" for weights that only timm provides.
             - A Hugging Face Hub repository, such as "hf-hub:owner/name".

@@ -177,7 +177,7 @@ class Detections(_Shown):
         photo: The image.
         instances: The objects as Detectron2's ``Instances``, on the CPU.
         classes: The classes of the model.
-        segments: Masks ``(H, W)`` of a semantic segmentation, by class index.
+        segments: Masks ``(H, W)`` of a semantic segmentation, keyed by class index.
     """
 
     photo: Photo

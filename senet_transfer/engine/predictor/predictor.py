@@ -95,7 +95,7 @@ class Predictor(ABC, Generic[Result]):
         self.batch_size = batch_size
 
     def __call__(self, images: Any, *, batch_size: int = 0) -> Any:
-        """Run prediction on images.
+        """Run inference on images.
 
         Args:
             images: A path or HTTP(S) URL, a PIL image, RGB or grayscale pixels (an array

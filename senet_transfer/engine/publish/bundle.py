@@ -1,4 +1,4 @@
-"""Adding trained models to this package; see :mod:`senet_transfer.weights.hub.bundled`."""
+"""Addition of trained models to this package; see :mod:`senet_transfer.weights.hub.bundled`."""
 
 import os
 import re
@@ -32,8 +32,8 @@ def bundle(
 ) -> Path:
     """Write a model to this package's weights folder. Existing files of this model are replaced.
 
-    The files are ``NAME-HASH.safetensors``, ``NAME.yaml`` and ``NAME.md``. The weight file and its
-    hash depend only on the arguments and the model.
+    The files are ``NAME-HASH.safetensors``, ``NAME.yaml`` and ``NAME.md``. The same model
+    and arguments always result in the same weight file and hash.
 
     Args:
         source: The model; see :func:`~senet_transfer.engine.publish.push.push`.

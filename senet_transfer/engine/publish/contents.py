@@ -161,8 +161,9 @@ def _stored_values(loaded: LoadedModel) -> dict[str, Any]:
 def _results(cfg: CfgNode, stored: dict[str, Any]) -> dict[str, Any]:
     """Return the evaluation results of a checkpoint, or an empty dict if they are unknown.
 
-    The results of a run's final model are stored in the ``results.json`` next to it. The file
-    ``model_best.pth`` contains the value of the metric by which the best model was selected.
+    For the final model of a run, the results are read from the ``results.json`` next to it. For the
+    best model, the only result is the metric by which it was selected; ``model_best.pth`` contains
+    the name and value of this metric.
     """
     path = Path(cfg.MODEL.WEIGHTS)
     if path.name == f"{BEST_NAME}.pth":

@@ -22,8 +22,8 @@ _SAMPLE = 100
 
 
 @dataclass(frozen=True)
-class DataFacts:
-    """Facts about training data.
+class DataProperties:
+    """Properties of the training data from which a recipe is derived.
 
     Attributes:
         task: "detection" or "classification".
@@ -45,8 +45,8 @@ class DataFacts:
 
 
 @dataclass(frozen=True)
-class MachineFacts:
-    """Facts about the machines on which a run trains.
+class MachineProperties:
+    """Properties of the machines on which a run trains.
 
     Attributes:
         gpu_memory: Memory of the smallest GPU, in GB; 0 for a run on the CPU.
@@ -59,8 +59,8 @@ class MachineFacts:
     cpus: int
 
 
-def describe_data(train: DataPart, val: DataPart, *, upright: bool = True) -> DataFacts:
-    """Collect the facts about a dataset that determine the recipe.
+def describe_data(train: DataPart, val: DataPart, *, upright: bool = True) -> DataProperties:
+    """Collect the properties of a dataset that determine the recipe.
 
     Args:
         train: Training data.
@@ -69,7 +69,7 @@ def describe_data(train: DataPart, val: DataPart, *, upright: bool = True) -> Da
         upright: True if annotations refer to images with the EXIF orientation applied.
 
     Raises:
-        UserError: If the data is missing or invalid, or there is no object to train on.
+        UserError: If the data is missing or invalid, or contains no objects to train on.
     """
     if not train.image_dir:
         dataset = open_dataset(train.path, split="train_standard")
@@ -83,7 +83,7 @@ def describe_data(train: DataPart, val: DataPart, *, upright: bool = True) -> Da
             # Pillow can't read the image. Training counts and limits such images.
             except (OSError, ValueError, Image.DecompressionBombError):
                 continue
-        return DataFacts(
+        return DataProperties(
             "classification", count, dataset.num_classes, int(np.median(sides or [224]))
         )
     summaries = [read_coco_summary(*part, upright=upright) for part in (train, val)]
@@ -103,7 +103,7 @@ def describe_data(train: DataPart, val: DataPart, *, upright: bool = True) -> Da
     )
     # The weights of the objects in each class sum to 1.
     place = np.searchsorted(np.cumsum([weight for _, weight in sizes]), 0.1 * len(counts))
-    return DataFacts(
+    return DataProperties(
         "detection",
         images=len({item["image_id"] for item in objects}),
         classes=len(summary.classes),
@@ -113,7 +113,7 @@ def describe_data(train: DataPart, val: DataPart, *, upright: bool = True) -> Da
     )
 
 
-def describe_machine(device: str) -> MachineFacts:
+def describe_machine(device: str) -> MachineProperties:
     """Return the GPU memory and the number of processes and CPU cores that this run can use.
 
     Args:
@@ -126,4 +126,4 @@ def describe_machine(device: str) -> MachineFacts:
     machines = comm.get_world_size() // comm.get_local_size()
     # Count the cores of all machines, because the run's processes are on all machines.
     cpus = machines * len(os.sched_getaffinity(0))
-    return MachineFacts(round(memory, 1), comm.get_world_size(), cpus)
+    return MachineProperties(round(memory, 1), comm.get_world_size(), cpus)

@@ -183,7 +183,7 @@ def choose_settings(
 
 
 def _published_weights(name: str) -> tuple[str, str]:
-    """Return ``(name, "")``, or ``("", reason)`` if the weights can't be downloaded."""
+    """Download published weights; return ``(name, "")`` or, if this fails, ``("", reason)``."""
     try:
         resolve(name)
     except UserError as error:

@@ -1,12 +1,12 @@
 """Rules that choose a training recipe. The table in docs/recipes.md lists them with their sources.
 
-The rules are pure functions of facts about the data and the machine.
+The rules are pure functions of the properties of the data and the hardware.
 """
 
 import math
 from typing import Any, NamedTuple
 
-from senet_transfer.engine.recipe.facts import DataFacts, MachineFacts
+from senet_transfer.engine.recipe.facts import DataProperties, MachineProperties
 
 # Minimum GPU memory in GB for choosing SE-ResNet-50 instead of SE-ResNet-18.
 LARGE_GPU = 6
@@ -48,19 +48,21 @@ class Choice(NamedTuple):
     reason: str
 
 
-def backbone(machine: MachineFacts) -> tuple[str, str]:
+def backbone(machine: MachineProperties) -> tuple[str, str]:
     """Return a backbone and its published ImageNet weights, chosen according to the GPU memory."""
     if machine.gpu_memory >= LARGE_GPU:
         return "se_resnet50", "cadene/se_resnet50"
     return "se_resnet18", "timm_legacy/seresnet18"
 
 
-def choose(data: DataFacts, machine: MachineFacts, weights: str, arch: str = "") -> list[Choice]:
+def choose(
+    data: DataProperties, machine: MachineProperties, weights: str, arch: str = ""
+) -> list[Choice]:
     """Return the settings for a dataset, in order of importance.
 
     Args:
-        data: Facts about the data.
-        machine: Facts about the machine.
+        data: Properties of the data.
+        machine: Properties of the hardware.
         weights: Pretrained weights of the backbone, or "" for random weights.
         arch: Name of the backbone that ``weights`` belong to, if they are the user's own.
     """
@@ -86,7 +88,7 @@ def choose(data: DataFacts, machine: MachineFacts, weights: str, arch: str = "")
     return [*choices, *task(data, machine, bool(weights))]
 
 
-def _why_backbone(machine: MachineFacts, weights: str) -> str:
+def _why_backbone(machine: MachineProperties, weights: str) -> str:
     if not weights:
         return "a small backbone is faster to train from random weights"
     if machine.gpu_memory >= LARGE_GPU:
@@ -96,7 +98,7 @@ def _why_backbone(machine: MachineFacts, weights: str) -> str:
     return "the run is on the CPU"
 
 
-def _detection(data: DataFacts, machine: MachineFacts, pretrained: bool) -> list[Choice]:
+def _detection(data: DataProperties, machine: MachineProperties, pretrained: bool) -> list[Choice]:
     low, high = _SIDES if machine.gpu_memory else _CPU_SIDES
     wanted = max(data.short_side, _SMALLEST_ANCHOR / data.object_size)
     side = _multiple(wanted, 32, low, high)
@@ -142,7 +144,9 @@ def _detection(data: DataFacts, machine: MachineFacts, pretrained: bool) -> list
     return [*choices, Choice("TEST.BEST_METRIC", "bbox/AP", "for model_best.pth")]
 
 
-def _classification(data: DataFacts, machine: MachineFacts, pretrained: bool) -> list[Choice]:
+def _classification(
+    data: DataProperties, machine: MachineProperties, pretrained: bool
+) -> list[Choice]:
     low, high = _CROPS if machine.gpu_memory else _CPU_CROPS
     crop = max(low, min(data.short_side // 32 * 32, high))
     choices = [
@@ -166,7 +170,7 @@ def _classification(data: DataFacts, machine: MachineFacts, pretrained: bool) ->
     return [*choices, *_schedule(data, machine, batch, pretrained)]
 
 
-def _batch(machine: MachineFacts, fits: float, most: int) -> Choice:
+def _batch(machine: MachineProperties, fits: float, most: int) -> Choice:
     """Return the batch size: ``fits`` images per process, but at most ``most`` images in total.
 
     Each process receives at least one image.
@@ -179,7 +183,7 @@ def _batch(machine: MachineFacts, fits: float, most: int) -> Choice:
 
 
 def _schedule(
-    data: DataFacts, machine: MachineFacts, batch: Choice, pretrained: bool
+    data: DataProperties, machine: MachineProperties, batch: Choice, pretrained: bool
 ) -> list[Choice]:
     """Return the settings for the batch size, learning rate, schedule and data loader workers."""
     views, least, most = SCHEDULES[data.task, pretrained]

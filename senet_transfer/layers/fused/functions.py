@@ -5,9 +5,10 @@ A layer's option ``fused`` has one of these values:
 * True: Use the fused operators. Raise an error if they cannot run on the device.
 * False: Use PyTorch's operators.
 * "auto": Use the fused operators in eager mode on a GPU, except for batch norms in training mode
-  without a gate. For these norms, the fused kernels run faster than PyTorch's kernels, but take the
-  CPU longer to launch. They are useful in CUDA graphs, for which the trainer sets the option to
-  True. Under ``torch.compile``, "auto" uses PyTorch's operators, which the compiler itself fuses.
+  without a gate. For these norms, the fused kernels are faster than PyTorch's on the GPU, but their
+  launch overhead on the CPU is higher. CUDA graphs avoid this overhead, so the trainer sets the
+  option to True if it uses CUDA graphs. Under ``torch.compile``, "auto" uses PyTorch's operators,
+  which the compiler itself fuses.
 
 PyTorch's operators are always used for modules with hooks and for modules that the fused operators
 do not support, such as SyncBN and gates without average pooling.
@@ -37,7 +38,7 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Fusable:
-    """Mixin for modules with the option ``fused``."""
+    """Mixin for modules that can use fused kernels, depending on the attribute ``fused``."""
 
     fused: str | bool = "auto"
 
@@ -68,7 +69,7 @@ def check_fused(fused: object, name: str = "fused") -> None:
 
 
 def uses_kernels(fused: str | bool, x: Tensor) -> bool:
-    """Return whether the option ``fused`` selects the fused kernels for a tensor's device.
+    """Return whether to use fused kernels for a tensor, given its device and the option ``fused``.
 
     Raises:
         UserError: If ``fused`` is True, but the kernels cannot run on the tensor's device.
@@ -104,12 +105,12 @@ def norm_gate_add(
     """Compute ``relu(gate(norm(x)) * norm(x) + shortcut)`` with the fused kernels.
 
     Args:
-        norm: BatchNorm2d with running statistics or FrozenBatchNorm2d; None for no norm.
-        se: A gate with average pooling; None for no gate.
+        norm: BatchNorm2d with running statistics, or FrozenBatchNorm2d; None for no norm layer.
+        se: SE module with average pooling; None for a block without SE.
         x: Feature map ``(N, C, H, W)``.
         shortcut: Feature map of the same shape and dtype; None for no residual addition.
-        squeezed: Feature map ``(N, K, H, W)`` that the gate reads instead of ``norm(x)``, for
-            inference only; None for ``norm(x)``.
+        squeezed: Feature map ``(N, K, H, W)`` from which the gate is computed, for inference only.
+            None computes the gate from ``norm(x)``.
         relu: Whether to apply the ReLU.
     """
     batch, values, eps = _norm_values(norm)
@@ -119,7 +120,7 @@ def norm_gate_add(
 
 
 def conv_norm_relu(conv: Conv2d, x: Tensor, fused: str | bool) -> Tensor:
-    """Return ``relu(conv(x))`` for a convolution with a norm.
+    """Return ``relu(conv(x))`` for a Detectron2 ``Conv2d`` with a norm layer.
 
     Fused kernels are used if possible.
     """
@@ -128,7 +129,10 @@ def conv_norm_relu(conv: Conv2d, x: Tensor, fused: str | bool) -> Tensor:
 
 
 def conv_norm(conv: Conv2d, x: Tensor, fused: str | bool) -> Tensor:
-    """Return ``conv(x)`` for a convolution with a norm, computed with fused kernels if possible."""
+    """Return ``conv(x)`` for a Detectron2 ``Conv2d`` with a norm layer.
+
+    Fused kernels are used if possible.
+    """
     out = residual_end(conv, None, x, None, fused, relu=False)
     return conv(x) if out is None else out
 
@@ -142,13 +146,13 @@ def residual_end(
     *,
     relu: bool = True,
 ) -> Tensor | None:
-    """Return ``relu(gate(r) * r + shortcut)`` with ``r = conv(x)``, or None if fusion is off.
+    """Return ``relu(gate(r) * r + shortcut)`` with ``r = conv(x)``, computed with fused kernels.
 
-    Fusion is off if the fused kernels are not selected or do not support the arguments.
+    Return None if the fused kernels are disabled or do not support the arguments.
 
     Args:
         conv: The last convolution of the residual branch, with its norm.
-        se: The gate for the convolution's output; None for a block without a gate.
+        se: SE module applied to the convolution's output; None for a block without SE.
         x: Input of the convolution, ``(N, K, H, W)``.
         shortcut: Output of the shortcut, ``(N, C, H / stride, W / stride)``; None for no shortcut.
         fused: The block's ``fused`` option.
@@ -191,7 +195,7 @@ def gate_and_add(
     """Return ``scale * gate(x) * x + shortcut``, computed with fused kernels if possible.
 
     Args:
-        se: The gate.
+        se: SE module applied to ``x``.
         x: Output of the residual branch, ``(N, C, H, W)``.
         shortcut: Output of the shortcut, ``(N, C, H, W)``.
         fused: The block's ``fused`` option.
@@ -206,13 +210,14 @@ def gate_and_add(
 def gate_add_norm(
     se: SqueezeExcitation | None, norm: nn.Module, x: Tensor, shortcut: Tensor, fused: str | bool
 ) -> tuple[Tensor, Tensor] | None:
-    """Return ``s = gate(x) * x + shortcut`` and ``relu(norm(s))``, or None if fusion is off.
+    """Return ``s = gate(x) * x + shortcut`` and ``relu(norm(s))``, computed with fused kernels.
 
-    Fusion is off if the fused kernels are not selected or do not support the arguments.
+    Return None if the fused kernels are disabled or do not support the arguments.
 
     Args:
-        se: The gate; None for a block without a gate.
-        norm: The norm of the sum, which is the first one of the next pre-activation block.
+        se: SE module applied to ``x``; None for a block without SE.
+        norm: The norm layer applied to the residual sum, i.e. the first norm layer of the next
+            pre-activation block.
         x: Output of the residual branch, ``(N, C, H, W)``.
         shortcut: Output of the shortcut, ``(N, C, H, W)``.
         fused: The block's ``fused`` option.
@@ -235,7 +240,7 @@ def _is_selected(
     se: SqueezeExcitation | None,
     *others: nn.Module,
 ) -> bool:
-    """Return whether the fused kernels are selected and support the given tensor and modules."""
+    """Return whether the fused kernels are enabled and support the given tensor and modules."""
     if not uses_kernels(fused, x):
         return False
     compiling = torch.compiler.is_compiling()
@@ -263,26 +268,26 @@ def _is_supported(norm: nn.Module) -> bool:
 
 
 def _uses_batch(norm: nn.Module) -> bool:
-    """Return whether a norm uses batch statistics and updates the running statistics."""
+    """Return whether a norm layer uses batch statistics and updates its running statistics."""
     return norm.training and type(norm) is nn.BatchNorm2d
 
 
 def _lacks_variance(norm: nn.Module | None, x: Tensor) -> bool:
-    """Return whether the norm is in training mode, but ``x`` has only one value per channel."""
+    """Return whether a norm needs batch statistics, but ``x`` has one value per channel."""
     return norm is not None and norm.training and x.numel() == x.shape[1]
 
 
 def _learns(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor | None) -> bool:
-    """Return whether the gradient of any feature map or parameter may be needed."""
+    """Return whether any feature map or parameter requires a gradient and autograd is enabled."""
     tensors = (x, shortcut, *conv.parameters(), *se.parameters())
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _repeats_conv(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) -> bool:
-    """Return whether the backward pass recomputes the convolution's output.
+    """Return whether to recompute the convolution's output in the backward pass.
 
-    This output is then not saved for the backward pass, so a block with a gate and a frozen norm
-    saves no more feature maps than a block without a gate.
+    Without recomputation, a block with a gate and a frozen norm would save this output for the
+    backward pass, in addition to the feature maps that a block without a gate saves.
     """
     one = (1, 1)
     is_pointwise = conv.kernel_size == conv.stride == one and conv.padding == (0, 0)
@@ -302,9 +307,10 @@ _Statistics = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def _norm_values(norm: nn.Module | None) -> tuple[bool, _Statistics, float]:
-    """Return the arguments of the fused operators for a norm.
+    """Return a norm layer's arguments for the fused operators.
 
-    The arguments are a flag that is True for batch statistics, the norm's tensors, and epsilon.
+    The arguments are a flag that is True for batch statistics, the tensors of the norm layer (mean,
+    variance, weight and bias), and epsilon.
     """
     if norm is None:
         return False, (None, None, None, None), 0.0
@@ -332,7 +338,7 @@ def _call(
     """Call the autograd function or the custom operator, and update the running statistics.
 
     Args:
-        norm: The norm, whose running statistics are updated in training; None for no norm.
+        norm: Norm layer, whose running statistics are updated in training; None for no norm layer.
         function: The autograd function, which is called in eager mode. It updates the running
             statistics itself.
         operator: The custom operator, which is called under ``torch.compile``.

@@ -1,13 +1,14 @@
 """Triton kernels that fuse batch norm, SE gate, residual addition and ReLU.
 
 A feature map ``(N, C, H, W)`` is processed as ``N`` matrices of ``C`` channels and ``P = H * W``
-positions, in contiguous or channels-last layout (``LAST``). The positions of an image are divided
-into ``S`` chunks of ``CHUNK`` positions. In kernels that process a feature map, each program
-processes one chunk in tiles of ``BP`` positions by ``BC`` channels. It writes at most one row of
-partial sums, so no kernel needs atomics, and results do not depend on the order of programs. Row
-``n * S + s`` of an array of partial sums belongs to chunk ``s`` of image ``n``.
+spatial positions, in contiguous or channels-last layout (``LAST``). The positions of an image are
+divided into ``S`` chunks of ``CHUNK`` positions. In kernels that process a feature map, each
+program processes one chunk in tiles of ``BP`` positions by ``BC`` channels. It writes at most one
+row of partial sums, so no kernel needs atomic operations, and the results are deterministic. Row
+``n * S + s`` of an array of partial sums contains the sums of chunk ``s`` of image ``n``.
 
-Kernels are not specialised for sizes that do not affect addresses, so fewer of them are compiled.
+Triton does not specialise the kernels for integers that do not affect the alignment of addresses
+(``do_not_specialize``), so fewer kernel variants are compiled.
 
 All arithmetic uses the dtype ``ACC``: float32, or float64 for float64 inputs. Only this module
 imports Triton at module level, and only functions that are about to launch a kernel import this
@@ -22,7 +23,7 @@ import triton.language as tl
 
 @triton.jit
 def _locate(C, BC: tl.constexpr):
-    """Return a program's row index, its channel indices, and a mask of the valid channels."""
+    """Return the chunk index and channel indices of a program, and a mask of valid channels."""
     blocks = tl.cdiv(C, BC)
     pid = tl.program_id(0)
     c = pid % blocks * BC + tl.arange(0, BC)
@@ -31,7 +32,7 @@ def _locate(C, BC: tl.constexpr):
 
 @triton.jit
 def _tile(first, stop, c, inside, C, P, LAST: tl.constexpr, BP: tl.constexpr):
-    """Return the offsets and the mask of a tile within an image."""
+    """Return the memory offsets of a tile within an image, and a mask of valid elements."""
     p = first + tl.arange(0, BP)
     mask = (p < stop)[:, None] & inside[None, :]
     if LAST:
@@ -43,13 +44,13 @@ def _tile(first, stop, c, inside, C, P, LAST: tl.constexpr, BP: tl.constexpr):
 
 @triton.jit
 def _row(pointer, row, C, c, inside, ACC: tl.constexpr):
-    """Load the values of a row of an ``(N, C)`` array."""
+    """Load a row of an array with ``C`` columns, converted to the dtype ``ACC``."""
     return tl.load(pointer + row.to(tl.int64) * C + c, mask=inside, other=0).to(ACC)
 
 
 @triton.jit
 def _vector(pointer, c, inside, ACC: tl.constexpr):
-    """Load one value per channel."""
+    """Load per-channel values, such as a norm's weights, converted to the dtype ``ACC``."""
     return tl.load(pointer + c, mask=inside, other=0).to(ACC)
 
 
@@ -74,7 +75,7 @@ def _excite(
     hidden_ptr, w2_ptr, b2_ptr, gate_ptr, image, store, c, inside, C, R,
     BIAS: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Return an image's gates ``excitation(fc2(hidden))``, and store them if ``store`` is True."""
+    """Compute one image's gates ``excitation(fc2(hidden))``; write them if ``store`` is True."""
     summed = tl.zeros((BC, BR), ACC)
     for first in range(0, R, BR):
         r = first + tl.arange(0, BR)
@@ -98,7 +99,7 @@ def moments(
     BIAS: tl.constexpr, ACT: tl.constexpr, BR: tl.constexpr, LAST: tl.constexpr, ACC: tl.constexpr,
     BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Compute the mean and the sum of squared deviations per chunk and channel.
+    """Compute the mean and the sum of squared deviations for each chunk and channel.
 
     A chunk is a range of positions in one image. With ``SUM``, the statistics are those of
     ``x + shortcut`` or ``gate * x + shortcut``. This sum is written to ``sum_ptr``, and the gates
@@ -222,7 +223,7 @@ def _image_sum(sums_ptr, n, c, inside, C, S, ACC: tl.constexpr, BS: tl.constexpr
 
 @triton.jit
 def _slope(gate, ACT: tl.constexpr):
-    """Return the derivative of the gate's activation, computed from the gate's value."""
+    """Return the derivative of the gate's activation function, given the function's output."""
     if ACT == "sigmoid":
         slope = gate * (1 - gate)
     elif ACT == "tanh":
@@ -239,10 +240,11 @@ def hidden_units(
     NORM: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexpr,
     BS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Compute hidden units ``relu(fc1(squeeze))`` from the mean of each chunk and channel.
+    """Compute the hidden units ``relu(fc1(squeeze))`` of a gate from the means of all chunks.
 
-    Each program computes one block of hidden units of one image. The kernel also writes the mean of
-    each channel over the image. If a norm precedes the gate, this is the mean of the norm's input.
+    The means are per channel. Each program computes a block of hidden units for one image. The
+    kernel also writes the mean of each channel over the image. If a norm precedes the gate, this is
+    the mean of the norm's input.
     """
     n = tl.program_id(0)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
@@ -316,7 +318,7 @@ def gradient_sums(
 
     With ``NORM``, first subtract the mean from the feature map, and also sum the gradient itself.
     With ``RELU``, first set the gradient to 0 where the block's output is 0. With ``KEEP``, also
-    write this masked gradient, which is the gradient of the shortcut.
+    write this masked gradient, which is the gradient with respect to the shortcut.
     """
     row, c, inside = _locate(C, BC)
     base = (row // S).to(tl.int64) * C * P
@@ -354,7 +356,7 @@ def gate_backward(
     NORM: tl.constexpr, SUMS: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr, BS: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of an image's fc2 output, fc1 output and pooled features.
+    """Compute the gradients of the fc2 output, the fc1 output and the pooled features of an image.
 
     These gradients are written to ``dsum_ptr``, ``dhidden_ptr`` and ``dpooled_ptr``. With ``SUMS``,
     also write the image's contributions to the gradients of the norm's bias and weight. These
@@ -407,14 +409,14 @@ def parameter_gradients(
     SUMS: tl.constexpr, SCALED: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr,
     BIAS: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of the norm's and the gate's parameters.
+    """Compute the gradients of the parameters of the norm and the gate.
 
     ``total`` and ``aligned`` contain partial sums per channel, with one row per image or per chunk
-    of an image. They are added up over the rows to compute the gradients of the norm's bias and
-    weight, respectively. ``total`` contains sums of the output gradient. ``aligned`` contains sums
-    of the product of the output gradient and the feature map, which is normalised if ``SCALED`` is
-    True, and only centred otherwise. If ``NORM`` is True, a norm precedes the gate. Program (i, j)
-    computes block i of the channels and block j of the hidden units.
+    of an image. ``total`` contains sums of the gradient with respect to the norm's output, which
+    yield the gradient of the norm's bias. ``aligned`` contains sums of the product of this gradient
+    and the norm's input, which yield the gradient of the norm's weight. The input is normalised if
+    ``SCALED`` is True, and only centred otherwise. If ``NORM`` is True, a norm precedes the gate.
+    Program (i, j) computes block i of the channels and block j of the hidden units.
     """
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     inside = c < C
@@ -479,7 +481,7 @@ def input_gradient(
     KEEP: tl.constexpr, EXTRA: tl.constexpr, DOT: tl.constexpr,
     LAST: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradient of the norm's input or, without a norm, of the gate's input.
+    """Compute the gradient with respect to the input of the norm or, without a norm, of the gate.
 
     With ``RELU``, first set the output's gradient to 0 where the output is 0. With ``KEEP``, also
     write this masked gradient. With ``BATCH``, add the gradients through the batch mean and

@@ -1,4 +1,4 @@
-"""Functions that launch the fused kernels, and the forward and backward passes built from them."""
+"""Forward and backward passes of the fused operators, implemented with the Triton kernels."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ _Results: TypeAlias = tuple[Maybe, ...]
 _Kind: TypeAlias = tuple[bool, bool, bool]
 
 
-class _Plan(NamedTuple):
+class _Tiling(NamedTuple):
     """Division of a feature map into tiles and chunks of positions; see :mod:`.kernels`.
 
     Attributes:
@@ -37,7 +37,7 @@ class _Plan(NamedTuple):
         rows: Total number of chunks in all images.
         sizes: Numbers of channels, positions, chunks per image, and positions per chunk.
         tile: Compile-time arguments of the kernels that process a feature map.
-        kinds: Properties of the sizes that determine which compiled kernel is used.
+        kinds: Properties of the sizes for which Triton specialises kernels, for the cache key.
     """
 
     programs: int
@@ -56,7 +56,7 @@ def _kind(n: int) -> _Kind:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(n: int, channels: int, positions: int, last: bool, dtype: torch.dtype) -> _Plan:
+def _tiling(n: int, channels: int, positions: int, last: bool, dtype: torch.dtype) -> _Tiling:
     import triton.language as tl
 
     size = _TILE[dtype]
@@ -75,7 +75,7 @@ def _plan(n: int, channels: int, positions: int, last: bool, dtype: torch.dtype)
     # On AMD GPUs, Triton uses 32-bit offsets for tensors smaller than 2 GiB. For large shapes, the
     # shape and the dtypes determine which tensors are that small.
     large = (n, channels, positions) if 8 * n * channels * positions >= 2**31 else None
-    return _Plan(
+    return _Tiling(
         programs=n * splits * blocks,
         rows=n * splits,
         sizes=sizes,
@@ -126,7 +126,7 @@ def _prepared(function: Callable[..., _Results]) -> Callable[..., _Results]:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Return whether ``x`` has the channels-last layout.
+    """Return whether ``x`` has the channels-last memory format.
 
     If ``x`` is also contiguous, for example because it has a single channel, return False.
     """
@@ -134,7 +134,10 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 class _Norm(NamedTuple):
-    """Statistics and parameters of a norm, each ``(C,)``. All are None if there is no norm."""
+    """Statistics and parameters ``(C,)`` of a norm layer, and its epsilon.
+
+    If there is no norm, the tensors are None.
+    """
 
     mean: Maybe
     var: Maybe
@@ -174,7 +177,7 @@ def _launch(
 
     When Triton itself launches a kernel, it inspects all arguments. On the host, this takes longer
     than most kernels take on the GPU. The launch of a cached kernel skips this inspection. Tensors
-    are passed as integer addresses, so the driver does not have to look them up.
+    are passed as integer addresses, so their pointers are not looked up in the CUDA driver.
 
     Args:
         kernel: The kernel.
@@ -201,7 +204,7 @@ def _launch(
 
 
 class _Gates(NamedTuple):
-    """Arguments of a gate's second layer, for the kernels that compute and apply the gates.
+    """Arguments of the kernels that compute gates from hidden units and apply them.
 
     Attributes:
         hidden: Activations of the hidden units, ``(N, R)``. None if the kernel computes no gates.
@@ -224,16 +227,16 @@ class _Gates(NamedTuple):
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """The arguments for the gates, in the order of the kernels' parameters."""
+        """The run-time arguments for the gates, in the order of the kernels' parameters."""
         return self.hidden, self.w2, self.b2, self.value, self.units
 
     def flags(self, launch: "_Launcher") -> dict[str, Any]:
-        """Return a kernel's compile-time arguments for the gates, and the cache key for them."""
+        """Return the compile-time arguments for the gates, and their part of the cache key."""
         return {
             "GATE": self.value is not None,
             "BIAS": self.b2 is not None,
             "ACT": self.activation,
-            "BR": min(4096 // launch.plan.tile["BC"], _power_of_2(self.units)),
+            "BR": min(4096 // launch.tiling.tile["BC"], _power_of_2(self.units)),
             "key": _kind(self.units),
         }
 
@@ -242,14 +245,14 @@ _NO_GATES = _Gates()
 
 
 class _Launcher:
-    """Launcher of the kernels for feature maps of one shape, layout and device."""
+    """Launcher of the kernels for feature maps of a given shape, layout, dtype and device."""
 
     def __init__(self, key: _Key, like: Tensor, last: bool | None = None):
         """
         Args:
             key: Key for the cache of compiled kernels; see :func:`_prepared`.
             like: A feature map with the shape, dtype and device that the kernels will process.
-            last: Whether the layout is channels-last; None for the layout of ``like``.
+            last: Whether the memory format is channels-last; None uses that of ``like``.
         """
         from senet_transfer.layers.fused import kernels
 
@@ -257,30 +260,30 @@ class _Launcher:
         self.last = is_channels_last(like) if last is None else last
         self.n, self.c, height, width = like.shape
         self.count = self.n * height * width
-        self.plan = _plan(self.n, self.c, height * width, self.last, like.dtype)
-        self.key = (*key, like.dtype, *self.plan.kinds)
-        self.acc = self.plan.tile["ACC"]
+        self.tiling = _tiling(self.n, self.c, height * width, self.last, like.dtype)
+        self.key = (*key, like.dtype, *self.tiling.kinds)
+        self.acc = self.tiling.tile["ACC"]
         self.device = like.device
         self.dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
 
     def dense(self, x: Tensor) -> Tensor:
-        """Return ``x`` in the launcher's layout, without a copy if possible."""
+        """Return ``x`` in the launcher's memory format. It is copied only if necessary."""
         layout = torch.channels_last if self.last else torch.contiguous_format
         return x.contiguous(memory_format=layout)
 
     def new(self, *shape: int) -> Tensor:
-        """Return an uninitialised tensor, in the dtype in which the kernels accumulate."""
+        """Return an uninitialised tensor with the dtype in which the kernels accumulate."""
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def rows(self) -> Tensor:
-        """Return an uninitialised tensor ``(chunks, C)`` for sums over each chunk of positions."""
-        return self.new(self.plan.rows, self.c)
+        """Return an uninitialised tensor ``(chunks, C)`` for values per chunk and channel."""
+        return self.new(self.tiling.rows, self.c)
 
     def run(self, kernel: Any, *arguments: Any, key: _Key | _Kind = (), **flags: Any) -> None:
         """Launch a kernel that processes the tiles of a feature map."""
-        arguments = (*arguments, *self.plan.sizes)
+        arguments = (*arguments, *self.tiling.sizes)
         key = (*self.key, *key)
-        _launch(kernel, (self.plan.programs,), key, arguments, flags | self.plan.tile)
+        _launch(kernel, (self.tiling.programs,), key, arguments, flags | self.tiling.tile)
 
     def run_grid(
         self,
@@ -294,7 +297,7 @@ class _Launcher:
         _launch(kernel, grid, (*self.key, *key), arguments, flags | {"ACC": self.acc})
 
     def moments(self, x: Tensor, *, square: bool) -> tuple[Tensor, Maybe]:
-        """Compute statistics of each channel over each chunk of positions.
+        """Compute the statistics of each channel over each chunk of positions.
 
         Returns:
             The means and, if ``square`` is True, the sums of squared deviations.
@@ -364,7 +367,7 @@ class _Launcher:
 
     def _row_tile(self) -> dict[str, int]:
         """Return the tile size and number of warps of the kernel that merges statistics."""
-        rows = min(256, max(16, _power_of_2(self.plan.rows)))
+        rows = min(256, max(16, _power_of_2(self.tiling.rows)))
         return {"BR": rows, "num_warps": 4 if rows <= 64 else 8}
 
     def merge(
@@ -375,12 +378,12 @@ class _Launcher:
         If ``running`` is not None, also update the running statistics.
         """
         mean, var = self.new(self.c), self.new(self.c)
-        channels, positions, splits, chunk = self.plan.sizes
+        channels, positions, splits, chunk = self.tiling.sizes
         tensors = running[:3] if running else ()
         self.run_grid(
             self.kernels.merge, (-(-self.c // 16),),
             means, squares, mean, var, *(running or (None, None, None, 0.0)), channels, positions,
-            splits, self.plan.rows, chunk, RUNNING=running is not None, BC=16, **self._row_tile(),
+            splits, self.tiling.rows, chunk, RUNNING=running is not None, BC=16, **self._row_tile(),
             key=tuple((tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors),
         )  # fmt: skip
         return mean, var
@@ -395,7 +398,7 @@ class _Launcher:
         """
         units = len(gate.w1)
         pooled, hidden = self.new(self.n, self.c), self.new(self.n, units)
-        channels, positions, splits, chunk = self.plan.sizes
+        channels, positions, splits, chunk = self.tiling.sizes
         height, rows = min(_UNITS, _power_of_2(units)), min(128, _power_of_2(splits))
         self.run_grid(
             self.kernels.hidden_units, (self.n, -(-units // height)),
@@ -410,7 +413,7 @@ class _Launcher:
         height = _power_of_2(units)
         width = min(max(16, _GATE_TILE // height), _power_of_2(self.c))
         return {
-            "BS": min(64, _power_of_2(self.plan.sizes[2])),
+            "BS": min(64, _power_of_2(self.tiling.sizes[2])),
             "BR": height,
             "BC": width,
             "num_warps": 16 if height * width > _GATE_TILE // 2 else 8,
@@ -427,13 +430,13 @@ class _Launcher:
         *,
         sums: bool,
     ) -> tuple[Tensor, tuple[Maybe, ...]]:
-        """Return the gradients of the pooled features and of the parameters.
+        """Return the gradients of the pooled features and of the parameters of gate and norm.
 
         Args:
-            total: Sums of the gradient over each chunk of positions; see :mod:`.kernels`. Only
-                needed with a norm.
-            aligned: Sums of the product of gradient and feature map over each chunk. With a norm,
-                the norm's mean is subtracted from the feature map.
+            total: Sums of the gradient over each chunk of positions; see :mod:`.kernels`. Required
+                only if a norm precedes the gate.
+            aligned: Sums of the product of gradient and feature map over each chunk. If a norm
+                precedes the gate, the norm's mean is subtracted from the feature map.
             norm: The norm before the gate.
             gate: The gate.
             saved: Pooled features, hidden units and gates of all images.
@@ -451,7 +454,7 @@ class _Launcher:
         self.run_grid(
             self.kernels.gate_backward, (self.n,),
             total, aligned, pooled, *norm, gate.w1, gate.w2, hidden, value, dsum, dhidden, dpooled,
-            *totals, self.c, units, self.plan.sizes[2], NORM=has_norm, SUMS=sums, ACT=excitation,
+            *totals, self.c, units, self.tiling.sizes[2], NORM=has_norm, SUMS=sums, ACT=excitation,
             **self._gate_tile(units), key=_kind(units),
         )  # fmt: skip
         affine = [self.new(self.c) if sums else None for _ in range(2)]
@@ -471,7 +474,7 @@ class _Launcher:
         tile = self._row_tile()
         self.run_grid(
             self.kernels.parameter_gradients, (-(-self.c // 16), 1),
-            total, aligned, *norm, *affine, *(None,) * 8, self.c, 0, 0, self.plan.rows,
+            total, aligned, *norm, *affine, *(None,) * 8, self.c, 0, 0, self.tiling.rows,
             SUMS=True, SCALED=False, NORM=False, GATE=False, BIAS=False, BN=tile["BR"], BR=16,
             BC=16, num_warps=tile["num_warps"],
         )  # fmt: skip
@@ -490,14 +493,14 @@ class _Launcher:
         extra: Maybe = None,
         branch: Maybe = None,
     ) -> tuple[Tensor, Maybe]:
-        """Compute the gradient of the input of a norm or gate.
+        """Compute the gradient with respect to the input of a norm or gate.
 
         Args:
             gradient: Gradient of the output.
             norm: The norm.
             affine: Gradients of the norm's weight and bias; None for fixed statistics.
             out: Output of the ReLU, which masks the gradient; None for no ReLU.
-            x: Input of the norm; only needed for batch statistics.
+            x: Input of the norm; required only for batch statistics.
             gated: The gates, and the gradients of the pooled features; None if there is no gate.
             masked: Tensor to which the masked gradient is written, or None.
             extra: Another gradient of the same input, which is added to the result, or None.
@@ -557,8 +560,8 @@ def end_forward(
 ) -> _Results:
     """Run the forward pass of the operator ``norm_gate_add``.
 
-    ``squeezed`` is the feature map that the gate reads. If it is None, the gate reads the norm's
-    output.
+    ``squeezed`` is the feature map from which the gates are computed. If it is None, the gates are
+    computed from the norm's output.
 
     Returns:
         The output, batch mean, batch variance, pooled features, hidden units and gates.
@@ -737,8 +740,8 @@ def preact_forward(
     """Run the forward pass of the operator ``gate_add_norm``.
 
     Returns:
-        The sum, ``relu(norm(sum))``, batch mean, batch variance, pooled features, hidden units and
-        gates.
+        The residual sum, ``relu(norm(sum))``, batch mean, batch variance, pooled features, hidden
+        units and gates.
     """
     launch, gate = _Launcher(key, x), _make_gate(w1, b1, w2, b2)
     x = launch.dense(x)

@@ -4,7 +4,7 @@
 operator         result
 ===============  =========================================================================
 `norm_gate_add`  ``relu(gate(norm(x)) * norm(x) + shortcut)``, the end of a residual block
-`conv_gate_add`  the same for ``norm(conv(x))``, with a 1x1 convolution and a frozen norm
+`conv_gate_add`  the same with ``norm(conv(x))``, for a 1x1 convolution and a frozen norm
 `gate_add_norm`  ``s = gate(x) * x + shortcut`` and ``relu(norm(s))`` (pre-activation)
 ===============  =========================================================================
 
@@ -60,7 +60,7 @@ def _existing(found: Sequence[Maybe], values: Sequence[Any]) -> tuple[Tensor, ..
 
 
 def _needed(ctx: Any, found: Sequence[Maybe]) -> tuple[Maybe, ...]:
-    """Return the gradients of all inputs, with None for inputs that don't require a gradient."""
+    """Return one gradient per input; None for inputs that don't require a gradient."""
     found = (*found, *[None] * (len(ctx.needs_input_grad) - len(found)))
     return tuple(
         value if needed else None for value, needed in zip(found, ctx.needs_input_grad, strict=True)

@@ -52,7 +52,7 @@ class PlainBottleneckBlock(Fusable, BottleneckBlock):
 def _plain_end(
     block: PlainBasicBlock | PlainBottleneckBlock, x: Tensor, inner: Tensor, last: Conv2d
 ) -> Tensor:
-    """Apply a block's last convolution, the residual addition and the ReLU.
+    """Apply the last convolution of a residual block, the residual addition and the ReLU.
 
     Args:
         block: The block.
@@ -86,7 +86,7 @@ class SEBlock(Fusable, CNNBlockBase):
         self.se = se.operator(gated)
 
     def fold_squeeze(self) -> None:
-        """Fold the last convolution into the gate, for inference with folded norms.
+        """Fold the last convolution into the SE gate, for inference with folded batch norms.
 
         See :func:`senet_transfer.layers.fused_gate.fold_squeeze` for details.
         """
@@ -94,9 +94,9 @@ class SEBlock(Fusable, CNNBlockBase):
             fold_squeeze(self.conv3, self.se)
 
     def _end(self, x: Tensor, inner: Tensor, last: Conv2d) -> Tensor:
-        """Apply the last convolution, the residual addition and the ReLU.
+        """Apply the last convolution, the residual addition and the ReLU of a residual block.
 
-        The SE gate is also applied here, unless its placement is "pre" or "3x3".
+        The SE gate is also applied by this method, unless its placement is "pre" or "3x3".
 
         Args:
             x: The block's input.
@@ -225,7 +225,7 @@ def _stem_pool(x: Tensor, pool: str) -> Tensor:
 class ResNetStem(Fusable, BasicStem):
     """Detectron2's stem (7x7 convolution and max pool) with configurable padding of the max pool.
 
-    The padding must match the one used in training. Otherwise, the weights can be loaded without an
+    The padding must be the same as in training. Otherwise, the weights can be loaded without an
     error, but the accuracy is lower. If the input's height and width are multiples of 4, the size
     of the feature maps doesn't depend on the padding.
     """

@@ -1,4 +1,4 @@
-"""Common parts of all backbone builders: construction from stages, and option checks.
+"""Functions for backbone builders: construction from stages, and validation of options.
 
 A builder is a function that takes only keyword arguments. All builders have the following
 arguments, with defaults:
@@ -6,7 +6,7 @@ arguments, with defaults:
 - ``se: SEOptions | None``: SE variant; None builds the network without SE.
 - ``norm``: Detectron2 norm name, such as "BN".
 - ``in_channels``: Number of image channels.
-- ``out_features``: Names of the stages to return; None returns the last one.
+- ``out_features``: Names of the stages whose outputs are returned; None for the last stage.
 - ``freeze_at``: Number of stages to freeze, counted from the stem.
 """
 
@@ -38,9 +38,10 @@ def build_backbone(
     """Build a Detectron2 backbone from a stem and a list of stages.
 
     Args:
-        stem: First block.
-        stages: Blocks of each stage.
-        out_features: Names of the stages to return, from ``features``; None returns the last one.
+        stem: Stem, which is the first block of the network.
+        stages: Blocks of each stage after the stem.
+        out_features: Names from ``features`` of the stages whose outputs are returned; None for the
+            last stage.
         freeze_at: Number of stages to freeze, counted from the stem; 0 freezes nothing.
         features: Names of the stem and the stages.
 
@@ -55,7 +56,7 @@ def build_backbone(
 def trunk_builder(
     features: tuple[str, ...] = FEATURES,
 ) -> Callable[[Callable[..., StemAndStages]], Callable[..., ResNet]]:
-    """Return a decorator for builders written for version 0.1, which return a stem and stages.
+    """Return a decorator for backbone builders of version 0.1, which return a stem and stages.
 
     Deprecated: this decorator will be removed in version 0.3. Instead, write a builder that has all
     keyword arguments and returns the result of :func:`build_backbone`. If the decorated function

@@ -1,4 +1,4 @@
-"""Building blocks of networks for 32x32 images: the stem and pre-activation blocks.
+"""Building blocks of CIFAR networks (32x32 images): the stem and pre-activation blocks.
 
 Papers: He et al., "Identity Mappings in Deep Residual Networks" (2016), for pre-activation ResNets;
 Zagoruyko and Komodakis, "Wide Residual Networks" (2016).
@@ -62,7 +62,7 @@ class CifarStem(CNNBlockBase):
 
 
 class NormReLU(Fusable, CNNBlockBase):
-    """Final norm and ReLU of a pre-activation network, as a block in its last stage."""
+    """Final norm and ReLU of a pre-activation network, as a block of the last stage."""
 
     def __init__(self, channels: int, *, norm: str):
         super().__init__(channels, channels, 1)
@@ -70,7 +70,7 @@ class NormReLU(Fusable, CNNBlockBase):
 
     @property
     def first_norm(self) -> nn.Module:
-        """This block's norm. The preceding block can apply it; see :meth:`PreActBlock.link`."""
+        """The norm layer, which the preceding block can apply; see :meth:`PreActBlock.link`."""
         return self.norm
 
     def forward(self, x: Tensor | SumAndOutput) -> Tensor:
@@ -159,14 +159,14 @@ class PreActBlock(GatedBlock):
 
     @property
     def first_norm(self) -> nn.Module | None:
-        """The norm applied directly to the block's input; None if a gate precedes the norm."""
+        """The norm layer applied to the block's input; None if a gate precedes this layer."""
         return None if self.placement == "pre" and not self.shared else self.norm1
 
     def link(self, following: "PreActBlock | NormReLU") -> None:
         """Let this block also apply the next block's first norm and ReLU if fused kernels are used.
 
         Args:
-            following: The next block. No other block may use the output of this one.
+            following: The next block, which must be the only one that uses this block's output.
         """
         self._following = (following,)
 

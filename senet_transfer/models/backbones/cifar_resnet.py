@@ -1,4 +1,4 @@
-"""Pre-activation ResNets for CIFAR: ResNet-110, ResNet-164 and any other depth.
+"""Pre-activation ResNets for CIFAR, such as ResNet-110 and ResNet-164.
 
 Networks: He et al. 2016, "Identity Mappings in Deep Residual Networks", and their released code. In
 the first block of every stage, the first norm and ReLU precede both the branch and the shortcut. A
@@ -7,10 +7,10 @@ convolution in bottlenecks. The stride of a bottleneck is in its first 1x1 convo
 
 With SE (Tables IV and V of the SENet paper), every block gates its residual branch; for other
 placements, see :mod:`senet_transfer.models.backbones.cifar_blocks`. The paper does not specify
-whether r = 16 also applies to layers with 16 channels, which then have a single hidden unit. Here,
-it does by default; set ``se_ratio`` to change it. SE adds ``2 C (C // r) + C + C // r`` parameters
-per block with C channels. With r = 16 and 10 classes, it adds 14,238 parameters to ResNet-110's
-1,727,962 and 202,104 parameters to ResNet-164's 1,703,258.
+whether r = 16 also applies to gates with 16 channels, which then have a single hidden unit. By
+default, this module uses r = 16 for all gates; ``se_ratio`` changes the ratio. SE adds
+``2 C (C // r) + C + C // r`` parameters per block with C channels. With r = 16 and 10 classes, it
+adds 14,238 parameters to ResNet-110's 1,727,962 and 202,104 parameters to ResNet-164's 1,703,258.
 """
 
 from detectron2.modeling.backbone.resnet import ResNet
@@ -49,7 +49,7 @@ def build_cifar_resnet(
         se: SE variant; None builds the network without SE.
         norm: Detectron2 norm name, such as "BN".
         in_channels: Number of image channels.
-        out_features: Names of the stages to return; None returns the last one.
+        out_features: Names of the stages whose outputs are returned; None for the last stage.
         freeze_at: Number of stages to freeze, counted from the stem.
 
     Raises:

@@ -19,7 +19,7 @@ _EPS = 1e-5
 
 
 def make_norm(norm: str, channels: int, eps: float = _EPS) -> nn.Module:
-    """Build a norm from its Detectron2 name.
+    """Build a norm layer, given its Detectron2 name.
 
     Raises:
         UserError: If the norm is GN and the number of channels is not a multiple of the number of
@@ -54,7 +54,7 @@ def make_conv(
         inputs: Number of input channels.
         outputs: Number of output channels.
         kernel: Kernel size, an integer or (height, width).
-        stride: Stride in pixels.
+        stride: Stride of the convolution.
         groups: Number of groups.
         norm: Detectron2 norm name, such as "BN"; None for no norm.
         relu: Whether to add a ReLU.
@@ -118,7 +118,7 @@ class MaxPool(CNNBlockBase):
 
 
 class GatedBlock(Fusable, CNNBlockBase):
-    """Base class of residual blocks with an optional SE gate outside their branches.
+    """Base class of residual blocks with an optional SE gate.
 
     Attributes:
         placement: SE placement; None for a block without SE.

@@ -57,7 +57,7 @@ Branch = tuple[tuple[int | tuple[int, int], int], ...]
 
 
 def _branch(inputs: int, layers: Branch, *, norm: str, reduces: bool, pad: bool) -> nn.Sequential:
-    """Build a sequence of convolutions. If ``reduces`` is True, the last one has stride 2."""
+    """Build a branch of convolutions. If ``reduces`` is True, the last convolution has stride 2."""
     convs = []
     for index, (kernel, width) in enumerate(layers):
         last = reduces and index == len(layers) - 1
@@ -201,7 +201,7 @@ def build_inception_resnet_v2(
         se: SE variant; None builds the network without SE.
         norm: Detectron2 norm name, such as "BN".
         in_channels: Number of image channels.
-        out_features: Names of the stages to return; None returns the last one.
+        out_features: Names of the stages whose outputs are returned; None for the last stage.
         freeze_at: Number of stages to freeze, counted from the stem.
 
     Raises:

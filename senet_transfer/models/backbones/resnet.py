@@ -63,7 +63,7 @@ def build_resnet(
         se: SE variant; None builds the network without SE.
         norm: Detectron2 norm name, such as "BN".
         in_channels: Number of image channels.
-        out_features: Names of the stages to return; None returns the last one.
+        out_features: Names of the stages whose outputs are returned; None for the last stage.
         freeze_at: Number of stages to freeze, counted from the stem.
 
     Raises:

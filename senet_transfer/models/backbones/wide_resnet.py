@@ -1,4 +1,4 @@
-"""Wide ResNets for CIFAR: WRN-16-8 and any other depth and width.
+"""Wide ResNets for CIFAR, such as WRN-16-8.
 
 The networks follow Zagoruyko and Komodakis 2016, "Wide Residual Networks", and their released code.
 They consist of pre-activation blocks with two 3x3 convolutions, without dropout. If a block changes
@@ -40,7 +40,7 @@ def build_wide_resnet(
         se: SE variant; None builds the network without SE.
         norm: Detectron2 norm name, such as "BN".
         in_channels: Number of image channels.
-        out_features: Names of the stages to return; None returns the last one.
+        out_features: Names of the stages whose outputs are returned; None for the last stage.
         freeze_at: Number of stages to freeze, counted from the stem.
 
     Raises:

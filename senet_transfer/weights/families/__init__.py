@@ -1,4 +1,4 @@
-"""Families of pretrained weights, each with its tensor names, layer options and preprocessing."""
+"""Weight families: tensor names, layer options and preprocessing of each project's weights."""
 
 from senet_transfer.weights.families.registry import FAMILIES, Family
 

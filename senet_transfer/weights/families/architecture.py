@@ -39,11 +39,12 @@ class Architecture:
         groups: Number of groups in the 3x3 convolutions.
         width_per_group: Number of channels per group in res2.
         deep_stem: Whether the stem has three 3x3 convolutions.
-        se_stages: Numbers of the stages with SE, such as 2 for res2.
-        se_ratio: Ratio of channels to hidden units in the last stage with SE; 0 without SE.
+        se_stages: Numbers of the stages with SE layers, such as 2 for res2.
+        se_ratio: Ratio of channels to hidden units in the last of these stages; 0 if there are no
+            SE layers.
         se_divisor: 8 if the hidden widths are rounded to multiples of 8, else 1.
-        se_bias: Whether the SE layers have biases; True without SE.
-        classes: Number of classifier outputs; 0 without a classifier.
+        se_bias: Whether the SE layers have biases; True if there are no SE layers.
+        classes: Number of classifier outputs; 0 if there is no classifier.
         network: Network name without the prefix ``se_``; empty for a ResNet. If the name is set,
             the fields that describe residual blocks are not used.
     """
@@ -117,7 +118,7 @@ class Architecture:
         return f"se_{name}" if self.se_stages and depth else name
 
     def differences(self, other: "Architecture") -> list[str]:
-        """Return sentences that describe how a file (``self``) differs from a model (``other``)."""
+        """Return sentences that describe how a file's network differs from a model (``other``)."""
         found = []
         if self.name.removeprefix("se_") != other.name.removeprefix("se_"):
             found.append(f"The file contains {self.name}, but the model is {other.name}.")
@@ -158,7 +159,7 @@ def _groups(tensors: Mapping[str, Tensor], conv: tuple[int, ...]) -> int:
 
 
 class _SEFields(TypedDict):
-    """Fields of :class:`Architecture` that describe SE."""
+    """Fields of :class:`Architecture` that describe the SE layers."""
 
     se_stages: tuple[int, ...]
     se_ratio: int

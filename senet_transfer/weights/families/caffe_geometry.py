@@ -1,8 +1,8 @@
 """Stride placement and stem pool specified by the layer parameters in a Caffe file.
 
 A ``.caffemodel`` usually contains layer parameters in addition to the weights. These parameters
-take precedence over the values for the file's family, because some networks were trained with
-modified definitions.
+take precedence over the defaults of the file's weight family, because some networks were trained
+with modified network definitions.
 """
 
 import re
@@ -21,7 +21,7 @@ _FIRST_3X3 = re.compile(r"conv[345]_1_3x3|res[345]a_branch2b")
 
 
 def stated_geometry(path: str | Path, layers: Iterable[CaffeLayer], expected: Geometry) -> Geometry:
-    """Return the stride placement and stem pool specified by the layers.
+    """Return the stride placement and stem pool specified by the layers of a Caffe network.
 
     Values that the layers do not specify are taken from ``expected``.
 
@@ -60,10 +60,11 @@ def _stem_pool(path: str | Path, layer: CaffeLayer, expected: Geometry) -> str |
     if shape == ("MAX", (3, 3), (2, 2), (1, 1), False):
         return "pad"
     raise UserError(
-        f"{path}: The stem pool is not supported ({layer.name}: {window.method}, kernel "
-        f"{window.kernel}, stride {window.stride}, pad {window.pad}, "
-        f"{'ceil' if window.ceil else 'floor'}). Expected MAX with kernel 3 and stride 2, and "
-        "either pad 0 and ceil or pad 1 and floor. Use weights of a supported network."
+        f"{path}: The pooling layer of the stem is not supported ({layer.name}: {window.method}, "
+        f"kernel {window.kernel}, stride {window.stride}, pad {window.pad}, "
+        f"{'ceil' if window.ceil else 'floor'} mode). Expected MAX with kernel (3, 3) and stride "
+        "(2, 2), and either pad (0, 0) in ceil mode or pad (1, 1) in floor mode. Use weights of a "
+        "supported network."
     )
 
 
@@ -73,9 +74,10 @@ def adjust_variances(
     tensors: dict[str, Tensor],
     eps: float,
 ) -> list[str]:
-    """Adjust the variances of norms in place if their eps in the file differs from ``eps``.
+    """Adjust the running variances of batch norms whose eps in the file differs from ``eps``.
 
-    The difference is added to the variance, so the outputs stay the same.
+    The difference is added to the running variance, so the outputs stay the same. ``tensors`` is
+    modified in place.
 
     Returns:
         Notes for the user about the adjusted variances.

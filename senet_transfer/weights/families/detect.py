@@ -1,7 +1,7 @@
-"""Detection of a file's family from its tensor names and metadata.
+"""Detection of a file's weight family from its tensor names and metadata.
 
-Each family has one detection function. If several functions return True for a file, the first
-family in the registry is assumed unless the user specifies a family.
+Each weight family has one detection function. If several functions return True for a file, the
+first of these families in the registry is assumed unless the user specifies a family.
 """
 
 import re
@@ -18,7 +18,7 @@ Detector = Callable[[Tensors, Metadata], bool]
 
 
 def having(*needed: str) -> Detector:
-    """Return a detection function that requires each pattern to match a complete tensor name.
+    """Return a detection function that requires each pattern to fully match some tensor name.
 
     Each pattern should match many names. A file with missing tensors is then still detected, and
     the error message can list the missing tensors.
@@ -32,7 +32,7 @@ def having(*needed: str) -> Detector:
 
 
 def any_of(*detectors: Detector) -> Detector:
-    """Return a function that detects a weight file if at least one of ``detectors`` does."""
+    """Return a detection function that returns True if any of ``detectors`` does."""
     return lambda tensors, metadata: any(d(tensors, metadata) for d in detectors)
 
 
@@ -48,7 +48,7 @@ _inception_resnet = having(
 
 
 def plain_torchvision(tensors: Tensors, metadata: Metadata) -> bool:
-    """Detect ResNets and ResNeXts with torchvision's tensor names."""
+    """Detect weight files of ResNets and ResNeXts with torchvision's tensor names."""
     others = any_of(_any_se, _deep_stem)
     return _plain_blocks(tensors, metadata) and not others(tensors, metadata)
 
@@ -57,7 +57,7 @@ torchvision_v1 = any_of(plain_torchvision, _vgg_with_norms)
 
 
 def places365(tensors: Tensors, metadata: Metadata) -> bool:
-    """Detect weight files of CSAIL's Places365 PyTorch models by their 365 classes."""
+    """Detect weight files of CSAIL's Places365 PyTorch models by their 365 classifier outputs."""
     shape = tuple(tensors["fc.weight"].shape) if "fc.weight" in tensors else ()
     return plain_torchvision(tensors, metadata) and shape[:1] == (365,)
 
@@ -75,7 +75,7 @@ cadene_like = having(r"layer0\.(conv|bn)\d\.weight", r"layer\d\.\d+\.se_module\.
 
 
 def cadene(tensors: Tensors, metadata: Metadata) -> bool:
-    """Detect files of Cadene's pretrainedmodels, whose SE ResNets all have bottleneck blocks."""
+    """Detect weight files of Cadene's pretrainedmodels, where all SE ResNets have bottlenecks."""
     if _inception_resnet(tensors, metadata):
         return "classif.weight" not in tensors
     with_se = cadene_like(tensors, metadata) and _bottlenecks(tensors, metadata)
@@ -121,7 +121,7 @@ def detectron2(tensors: Tensors, metadata: Metadata) -> bool:
 
 
 def converted(tensors: Tensors, metadata: Metadata) -> bool:
-    """Detect torchvision weights that were converted with Detectron2's script."""
+    """Detect torchvision weights converted with Detectron2's convert-torchvision-to-d2.py."""
     if OWN_METADATA in metadata:
         return False
     return _own_names(tensors, metadata) and metadata.get("__author__") in (None, "torchvision")

@@ -20,8 +20,8 @@ _WORDS = {
 class Geometry:
     """Layer options of a network that tensor shapes do not determine.
 
-    Loading a file into a network with other options causes no error but lowers the accuracy. None
-    means that an option is unknown or does not apply to the network.
+    Loading weights into a network with different options causes no error in PyTorch, but lowers the
+    accuracy. None means that an option is unknown or does not apply to the network.
 
     Attributes:
         stride_in_1x1: Whether bottlenecks have their stride in the first 1x1 convolution instead of
@@ -36,7 +36,7 @@ class Geometry:
     se_relu_before: bool | None = None
 
     def options(self) -> dict[str, Any]:
-        """Return the known options as keyword arguments for ``create_backbone``."""
+        """Return the known layer options as keyword arguments for ``create_backbone``."""
         known = {name: value for name, value in asdict(self).items() if value is not None}
         if not self.has_pool:
             del known["stem_pool"]
@@ -48,7 +48,7 @@ class Geometry:
         return self.stem_pool != "none"
 
     def contradictions(self, model: "Geometry") -> list[str]:
-        """Return sentences that describe how a file's layer options differ from a model's."""
+        """Return sentences that describe how the layer options of a file differ from a model's."""
         found = []
         for name, value in asdict(self).items():
             if value is None:
@@ -64,7 +64,7 @@ class Geometry:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Geometry":
-        """Create an object from the result of ``asdict``. Values of the wrong type become None."""
+        """Create a ``Geometry`` from a dict of its fields. Values of the wrong type become None."""
         stride, pool, relu = (values.get(field.name) for field in fields(cls))
         return cls(
             stride_in_1x1=stride if isinstance(stride, bool) else None,

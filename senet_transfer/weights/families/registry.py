@@ -1,8 +1,8 @@
-"""Registry of weight file families.
+"""Registry of weight families, such as timm's or torchvision's weight files.
 
-Each family has a record with its detection function, its tensor names, and properties that tensor
-shapes do not determine: stride placement, stem pool, channel order, mean and std. The properties
-are taken from each project's own model code and network definitions.
+Each weight family has a record with its detection function, its tensor names, and properties that
+tensor shapes do not determine: stride placement, stem pool, channel order, mean and std. The
+properties are taken from each project's own model code and network definitions.
 
 Some networks have the same tensor names and shapes but compute different outputs, such as timm's
 ``resnetaa50``. Information in the file itself identifies such networks; see :mod:`~.statements`.
@@ -28,21 +28,21 @@ class Family:
 
     Attributes:
         name: Family name, such as "torchvision_v1".
-        title: Description, for messages.
+        title: Description for messages, such as "Detectron2's model zoo".
         detect: Detection function, which takes a file's tensors and metadata.
         rename: Function that maps a tensor name in the file to this project's name, or to None if
             the name is unknown.
         geometry: Function that maps an architecture to its layer options in this family, such as
             the stride placement. Options that do not apply to the network are None.
-        preprocessing: Function that maps an architecture to its preprocessing, or to None if it is
-            unknown.
+        preprocessing: Function that maps an architecture to its preprocessing, or to None if the
+            preprocessing is unknown.
         affine_norms: Whether norm statistics are folded into the norms' weights and biases. Such
             files require frozen norms.
         rename_deep: Same as ``rename``, for networks with a three-convolution stem, in which some
             names have a different meaning.
-        background: Networks with published classifiers for 1001 classes. The first class, the
-            background, is dropped.
-        plain: Whether other projects' networks have the same tensor names.
+        background: Names of networks whose published classifiers have 1001 classes. The first
+            class (background) is removed during loading.
+        plain: Whether networks of other projects use the same tensor names.
     """
 
     name: str
@@ -76,8 +76,8 @@ def _stride_in_3x3(arch: Architecture) -> Geometry:
 def _authors(arch: Architecture) -> Geometry:
     """Return the layer options in the SENet authors' definitions and their PyTorch ports.
 
-    SE-ResNets have the stride in the first 1x1 convolution. SE-ResNeXts and SENet-154 have it in
-    the 3x3 convolution.
+    SE-ResNets have the stride in the first 1x1 convolution. SE-ResNeXts and SENet-154 have the
+    stride in the 3x3 convolution.
     """
     return Geometry(
         stride_in_1x1=None if arch.is_senet154 or not arch.bottleneck else arch.groups == 1,
@@ -95,7 +95,7 @@ def _timm_legacy(arch: Architecture) -> Geometry:
 def _msra(arch: Architecture) -> Geometry:
     """Return the layer options of the networks in Detectron and Detectron2.
 
-    ResNets have the stride in the first 1x1 convolution, and ResNeXts have it in the 3x3
+    ResNets have the stride in the first 1x1 convolution, and ResNeXts have the stride in the 3x3
     convolution.
     """
     return Geometry(
@@ -287,7 +287,7 @@ _OTHER_NETWORKS = (
 )
 
 
-def what_differs(tensors: Mapping[str, Tensor]) -> str | None:
+def unsupported_reason(tensors: Mapping[str, Tensor]) -> str | None:
     """Describe why a file's network is not supported, or return None if no reason is found.
 
     This function detects networks that resemble a supported network, such as timm's resnet50d.

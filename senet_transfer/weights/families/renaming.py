@@ -1,7 +1,7 @@
 """Conversion of other projects' tensor names to those of this project, which follow Detectron2.
 
-Each function maps a tensor name in a file of its family to this project's name, or to None if the
-family has no such name. The backbone's names are ``stem.conv1.weight``,
+Each function maps a tensor name in a file of one weight family to this project's name, or to None
+if the family has no such name. The backbone's names are ``stem.conv1.weight``,
 ``stem.conv1.norm.running_mean``, ``res2.0.conv1.weight``, ``res2.0.shortcut.norm.bias``,
 ``res2.0.se.fc1.weight``, ... The classifier's names are ``linear.weight`` and ``linear.bias``, and
 ``neck.fc1.weight`` etc. for hidden layers before ``linear``. Networks other than ResNets are
@@ -25,8 +25,9 @@ BACKBONE = ("stem.", "res")
 def renamer(rules: Iterable[tuple[str, str]]) -> Rename:
     """Return a rename function that applies the first rule whose pattern matches the whole name.
 
-    In a replacement, ``{n}`` stands for the n-th group of the match. ``{n+1}`` and ``{n-1}`` stand
-    for the number in this group plus or minus 1.
+    A rule consists of a pattern and a replacement. In a replacement, ``{n}`` stands for the n-th
+    group of the match, and ``{n+1}`` and ``{n-1}`` stand for the number in this group plus or
+    minus 1.
     """
     compiled = [(re.compile(pattern), replacement) for pattern, replacement in rules]
 

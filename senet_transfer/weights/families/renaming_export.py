@@ -1,7 +1,7 @@
 """Conversion of this project's tensor names to those of other projects, for export.
 
 The functions are the inverses of those in :mod:`~.renaming`, for the backbone and its classifier.
-Each returns None for a name that the other project does not have.
+Each function returns None for a name that has no equivalent in the other project.
 """
 
 from senet_transfer.weights.families.renaming import Rename, renamer
@@ -17,7 +17,7 @@ def _like_torchvision(
     se: tuple[str, str] | None = None,
     stem: list[tuple[str, str]] | None = None,
 ) -> Rename:
-    """Return a rename function that uses torchvision's names for the layers in blocks."""
+    """Return a rename function that uses torchvision's names for the layers of residual blocks."""
     block = prefix + "layer{1-1}.{2}."
     rules = stem or [
         (r"stem\.conv1\.weight", f"{prefix}conv1.weight"),

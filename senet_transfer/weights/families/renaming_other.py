@@ -1,4 +1,7 @@
-"""Conversion of tensor names for VGG-16 and two Inception networks; see :mod:`~.renaming`."""
+"""Conversion of tensor names for VGG-16, BN-Inception and Inception-ResNet-v2.
+
+See :mod:`~.renaming` for other networks.
+"""
 
 import re
 from collections.abc import Mapping

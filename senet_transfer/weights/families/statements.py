@@ -60,11 +60,11 @@ class Statements:
     """Information in a weight file about its network.
 
     Attributes:
-        contradiction: Sentence that describes how the information contradicts the tensors or the
-            supported networks; empty if there are no contradictions other than those in ``notes``.
-        notes: Sentences that describe tolerated contradictions: entries that contradict the
-            tensors although another entry confirms the network.
-        confirmed: Whether the file names the network that was detected from the tensors.
+        contradiction: Description of how the information contradicts the tensors or specifies an
+            unsupported network; empty if there are no contradictions other than those in ``notes``.
+        notes: Descriptions of tolerated contradictions: entries that contradict the tensors
+            although another entry confirms the network.
+        confirmed: Whether the information confirms the architecture inferred from the tensors.
         wide: Whether the network is CSAIL's ``wideresnet18``.
         preprocessing: Channel order, mean and std; None if they are not specified.
         timm: Content of timm's ``config.json``, which determines the layer options and all of the
@@ -80,7 +80,7 @@ class Statements:
 
     @property
     def recorded(self) -> frozenset[str]:
-        """Return the names of the layer options and preprocessing fields given in the file."""
+        """Return the names of the layer options and preprocessing fields specified in the file."""
         pixels = {"format", "mean", "std"} if self.preprocessing or self.timm else set()
         geometry = {field.name for field in fields(Geometry)} if self.timm else set()
         return frozenset(pixels | geometry | ({"stem_pool"} if self.wide else set()))
@@ -93,7 +93,7 @@ def statements_of(
 
     Args:
         metadata: Values stored with the tensors.
-        architecture: Architecture detected from the tensors, or None if it is unknown.
+        architecture: Architecture inferred from the tensors, or None if it is unknown.
         timm: Content of timm's ``config.json`` next to the file, or None if there is no such file.
 
     Returns:
@@ -116,12 +116,12 @@ def statements_of(
 def _from_names(
     metadata: Mapping[str, Any], architecture: Architecture, timm: TimmConfig | None
 ) -> Statements:
-    """Compare the network names in a file and its ``config.json`` with the detected architecture.
+    """Compare the network names in a file and its ``config.json`` with the tensors' architecture.
 
     A wrong name may describe another network of the training run, such as a teacher. It is
-    tolerated if another entry names the detected architecture. Two kinds of wrong names are always
+    tolerated if another entry names the inferred architecture. Two kinds of wrong names are always
     errors: a name in ``config.json``, because this file also determines the preprocessing, and the
-    name of a network that can have the same tensors.
+    name of an unsupported network that can have the same tensors, such as timm's ``resnetaa50``.
     """
     confirmed = wide = False
     errors: list[str] = []
@@ -151,17 +151,20 @@ def named_model(architecture: Architecture | None, geometry: Geometry) -> str:
 
 
 def lookalikes(architecture: Architecture | None) -> tuple[str, ...]:
-    """Return other projects' networks that have the same tensors but different outputs."""
+    """Return names of other projects' networks that tensors do not distinguish from this one.
+
+    Their tensors have the same names and shapes, but their outputs differ.
+    """
     return _LOOKALIKES.get(architecture.name, ()) if architecture else ()
 
 
 def stated_names(
     metadata: Mapping[str, Any], timm: TimmConfig | None = None
 ) -> Iterator[tuple[str, str]]:
-    """Yield the network names stated in a file or in timm's config, as pairs of key and name.
+    """Yield the key and value of each entry that names a network, in a file or timm's config.
 
     Args:
-        metadata: Plain values in the file.
+        metadata: Values stored with the tensors in the file.
         timm: Content of timm's ``config.json`` next to the file.
     """
     if timm:
@@ -187,18 +190,18 @@ def _option_names(options: Mapping[str, Any], path: str, depth: int) -> Iterator
 
 
 def without_publisher(name: str) -> str:
-    """Return a network's name without a leading package or website, such as ``timm/``."""
+    """Remove the name of a package or website, such as ``timm/``, from a network's name."""
     return _PUBLISHERS.sub("", name.strip())
 
 
 def _plain(name: str) -> str:
-    """Return a network's name without publisher and tag (such as timm's ``.a1_in1k``)."""
+    """Remove the publisher and the tag (such as timm's ``.a1_in1k``) from a network's name."""
     name = _VARIANTS.sub("", without_publisher(name))
     return name.partition(".")[0].replace("-", "_")
 
 
 def _judge(name: str, architecture: Architecture) -> bool | None:
-    """Return whether a network name is correct for an architecture; None if this is unclear.
+    """Return whether a network name matches an architecture, or None if this is unclear.
 
     The number of channels is not compared, because scripts also use the standard names for wider
     or narrower networks.
@@ -234,7 +237,10 @@ def _depth(architecture: Architecture) -> str | None:
 
 
 def _from_mm_config(text: str, architecture: Architecture) -> Statements:
-    """Read the backbone and the normalisation from an mmpretrain or mmdetection config."""
+    """Read the backbone and the input normalisation from an mmpretrain or mmdetection config.
+
+    The input normalisation consists of the channel order, mean and std.
+    """
     # Other parts of the config, such as a teacher, can also have a backbone.
     model = re.search(r"^model\s*=", text, re.MULTILINE)
     start = model.start() if model and "backbone" in text[model.start() :] else 0

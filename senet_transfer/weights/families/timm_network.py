@@ -1,4 +1,4 @@
-"""Family of files with the state dicts of timm's networks, for models called ``timm/NAME``."""
+"""Weight family for state dicts of timm's networks, which are called ``timm/NAME``."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ TIMM_NETWORK = "timm_network"
 
 
 def timm_family(network: str) -> Family:
-    """Return the family for state dicts of a network such as "timm/regnety_002"."""
+    """Return the weight family for state dicts of a timm network, such as "timm/regnety_002"."""
     classifier = classifier_name(network)
 
     def rename(tensor: str) -> str | None:
@@ -70,7 +70,7 @@ def stated_network(
         elif not several:
             raise UserError(
                 f"{path} contains the network {stated} (its entry {key!r} is {shown(name)!r}), but "
-                f"the model is {network}. Use weights for this model, or the model {PREFIX}{arch} "
-                "(MODEL.BACKBONE.ARCH)."
+                f"the model is {network}. Use weights for {network}, or build the model "
+                f"{PREFIX}{arch} (MODEL.BACKBONE.ARCH)."
             )
     return tagged

@@ -1,1 +1,1 @@
-"""Weight file formats and their safe conversion to named tensors."""
+"""Safe readers for weight files, which do not execute code from the file."""

@@ -11,7 +11,7 @@ _SUFFIXES = (
 
 
 def describe(folder: Path) -> str:
-    """Return a message that names the kind of folder and says which file to use instead."""
+    """Return an error message that describes a folder and suggests a file to use instead."""
     names = {entry.name for entry in folder.iterdir()}
     inside = [name for name in sorted(names) if name.endswith(_SUFFIXES)]
     if ".metadata" in names or any(name.endswith(".distcp") for name in names):
@@ -45,7 +45,7 @@ def _deepspeed(folder: Path, names: set[str]) -> str:
     if parts and not any(folder.glob("**/zero_pp_rank_*_model_states.pt")):
         return f"{start}Use the weight file in this folder: {parts[-1].relative_to(folder)}."
     return (
-        f"{start}Run python zero_to_fp32.py . weights in the folder "
+        f"{start}Run `python zero_to_fp32.py . weights` in the folder "
         f"{folder if 'zero_to_fp32.py' in names else folder.parent} to merge its files."
     )
 

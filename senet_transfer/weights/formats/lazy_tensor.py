@@ -14,7 +14,7 @@ from senet_transfer.utils.safe_pickle import check_sizes
 
 @dataclass  # unhashable, so it can't be a dictionary key
 class Storage:
-    """Contiguous values in a file, which are read when one of the model's tensors needs them."""
+    """Storage of one or more tensors in a file, which is read on first use."""
 
     dtype: torch.dtype
     numel: int
@@ -26,7 +26,7 @@ class Storage:
 
     @functools.cached_property
     def values(self) -> torch.Tensor:
-        """Return the values. They are read from the file on the first call only."""
+        """Return the values, which are read from the file on the first access."""
         raw = self.read()
         if isinstance(raw, torch.Tensor):
             return raw
@@ -35,15 +35,15 @@ class Storage:
         return torch.frombuffer(raw, dtype=self.dtype) if raw else torch.empty(0, dtype=self.dtype)
 
     def view(self, offset: Any, numel: Any) -> "Storage":
-        """Return a slice of this storage that shares its values."""
+        """Return a slice of this storage that shares its memory."""
         offset, numel = check_sizes((offset, numel))
         if offset + numel > self.numel:
-            raise ValueError("a view is larger than its storage")
+            raise ValueError("a view extends beyond its storage")
         return Storage(self.dtype, numel, lambda: self.values[offset : offset + numel])
 
 
 class TensorRef:
-    """Tensor in a file: a view of a :class:`Storage` that stays within the storage's bounds."""
+    """Tensor in a file, defined by a :class:`Storage`, an offset, a shape and strides."""
 
     def __init__(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> None:
         self.build((storage, offset, shape, strides))
@@ -52,7 +52,7 @@ class TensorRef:
         """Set the storage, offset, shape and strides.
 
         Raises:
-            ValueError: If they are invalid, or the tensor exceeds the storage.
+            ValueError: If one of these values is invalid, or the tensor extends beyond the storage.
         """
         storage, offset, shape, strides = state
         if not isinstance(storage, Storage):

@@ -47,16 +47,16 @@ class WeightFile:
     Attributes:
         path: Path of the file.
         format: File format: "pth", "safetensors", "pkl" or "caffemodel".
-        tensors: Tensors by name. They do not share memory with the file. The names are those in
+        tensors: Tensors by name, which do not share memory with the file. The names are those in
             the file, without the prefixes of common wrappers; see :func:`~.tensor_names.select`.
-        metadata: Small plain values stored with the tensors, such as ``arch``, ``epoch``, ``meta``,
-            ``__author__``, ``matching_heuristics``, and this project's metadata under
-            :data:`OWN_METADATA`.
+        metadata: Small values of plain Python types stored with the tensors, such as ``arch``,
+            ``epoch``, ``meta``, ``__author__``, ``matching_heuristics``, and this project's
+            metadata under :data:`OWN_METADATA`.
         layers: Layers of a Caffe file, with their parameters; empty for other formats.
         verified: Checks that the content has passed: "sha256", "zip CRC", or "values" if there is
             no checksum and only the values were checked; see :func:`check_values`.
         dropped: Names of omitted tensors, and why each was omitted.
-        notes: Sentences that say which of several sets of weights were selected.
+        notes: Notes about the selection among several sets of weights, such as EMA weights.
         timm: Content of timm's ``config.json`` next to the file, if there is one.
     """
 
@@ -83,7 +83,7 @@ def read_tensors(
         path: Path of the file.
         sha256: Expected SHA-256 in hexadecimal, or at least its first eight digits, which
             publishers often include in file names.
-        wanted: Network to read if the file contains several.
+        wanted: Network to read if the file contains several networks.
 
     Raises:
         UserError: If the file is missing or damaged, has an unknown format or a different hash, or

@@ -54,6 +54,6 @@ def check_not_a_shard(path: Path) -> None:
         index = path.with_name(f"{match[1]}.safetensors.index.json")
         if index.is_file():
             raise UserError(
-                f"{path} is only one of {int(match[3])} files that contain a network. Use the "
-                f"index that lists all files: {index}."
+                f"{path} contains only part of a network, which is split into {int(match[3])} "
+                f"files. Use the index that lists all files: {index}."
             )

@@ -69,7 +69,8 @@ def _head(path: Path) -> bytes:
             raise UserError(folders.describe(path))
         if not path.exists():
             raise UserError(
-                f"{path} does not exist. Check the path; relative paths start at {Path.cwd()}."
+                f"{path} does not exist. Check the path; relative paths are resolved from "
+                f"{Path.cwd()}."
             )
         if not path.is_file():
             raise UserError(f"{path} is not a regular file. Use the path of a weight file.")
@@ -96,7 +97,7 @@ def _reject_text(path: Path, head: bytes) -> None:
         )
     if lower.startswith("version https://git-lfs"):
         raise UserError(
-            f"{path} is a git-lfs pointer, not the file itself. Run `git lfs pull` in its "
+            f"{path} is a Git LFS pointer, not the file itself. Run `git lfs pull` in its "
             "repository."
         )
     # A character cut off at the end of ``head`` does not mean that the file is binary.

@@ -1,7 +1,7 @@
 """Extraction of a model's tensors and accompanying metadata from a checkpoint.
 
-Checkpoints wrap a model's tensors in many ways, and often also contain the optimizer, the scheduler
-and the run's arguments. Only the model's tensors are read into memory.
+Training scripts store a model's state dict under various keys, often next to the states of the
+optimizer and the scheduler. Only the model's tensors are read into memory.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ _FROZEN_COPIES = "frozen_param_fragments"
 # Words in keys for the state of a trainer, which has tensors but is not a network.
 _TRAINER_WORD = re.compile(r"opt|optims?|\w*optimi[sz]er\w*|\w*sched\w*|(grad)?scalers?|amp")
 # Parts of keys that do not denote the network if there is another candidate.
-_BESIDE = ("optim", "sched", "scaler", "amp", "ema", "momentum")
+_AUXILIARY = ("optim", "sched", "scaler", "amp", "ema", "momentum")
 # Last parts of the names of a network's tensors. Metrics and random states have other names.
 _PARAMETERS = ("weight", "bias", "running_mean", "running_var")
 _MAX_DEPTH = 5
@@ -69,11 +69,11 @@ class Checkpoint:
     """Tensors of a model and the metadata stored with them.
 
     Attributes:
-        tensors: Tensors by name. Prefixes added by wrappers are removed.
-        metadata: Small plain values.
+        tensors: Tensors by name. Prefixes added by wrappers, such as ``module.``, are removed.
+        metadata: Small values of plain Python types, such as the epoch.
         file_names: Name of each tensor in the file's state dict.
         dropped: Names (in the file) of omitted tensors, and why each was omitted.
-        notes: Sentences that say which of several sets of weights were selected.
+        notes: Notes about the selection among several sets of weights, such as EMA weights.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -86,16 +86,17 @@ class Checkpoint:
 def collect(tree: Any, path: Path, size: int, wanted: Wanted) -> Checkpoint:
     """Extract a model's tensors from a checkpoint.
 
-    Common wrappers and the prefixes that they add to names are removed; see
-    :func:`~.tensor_names.select`. Trainer state (optimizer, scheduler) is omitted, as are objects
-    of unknown classes outside the model. If the checkpoint contains dictionaries for several
-    networks at the same level, their keys become prefixes of the tensor names.
+    Outer dictionaries, such as ``{"state_dict": ...}``, and prefixes that wrappers such as
+    DataParallel add to tensor names are removed; see :func:`~.tensor_names.select`. Trainer state
+    (optimizer, scheduler) is omitted, as are objects of unknown classes outside the model. If the
+    checkpoint contains dictionaries for several networks at the same level, their keys become
+    prefixes of the tensor names.
 
     Args:
         tree: Object stored in the file. Its tensors have not been read yet.
         path: Path of the file, for error messages.
         size: Size of the file in bytes, which limits the memory for tensors.
-        wanted: Network to take from the file.
+        wanted: Network to extract.
 
     Raises:
         UserError: If the object contains no named tensors, the model is or contains an object of an
@@ -126,7 +127,7 @@ def collect(tree: Any, path: Path, size: int, wanted: Wanted) -> Checkpoint:
             f"{path} contains a {kind}, so it is not a weight file. Expected a dictionary of named "
             "tensors, such as model.state_dict()."
         )
-    notes += _others({k: v for k, v in tree.items() if isinstance(k, str) and _is_beside(k)})
+    notes += _others({k: v for k, v in tree.items() if isinstance(k, str) and _is_auxiliary(k)})
     entries = _model_entries(tree) if tree is root else tree
     sources = _named_tensors(_networks(tree) or entries, path)
     _take_plain(
@@ -141,7 +142,7 @@ def collect(tree: Any, path: Path, size: int, wanted: Wanted) -> Checkpoint:
     # In a malicious file, many tensors may be views of the same few bytes. Legitimate tied weights
     # use at most a small multiple of the file's size.
     if sum(source.nbytes for source in sources.values()) > 4 * size + 2**20:
-        raise ValueError("its tensors would require far more memory than the file's size")
+        raise ValueError("its tensors would require far more memory than the size of the file")
     selected = select({name: source.size for name, source in sources.items()}, prefix, path)
     if not averaged:
         check_named_ema(path, wanted, selected)
@@ -168,7 +169,7 @@ class _Choice(NamedTuple):
         key: Key of the entry.
         prefix: Prefix of the wanted tensor names within the entry.
         averaged: Whether the entry contains EMA weights.
-        notes: Remarks for the user.
+        notes: Notes for the user.
     """
 
     key: str
@@ -178,7 +179,7 @@ class _Choice(NamedTuple):
 
 
 class _Pair(NamedTuple):
-    """Keys of the plain and the averaged weights in a checkpoint of a project that swaps them.
+    """Keys of the non-averaged and the averaged weights, for projects that swap the two.
 
     For example, mmengine's EMAHook swaps the two sets of weights when it saves a checkpoint, so
     the key "state_dict" contains the averaged weights.
@@ -190,7 +191,10 @@ class _Pair(NamedTuple):
 
 
 def _choose(tree: dict, prefix: str, ema: bool | None, path: Path) -> _Choice | None:
-    """Select the entry that contains the model, or return None if ``tree`` is a state dict."""
+    """Select the entry that contains the model's state dict.
+
+    The result is None if ``tree`` itself is the state dict, or if the entry can't be identified.
+    """
     if prefix and (choice := _by_prefix(tree, prefix, ema)):
         return choice
     plain, averaged = _plain_and_averaged(tree, ema)
@@ -295,9 +299,9 @@ def _others(tree: dict, *used: str) -> tuple[str, ...]:
 
 
 def _unreadable_averages(tree: dict) -> Iterator[str]:
-    """Yield the reason why each unreadable entry of averaged weights is not read.
+    """Yield the reason for each entry of averaged weights that can't be read.
 
-    Unreadable entries are objects of unsupported classes and lists of tensors without names.
+    Such entries are objects of unsupported classes, or lists of tensors without names.
     """
     for key, value in tree.items():
         if not isinstance(key, str) or not _words(key) & _AVERAGED:
@@ -373,7 +377,7 @@ def _has_parameters(value: Any, budget: list[int] | None = None) -> bool:
 
 
 def _is_network(value: Any, budget: list[int] | None = None) -> bool:
-    """Return whether a value is a dictionary with the weights of several layers."""
+    """Return whether a value is a dictionary with the weights of at least two layers."""
     weights = (name for name in _parameters(value, budget) if name.endswith(".weight"))
     return len(list(itertools.islice(weights, 2))) == 2
 
@@ -407,7 +411,7 @@ def _check_partitions(tree: dict, key: str, path: Path) -> None:
     if weights and not any(isinstance(w, _Source) and w.size for w in weights):
         raise UserError(
             f"{path} is one partition of a DeepSpeed ZeRO-3 checkpoint, whose parameters are "
-            "distributed over several files. Run python zero_to_fp32.py . weights in the "
+            "distributed over several files. Run `python zero_to_fp32.py . weights` in the "
             "checkpoint folder to merge these files."
         )
 
@@ -453,7 +457,7 @@ def _reject_objects(tree: dict, path: Path) -> None:
 
 
 def _networks(tree: dict) -> dict | None:
-    """Return the state dicts in ``tree`` if it consists of several state dicts, else None."""
+    """Return the state dicts in ``tree`` if there are several, otherwise None."""
     if any(map(is_numeric, tree.values())):
         return None
     found = {key: tree[key] for key in _candidates(tree)}
@@ -471,8 +475,8 @@ def _candidates(tree: dict) -> list[str]:
     found = [k for k in keys if not _is_trainer_state(k) and _has_parameters(tree[k], budget)]
     if found:
         # A momentum encoder, for example, is an average of the network next to it.
-        return [key for key in found if not _is_beside(key)] or found
-    return [key for key in keys if not _is_beside(key) and _has_tensors(tree[key])]
+        return [key for key in found if not _is_auxiliary(key)] or found
+    return [key for key in keys if not _is_auxiliary(key) and _has_tensors(tree[key])]
 
 
 def _wrapper(tree: dict) -> str | None:
@@ -514,9 +518,9 @@ def _is_trainer_state(key: str) -> bool:
     return key == _FROZEN_COPIES or any(map(_TRAINER_WORD.fullmatch, _words(key)))
 
 
-def _is_beside(key: str) -> bool:
-    """Return whether a key may refer to averaged weights or trainer state, not to the network."""
-    return any(part in key.lower() for part in _BESIDE)
+def _is_auxiliary(key: str) -> bool:
+    """Return whether a key may denote averaged weights or trainer state, not the network."""
+    return any(part in key.lower() for part in _AUXILIARY)
 
 
 def _has_tensors(value: Any) -> bool:
@@ -544,14 +548,14 @@ def _leaves(
             continue
         elif is_numeric(value) or isinstance(value := _as_leaf(value), Placeholder):
             yield prefix + key, value
-        elif isinstance(value, dict) and depth > 1 and (prefix or not _is_beside(key)):
+        elif isinstance(value, dict) and depth > 1 and (prefix or not _is_auxiliary(key)):
             yield from _leaves(value, depth - 1, f"{prefix}{key}.", budget)
 
 
 def _take_plain(metadata: dict[str, Any], values: dict) -> None:
     left = _MAX_TOTAL
     for key, value in values.items():
-        if isinstance(key, str) and key not in metadata and not _is_beside(key):
+        if isinstance(key, str) and key not in metadata and not _is_auxiliary(key):
             budget = [_MAX_PLAIN]
             with contextlib.suppress(_NotPlain):
                 metadata[key] = _plain(value, budget)

@@ -36,9 +36,10 @@ class Wanted:
 
     Attributes:
         prefix: Prefix of the network's tensor names, or the key of its state dict, with or without
-            a dot at the end. Empty for a file with a single network.
-        ema: Whether to use the EMA weights if the file also contains weights without averaging. If
-            None, the choice is the same as in the project that saved the file.
+            a trailing dot. Empty for a file with a single network.
+        ema: Whether to use the averaged (EMA) weights if the file contains both averaged and
+            non-averaged weights. If None, the convention of the project that saved the file
+            applies.
     """
 
     prefix: str = ""
@@ -50,10 +51,10 @@ ONLY_NETWORK = Wanted()
 
 @dataclass
 class Selected:
-    """Selected tensor names.
+    """Tensor names that belong to the selected network.
 
     Attributes:
-        kept: Original name of each tensor, by its new name without prefixes.
+        kept: Original name of each selected tensor, by its name without prefixes.
         dropped: Names of the omitted tensors, and why each was omitted.
     """
 

@@ -42,7 +42,7 @@ class TimmConfig:
 
 
 def read_timm_config(weights: Path) -> TimmConfig | None:
-    """Read the ``config.json`` next to a weight file in a Hugging Face folder.
+    """Read the ``config.json`` that timm has stored next to a weight file.
 
     Returns:
         The config, or None if there is no such file or if it was not written by timm.
@@ -142,15 +142,18 @@ def _preprocessing(stated: Mapping[str, Any]) -> Preprocessing:
     interpolation, mode = stated["interpolation"], stated.get("crop_mode") or "center"
     if interpolation not in ("bilinear", "bicubic") or mode != "center" or height != width:
         raise ValueError(
-            f"input_size {height}x{width}, interpolation {interpolation}, crop_mode {mode}"
+            f"its preprocessing has input_size {height}x{width}, interpolation {interpolation} and "
+            f"crop_mode {mode}"
         )
     if channels not in (1, 3) or {len(mean), len(std)} != {channels}:
-        raise ValueError(f"{channels} channels, {len(mean)} means, {len(std)} stds")
+        raise ValueError(
+            f"it has {channels} input channels, {len(mean)} values for mean and {len(std)} for std"
+        )
     if not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
-        raise ValueError(f"mean {mean}, std {std}")
+        raise ValueError(f"the values of mean ({mean}) or std ({std}) are invalid")
     resize = math.floor(height / float(stated["crop_pct"]))
     if not 0 < height <= resize:
-        raise ValueError(f"input_size {height}, crop_pct {stated['crop_pct']}")
+        raise ValueError(f"input_size {height} or crop_pct {stated['crop_pct']} is invalid")
     return Preprocessing(
         format="RGB" if channels == 3 else "L",
         mean=mean,

@@ -1,6 +1,6 @@
 """Reader for ``torch.save``'s three formats: zip (since 1.6), legacy, and tar (before 0.1.12).
 
-A model consists of dense tensors in plain containers. Unlike with
+A state dict consists of dense tensors in plain containers. Unlike with
 ``torch.load(weights_only=True)``, a file may also contain objects of other classes, which are
 skipped without running their code. ``torch.load(weights_only=True)`` is not used, because it is not
 safe for damaged or hostile files:
@@ -107,7 +107,10 @@ def _device(*parts: Any) -> str:
 
 
 def _unchanged(data: Any, *_: Any) -> Any:
-    """Return ``data``. Stand-in for functions that wrap tensors, such as ``_rebuild_parameter``."""
+    """Return ``data`` unchanged.
+
+    This function replaces functions that wrap tensors, such as ``_rebuild_parameter``.
+    """
     return data
 
 
@@ -254,7 +257,7 @@ def _check_records(archive: zipfile.ZipFile, path: Path) -> str:
 
 
 def read_legacy(stream: io.BytesIO, path: Path, wanted: Wanted) -> Checkpoint:
-    """Read a stream in torch's legacy format, positioned after the magic number."""
+    """Read a stream in the legacy format of ``torch.save``, positioned after the magic number."""
     if load_plain(stream, path) != 1001:
         raise ValueError("the version of the legacy format is not 1001")
     if load_plain(stream, path).get("little_endian") is not True:
@@ -282,7 +285,7 @@ def read_legacy(stream: io.BytesIO, path: Path, wanted: Wanted) -> Checkpoint:
 
 
 def read_tar(path: Path, wanted: Wanted) -> Checkpoint:
-    """Read a tar archive in torch's oldest format.
+    """Read a tar archive, the oldest format of ``torch.save``.
 
     The archive contains the files ``storages``, ``tensors`` and ``pickle``.
     """
@@ -291,8 +294,8 @@ def read_tar(path: Path, wanted: Wanted) -> Checkpoint:
         if not {"storages", "tensors", "pickle"} <= members.keys():
             names = shown(", ".join(list(members)[:4])) or "nothing"
             raise UserError(
-                f"{path} is a tar archive of {names} that was not written by torch.save. If it "
-                "contains the weights, unpack it first."
+                f"{path} is a tar archive that was not written by torch.save (it contains "
+                f"{names}). If it contains the weights, unpack it first."
             )
         parts = {}
         for name in ("storages", "tensors", "pickle"):

@@ -42,7 +42,7 @@ def bundled_config(name: str) -> str:
 
 
 def stated_metadata(path: Path) -> dict[str, Any]:
-    """Return the metadata that this project stored in a file, or {} if the file is damaged."""
+    """Return this project's metadata in a file, or {} if the file has none or is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             return dict(json.loads((file.metadata() or {})[OWN_METADATA]))

@@ -42,11 +42,11 @@ _HASH = re.compile(r"-([0-9a-f]{8,64})\.")
 
 @dataclass(frozen=True)
 class Entry:
-    """Published weight file.
+    """Catalogue entry of a published weight file.
 
     Attributes:
         name: Catalogue name, such as "cadene/se_resnet50".
-        url: URL of the file, or of a page that links to it if it must be downloaded by hand. Empty
+        url: URL of the file, or of a page with a link if the file must be downloaded by hand. Empty
             for a file in this package.
         file: File name in the cache or in ``folder``.
         sha256: First digits of the SHA-256 specified by the publisher. If there is none, the value
@@ -56,9 +56,9 @@ class Entry:
         licence: Licence specified by the publisher, or empty.
         note: Further information, or empty.
         by_hand: Whether the file must be downloaded by hand.
-        view: Preprocessing fields (``resize``, ``crop`` or ``interpolation``) that the publisher
-            specifies for this file and that differ from those of the family.
-        folder: Folder of the file if it is in this package; None for a file in the cache.
+        view: Values of preprocessing fields (``resize``, ``crop`` or ``interpolation``) that the
+            publisher specifies for this file and that differ from those of the weight family.
+        folder: Folder of the file if it is included in this package; None for a file in the cache.
     """
 
     name: str
@@ -127,7 +127,7 @@ def _entries(
 ) -> Iterator[Entry]:
     """Yield the catalogue entries of a group of files.
 
-    The arguments are the keys of a group in ``catalogue.yaml``. Comments in this file explain them.
+    The arguments are the keys of a group in ``catalogue.yaml``, which are explained in that file.
     """
     for name, path in files.items():
         file = cache_prefix + path.rpartition("/")[2]
@@ -256,7 +256,7 @@ def published_entries(path: str | Path) -> list[Entry]:
 
 
 def locate_weights(weights: str | Path, family: str | None = None) -> tuple[str | Path, str | None]:
-    """Return the weight file and its family for a path, a catalogue name or a Hub repository.
+    """Return the path and the weight family for a path, catalogue name or Hub repository.
 
     If the name is "timm/NAME" and not in the catalogue, timm downloads its own pretrained weights.
 

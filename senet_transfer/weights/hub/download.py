@@ -84,7 +84,7 @@ def fetch(url: str, path: Path, sha256: str | None, *, hint: str = "") -> Path:
     except portalocker.LockException as error:
         raise UserError(
             f"{path} is being downloaded by another process, which has not finished after "
-            f"{LOCK_TIMEOUT} s. Wait for that process, or end it."
+            f"{LOCK_TIMEOUT} s. Wait for that process, or terminate it."
         ) from error
     except _DownloadError as error:
         raise UserError(
@@ -142,7 +142,7 @@ def _check_scheme(url: str) -> None:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Redirect handler that follows only https:// URLs and, on this machine, http:// URLs."""
+    """Redirect handler that follows https:// URLs, and http:// URLs only on this machine."""
 
     def redirect_request(
         self,
@@ -177,7 +177,7 @@ def _transfer(url: str, file: BinaryIO) -> None:
 
 
 def _open(url: str, done: int, tag: str) -> http.client.HTTPResponse:
-    """Request a file from byte ``done``, or from byte 0 if its ETag is no longer ``tag``."""
+    """Request a file from byte ``done``, or from byte 0 if its ETag differs from ``tag``."""
     request = urllib.request.Request(url, headers={"User-Agent": "senet_transfer"})
     if done and tag and not tag.startswith("W/"):  # weak ETags do not guarantee equal bytes
         request.add_header("Range", f"bytes={done}-")

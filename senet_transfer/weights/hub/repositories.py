@@ -79,15 +79,15 @@ def hub_weights(name: str) -> Path:
 
 @contextlib.contextmanager
 def hub_errors(name: str) -> Iterator[None]:
-    """Convert huggingface_hub's errors for a repository to UserErrors."""
+    """Convert exceptions that huggingface_hub raises in the ``with`` block to UserErrors."""
     from huggingface_hub import constants, errors
 
     try:
         yield
     except errors.GatedRepoError as error:
         raise UserError(
-            f"{name} is gated. Accept its conditions on {constants.ENDPOINT}, then run `hf auth "
-            "login` or set HF_TOKEN."
+            f"{name} is a gated repository. Accept its conditions on {constants.ENDPOINT}, then "
+            "run `hf auth login` or set HF_TOKEN."
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise UserError(

@@ -22,7 +22,7 @@ PREFIX = "timm/"
 
 
 def import_timm() -> Any:
-    """Return the module ``timm``.
+    """Import and return the module ``timm``.
 
     Raises:
         UserError: If timm is not installed.

@@ -13,10 +13,10 @@ _COLOURS = 3
 
 
 def adapt_channels(source: Source, target: Target) -> Source:
-    """Adapt the first convolution of a network for colour images to the model's input channels.
+    """Adapt the first convolution of a network to the model's number of input channels.
 
-    The source is returned unchanged if the model's image format is RGB, BGR or L, or if the file's
-    network is not for colour images. Otherwise, the returned source contains a note about the
+    ``source`` is returned unchanged if the model's image format is RGB, BGR or L, or if the file's
+    network does not expect colour images. Otherwise, the returned source contains a note about the
     adaptation.
 
     Args:
@@ -49,11 +49,11 @@ def adapt_channels(source: Source, target: Target) -> Source:
 
 
 def adapted_weight(weight: Tensor, channels: int) -> Tensor:
-    """Adapt a convolution's weight for RGB images, ``(O, 3, H, W)``, to other input channels.
+    """Adapt a convolution's weight for RGB images, ``(O, 3, H, W)``, to ``channels`` channels.
 
-    As in timm, the weights of the three channels are summed if there is a single channel.
-    Otherwise, they are repeated cyclically (R, G, B, R, ...) to obtain ``C`` channels, and
-    multiplied by ``3 / C`` to keep the scale of the outputs.
+    As in timm, the weights of the three channels are summed if ``channels`` is 1. Otherwise, the
+    weights are repeated cyclically (R, G, B, R, ...) and multiplied by ``3 / channels`` to keep the
+    scale of the outputs.
     """
     if channels == 1:
         return weight.float().sum(1, keepdim=True).to(weight.dtype)

@@ -53,15 +53,14 @@ class Match:
 
     @property
     def fits(self) -> bool:
-        """Return whether no tensor is missing, left over, or different in shape or dtype."""
+        """Return whether no tensor is missing, unexpected, or different in shape or dtype."""
         return not (self.missing or self.left_over or self.misfits)
 
 
 def match(source: Source, target: Target, *, exact: bool = False) -> Match:
-    """Match file tensors with model tensors by name, shape and kind of dtype.
+    """Match the tensors in a file with those of a model by name, shape and dtype.
 
-    A floating-point tensor can match one with a different floating-point dtype, but never an
-    integer tensor.
+    The precision may differ, but a floating-point tensor never matches an integer tensor.
 
     Args:
         source: Weight file, as returned by :func:`~.source.examine`.
@@ -198,7 +197,7 @@ def check_match(result: Match, source: Source, target: Target) -> None:
 
 
 def _remedy(result: Match, source: Source, target: Target) -> str:
-    """Return advice for the user, depending on which tensors differ."""
+    """Return a suggestion for the user, depending on which tensors differ."""
     # Misfits are described as "name (shapes)".
     misfits = [text.partition(" ")[0] for text in result.misfits]
     outside = {target.own_names[name] for name in target.outside}
@@ -222,12 +221,12 @@ def _remedy(result: Match, source: Source, target: Target) -> str:
         )
     return (
         "Use weights for this network, or build the network to which the weights in the file "
-        "belong. If the detected family is wrong, set family= or MODEL.WEIGHTS_FAMILY."
+        "belong. If the detected weight family is wrong, set family= or MODEL.WEIGHTS_FAMILY."
     )
 
 
 def _classes(result: Match, source: Source, target: Target) -> str:
-    """Return advice for a file that differs from the model only in the number of classes.
+    """Return a suggestion for a file that differs from the model only in the number of classes.
 
     For all other files, return "".
     """

@@ -85,7 +85,7 @@ def only_network(file: WeightFile, timm: str = "") -> Network:
 
 
 def contains_network(names: Iterable[str], timm: str = "") -> bool:
-    """Return whether tensor names include those of a network of a known family.
+    """Return whether tensor names include those of a network of a known weight family.
 
     Args:
         names: Tensor names.

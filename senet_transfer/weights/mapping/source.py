@@ -1,4 +1,4 @@
-"""Examination of weight files to determine their family, tensors and network architecture."""
+"""Reading of weight files, and detection of their weight family and network architecture."""
 
 import logging
 import math
@@ -20,7 +20,7 @@ from senet_transfer.weights.families import renaming as names
 from senet_transfer.weights.families.architecture import Architecture
 from senet_transfer.weights.families.caffe_geometry import adjust_variances, stated_geometry
 from senet_transfer.weights.families.geometry import Geometry
-from senet_transfer.weights.families.registry import FAMILIES, Family, what_differs
+from senet_transfer.weights.families.registry import FAMILIES, Family, unsupported_reason
 from senet_transfer.weights.families.statements import (
     Statements,
     lookalikes,
@@ -44,16 +44,17 @@ _PIXELS = frozenset({"format", "mean", "std"})
 
 @dataclass(frozen=True)
 class Source:
-    """Weight file, with the network that :func:`examine` detected in it.
+    """Content of a weight file, with the network that :func:`examine` detected in the file.
 
     Attributes:
         path: Path of the file.
-        family: Family, as specified by the user or detected.
-        alternatives: Other families with the same tensor names and shapes, and how they differ.
+        family: Weight family, as specified by the user or detected.
+        alternatives: Other weight families with the same tensor names and shapes, each with a
+            description of how its layer options and preprocessing differ.
         tensors: Tensors by their names in this project. Backbone names have no prefix, even in a
             classifier or a detector.
         original: Name of each tensor in the file, by its name in this project.
-        unknown: Tensor names in the file that are not part of the family.
+        unknown: Tensor names in the file that are unknown in the weight family.
         prefix: Prefix that was removed from the file's tensor names.
         outside: Names in ``unknown`` that do not have the prefix.
         notes: Notes for the user, for example about changes to the tensors.
@@ -62,11 +63,11 @@ class Source:
             stride placement. Unknown fields are None.
         preprocessing: Preprocessing that the network expects; None if it is unknown.
         detector: Whether the file has tensors outside the backbone and the classifier.
-        ignored: Names (in the file) of intentionally omitted tensors, and why each was omitted.
+        ignored: Names (in the file) of intentionally omitted tensors, with the reasons.
         head: Names in ``unknown`` that do not belong to the backbone but, for example, to a
             projection head.
-        lookalikes: Other projects' networks with the same tensors but different outputs, unless the
-            file rules them out.
+        lookalikes: Names of other projects' networks with the same tensor names and shapes but
+            different outputs, if the file may contain one of these networks.
         recorded: Names of the :class:`Geometry` and :class:`Preprocessing` fields that the file
             itself or the catalogue specifies. Other fields are inferred from the tensor names.
         classes: Class names in the order of the network's outputs; empty if they are unknown.
@@ -96,7 +97,7 @@ class Source:
 
     @property
     def detected_as(self) -> str:
-        """Return the name and title of the file's family, for messages."""
+        """Return the name and description of the file's weight family, for error messages."""
         return f"{self.family.name} ({self.family.title})"
 
     @property
@@ -111,7 +112,7 @@ class Source:
         return len(weight) if weight is not None and weight.ndim else 0
 
     def options(self) -> dict[str, Any]:
-        """Return the known network options as keyword arguments for ``create_backbone``."""
+        """Return the known options of the network as keyword arguments for ``create_backbone``."""
         options = self.geometry.options()
         arch = self.architecture
         if arch and arch.se_stages:
@@ -143,13 +144,13 @@ def examine(
     stated: tuple[tuple[str, Any], ...] = (),
     network: str = "",
 ) -> Source:
-    """Read a weight file and detect its family, network architecture and preprocessing.
+    """Read a weight file and detect its weight family, architecture and preprocessing.
 
     Args:
         path: Path of the file.
-        family: Name of the file's family. If None, the family is detected. If several families
-            match, the first one in ``FAMILIES`` is assumed. The others are logged, as a warning if
-            their preprocessing differs.
+        family: Name of the file's weight family. If None, the family is detected. If several
+            families match, the first one in ``FAMILIES`` is assumed and the other families are
+            logged. If their preprocessing differs, the log message is a warning.
         prefix: Prefix of the network's tensor names. See :func:`senet_transfer.load_weights` for
             details of ``prefix``, ``ema`` and ``head``.
         ema: Whether to use the averaged weights.
@@ -160,8 +161,8 @@ def examine(
             empty. Not used for files that this project wrote.
 
     Raises:
-        UserError: If the file is missing or damaged, contains several networks, or its family is
-            unknown or differs from ``family``.
+        UserError: If the file is missing or damaged, contains several networks, or its weight
+            family is unknown or differs from ``family``.
     """
     check_choice("head", head, HEADS)
     wanted = Wanted(prefix or "", checked_ema(ema))
@@ -196,10 +197,10 @@ def examine(
 def _timm_source(
     found: Network, network: str, family: str | None, wanted: Wanted, head: str
 ) -> Source:
-    """Return the source for a file with the state dict of a timm network.
+    """Return the :class:`Source` for a file with the state dict of a timm network.
 
     Raises:
-        UserError: If ``family`` is a different family, or the file specifies a different network.
+        UserError: If ``family`` is not timm's, or the file specifies a different network.
     """
     if family not in (None, "timm"):
         raise UserError(
@@ -222,9 +223,9 @@ def _has_others(file: WeightFile, wanted: Wanted, timm: str = "") -> bool:
 
 
 def _with_train_options(source: Source, file: WeightFile) -> Source:
-    """Return a source with the preprocessing options that timm's ``train.py`` saved in its file.
+    """Return ``source`` with the preprocessing options that timm's ``train.py`` saved in the file.
 
-    Sources of files without such options are returned unchanged.
+    If the file contains no such options, ``source`` is returned unchanged.
     """
     if source.preprocessing is None or file.timm or OWN_METADATA in file.metadata:
         return source
@@ -244,9 +245,9 @@ def _with_train_options(source: Source, file: WeightFile) -> Source:
 
 
 def _as_published(source: Source, published: Iterable[Entry]) -> Source:
-    """Return a weight file's source with the preprocessing specified by its catalogue entry.
+    """Return ``source`` with the preprocessing specified by the file's catalogue entry.
 
-    Sources of files without an entry for their family are returned unchanged.
+    If there is no entry for the file's weight family, ``source`` is returned unchanged.
     """
     entry = next((entry for entry in published if entry.family == source.family.name), None)
     if entry is None or source.preprocessing is None:
@@ -296,21 +297,21 @@ def _detect(file: WeightFile, family: str | None) -> list[Family]:
         # The tensor names in this project's files depend on the model, and are checked during
         # loading.
         if FAMILIES[family] not in found and family != "senet_transfer":
-            taken = " or ".join(f.name for f in found) or "no known family"
+            taken = " or ".join(f.name for f in found) or "no known weight family"
             raise UserError(
-                f"{file.path} does not belong to the family {family}. The tensor names match "
-                f"{taken}. Omit the family, or use a different file."
+                f"{file.path} does not belong to the weight family {family}. Its tensor names "
+                f"match {taken}. Omit the family, or use a different file."
             )
         return [FAMILIES[family]]
     if file.timm:
         found = [f for f in found if f.name in ("timm", "timm_legacy")]
     if not found:
-        differs = what_differs(file.tensors)
+        differs = unsupported_reason(file.tensors)
         hint = f" Its network is not supported: {differs}." if differs else ""
         raise UserError(
             f"{file.path} contains {len(file.tensors)} tensors, whose names (such as "
-            f"{first_of(file.tensors, 4)}) match no known family.{hint} The known families are "
-            f"{', '.join(FAMILIES)}."
+            f"{first_of(file.tensors, 4)}) match no known weight family.{hint} The known families "
+            f"are {', '.join(FAMILIES)}."
         )
     return found
 
@@ -318,7 +319,7 @@ def _detect(file: WeightFile, family: str | None) -> list[Family]:
 def _understand(found: Network, family: Family, wanted: Wanted, *, ignore_head: bool) -> Source:
     file, outside = found.file, found.outside
     checked = OWN_METADATA not in file.metadata and family.name in FAMILIES
-    if checked and (differs := what_differs(file.tensors)):
+    if checked and (differs := unsupported_reason(file.tensors)):
         raise UserError(
             f"{file.path}, detected as {family.name} ({family.title}), contains an unsupported "
             f"network: {differs}. Use weights of a supported network."
@@ -356,7 +357,7 @@ def _understand(found: Network, family: Family, wanted: Wanted, *, ignore_head: 
     if architecture and architecture.network in family.background and architecture.classes == 1001:
         notes += _drop_background(tensors)
         architecture = replace(architecture, classes=1000)
-    geometry, preprocessing, recorded = _computes(file, family, architecture)
+    geometry, preprocessing, recorded = _options_of(file, family, architecture)
     said = Statements()
     if OWN_METADATA not in file.metadata:
         said = statements_of(file.metadata, architecture, file.timm)
@@ -397,7 +398,7 @@ def _with_statements(
     geometry: Geometry,
     preprocessing: Preprocessing | None,
 ) -> tuple[Geometry, Preprocessing | None]:
-    """Update a family's layer options and preprocessing with the values stored in the file.
+    """Replace a weight family's default options and preprocessing with values from the file.
 
     Raises:
         UserError: If the stored values contradict the tensors or describe an unsupported network.
@@ -471,7 +472,7 @@ def _convert_dtypes(tensors: dict[str, Tensor], file: WeightFile) -> None:
             except RuntimeError as error:
                 raise UserError(
                     f"{file.path}: {name} has the dtype {tensor.dtype}, which is not supported. "
-                    "Use the weights in float32, float16 or bfloat16."
+                    "Convert the weights to float32, float16 or bfloat16."
                 ) from error
 
 
@@ -505,7 +506,7 @@ def _reshaped(name: str, tensor: Tensor) -> Tensor:
 
 
 def _fold_biases(tensors: dict[str, Tensor]) -> list[str]:
-    """Fold convolution biases into the following norms' running means; outputs stay the same."""
+    """Fold biases of convolutions into the running means of the following norms."""
     notes = []
     for name in [name for name in tensors if name.endswith(".bias")]:
         mean = f"{name.removesuffix('.bias')}.norm.running_mean"
@@ -534,17 +535,17 @@ def _drop_background(tensors: dict[str, Tensor]) -> list[str]:
     return ["the background class, the first of the classifier's 1001 classes, was dropped"]
 
 
-def _computes(
+def _options_of(
     file: WeightFile, family: Family, architecture: Architecture | None
 ) -> tuple[Geometry, Preprocessing | None, frozenset[str]]:
-    """Return the layer options and preprocessing that a file specifies, or those of its family.
+    """Return the layer options and preprocessing of a file, or the defaults of its weight family.
 
     Returns:
-        The layer options, the preprocessing, and the names of the fields that were not taken from
-        the family.
+        The layer options, the preprocessing, and the names of the fields whose values are not
+        defaults of the weight family.
     """
     if OWN_METADATA in file.metadata:
-        geometry, preprocessing = _own_word(file)
+        geometry, preprocessing = _own_options(file)
         return geometry, preprocessing, _GEOMETRY | _PIXELS
     if architecture is None:
         return Geometry(), None, frozenset()
@@ -557,7 +558,7 @@ def _computes(
     return geometry, family.preprocessing(architecture), recorded
 
 
-def _own_word(file: WeightFile) -> tuple[Geometry, Preprocessing | None]:
+def _own_options(file: WeightFile) -> tuple[Geometry, Preprocessing | None]:
     word = file.metadata[OWN_METADATA]
     if not isinstance(word, Mapping):
         raise UserError(
@@ -619,7 +620,7 @@ def _preprocessing(file: WeightFile, values: Mapping[str, Any]) -> Preprocessing
         if not isinstance(found.mode, str) or not isinstance(found.upright, bool):
             raise ValueError("mode must be a string, and upright must be a boolean")
         if not _is_range(found.value_range):
-            raise ValueError("value_range must be (low, high) or empty")
+            raise ValueError("value_range must be empty or (low, high) with low < high")
         return found
     except (TypeError, ValueError) as error:
         raise UserError(
@@ -629,7 +630,7 @@ def _preprocessing(file: WeightFile, values: Mapping[str, Any]) -> Preprocessing
 
 
 def _described(alternatives: dict[str, str]) -> str:
-    """Return text that lists families and their differences, for an error message."""
+    """Return a list of weight families and their differences, as text for a log message."""
     return " or ".join(
         f"{name} (with {difference})" if difference else name
         for name, difference in alternatives.items()
@@ -637,14 +638,14 @@ def _described(alternatives: dict[str, str]) -> str:
 
 
 def _is_range(values: tuple[float, ...]) -> bool:
-    """Return True for two finite values in increasing order, and for an empty tuple."""
+    """Return whether ``values`` is empty or contains two finite values in increasing order."""
     return not values or (
         len(values) == 2 and all(map(math.isfinite, values)) and values[0] < values[1]
     )
 
 
 def _difference(first: Source, other: Source) -> str:
-    """Return the layer options and preprocessing values of ``other`` that differ from ``first``."""
+    """Describe the layer options and preprocessing in which ``other`` differs from ``first``."""
     parts = []
     for name, value in vars(other.geometry).items():
         if value != getattr(first.geometry, name):

@@ -15,7 +15,7 @@ from senet_transfer.preprocessing import CIFAR10
 
 
 def numbered(images: int = 50) -> ImageArrays:
-    """Return images and labels whose values are their indices."""
+    """Return images whose pixels and labels are equal to the image index."""
     labels = torch.arange(images)
     pixels = labels.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 32, 32).clone()
     return ImageArrays(pixels, labels, [str(n) for n in range(images)], "numbered")

@@ -18,7 +18,7 @@ SMALL = EvalTransform(resize=24, crop=16)
 
 
 def evaluated(dataset, ranks=1, workers=0, transform=SMALL, batch_size=5):
-    """Load a dataset on all ranks, and return the image and the label of each sample by key."""
+    """Load a dataset with one loader per rank; return each image and label, keyed by sample key."""
     found = {}
     for rank in range(ranks):
         loader = build_classification_eval_loader(

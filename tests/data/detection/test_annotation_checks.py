@@ -275,7 +275,7 @@ def test_unusual_entries_are_counted_in_a_warning(path, value, message, data, fi
         ("annotations.1.segmentation", None),
         ("annotations.1.segmentation", [[1, 2, 3, 4, 5, 6]]),
         ("annotations.1.segmentation", {"counts": [3072], "size": [48, 64]}),
-        # Invalid outlines are accepted when only boxes are used.
+        # Invalid segmentations are accepted when only boxes are used.
         ("annotations.1.segmentation", "x"),
         ("annotations.1.segmentation", [1, 2, 3, 4, 5, 6]),
         ("annotations.1.segmentation", {"counts": [1]}),

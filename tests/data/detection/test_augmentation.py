@@ -1,4 +1,4 @@
-"""Tests for the optional augmentation in detection: transforms, copy-paste, seeding, errors."""
+"""Tests for the optional augmentation for detectors: transforms, copy-paste, seeding, errors."""
 
 import functools
 import itertools
@@ -213,8 +213,8 @@ def test_large_scale_jitter_equals_detectron2s(records):
 # ------------------------------------------------------------------------------------ copy-paste
 
 
-def picture(colour, size, *boxes):
-    """Return a single-colour image with an object in each box, in a dataset mapper's format."""
+def mapped_image(colour, size, *boxes):
+    """Return the output of a dataset mapper for a single-colour image with objects in boxes."""
     masks = torch.zeros(len(boxes), *size, dtype=torch.bool)
     for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True):
         mask[y0:y1, x0:x1] = True
@@ -233,9 +233,9 @@ def every_object(monkeypatch):
 
 @pytest.mark.usefixtures("every_object")
 def test_pasted_objects_cover_others_and_hidden_ones_are_removed():
-    target = picture(1, (10, 12), (0, 0, 4, 4), (4, 4, 7, 6), (8, 0, 12, 3))
+    target = mapped_image(1, (10, 12), (0, 0, 4, 4), (4, 4, 7, 6), (8, 0, 12, 3))
     # The source image is smaller in one dimension and larger in the other.
-    source = picture(9, (20, 8), (3, 3, 8, 12), (0, 15, 3, 18))
+    source = mapped_image(9, (20, 8), (3, 3, 8, 12), (0, 15, 3, 18))
     before = target["image"].clone()
     found = paste(target, source)
     covered = torch.zeros(10, 12, dtype=torch.bool)
@@ -254,22 +254,23 @@ def test_pasted_objects_cover_others_and_hidden_ones_are_removed():
 
 @pytest.mark.usefixtures("every_object")
 def test_a_box_is_fitted_to_the_visible_part():
-    target, source = picture(1, (10, 10), (0, 0, 6, 4)), picture(9, (10, 10), (4, 0, 9, 9))
+    target = mapped_image(1, (10, 10), (0, 0, 6, 4))
+    source = mapped_image(9, (10, 10), (4, 0, 9, 9))
     found = paste(target, source)["instances"]
     assert found.gt_boxes.tensor.tolist() == [[0, 0, 4, 4], [4, 0, 9, 9]]
 
 
 @pytest.mark.usefixtures("every_object")
 def test_images_without_objects_are_pasted_on_but_not_pasted():
-    empty, full = picture(1, (10, 10)), picture(9, (10, 10), (1, 1, 3, 3))
+    empty, full = mapped_image(1, (10, 10)), mapped_image(9, (10, 10), (1, 1, 3, 3))
     assert paste(empty, full)["instances"].gt_classes.tolist() == [9]
     assert paste(full, empty) is full
 
 
 def test_each_object_is_chosen_with_probability_one_half():
-    source = picture(9, (20, 20), *((x, 0, x + 1, 1) for x in range(20)))
+    source = mapped_image(9, (20, 20), *((x, 0, x + 1, 1) for x in range(20)))
     torch.manual_seed(0)
-    counts = [len(paste(picture(1, (20, 20)), source)["instances"]) for _ in range(50)]
+    counts = [len(paste(mapped_image(1, (20, 20)), source)["instances"]) for _ in range(50)]
     assert 450 < sum(counts) < 550  # expected 500, with a standard deviation of 16
     assert len(set(counts)) > 5
 
@@ -297,7 +298,7 @@ def assert_same(found, expected):
         assert torch.equal(one.gt_classes, other.gt_classes)
         assert type(one.gt_masks) is type(other.gt_masks)
         for mask, as_before in zip(one.gt_masks, other.gt_masks, strict=True):
-            # A bit mask is one array; an outline has one array per polygon.
+            # A bit mask is one array; a list of polygons has one array per polygon.
             for part, before in zip(mask, as_before, strict=True):
                 np.testing.assert_array_equal(part, before)
 

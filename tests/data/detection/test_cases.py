@@ -20,7 +20,7 @@ from senet_transfer.config import get_senet_config
 from senet_transfer.data.detection.coco import register_coco_dataset
 from senet_transfer.data.detection.dataset_checks import (
     check_datasets_on_disk,
-    check_outlines,
+    check_segmentations,
     check_trainable,
 )
 from senet_transfer.data.detection.image_checks import check_images
@@ -53,10 +53,10 @@ def load(json_file, images, *, masks=False, evaluated=False, value_range=()):
     cfg.INPUT.VALUE_RANGE = value_range
     if "sh_" not in str(json_file):  # images with extreme aspect ratios need the default size
         cfg.INPUT.MIN_SIZE_TRAIN = (96,)
-    register_coco_dataset("own", json_file, images, outlines=masks)
+    register_coco_dataset("own", json_file, images, segmentations=masks)
     check_datasets_on_disk(["own"], evaluated=["own"] if evaluated else [])
     check_trainable(["own"])
-    if masks and check_outlines(["own"]):
+    if masks and check_segmentations(["own"]):
         cfg.INPUT.MASK_FORMAT = "bitmask"
     check_images(["own"], mode="decode", reading=reading_of(cfg))
     cfg.DATASETS.TRAIN = ("own",)
@@ -108,7 +108,7 @@ READ = {
     "val_lacks": (44, ""),
     "val_otherids": (44, ""),
     "val_noiscrowd": (44, "44 of 44 annotations have no `area` or no `iscrowd`"),
-    # Outlines are not checked if the detector predicts only boxes.
+    # Segmentations are not checked if the detector predicts only boxes.
     "m_none_one": (57, ""),
     "m_odd": (57, ""),
     "m_poly": (57, ""),
@@ -262,7 +262,7 @@ def renumbered(content):
 
 
 def detections(content, tasks):
-    """Return detections near most of the objects, in COCO's format, keyed by image id."""
+    """Return detections near most ground-truth objects in COCO results format, by image id."""
     rng = np.random.default_rng(0)
     sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
     found = defaultdict(list)

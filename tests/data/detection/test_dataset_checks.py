@@ -30,7 +30,7 @@ def test_classes_are_known_for_data_sets_of_every_kind(data, files, tmp_path, mo
     [
         (
             lambda c: c[0].update(name="wolf"),
-            "class 1 is 'dog' in the first and 'wolf' in the second",
+            "class 1 is 'dog' in the first dataset and 'wolf' in the second dataset",
         ),
         (
             lambda c: c.append({"id": 99, "name": "x"}),
@@ -55,7 +55,7 @@ def test_classes_in_another_order_are_mapped_or_rejected(data, files, annotation
     dogs = [item["name"] for item in data["categories"] if item["id"] == 1]
     register_coco_instances("theirs", {}, *map(str, paths))
     DatasetCatalog.get("theirs")
-    message = "class 0 is 'cat' in the first and 'dog' in the second"
+    message = "class 0 is 'cat' in the first dataset and 'dog' in the second dataset"
     with pytest.raises(UserError, match=f"'one' and 'theirs' have different classes.*{message}"):
         dataset_classes(["one", "theirs"])
     register_coco_dataset("two", *paths)

@@ -30,7 +30,7 @@ def jpegs(shared_data):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """Return a list to which an entry is added whenever simplejpeg decodes an image."""
+    """Return a list that grows by one element for each image that simplejpeg decodes."""
     found, decode = [], simplejpeg.decode_jpeg
     monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *args: found.append(0) or decode(*args))
     return found

@@ -1,4 +1,4 @@
-"""Tests for annotations in which file names are spelled differently than on disk."""
+"""Tests for annotation files in which image names are spelled differently than on disk."""
 
 import unicodedata
 

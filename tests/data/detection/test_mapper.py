@@ -28,7 +28,7 @@ ORIENTATION = 274
 
 @pytest.fixture
 def mapper():
-    """Return an evaluation mapper without augmentation."""
+    """Return a dataset mapper for evaluation, without resizing or augmentation."""
     return CheckedDatasetMapper(is_train=False, augmentations=[], image_format="BGR")
 
 

@@ -1,4 +1,4 @@
-"""Tests that all entry points read the same pixels from an image file, or all reject the file."""
+"""Tests that training, evaluation, prediction and other code decode image files identically."""
 
 import base64
 import functools
@@ -118,7 +118,7 @@ def files() -> dict[str, bytes]:
 def by_entry(
     folder: Path, value_range: tuple[float, ...], exif: str
 ) -> dict[str, Callable[[str], object]]:
-    """Return functions that read an image through each entry point, keyed by entry point name.
+    """Return functions that read an image for training, evaluation and so on, keyed by purpose.
 
     The argument of each function is a file name in ``images/c``.
     """

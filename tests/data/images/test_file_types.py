@@ -251,7 +251,7 @@ def test_a_parent_of_splits_and_a_single_class_are_detected(shared_data, tmp_pat
     assert open_dataset(folders / "splits_parent", classes=classes).classes == classes
     cfg = load_config("configs/base/classification.yaml")
     cfg.DATASETS.TRAIN = (str(folders / "single"),)
-    with pytest.raises(UserError, match="a single class, only; expected two or more"):
+    with pytest.raises(UserError, match="a single class, only; expected at least two"):
         use_classification_datasets(cfg)
     # "train" may also be a class, such as in a dataset of vehicles.
     for name in ("train", "bus"):

@@ -1,4 +1,4 @@
-"""Tests that every entry point lists the same images and classes in a folder."""
+"""Tests that training, evaluation and prediction find the same images and classes in a folder."""
 
 import logging
 import os

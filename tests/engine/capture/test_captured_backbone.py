@@ -1,4 +1,4 @@
-"""Tests for captured detector backbones, with CUDA graphs on a GPU and simulated ones on a CPU."""
+"""Tests for detector backbones captured as CUDA graphs, which are simulated on a CPU."""
 
 import copy
 
@@ -18,7 +18,7 @@ from tests.comparing import assert_same
 
 
 class Captures:
-    """Stand-in for `torch.cuda.make_graphed_callables` with the same warm-up and constraints."""
+    """Stand-in for `torch.cuda.make_graphed_callables` with the same warm-up and input checks."""
 
     def __init__(self):
         self.sizes, self.replays = [], 0

@@ -134,7 +134,7 @@ def batches(device, bad, sizes):
 
 
 def train(name, graphs, *, device="cpu", bad=(), sizes=(4,) * 10, kind="SGD", **options):
-    """Train for ten steps. Return the states of the trainer, model and EMA, and the losses."""
+    """Train for ten steps, and return the trainer, model and EMA states and the losses."""
     net = Classifier(name).to(device)
     optimizer = fused(net.parameters(), kind)
     solver_options = {"max_skips": 3, "reads_after": lambda done: done == 9, **options}
@@ -216,7 +216,7 @@ def test_an_optimizer_that_cannot_skip_on_the_device_is_rejected():
 
 
 def recorded(graphs):
-    """Return a trainer class that captures its training steps with the given graphs on a CPU."""
+    """Return a trainer class that records its steps in ``graphs`` instead of CUDA graphs."""
 
     class RecordedTrainer(FusedTrainer):
         def __init__(self, cfg):
@@ -302,7 +302,7 @@ def test_on_a_gpu_a_captured_step_has_one_launch_and_waits_every_20th_step(tmp_p
     options = {"MODEL.DEVICE": "cuda", "SOLVER.COMPILE": "graph"}
     trainer = cifar_network(Trainer, tmp_path, dtype, **options)
     found = waits_of_steps(trainer, CudaWaits())
-    # The first three steps are eager. To capture the next step, PyTorch waits for the device.
+    # The first three steps are eager. To capture the next step, PyTorch synchronises.
     assert {step for step, waits in enumerate(found) if waits} <= {3, 19, len(found) - 1}
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
     with EventStorage() as trainer.storage, profile(activities=activities) as profiler:

@@ -13,7 +13,7 @@ from senet_transfer.engine.checkpoints.checkpointer import Checkpointer, Untagge
 
 @pytest.fixture
 def saver(tmp_path, monkeypatch):
-    """Return a function that saves a checkpoint of a tiny model, given the iteration."""
+    """Return a function that saves a checkpoint of a tiny model for a given iteration."""
     monkeypatch.setattr(
         "senet_transfer.engine.checkpoints.checkpointer.model_metadata", lambda _, **__: {}
     )

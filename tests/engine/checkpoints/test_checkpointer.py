@@ -1,4 +1,4 @@
-"""Tests that the checkpointer loads weights and checkpoints strictly."""
+"""Tests for the checkpointer: resuming runs, and rejecting files that do not fit the model."""
 
 import pytest
 import torch
@@ -99,11 +99,11 @@ def test_initial_weights_of_any_family_use_the_same_code(tmp_path):
 
 @pytest.mark.long
 def test_a_file_without_matching_tensors_is_rejected_and_the_next_loads(tmp_path):
-    """Check that an error is raised where Detectron2's checkpointer would keep random weights."""
+    """Check that a file is rejected if Detectron2's checkpointer would load no tensors from it."""
     torch.save({"state_dict": {"a": torch.zeros(2)}}, tmp_path / "other.pth")
     right = save(randomise(peer("torchvision", "resnet18")), tmp_path / "right.pth")
     checkpointer = Checkpointer(create_classifier("resnet18"))
-    with pytest.raises(UserError, match="match no known family"):
+    with pytest.raises(UserError, match="match no known weight family"):
         checkpointer.load(str(tmp_path / "other.pth"), [])
     with pytest.raises(UserError, match="weight file .*does not exist"):
         checkpointer.load(str(tmp_path / "absent.pth"), [])
@@ -115,6 +115,6 @@ def test_a_file_without_matching_tensors_is_rejected_and_the_next_loads(tmp_path
 def test_weights_without_training_state_cannot_be_resumed(tmp_path):
     model, _, checkpointer = _run(tmp_path)
     torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
-    with pytest.raises(UserError, match="it has no optimizer, scheduler"):
+    with pytest.raises(UserError, match="missing: optimizer, scheduler"):
         checkpointer.load(str(tmp_path / "weights.pth"))
     assert checkpointer.load("") == {}

@@ -1,4 +1,4 @@
-"""Tests for class names in checkpoints, and for their comparison with the data's class names."""
+"""Tests for class names in checkpoints, and for their comparison with the dataset's class names."""
 
 import copy
 import json
@@ -29,11 +29,10 @@ def cases(shared_data) -> Path:
 
 @pytest.fixture
 def run(cases, command, tmp_path, zero_initial_weights):
-    """Set up runs that start from a checkpoint.
+    """Return a function that sets up a run, and the path of a checkpoint.
 
-    Returns:
-        A function that sets up a run, and the path of a checkpoint with the classes of `base`. The
-        run trains on `base` and evaluates on the annotation file passed to the function.
+    The run trains on the dataset ``base`` and evaluates on the annotation file passed to the
+    function. The checkpoint contains the class names of ``base``.
     """
     base = ("--dataset", "base", str(cases / "base/train.json"), str(cases / "base/images"))
 
@@ -51,7 +50,7 @@ def run(cases, command, tmp_path, zero_initial_weights):
 
 
 def perfect(val: Path) -> list[tuple[dict, dict]]:
-    """Return a correct detection of each object, with class indices in the order of `OWN`."""
+    """Return a correct detection of each ground-truth object, with class indices into ``OWN``."""
     truth = json.loads(val.read_text())
     names = {item["id"]: item["name"] for item in truth["categories"]}
     found = []

@@ -1,4 +1,4 @@
-"""Fixtures that provide images in one folder per class, and train on them."""
+"""Fixtures for small classification datasets and for training runs on them."""
 
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def words(tree, tmp_path):
 
 @pytest.fixture
 def command(words):
-    """Return a function that parses flags and config overrides, and returns run options."""
+    """Return a function that builds a small run's options from flags and config overrides."""
     return lambda *flags, **overrides: run_options(
         argument_parser().parse_args(words(*flags, **overrides))
     )

@@ -1,4 +1,4 @@
-"""Tests for running a classifier on image files."""
+"""Tests for inference with a classifier on image files."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tests that compare the evaluation tools with a plain loop of Pillow and torchvision calls."""
+"""Tests that compare the evaluation tools with reference code in Pillow and torchvision."""
 
 import csv
 import json
@@ -46,7 +46,7 @@ def listed(places: Path) -> list[tuple[str, int]]:
 
 
 def copy_of(places: Path, target: Path, images: int | None = None) -> Path:
-    """Copy the validation set, or its first images, with symbolic links to the image files."""
+    """Copy the validation set, or its first ``images`` images, using symbolic links."""
     (target / "val_256").mkdir(parents=True)
     lines = (places / "places365_val.txt").read_text().splitlines(keepends=True)[:images]
     (target / "places365_val.txt").write_text("".join(lines))
@@ -59,7 +59,7 @@ def copy_of(places: Path, target: Path, images: int | None = None) -> Path:
 
 @torch.inference_mode()
 def plain_loop(model, places: Path, mode="short_side", resize=37, crop=32) -> torch.Tensor:
-    """Return logits ``(N, 365)`` in the order of places365_val.txt, computed image by image."""
+    """Compute logits ``(N, 365)`` image by image, in the order of places365_val.txt."""
     transform, logits = views_of(mode, resize, crop), []
     for name, _ in listed(places):
         views = transform(Image.open(places / "val_256" / name).convert("RGB"))
@@ -75,7 +75,7 @@ def errors(logits: torch.Tensor, labels: list[int]) -> tuple[float, float]:
 
 @pytest.fixture(scope="module")
 def network(shared_data):
-    """Return torchvision's ResNet-18, with its linear layer fitted to half of the images."""
+    """Return torchvision's ResNet-18 with a linear layer fitted to half of the images."""
     places = shared_data / "mini_places365"
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=365)
@@ -106,7 +106,7 @@ def weights(network, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def places(shared_data, tmp_path_factory):
-    """Return the path of the validation set in each format."""
+    """Map each storage format to the path of the validation set in this format."""
     source = shared_data / "mini_places365"
     root = tmp_path_factory.mktemp("places")
     convert(open_places365(source, "val"), root / "shards", split="val", shard_mb=1)
@@ -275,7 +275,7 @@ def test_an_image_that_cannot_be_decoded_is_named(weights, places, tmp_path):
 
 
 class Slow(EvalTransform):
-    """Transform that takes an additional 10 ms per image."""
+    """Evaluation transform that takes an additional 10 ms per image."""
 
     def __call__(self, data: bytes) -> torch.Tensor:
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Tests for building models from names, configs and weight files that are read only once."""
+"""Tests for building models from names and configs, and for reading each weight file once."""
 
 import shutil
 from collections import Counter
@@ -27,7 +27,7 @@ from tests.weights.peers import peer, save
 
 @pytest.fixture
 def reads(monkeypatch) -> Counter:
-    """Count how often a weight file is read for its tensors, training state and SHA-256."""
+    """Count the reads of each weight file, separately for tensors, training state and SHA-256."""
     counts: Counter = Counter()
 
     def counted(kind, function):

@@ -1,4 +1,4 @@
-"""Tests for names of images and class folders in any script, Unicode form or encoding."""
+"""Tests for image and folder names in any script, Unicode normalisation form or encoding."""
 
 import csv
 import json

@@ -22,7 +22,7 @@ NORMALISE = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class GatedBlock(BasicBlock):
-    """torchvision's BasicBlock with torchvision's SE block after the last norm."""
+    """torchvision's ``BasicBlock`` with ``SqueezeExcitation`` after the last norm layer."""
 
     def __init__(self, inputs, outputs, *args, **kwargs):
         super().__init__(inputs, outputs, *args, **kwargs)
@@ -100,9 +100,9 @@ def test_a_classifier_trained_on_the_official_files_agrees_with_torchvision(shar
 
 
 def check_sources(weights: Path, sources: dict[str, Path], folder: Path) -> tuple[dict, list]:
-    """Check that all data sources give the same top-1 and top-5 errors.
+    """Evaluate on each data source, and check that the top-1 and top-5 errors are equal.
 
-    Return the results and the logits of the last data source.
+    Return the results for the last data source, and the rows of its CSV file with the logits.
     """
     errors = set()
     for kind, data in sources.items():
@@ -119,7 +119,7 @@ def check_sources(weights: Path, sources: dict[str, Path], folder: Path) -> tupl
 
 
 def check_logits(weights: Path, rows: list[dict], source: Path) -> None:
-    """Compare each image's logits and top-5 classes with those of torchvision's modules."""
+    """Compare each image's logits and top-5 classes with those of torchvision's SE-ResNet-18."""
     tensors = torch.load(weights, weights_only=True)["model"]
     model = torchvisions_se_resnet18(tensors)
     # These are the sizes in the recipe. The tools read them from the checkpoint.

@@ -1,4 +1,4 @@
-"""Tests for feature extraction, linear probes and k-NN, with loops and SciPy as references."""
+"""Tests that compare feature extraction, linear probes and k-NN with reference code."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def weights(network, tmp_path_factory) -> Path:
 
 @torch.inference_mode()
 def plain_loop(network, tree: Path) -> tuple[list[Path], torch.Tensor]:
-    """Return the paths and pooled features of the images in a folder, computed by a plain loop."""
+    """Return the paths and pooled features of the images in a folder, using a simple loop."""
     classes = sorted({path.parent for path in tree.rglob("*.jpg")})
     paths = [path for folder in classes for path in sorted(folder.glob("*.jpg"))]
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in

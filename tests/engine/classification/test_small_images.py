@@ -1,4 +1,4 @@
-"""Tests for training and evaluation on small images that are kept in memory."""
+"""Tests for training and evaluation on datasets of small images that are held in memory."""
 
 import shutil
 from itertools import islice
@@ -23,7 +23,7 @@ SIDE = "INPUT.CLASSIFICATION"
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """Write a small dataset in CIFAR-10's layout and set ``$DETECTRON2_DATASETS``."""
+    """Write a small dataset in the layout of CIFAR-10, and set ``$DETECTRON2_DATASETS``."""
     generator = torch.Generator().manual_seed(0)
     for split, count in (("train", 24), ("test", 10)):
         images = torch.randint(0, 256, (count, 3, 32, 32), generator=generator).to(torch.uint8)

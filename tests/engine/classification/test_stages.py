@@ -23,7 +23,7 @@ UNFREEZE = {
 
 
 def rates(model, **overrides) -> dict[str, float]:
-    """Return the learning rate of each of a model's parameters by name."""
+    """Map the name of each model parameter to its learning rate."""
     options = {"SOLVER.BASE_LR": "1.0", "SOLVER.LAYER_DECAY": "0.5", **overrides}
     cfg = load_config("", [word for item in options.items() for word in item])
     names = {parameter: name for name, parameter in model.named_parameters()}

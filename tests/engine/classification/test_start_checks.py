@@ -1,4 +1,4 @@
-"""Tests for errors in configs and data, and for resuming a finished run."""
+"""Tests for checks of configs and data before training, and for resuming a finished run."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Tests that compare multi-scale, multi-crop and ensemble evaluation with plain loops."""
+"""Tests that compare multi-scale, multi-crop and ensemble evaluation with simple loops."""
 
 import csv
 import json
@@ -35,7 +35,7 @@ TENSOR = transforms.Compose(
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    """Return a folder with four images; two of them have the same size."""
+    """Return a folder with four images, two of which have the same size."""
     root = tmp_path_factory.mktemp("photos")
     random = np.random.default_rng(0)
     for index, size in enumerate([(60, 50), (60, 50), (50, 83), (64, 64)]):
@@ -64,7 +64,7 @@ def evaluate(*words: str) -> dict:
 
 
 def logits_of(photos: Path, out: Path, *words: str) -> tuple[dict, torch.Tensor]:
-    """Run the evaluation command; return its results, and the logits sorted by image path."""
+    """Run the evaluation command; return the metrics, and the logits sorted by image path."""
     files = ["--predictions", out / "logits.csv", "--logits", "--output", out / "results.json"]
     model = ["--model", "resnet18", "--family", "torchvision_v1", "--data", photos]
     evaluate(*words, *model, *files)
@@ -178,11 +178,11 @@ def test_dense_evaluation_applies_fully_connected_layers_at_all_positions():
         (["--scales", "40", "30", "--crop", "32"], "contains 30, but the crop is 32 pixels"),
         (["--scales", "40", "40"], "expected distinct sizes"),
         (["--scales", "40", "--resize", "40"], "Remove one of them"),
-        (["--crops", "10", "--crop-mode", "squash"], "without --crop-mode"),
+        (["--crops", "10", "--crop-mode", "squash"], "can't be combined with --crop-mode"),
         (["--dense", "--crops", "10"], "whole images"),
         (
             ["--saved-logits", "a.csv", "SEED", "1"],
-            "--weights, --data, SEED 1 can't be used as well",
+            "--weights, --data, SEED 1 can't be combined with --saved-logits",
         ),
     ],
 )
@@ -252,7 +252,7 @@ def test_models_are_compared_even_if_the_first_one_has_no_class_names():
     ("old", "new", "message"),
     [
         ("a,0,x", "a,1,y", r"the label of a is 0 \(x\) in the first file and 1 \(y\)"),
-        ("a,0,x", "c,0,x", "2 are in only one of the files, such as a"),
+        ("a,0,x", "c,0,x", "2 images are in only one file, such as a"),
         ("a,0,x", "b,0,x", "two rows with the key b"),
         ("logit1,", "", "for 2 and 1 classes"),
         ("logit0", "other", "can't be read: .*Expected a CSV file"),

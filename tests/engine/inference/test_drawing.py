@@ -1,4 +1,4 @@
-"""Tests for drawings of predictions: colours, labels, fonts and line widths."""
+"""Tests for the visualisation of predictions: colours, labels, fonts and line widths."""
 
 import itertools
 import logging

@@ -1,4 +1,4 @@
-"""Tests that compare merged detections with ensemble-boxes, Detectron2 and plain Python loops."""
+"""Tests that compare fused detections with ensemble-boxes, Detectron2 and simple loops."""
 
 import json
 from pathlib import Path
@@ -72,7 +72,7 @@ def test_weighted_boxes_fusion_equals_that_of_ensemble_boxes(case):
 
 
 def built(architecture: str, seed: int = 0, **keys: str):
-    """Return a config and a detector with random weights."""
+    """Return a config, and a detector that is built from it with random weights."""
     config, own = CONFIGS[architecture]
     options = {**SMALL, "MODEL.RESNETS.NORM": "GN", **own, **AUG, **keys}
     cfg = load_config(config, [word for pair in options.items() for word in pair])
@@ -82,7 +82,7 @@ def built(architecture: str, seed: int = 0, **keys: str):
 
 @pytest.fixture(scope="module")
 def item(shapes) -> dict:
-    """Return a detector's input dict for an image that is resized to half of its original size."""
+    """Return a detector's input dict, whose ``height`` and ``width`` are twice the image size."""
     pixels = read_image(min(shapes.glob("tiny/*.jpg")), "BGR")
     height, width = pixels.shape[:2]
     image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
@@ -98,7 +98,7 @@ def assert_same(found, boxes, scores, classes) -> None:
 
 @torch.no_grad()
 def plain_views(model, item) -> tuple[torch.Tensor, ...]:
-    """Return the boxes, scores and classes at each size in SIZES, with and without flipping."""
+    """Return the detections at each image size in ``SIZES``, with and without horizontal flip."""
     pixels, found = item["image"].permute(1, 2, 0).numpy(), []
     for size in SIZES:
         factor = size / min(pixels.shape[:2])
@@ -268,7 +268,7 @@ def test_predictions_other_than_boxes_are_rejected(keys, message):
 def test_several_detectors_are_rejected_in_training():
     options = ["TEST.ENSEMBLE.WEIGHTS", "('b.pth',)"]
     cfg = load_config("configs/faster_rcnn_se_r50.yaml", options)
-    with pytest.raises(UserError, match=r"WEIGHTS is \['b.pth'\].*Set it to \(\)"):
+    with pytest.raises(UserError, match=r"WEIGHTS is \['b.pth'\].*Set the key to \(\)"):
         check_run(cfg, eval_only=False, resume=False)
 
 

@@ -13,7 +13,7 @@ FILE = Path(__file__).with_name("fused_boxes.json")
 
 
 def detections(rng: np.random.Generator, objects: np.ndarray, count: int) -> tuple:
-    """Return random boxes, scores and classes; several boxes may belong to the same object."""
+    """Return random boxes, scores and classes, with several boxes for some of the objects."""
     chosen = objects[rng.integers(0, len(objects), count)]
     corners = np.clip(chosen[:, :4] + rng.normal(0, 0.02, (count, 4)), 0, 1)
     boxes = np.concatenate([corners[:, :2], np.maximum(corners[:, 2:], corners[:, :2] + 0.01)], 1)

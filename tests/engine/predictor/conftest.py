@@ -44,7 +44,7 @@ def saved(config: str, options: dict[str, str], folder: Path) -> CfgNode:
 
 @pytest.fixture(scope="session")
 def detector(tmp_path_factory) -> Path:
-    """Return the run folder of an untrained Mask R-CNN, whose detections have low scores."""
+    """Return the output folder of an untrained Mask R-CNN, whose detections have low scores."""
     folder = tmp_path_factory.mktemp("runs") / "detector"
     options = {
         **SMALL_DETECTOR,
@@ -60,7 +60,7 @@ def detector(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def classifier(tmp_path_factory) -> Path:
-    """Return the run folder of an untrained classifier for the scenes in ``CLASSES``."""
+    """Return the output folder of an untrained classifier with the classes in ``CLASSES``."""
     folder = tmp_path_factory.mktemp("runs") / "classifier"
     options = {**SMALL_CLASSIFIER, **NARROW, "MODEL.CLASSIFIER.NUM_CLASSES": "3"}
     saved("configs/base/classification.yaml", options, folder)
@@ -69,7 +69,7 @@ def classifier(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
-    """Return a folder with five JPEG images in two sizes; two of them are in a subfolder."""
+    """Return a folder with five JPEG images of two sizes, including two in a subfolder."""
     folder = tmp_path_factory.mktemp("photos")
     random = np.random.RandomState(0)
     for index, name in enumerate(("a", "b", "c", "sub/a", "sub/d")):

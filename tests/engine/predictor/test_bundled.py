@@ -1,4 +1,4 @@
-"""Tests for networks whose weights are part of the package, and for their model cards."""
+"""Tests for networks whose weights are included in the package, and for their model cards."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Tests for predictions on image files, using models with known outputs."""
+"""Tests for inference on image files, using models with known outputs."""
 
 import csv
 import itertools
@@ -23,7 +23,7 @@ from senet_transfer.engine.predictor.predictor import DetectorPredictor
 
 
 class Answers(nn.Module):
-    """Model that passes each image's original size to ``answer`` and returns the result."""
+    """Model whose output is ``answer(height, width)``, given the original size of an image."""
 
     def __init__(self, answer):
         super().__init__()
@@ -35,7 +35,7 @@ class Answers(nn.Module):
 
 
 def one_object(height, width, **fields) -> dict[str, Instances]:
-    """Return a model output with one object of class 1 in the left half of the image."""
+    """Return a model output with one object of class 1 that covers the left half of the image."""
     box = torch.tensor([[0.0, 0.0, width / 2, height]])
     found = Instances((height, width), pred_boxes=Boxes(box), **fields)
     found.scores, found.pred_classes = torch.tensor([0.75]), torch.tensor([1])
@@ -54,7 +54,7 @@ def loaded(answer, **keys) -> LoadedModel:
 
 @pytest.fixture
 def images(tmp_path) -> list[str]:
-    """Write three images; the second one is 3000 pixels high and 6 pixels wide."""
+    """Write three images, one of which is 3000 pixels high and 6 pixels wide."""
     paths = []
     for name, shape in (("a", (40, 60)), ("b", (3000, 6)), ("c", (50, 50))):
         paths.append(str(tmp_path / f"{name}.png"))

@@ -45,7 +45,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(cache, monkeypatch):
-    """Serve a local Hub and configure huggingface_hub to use it with a token."""
+    """Start a local server with the Hub's API, and configure huggingface_hub to use it."""
     constants = huggingface_hub.constants
     with serving_hub() as served:
         monkeypatch.setattr(constants, "ENDPOINT", served.address)
@@ -61,7 +61,7 @@ def hub(cache, monkeypatch):
 
 @pytest.fixture(scope="module")
 def timm_folder(tmp_path_factory):
-    """Return a function that saves a timm network with timm's own Hub function."""
+    """Return a function that saves a timm network with timm's ``save_for_hf``."""
     import timm
     from timm.models._hub import save_for_hf
 

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.long
 
 
 def evaluated_objects(folder: Path, path: Path):
-    """Return the instances that a detector finds in an image, computed as in an evaluation."""
+    """Return a detector's instances for an image that is preprocessed as in an evaluation."""
     loaded = find_model(weights=str(folder / "model_final.pth")).build("cpu")
     record = CheckedDatasetMapper(loaded.cfg, is_train=False)({"file_name": str(path)})
     record["width"], record["height"] = Image.open(path).size
@@ -98,7 +98,7 @@ def config(classifier, detector, tmp_path, monkeypatch):
 
 
 def published(classifier, detector, tmp_path, monkeypatch):
-    """Save random weights as if torchvision had cached them; return their name and the model."""
+    """Save random weights in torchvision's download cache, and return their name and the model."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     name = "torchvision_v1/resnet18"
     entry = replace(load_catalogue()[name], sha256=None, file="resnet18.pth")
@@ -172,7 +172,7 @@ INPUT: {{MIN_SIZE_TEST: 64, MAX_SIZE_TEST: 96}}
 def test_a_detector_of_the_model_zoo_is_downloaded_and_predicts_as_in_detectron2(
     stride, std, photos, tmp_path, monkeypatch
 ):
-    """Compare the detections of a small model from a local server with Detectron2's predictor."""
+    """Compare a small detector downloaded from a local server with Detectron2's predictor."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     name = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x"
     base = Path(model_zoo.get_config_file(f"{name}.yaml")).parents[1] / "Base-RCNN-FPN.yaml"
@@ -448,7 +448,7 @@ def test_prediction_is_at_least_0_9_times_as_fast_as_the_evaluation(
 ):
     """Compare the CPU times of `predictor.stream` and an evaluation of the same 64 images.
 
-    CPU times are compared because they depend little on other programs on the machine.
+    Unlike wall-clock times, CPU times hardly depend on the load of the machine.
     """
     paths = sorted(map(str, (shared_data / "coco128").rglob("*.jpg")))[:64]
     if kind == "classifier":

@@ -1,4 +1,4 @@
-"""Tests for prediction on videos, streams, URLs and lists of images, and for result formats."""
+"""Tests for inference on videos, streams, URLs and lists of images, and for output formats."""
 
 import csv
 import json

@@ -58,7 +58,7 @@ DEEPER = [name for name in list_models() if name.endswith(("t101", "t152", "101_
 
 
 def mostly_fast(names: list[str], slow: list[str] = ()) -> list:
-    """Return pytest parameters; names in ``DEEPER`` or in ``slow`` get the mark ``slow``."""
+    """Return pytest parameters for model names; mark those in ``DEEPER`` or ``slow`` as slow."""
     marks = dict.fromkeys([*DEEPER, *slow], pytest.mark.slow)
     return [pytest.param(name, marks=marks.get(name, ())) for name in names]
 
@@ -120,7 +120,7 @@ def has_gates(block: torch.nn.Module) -> bool:
 )
 @pytest.mark.long
 def test_se_adds_the_parameters_of_the_formula(name):
-    """Compare the parameters that SE adds with equation 5 of the SE paper, plus biases."""
+    """Compare the number of parameters of SE with equation 5 of the SE paper, plus biases."""
     backbone, plain = structure(name), structure(name.removeprefix("se_"))
     widths = [
         block.out_channels for stage in backbone.stages for block in stage if has_gates(block)

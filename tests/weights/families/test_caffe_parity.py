@@ -15,7 +15,7 @@ from tests.weights import caffe_networks
 from tests.weights.caffe_networks import DESIGNS, places_resnet, se_bn_inception, senet
 from tests.weights.caffe_writer import CaffeNet
 from tests.weights.opencv import opencv_network
-from tests.weights.peers import check_traps, images, outputs_of_ours, worst
+from tests.weights.peers import check_wrong_options, images, outputs_of_ours, worst
 
 slow = pytest.mark.slow
 
@@ -64,7 +64,7 @@ def test_the_authors_networks_give_opencvs_logits(name, ours, tmp_path):
     assert model.preprocessing.format == "BGR"
     assert model.preprocessing.mean == (104.0, 117.0, 123.0)
     assert model.preprocessing.std == (1.0, 1.0, 1.0)
-    check_traps(ours, model, expected, path)
+    check_wrong_options(ours, model, expected, path)
 
 
 @pytest.mark.long
@@ -104,7 +104,7 @@ def test_places365_in_caffe(blocks, ours, tmp_path):
     assert worst(expected, outputs_of_ours(model, images())) < 1e-4
     assert examine(path).family.name == "places365_caffe"
     assert model.preprocessing.format == "BGR"
-    check_traps(ours, model, expected, path)
+    check_wrong_options(ours, model, expected, path)
 
 
 @pytest.mark.long

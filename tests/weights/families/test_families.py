@@ -1,4 +1,4 @@
-"""Tests for loading weights of several families, mainly of projects that can't be installed.
+"""Tests for several weight families, mainly of projects that can't be installed.
 
 The networks of these projects are reimplemented in ``tests/weights/published.py``.
 """
@@ -152,7 +152,7 @@ def test_families_with_the_same_names_are_logged_and_can_be_chosen(tmp_path, cap
 @pytest.mark.long
 def test_a_family_that_contradicts_the_file_is_rejected(tmp_path):
     path = save(peer("torchvision", "resnet18"), tmp_path / "r18.pth")
-    with pytest.raises(UserError, match="does not belong to the family cadene.*torchvision_v1"):
+    with pytest.raises(UserError, match="not belong to the weight family cadene.*torchvision_v1"):
         load_weights(create_backbone("resnet18"), path, family="cadene")
     with pytest.raises(UserError, match="The weight family is 'tochvision'"):
         load_weights(create_backbone("resnet18"), path, family="tochvision")
@@ -162,7 +162,7 @@ def test_a_family_that_contradicts_the_file_is_rejected(tmp_path):
 
 def test_a_network_of_an_unknown_family_is_rejected(tmp_path):
     path = save(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)), tmp_path / "other.pth")
-    with pytest.raises(UserError, match="match no known family"):
+    with pytest.raises(UserError, match="match no known weight family"):
         load_weights(create_backbone("resnet18"), path)
 
 

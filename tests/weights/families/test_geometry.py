@@ -1,4 +1,4 @@
-"""Tests that a config adopts the architecture parameters of its weight file, or is rejected."""
+"""Tests that a config adopts the layer options of its weight file, or is rejected."""
 
 import math
 

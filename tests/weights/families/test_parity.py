@@ -5,7 +5,7 @@ import torch
 
 from senet_transfer import UserError, create_classifier, load_weights
 from tests.weights.peers import (
-    check_traps,
+    check_wrong_options,
     geometry_options,
     images,
     outputs_of_ours,
@@ -82,7 +82,7 @@ def test_a_file_of_another_library_gives_that_librarys_outputs(
     assert not report.initialised
     assert worst(expected, outputs_of_ours(empty, images())) < 1e-5
 
-    check_traps(ours, created, expected, path)
+    check_wrong_options(ours, created, expected, path)
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""Tests that loaded VGG and Inception weights give the outputs of the original networks."""
+"""Tests that loaded VGG and Inception weights give the same outputs as the original networks."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ GOOGLE = Preprocessing(mean=(127.5,) * 3, std=(127.5,) * 3, crop=299, resize=341
 
 
 def inception(package: str) -> tuple[nn.Module, list[nn.Module]]:
-    """Return an Inception-ResNet-v2 and its modules whose outputs are res2 to res5."""
+    """Return an Inception-ResNet-v2 and the modules that correspond to res2 to res5."""
     name = {"timm": "inception_resnet_v2"}.get(package, "inceptionresnetv2")
     model = peer(package, name)
     if package != "timm":
@@ -156,5 +156,5 @@ def test_other_networks_with_the_same_names_are_rejected(other, tmp_path):
     model = getattr(pytest.importorskip("torchvision").models, other)(init_weights=False)
     file = {f"features.{key}": value for key, value in model.features.state_dict().items()}
     torch.save(file, tmp_path / "vgg.pth")
-    with pytest.raises(UserError, match="does not fit the model|match no known family"):
+    with pytest.raises(UserError, match="does not fit the model|match no known weight family"):
         load_and_expect_no_change(create_backbone("vgg16_bn"), tmp_path / "vgg.pth")

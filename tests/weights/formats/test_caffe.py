@@ -1,4 +1,4 @@
-"""Tests for Caffe files: outputs, architecture parameters, old formats and broken files."""
+"""Tests for Caffe files: outputs, layer parameters, old formats and damaged files."""
 
 import os
 import time
@@ -35,7 +35,7 @@ def _conv_weight(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def _se_net(size: int = 33, factor: float = 999.98) -> CaffeNet:
-    """Build a stem and a grouped SE bottleneck with projection, as in the SENet authors' files."""
+    """Build a stem and a grouped SE bottleneck with a projection, as in SENet's Caffe files."""
     rng = _rng()
     net = CaffeNet("tiny SE", (1, 3, size, size))
     x = net.conv_bn(

@@ -25,7 +25,7 @@ _KILOBYTES = 400_000
 
 
 def _tensors() -> dict[str, torch.Tensor]:
-    """Return the tensors of a tiny SE block, so that files consist mostly of headers."""
+    """Return the tensors of a tiny SE block, whose saved files consist mostly of headers."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -157,7 +157,7 @@ def _is_unchanged(file: WeightFile, _: bytes, what: str) -> None:
 
 
 class _Recorded:
-    """Placeholder for NumPy objects, because NumPy can crash on damaged pickles."""
+    """Placeholder used instead of NumPy objects, because NumPy can crash on damaged pickles."""
 
     def __init__(self, *arguments):
         self.arguments = arguments

@@ -1,4 +1,4 @@
-"""Tests that compare the reader of torch.save's files with torch.load(weights_only=True)."""
+"""Tests that compare the reader for torch.save files with torch.load(weights_only=True)."""
 
 import collections
 import io
@@ -138,7 +138,7 @@ def test_a_model_object_is_rejected_by_name(content, zipped, tmp_path):
 
 
 def _weights_only() -> dict[str, object]:
-    """Return values that ``torch.load(weights_only=True)`` accepts."""
+    """Return example objects that ``torch.load(weights_only=True)`` accepts, by name."""
     warnings.simplefilter("ignore")  # for quantized and nested tensors and typed storages
     attributed = torch.ones(2)
     attributed.note = "text"
@@ -302,7 +302,7 @@ def test_a_view_of_a_storage_is_read_in_the_legacy_format(view, tmp_path):
 # Damage.
 
 
-def _places(path, name: str) -> range:
+def _byte_range(path, name: str) -> range:
     """Return the range of a record's bytes in a zip file."""
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         info = next(i for i in archive.infolist() if i.filename.endswith(name))
@@ -321,7 +321,7 @@ def _flip(path, place: int, bit: int = 0) -> None:
 def test_a_flipped_weight_byte_that_torch_ignores_is_detected(tmp_path):
     path = tmp_path / "a.pth"
     torch.save({"state_dict": {"w": torch.ones(1000)}}, path)
-    _flip(path, _places(path, "data/0")[500], bit=3)
+    _flip(path, _byte_range(path, "data/0")[500], bit=3)
     loaded = torch.load(path, weights_only=True)["state_dict"]["w"]
     assert not torch.equal(loaded, torch.ones(1000))
     with pytest.raises(UserError, match="damaged.*CRC"):
@@ -333,7 +333,7 @@ def test_a_flipped_byte_of_any_record_is_detected(record, tmp_path):
     path = tmp_path / "a.pth"
     content = {"state_dict": {"w": torch.ones(9)}, "optimizer": {"momentum": torch.ones(9)}}
     torch.save(content, path)
-    for place in _places(path, record):
+    for place in _byte_range(path, record):
         _flip(path, place)
         with pytest.raises(UserError):
             read_tensors(path)

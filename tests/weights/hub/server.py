@@ -1,4 +1,4 @@
-"""Local server with the part of the Hugging Face Hub's API that huggingface_hub uses."""
+"""Local server that implements the endpoints of the Hugging Face Hub that the tests need."""
 
 import base64
 import hashlib

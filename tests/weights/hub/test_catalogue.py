@@ -94,7 +94,8 @@ def test_names_are_listed_by_pattern():
 def published(tmp_path, monkeypatch):
     """Serve a timm weight file that has two names in the catalogue.
 
-    The entry timm_legacy/test is correct, and cadene/wrong specifies the wrong family.
+    The entry timm_legacy/test is correct, and cadene/wrong specifies the wrong weight
+    family.
     """
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     body = save(peer("timm", "legacy_seresnet18"), tmp_path / "x.pth").read_bytes()
@@ -138,7 +139,7 @@ def test_a_name_works_like_a_path_and_is_downloaded_once(published, tmp_path):
 
 @pytest.mark.long
 def test_the_users_family_takes_precedence(published):
-    with pytest.raises(UserError, match="does not belong to the family cadene"):
+    with pytest.raises(UserError, match="does not belong to the weight family cadene"):
         create_backbone("se_resnet18", weights="cadene/wrong")
     backbone = create_backbone("se_resnet18", weights="cadene/wrong", family="timm_legacy")
     assert backbone.weights_source["family"] == "timm_legacy"

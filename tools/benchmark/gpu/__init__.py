@@ -1,1 +1,1 @@
-"""Benchmark ``gpu``: training and inference on a GPU, compared with target values."""
+"""Benchmark ``gpu``: time and memory of training and inference on a GPU, with target values."""

@@ -1,4 +1,4 @@
-"""Speed of basic GPU operations: copies, matrix products, launches and synchronisations."""
+"""Speed of basic GPU operations: copies, matrix products, kernel launches, synchronisations."""
 
 import time
 from collections.abc import Iterator

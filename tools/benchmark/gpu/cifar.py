@@ -32,17 +32,17 @@ AUTO = dict.fromkeys(
 
 
 @contextlib.contextmanager
-def _loops(settings: Settings, ways: dict[str, tuple[str, str]]) -> Iterator[dict[str, Step]]:
-    """Yield, for each candidate, a function that runs training steps with this project's trainer.
+def _loops(settings: Settings, candidates: dict[str, tuple[str, str]]) -> Iterator[dict[str, Step]]:
+    """Yield functions that run training steps with this project's trainer, keyed by candidate.
 
     Args:
         settings: The settings of the GPU benchmark.
-        ways: Dictionary from the name of each candidate to its network and ``SOLVER.COMPILE``.
+        candidates: The network name and the value of ``SOLVER.COMPILE`` of each candidate.
     """
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         steps: dict[str, Step] = {}
-        for number, (name, (network, mode)) in enumerate(ways.items()):
+        for number, (name, (network, mode)) in enumerate(candidates.items()):
             data_file = folder / str(number) / "noise.safetensors"
             data_file.parent.mkdir()
             save_images(random_images(settings.sized(10_000, 64)), data_file, "noise")
@@ -86,12 +86,12 @@ def _measure(settings: Settings, mode: str, *, seconds: float) -> Iterator[Found
 
 
 def measure_graph(settings: Settings) -> Iterator[Found]:
-    """Measure training with ``SOLVER.COMPILE graph``."""
+    """Measure CIFAR training with ``SOLVER.COMPILE graph``."""
     yield from _measure(settings, "graph", seconds=5)
 
 
 def measure_eager(settings: Settings) -> Iterator[Found]:
-    """Measure training with ``SOLVER.COMPILE none``."""
+    """Measure CIFAR training with ``SOLVER.COMPILE none``."""
     yield from _measure(settings, "none", seconds=8)
 
 
@@ -107,7 +107,7 @@ def _compiled_loop(settings: Settings, network: str) -> Step:
 
 
 def measure_compiled(settings: Settings) -> Iterator[Found]:
-    """Measure training with ``SOLVER.COMPILE default``.
+    """Measure CIFAR training with ``SOLVER.COMPILE default``.
 
     The networks with and without SE are compiled at the same time, in separate processes.
     """

@@ -1,4 +1,4 @@
-"""Benchmark of SE-ResNet-50 training from JPEG files, and of the time spent waiting for data."""
+"""Benchmark of SE-ResNet-50 training from JPEG files: throughput and time waiting for data."""
 
 import os
 import tempfile

@@ -16,7 +16,7 @@ from benchmark.gpu.targets import Result
 from benchmark.report import Amounts, Row
 
 Step = Callable[[], object]
-# A row of the benchmark, and those of its values that have a target.
+# A row of the benchmark's report, and the values in this row that have a target.
 Found = tuple[Row, dict[str, Result]]
 
 
@@ -25,8 +25,8 @@ class Settings:
     """Settings of the GPU benchmark.
 
     Attributes:
-        dry_run: Whether to check the code on a CPU, with tiny networks and images. The measured
-            values are then meaningless.
+        dry_run: If True, only check the benchmark's code on a CPU, with tiny networks and images.
+            The measured values are meaningless.
         compiled: The compiled training steps of ResNet-50 to measure: "bf16" (with and without SE,
             in bfloat16) or "all" (all networks in all precisions).
         deadline: Value of ``time.monotonic()`` at which this part of the benchmark is stopped.
@@ -79,9 +79,10 @@ def compare_steps(
     pairs: list[tuple[str, str]] | None = None,
     timer: Callable[[Step], float] | None = None,
 ) -> Comparison:
-    """Time steps in alternation, and compare them with the step "plain".
+    """Compare the run times of steps with that of the baseline, the step named "plain".
 
-    The optional step "plain again" repeats "plain" to measure the noise.
+    In each round, every step is timed once. The optional step named "plain again" is a second
+    instance of the baseline and serves as the control.
     """
     return compare(
         what,
@@ -101,8 +102,8 @@ def ratio_of(found: Comparison, name: str, over: str | None = None) -> Result:
 
     Args:
         found: The measured times.
-        name: The first candidate.
-        over: The second candidate; None for the baseline.
+        name: The candidate in the numerator.
+        over: The candidate in the denominator; None for the baseline.
 
     Returns:
         The ratio, and the interquartile range of the ratios of the control to the baseline.
@@ -116,12 +117,12 @@ def ratio_of(found: Comparison, name: str, over: str | None = None) -> Result:
 
 
 def quotient(values: Mapping[str, float], name: str, over: str) -> Result:
-    """Return the ratio of two amounts; NaN if the second is 0, as in a dry run."""
+    """Return the ratio of two candidates' values; NaN if the denominator is 0, as in a dry run."""
     return Result(values[name] / values[over] if values[over] else math.nan)
 
 
 def amounts(what: str, unit: str, values: Mapping[str, float]) -> Amounts:
-    """Return a row with one value per candidate, and "plain" as the baseline for ratios."""
+    """Create a report row with one value per candidate, with "plain" as the baseline for ratios."""
     return Amounts(what, unit, "plain", values)
 
 
@@ -138,9 +139,10 @@ def host_milliseconds(step: Step) -> float:
 
 
 def kernels_of(step: Step, calls: int = 3) -> tuple[float, int]:
-    """Return the GPU's busy time in ms and the number of kernels, per call of a step.
+    """Return the total kernel time in ms and the number of kernels, per call of a step.
 
-    Copies and fills count as kernels. Both values are medians over the calls. On a CPU, they are 0.
+    Memory copies and fills count as kernels. Both values are medians over the calls. On a CPU, both
+    values are 0.
     """
     activity = torch.profiler.ProfilerActivity
     activities = [activity.CPU] + [activity.CUDA] * torch.cuda.is_available()
@@ -164,7 +166,7 @@ def kernels_of(step: Step, calls: int = 3) -> tuple[float, int]:
 def captured(step: Step) -> Step:
     """Return a function that replays a step as a CUDA graph. On a CPU, return the step itself.
 
-    The step must allocate its gradients itself, and autocast must not cache weights.
+    The step must allocate the gradients, and the weight cache of autocast must be disabled.
     """
     if not torch.cuda.is_available():
         return step

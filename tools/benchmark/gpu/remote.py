@@ -1,6 +1,7 @@
 """Benchmark steps that are compiled in parallel, each in a separate process.
 
-The compiled steps are then timed one at a time, so they do not affect each other's times.
+After compilation, the steps are timed one at a time, so that concurrent steps do not distort the
+measured times.
 """
 
 import contextlib
@@ -24,13 +25,13 @@ class RemoteError(Exception):
 
 
 class Remote:
-    """Step that runs in another process. A call runs the step and returns its time in seconds."""
+    """Step that runs in another process. A call runs the step and returns the time in seconds."""
 
     def __init__(self, connection: Connection, settings: Settings):
         self.connection, self.settings = connection, settings
 
     def receive(self, reserve: float = 0.0) -> float:
-        """Return the number that the other process sends next."""
+        """Wait for the next number sent by the other process, and return it."""
         wait = max(self.settings.left() - reserve, 0)
         if not self.connection.poll(wait if wait < 1e6 else None):
             raise RemoteError("out of time")
@@ -84,7 +85,7 @@ class Started:
     errors: dict[str, RemoteError] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raise RemoteError if building any of the steps failed or took too long."""
+        """Raise RemoteError if a benchmark step failed to build or was not built in time."""
         if self.errors:
             text = "; ".join(f"{name}: {error}" for name, error in self.errors.items())
             raise RemoteError(text)
@@ -92,7 +93,7 @@ class Started:
 
 @contextlib.contextmanager
 def start_all(settings: Settings, builders: Mapping[str, Callable[[], Step]]) -> Iterator[Started]:
-    """Build training steps for the benchmark, each in a separate process, at the same time.
+    """Build several training steps for the benchmark in parallel, each in a separate process.
 
     CUDA must not be initialised in this process.
 

@@ -71,7 +71,7 @@ def run(
     compiled: str = "bf16",
     dry_run: bool = False,
 ) -> None:
-    """Run the parts, print each row as soon as it is available, and save all rows in a JSON file.
+    """Run parts of the GPU benchmark, print each row when it is available, and save all rows.
 
     Args:
         names: The parts to run; all by default.
@@ -92,8 +92,8 @@ def run(
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     if not dry_run and not _has_gpu():
         raise UserError(
-            "The GPU benchmark needs a CUDA GPU, but torch.cuda.is_available() is False. To "
-            "check its code on a CPU, with tiny networks and images, use --dry-run."
+            "The GPU benchmark requires a CUDA GPU, but torch.cuda.is_available() is False. To "
+            "check the benchmark's code on a CPU, with tiny networks and images, use --dry-run."
         )
     # Otherwise, the profiler logs each start and stop.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -160,7 +160,7 @@ class Report:
         self.note(part, text)
 
     def note(self, part: str, text: str) -> None:
-        """Print and save a note about a part of the benchmark, such as why it is not available."""
+        """Print and save a note about a part of the benchmark, such as a reason for skipping it."""
         print(f"{part}: {text}", flush=True)
         self.content["notes"][part] = text
         self._save()
@@ -225,7 +225,7 @@ def _receive(connection: Connection, name: str, settings: Settings, report: Repo
 
 
 def _end(process: multiprocessing.process.BaseProcess) -> None:
-    """Kill the process of a benchmark part and its child processes."""
+    """Kill the process that runs a part of the benchmark, and its child processes."""
     if process.pid is not None:
         try:
             os.killpg(process.pid, signal.SIGKILL)

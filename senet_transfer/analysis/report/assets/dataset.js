@@ -35,7 +35,7 @@ function histogram({ title, across, labels, ticks: marked, series, stacked }) {
   return element("div", { class: "chart" }, element("h3", {}, title), drawing, element("div", { class: "legend" }, ...keys));
 }
 
-/** Draws a picture with the outlines and boxes of objects, whose colours are those of the classes. */
+/** Draws an image with the polygons and boxes of its objects, in the colours of the classes. */
 function objects(picture) {
   const boxes = picture.boxes.map(([x, y, w, h, label, flagged]) => {
     // The label of an unusual object could hide it. The sentence below the picture names its class.

@@ -34,7 +34,7 @@ function count(image, run, wanted, least) {
 }
 
 /**
- * Draws an image with boxes: [left, top, width, height, label, style, note]. It may have outlines: [points, style].
+ * Draws an image with boxes: [left, top, width, height, label, style, note]. Polygons are optional: [points, style].
  * @param {number} letters The size of the letters as a part of the image's longer side.
  * @param {boolean} notes Whether to add the notes to the labels.
  */

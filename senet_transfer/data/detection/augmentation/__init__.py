@@ -1,1 +1,1 @@
-"""Optional augmentation of a detector's training images."""
+"""Optional data augmentation for training detectors."""

@@ -23,24 +23,27 @@ class RandomSaturation(T.RandomSaturation):
         self.image_format = image_format
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
-        """Sample the saturation, and return the transform."""
+        """Sample a saturation factor, and return the transform."""
         return super().get_transform(image[..., ::-1] if self.image_format == "BGR" else image)
 
 
-def with_augmentation(cfg: CfgNode, found: list[T.Augmentation]) -> list[T.Augmentation]:
-    """Return a detector's training augmentation.
+def with_augmentation(cfg: CfgNode, augmentations: list[T.Augmentation]) -> list[T.Augmentation]:
+    """Add the augmentation specified in the config to Detectron2's training augmentation.
 
     Args:
-        cfg: Config of the run. For a Detectron2 config without this project's keys, `found` is
-            returned unchanged.
-        found: Detectron2's augmentation for this config: an optional random crop, a resize and an
-            optional flip.
+        cfg: Config of the run. For a Detectron2 config without this project's keys,
+            `augmentations` is returned unchanged.
+        augmentations: Detectron2's augmentation for this config: an optional random crop, a resize
+            and an optional flip.
+
+    Returns:
+        The augmentations in the order in which they are applied.
     """
     options = cfg.INPUT
     if "RIGHT_ANGLES" not in options:
-        return found
+        return augmentations
     changed: list[T.Augmentation] = []
-    for augmentation in found:
+    for augmentation in augmentations:
         if not isinstance(augmentation, T.ResizeShortestEdge):
             changed.append(augmentation)
             continue
@@ -71,8 +74,11 @@ def _colours(options: CfgNode) -> list[T.Augmentation]:
     return found
 
 
-def removes_parts(cfg: CfgNode) -> bool:
-    """Return True if the augmentation crops images. Boxes must then be recomputed from masks."""
+def crops_images(cfg: CfgNode) -> bool:
+    """Return True if the training augmentation crops images.
+
+    For a model with a mask head, boxes must then be recomputed from the cropped masks.
+    """
     jitter = cfg.INPUT.get("LARGE_SCALE_JITTER")
     return cfg.INPUT.CROP.ENABLED or bool(jitter and jitter.ENABLED)
 
@@ -103,11 +109,11 @@ def check_detection_augmentation(cfg: CfgNode) -> None:
             "height and width in pixels, such as (1024, 1024)."
         )
     _check_crop(options.CROP)
-    if removes_parts(cfg) and predicts_rotated_boxes(cfg):
+    if crops_images(cfg) and predicts_rotated_boxes(cfg):
         key = "CROP" if options.CROP.ENABLED else "LARGE_SCALE_JITTER"
         raise UserError(
-            f"INPUT.{key}.ENABLED is True, but Detectron2 can't crop rotated boxes. Set it to "
-            "False."
+            f"INPUT.{key}.ENABLED is True, but Detectron2 can't crop rotated boxes. Set "
+            f"INPUT.{key}.ENABLED to False."
         )
     _check_copy_paste(cfg)
 
@@ -147,6 +153,6 @@ def _check_copy_paste(cfg: CfgNode) -> None:
         if present:
             raise UserError(
                 f"INPUT.COPY_PASTE is {cfg.INPUT.COPY_PASTE:g}, but {problem}. Copy-paste requires "
-                "a model with masks and without keypoints, precomputed proposals or semantic "
-                "segmentation. Set INPUT.COPY_PASTE to 0."
+                "a model with a mask head, and does not support keypoints, precomputed proposals, "
+                "semantic segmentation or rotated boxes. Set INPUT.COPY_PASTE to 0."
             )

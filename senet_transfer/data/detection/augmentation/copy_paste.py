@@ -1,8 +1,8 @@
 """Copy-paste augmentation (Ghiasi et al. 2021, "Simple copy-paste is a strong data augmentation").
 
 The source and target images are augmented before pasting, as in the paper. Objects keep their
-position relative to the top left corner of the image. Their borders are not smoothed, because the
-paper found that smoothing makes no difference. Pasted objects are cut off at the image border.
+position relative to the top left corner of the image, and are clipped at the image border. The
+edges of their masks are not blended, because the paper reports similar results without blending.
 """
 
 import numpy as np
@@ -20,15 +20,15 @@ class CopyPaste(Dataset):
     """Dataset wrapper for copy-paste augmentation.
 
     With a given probability, objects from a random image are pasted onto an image. Random numbers
-    are drawn from the global generators of NumPy and PyTorch.
+    are drawn from the global random generators of NumPy and PyTorch.
     """
 
     def __init__(self, images: MapDataset, probability: float):
         """
         Args:
-            images: Dataset of images with masks, as returned by the mapper. If an image can't be
-                mapped, the dataset returns a UserError instead of the image.
-            probability: Probability that objects are pasted onto an image.
+            images: Dataset of the dataset mapper's outputs, with masks. An element may also be a
+                UserError, if the mapper raised this error for the image.
+            probability: Probability of pasting objects onto an image.
         """
         self.images, self.probability = images, probability
 
@@ -46,17 +46,17 @@ class CopyPaste(Dataset):
 
 
 def paste(target: dict, source: dict) -> dict:
-    """Paste each object of one image onto another image with probability 0.5.
+    """Paste objects of a source image onto a target image, each with probability 0.5.
 
-    Covered pixels are removed from the masks of the target's objects. An object that is covered
-    completely is removed. The box of an object whose mask has changed is fitted to the new mask.
+    Covered pixels are removed from the masks of the target's objects, and completely covered
+    objects are removed. If a mask changes, the object's box is recomputed from the new mask.
 
     Args:
-        target: Image with masks, as returned by the mapper. It is not changed.
-        source: Image of any size with the objects to paste, as returned by the mapper.
+        target: The dataset mapper's output for the target image, with masks; not modified.
+        source: The dataset mapper's output for the source image, which may have a different size.
 
     Returns:
-        The target with the pasted objects.
+        The target image and its objects, with the pasted objects added.
     """
     objects = source["instances"]
     objects = objects[torch.rand(len(objects)) < 0.5]
@@ -79,7 +79,7 @@ def paste(target: dict, source: dict) -> dict:
 
 
 def _visible(instances: Instances, visible: Tensor) -> Instances:
-    """Limit masks to the visible pixels `(H, W)`, and remove objects without visible pixels."""
+    """Restrict objects to the visible pixels `(H, W)`; remove objects that become invisible."""
     masks = _bit_masks(instances)
     seen = masks & visible
     changed = (seen != masks).flatten(1).any(1)
@@ -91,7 +91,7 @@ def _visible(instances: Instances, visible: Tensor) -> Instances:
 
 
 def _bit_masks(instances: Instances) -> Tensor:
-    """Return the masks as bool `(N, H, W)`, even for an image without the `gt_masks` field."""
+    """Return the masks as a bool tensor `(N, H, W)`; all False without a `gt_masks` field."""
     if not instances.has("gt_masks"):
         return torch.zeros(len(instances), *instances.image_size, dtype=torch.bool)
     masks = instances.gt_masks

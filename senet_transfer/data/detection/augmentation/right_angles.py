@@ -1,7 +1,7 @@
-"""Exact rotation of detection images by multiples of 90 degrees.
+"""Lossless rotation of images and annotations by multiples of 90 degrees.
 
 Detectron2's `RandomRotation` does not support images with one channel. It also uses OpenCV, which
-may hang in forked worker processes, because its threads are not copied to them.
+may hang in forked worker processes, because `fork` does not copy OpenCV's threads.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ class RightAngleRotation(T.Transform):
     """Counter-clockwise rotation by a multiple of 90 degrees.
 
     Attributes:
-        turns: Number of quarter turns, 0-3.
+        turns: Number of rotations by 90 degrees, 0 to 3.
         height: Height of the image before the rotation, in pixels.
         width: Width of the image before the rotation, in pixels.
     """
@@ -37,7 +37,10 @@ class RightAngleRotation(T.Transform):
         return np.stack(turned[self.turns], axis=1)
 
     def apply_rotated_box(self, boxes: np.ndarray) -> np.ndarray:
-        """Rotate boxes `(N, 5)`: centre, width, height and counter-clockwise angle in degrees."""
+        """Rotate boxes `(N, 5)`, given as centre x and y, width, height and angle in degrees.
+
+        Positive angles are counter-clockwise.
+        """
         return np.concatenate(
             [self.apply_coords(boxes[:, :2]), boxes[:, 2:4], boxes[:, 4:] + 90 * self.turns], axis=1
         )
@@ -49,7 +52,7 @@ class RightAngleRotation(T.Transform):
 
 
 class RandomRightAngles(T.Augmentation):
-    """Rotation by 0, 90, 180 or 270 degrees, with equal probability."""
+    """Random rotation by 0, 90, 180 or 270 degrees, each with probability 1/4."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         """Sample the angle, and return the transform."""

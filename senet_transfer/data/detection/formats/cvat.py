@@ -1,9 +1,9 @@
 """Reader for CVAT's XML formats for images and videos (version 1.1).
 
 Rotated boxes and ellipses are converted to polygons with bounding boxes. Polylines, points,
-cuboids, skeletons and tags have no equivalent in COCO format and are skipped. CVAT writes a track's
-box for every frame, so boxes do not have to be interpolated. Boxes with `outside="1"` are not
-visible and are skipped.
+cuboids, skeletons and tags have no equivalent in COCO format and are skipped. CVAT exports a
+track's box for every frame, so boxes do not have to be interpolated. Boxes with `outside="1"` are
+not visible and are skipped.
 """
 
 import re
@@ -26,7 +26,7 @@ from senet_transfer.data.detection.formats.records import (
     ImportedData,
     ImportedImage,
     ImportedObject,
-    Outline,
+    Segmentation,
 )
 from senet_transfer.data.images.file_types import is_image_name
 from senet_transfer.errors import UserError
@@ -84,7 +84,10 @@ def _read_image(
 def _read_frames(
     root: Element, path: Path, images: ImageFolder, data: ImportedData
 ) -> list[ImportedImage]:
-    """Read the tracks of a video. CVAT exports its frames as `frame_000000.PNG` and so on."""
+    """Return the frames of a video with the objects of all tracks.
+
+    The image files must be named `frame_000000.PNG` and so on, as exported by CVAT.
+    """
     size = root.find("meta//original_size")
     sides = (size.findtext("width"), size.findtext("height")) if size is not None else (None, None)
     width, height = image_sides(*sides, f"{path}: <original_size>")
@@ -116,7 +119,7 @@ def _read_frames(
 def _read_shape(
     shape: Element, where: str, size: tuple[int, int], data: ImportedData
 ) -> list[ImportedObject]:
-    """Return a list with the object for a shape, or an empty list if the shape is skipped."""
+    """Convert a shape to a list with one object; the list is empty if the shape is skipped."""
     if shape.tag in _SKIPPED:
         data.notes[f"shapes of type {shape.tag} are skipped"] += 1
         return []
@@ -128,7 +131,7 @@ def _read_shape(
         )
     values = {name: _value(shape, name, where) for name in _numeric(shape.tag)}
     rotation = float(number(shape.get("rotation", "0"), "rotation", where))
-    found: tuple[shapes.Box, Outline | None] | None
+    found: tuple[shapes.Box, Segmentation | None] | None
     if shape.tag == "box":
         box = values["xtl"], values["ytl"], values["xbr"], values["ybr"]
         found = shapes.rotated_box(box, rotation)
@@ -171,17 +174,17 @@ def _points(text: str, where: str) -> list[tuple[float, float]]:
 
 def _mask(
     shape: Element, values: dict[str, float], where: str, size: tuple[int, int]
-) -> tuple[shapes.Box, Outline] | None:
-    """Read a mask, stored row by row as alternating run lengths of background and object."""
+) -> tuple[shapes.Box, Segmentation] | None:
+    """Decode a mask from CVAT's row-major run-length encoding, which starts with background."""
     left, top, width, height = (int(values[name]) for name in ("left", "top", "width", "height"))
     text = shape.get("rle", "")
     runs = [int(run) for run in re.findall(r"\d+", text)] if re.fullmatch(r"[\d,\s]+", text) else []
     inside = min(left, top) >= 0 and left + width <= size[0] and top + height <= size[1]
     if not inside or min(width, height) < 1 or sum(runs) != width * height:
         raise UserError(
-            f"{where} is a mask of {width} x {height} pixels at ({left}, {top}) with runs of "
-            f"{sum(runs)} pixels in total; expected a mask inside the image of {size[0]} x "
-            f"{size[1]} pixels. Correct or remove the mask."
+            f"{where} is a mask of {width} x {height} pixels at ({left}, {top}), whose run lengths "
+            f"add up to {sum(runs)} pixels; expected run lengths that cover the mask exactly, and "
+            f"a mask inside the image of {size[0]} x {size[1]} pixels. Correct or remove the mask."
         )
     pixels = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(height, width)
     return shapes.mask(pixels, left, top, *size)

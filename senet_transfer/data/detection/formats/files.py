@@ -42,7 +42,7 @@ def read_xml(path: str | Path) -> Element:
     except DefusedXmlException as error:
         raise UserError(
             f"{path} declares an entity or an external file ({type(error).__name__}), which is not "
-            "supported; expected plain XML as written by an annotation tool. Export it again."
+            "supported; expected plain XML as written by an annotation tool. Export the file again."
         ) from None
     except (ParseError, ValueError, LookupError) as error:
         raise UserError(f"{path} is not valid XML ({error}). Export the file again.") from None
@@ -54,7 +54,7 @@ def read_json(path: str | Path) -> Any:
     """Return the content of a JSON file.
 
     Raises:
-        UserError: If the file is not valid.
+        UserError: If the file can't be read or is not valid JSON.
     """
     try:
         return json.loads(read_text(path))
@@ -80,7 +80,7 @@ def _unreadable(path: str | Path, error: OSError) -> UserError:
 
 
 def number(value: object, name: str, where: str) -> float:
-    """Convert a number, or a string that contains one, to a finite float.
+    """Convert a number or a numeric string to a finite float.
 
     Args:
         value: The value in the file.
@@ -111,7 +111,7 @@ def numbers(values: Any, name: str, where: str) -> list[float]:
 
 
 def points(values: Any, name: str, where: str) -> list[tuple[float, float]]:
-    """Return points as tuples, after checking that they are a non-empty list of `[x, y]` lists."""
+    """Convert a non-empty list of points `[x, y]` to a list of tuples; see :func:`number`."""
     pairs = [numbers(pair, name, where) for pair in values] if isinstance(values, list) else []
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise UserError(
@@ -122,7 +122,11 @@ def points(values: Any, name: str, where: str) -> list[tuple[float, float]]:
 
 
 def image_sides(width: object, height: object, where: str) -> tuple[int, int]:
-    """Return an image's width and height as integers, after checking that both are positive."""
+    """Return an image's width and height as integers.
+
+    Raises:
+        UserError: If a side is not a positive integer, or the image has too many pixels.
+    """
     sides = number(width, "width", where), number(height, "height", where)
     if min(sides) < 1 or any(side != int(side) for side in sides):
         raise UserError(
@@ -138,7 +142,11 @@ def image_sides(width: object, height: object, where: str) -> tuple[int, int]:
 
 
 def label_text(value: object, where: str) -> str:
-    """Return a class name without leading and trailing spaces."""
+    """Return a class name without leading and trailing spaces.
+
+    Raises:
+        UserError: If the name is not a string or is empty.
+    """
     if isinstance(value, str) and value.strip():
         return value.strip()
     found = "no label" if value is None else f"the label {shown(value)}"
@@ -146,7 +154,7 @@ def label_text(value: object, where: str) -> str:
 
 
 class ImageFolder:
-    """Folder to which a dataset's file names are relative."""
+    """Image folder of a dataset, to which the file names of the images are relative."""
 
     def __init__(self, root: str | Path, *, upright: bool = True):
         """
@@ -174,7 +182,7 @@ class ImageFolder:
             where: The position in the annotation file, for the error message.
 
         Raises:
-            UserError: If the path is outside the image folder.
+            UserError: If the path is not a string or is outside the image folder.
         """
         if not isinstance(name, str) or not name.strip() or "\0" in name:
             raise UserError(
@@ -227,7 +235,9 @@ class ImageFolder:
 
 
 def list_files(root: str | Path, accept: Any) -> list[str]:
-    """Return the sorted relative paths of the visible files in a folder and its subfolders.
+    """Return the sorted relative paths of the files in a folder and its subfolders.
+
+    Hidden files and folders are skipped.
 
     Args:
         root: Path of the folder.

@@ -1,8 +1,8 @@
 """Reader for the LabelMe format, which has one JSON file per image.
 
 Shapes with the same label and `group_id` are merged into one object, as in LabelMe's COCO
-conversion. The outlines of polygons, rotated rectangles, circles and masks are converted to
-segmentations. Rectangles are converted to boxes only. Points and lines have no area and are
+conversion. Polygons, rotated rectangles, circles and masks are converted to segmentations with
+bounding boxes; other rectangles are converted to boxes only. Points and lines have no area and are
 skipped.
 """
 
@@ -30,7 +30,7 @@ from senet_transfer.data.detection.formats.records import (
     ImportedData,
     ImportedImage,
     ImportedObject,
-    Outline,
+    Segmentation,
 )
 from senet_transfer.errors import UserError
 
@@ -142,14 +142,14 @@ def _read_shape(
 
 
 def _with_source(
-    found: tuple[shapes.Box, Outline | None], where: str
-) -> tuple[shapes.Box, str, Outline | None]:
+    found: tuple[shapes.Box, Segmentation | None], where: str
+) -> tuple[shapes.Box, str, Segmentation | None]:
     return found[0], where, found[1]
 
 
 def _read_mask(
     text: object, corners: Sequence[tuple[float, float]], where: str, size: tuple[int, int]
-) -> tuple[shapes.Box, Outline] | None:
+) -> tuple[shapes.Box, Segmentation] | None:
     """Read a mask from a base64-encoded PNG image that covers the region between two corners."""
     (left, top), (right, bottom) = [(int(x), int(y)) for x, y in corners]
     expected = right - left + 1, bottom - top + 1
@@ -169,11 +169,11 @@ def _read_mask(
 
 
 def _merge(item: ImportedObject, other: ImportedObject, data: ImportedData) -> None:
-    """Merge another shape of the same group into an object."""
+    """Merge a second shape of the same group into an object."""
     item.box = shapes.box_of([item.box[:2], item.box[2:], other.box[:2], other.box[2:]])
-    both = item.outline, other.outline
-    if all(isinstance(outline, list) for outline in both):
-        item.outline = [*both[0], *both[1]]  # type: ignore[misc]
+    both = item.segmentation, other.segmentation
+    if all(isinstance(segmentation, list) for segmentation in both):
+        item.segmentation = [*both[0], *both[1]]  # type: ignore[misc]
     elif both != (None, None):
-        item.outline = None
+        item.segmentation = None
         data.notes["groups contain rectangles or masks, so only the group's box is read"] += 1

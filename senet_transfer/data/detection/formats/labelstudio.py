@@ -2,7 +2,7 @@
 
 Coordinates are percentages of the image size. Rotations are clockwise, in pixel coordinates: a
 rectangle is rotated around its top left corner, an ellipse around its centre. If a task has several
-annotations, the last one is read. Predictions and tasks without an annotation are skipped.
+annotations, only the latest is read. Predictions and tasks without an annotation are skipped.
 """
 
 import os
@@ -24,7 +24,7 @@ from senet_transfer.data.detection.formats.records import (
     ImportedData,
     ImportedImage,
     ImportedObject,
-    Outline,
+    Segmentation,
 )
 from senet_transfer.data.images.file_types import is_image_name
 from senet_transfer.errors import UserError
@@ -101,7 +101,7 @@ def _read_image(
 def _find_image(values: Any, where: str, images: ImageFolder) -> str:
     """Return the path of a task's image relative to the image folder.
 
-    The URL of an image may contain folders and a server prefix that a local copy does not have.
+    The URL of an image may contain a server address and folders that do not exist locally.
     """
     if not isinstance(values, dict):
         raise UserError(
@@ -114,8 +114,8 @@ def _find_image(values: Any, where: str, images: ImageFolder) -> str:
     paths = [path for path in map(_url_path, texts.values()) if is_image_name(path)]
     if len(paths) != 1:
         raise UserError(
-            f"{where} has {len(paths)} images ({', '.join(paths[:3])}); expected one. Export a "
-            "project in which each task has one image."
+            f"{where} has {len(paths)} images ({', '.join(paths[:3])}); expected one image. Export "
+            "a project in which each task has one image."
         )
     parts = [part for part in paths[0].replace("\\", "/").split("/") if part]
     if ".." in parts:
@@ -139,10 +139,7 @@ def _read_region(
     region: dict[str, Any], regions: list[dict], where: str, size: tuple[int, int],
     data: ImportedData,
 ) -> ImportedObject | None:  # fmt: skip
-    """Convert a region to an object.
-
-    Return None if the region has no label or an unsupported shape.
-    """
+    """Convert a region to an object; return None if it has no label or an unsupported shape."""
     value, kind = region.get("value"), str(region.get("type", ""))
     if not isinstance(value, dict):
         raise UserError(
@@ -172,7 +169,7 @@ def _read_region(
 
 
 def _names(value: object) -> list[Any]:
-    """Return the labels of a region."""
+    """Return the labels of a region, given its `value`; an empty list if it has no labels."""
     for key in _LABELS:
         found = value.get(key) if isinstance(value, dict) else None
         if isinstance(found, list) and found:
@@ -182,8 +179,8 @@ def _names(value: object) -> list[Any]:
 
 def _shape(
     value: dict[str, Any], where: str, size: tuple[int, int]
-) -> tuple[shapes.Box, Outline | None] | None:
-    """Return a region's shape in pixels, or None if the region has no supported shape."""
+) -> tuple[shapes.Box, Segmentation | None] | None:
+    """Return a region's box and segmentation in pixels; None if its shape is not supported."""
     x_unit, y_unit = size[0] / 100, size[1] / 100
 
     def pixels(name: str) -> float:

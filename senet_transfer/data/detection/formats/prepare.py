@@ -1,4 +1,4 @@
-"""Conversion of datasets in other formats to files in COCO format."""
+"""Conversion of datasets in other annotation formats to files in COCO format."""
 
 import os
 import re
@@ -28,7 +28,7 @@ def import_dataset(
     Args:
         name: The format, a key of :data:`~senet_transfer.data.detection.formats.source.FORMATS`.
         path: The file or folder with the annotations.
-        image_dir: The folder with the images; None selects the format's usual folder.
+        image_dir: The folder with the images; None selects the format's default folder.
         upright: Whether the annotations refer to the images with EXIF orientation applied.
 
     Returns:
@@ -41,7 +41,7 @@ def import_dataset(
     path = Path(path).expanduser()
     source = find_source(path, name)
     if source is None:
-        found = "no such files were found" if os.path.exists(path) else "the path does not exist"
+        found = "no files have this format" if os.path.exists(path) else "the path does not exist"
         other = find_source(path) if os.path.exists(path) else None
         if other is not None:
             found = f"the files have the format {other.format!r}"
@@ -66,9 +66,9 @@ def write_dataset(
     source: str,
     replace: bool = False,
 ) -> dict[str, CocoSummary]:
-    """Check datasets and write each split to a JSON file in COCO format.
+    """Validate the splits of a dataset, and write each split to a JSON file in COCO format.
 
-    Nothing is written if a check fails.
+    If any split is invalid, no file is written.
 
     Args:
         datasets: Dictionary from split to annotations in COCO format.
@@ -82,7 +82,7 @@ def write_dataset(
 
     Raises:
         UserError: If an annotation is invalid, an image is missing, the files can't be written, or
-            the output folder contains files for any split and `replace` is False.
+            the output folder already contains the file of any split and `replace` is False.
     """
     summaries = {
         split: summarize_coco(content, source, image_dir, allow_empty=split != "train")

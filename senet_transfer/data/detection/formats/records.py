@@ -1,4 +1,4 @@
-"""Records returned by all readers, and their conversion to COCO format."""
+"""Data classes returned by the readers of annotation formats, and conversion to COCO format."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -6,9 +6,9 @@ from typing import Any
 
 from pycocotools import mask as coco_mask
 
-Outline = list[list[float]] | dict[str, Any]
+Segmentation = list[list[float]] | dict[str, Any]
 
-# Key for the place in the source file from which an image or annotation was read.
+# Key for the position in the source file from which an image or annotation was read.
 SOURCE = "_source"
 # Key for warnings about content that could not be converted.
 NOTES = "_notes"
@@ -27,21 +27,37 @@ SPLIT_NAMES = {
 
 @dataclass
 class ImportedObject:
-    """An object, with its box given as left, top, right and bottom edges in pixels.
+    """Object read from an annotation file.
 
     Coordinates are continuous: the top left pixel of an image extends from (0, 0) to (1, 1).
+
+    Attributes:
+        label: Class name.
+        box: Left, top, right and bottom edges in pixels.
+        source: Position in the annotation file, such as "a.xml: object 3", for error messages.
+        segmentation: Polygons or a compressed run-length encoding, as in COCO; None for box
+            annotations.
+        crowd: Whether the annotation is a crowd annotation (`iscrowd`).
     """
 
     label: str
     box: tuple[float, float, float, float]
-    source: str  # such as "a.xml: object 3"
-    outline: Outline | None = None  # polygons or a compressed run-length encoding
+    source: str
+    segmentation: Segmentation | None = None
     crowd: bool = False
 
 
 @dataclass
 class ImportedImage:
-    """An image and its objects. The file name is relative to the image folder."""
+    """Image with its annotated objects.
+
+    Attributes:
+        file_name: Path relative to the image folder.
+        width: Image width in pixels.
+        height: Image height in pixels.
+        source: Position in the annotation file, for error messages.
+        objects: Annotated objects.
+    """
 
     file_name: str
     width: int
@@ -52,14 +68,14 @@ class ImportedImage:
 
 @dataclass
 class ImportedData:
-    """A dataset read from another format.
+    """Dataset read from annotations in a format other than COCO.
 
     Attributes:
-        splits: Images by split. A dataset that is not divided into splits contains only "train".
-        classes: Class names in the order of the category ids; if empty, they are sorted by name.
-        notes: Number of occurrences of each note about the data, such as "masks are empty and are
-            skipped".
-        files: All files and folders on which the content depends.
+        splits: Dictionary from split to images. A dataset without splits contains only "train".
+        classes: Class names in the order of the category ids; if empty, the names are sorted.
+        notes: Warnings about the data, such as "masks are empty and are skipped", with the number
+            of occurrences of each warning.
+        files: All files and folders from which the dataset was read, to detect changes.
     """
 
     splits: dict[str, list[ImportedImage]] = field(default_factory=dict)
@@ -69,9 +85,9 @@ class ImportedData:
 
 
 def to_coco(data: ImportedData, split: str) -> dict[str, Any]:
-    """Return a split in COCO instances format.
+    """Convert a split of a dataset to COCO instances format.
 
-    Coordinates are rounded to a thousandth of a pixel. The categories are the same for all splits.
+    Coordinates are rounded to 0.001 pixels. The categories are the same for all splits.
     """
     labels = {item.label for images in data.splits.values() for i in images for item in i.objects}
     classes = data.classes or sorted(labels)
@@ -104,17 +120,17 @@ def to_coco(data: ImportedData, split: str) -> dict[str, Any]:
 def _annotation(item: ImportedObject) -> dict[str, Any]:
     left, top, right, bottom = (round(value, 3) for value in item.box)
     box = [left, top, round(right - left, 3), round(bottom - top, 3)]
-    outline = item.outline or []
-    if isinstance(outline, dict):
-        area = float(coco_mask.area(outline))
+    segmentation = item.segmentation or []
+    if isinstance(segmentation, dict):
+        area = float(coco_mask.area(segmentation))
     else:
-        outline = [[round(value, 3) for value in polygon] for polygon in outline]
-        area = sum(map(polygon_area, outline)) if outline else box[2] * box[3]
+        segmentation = [[round(value, 3) for value in polygon] for polygon in segmentation]
+        area = sum(map(polygon_area, segmentation)) if segmentation else box[2] * box[3]
     return {
         "bbox": box,
         "area": round(area, 3),
         "iscrowd": int(item.crowd),
-        "segmentation": outline,
+        "segmentation": segmentation,
         SOURCE: item.source,
     }
 

@@ -1,4 +1,4 @@
-"""Boxes and outlines of the shapes used by annotation tools.
+"""Conversion of shapes drawn in annotation tools to bounding boxes and segmentations.
 
 The y axis points down, so positive angles are clockwise rotations.
 """
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from senet_transfer.data.detection.formats.records import Outline
+from senet_transfer.data.detection.formats.records import Segmentation
 
 Box = tuple[float, float, float, float]
 
@@ -23,21 +23,21 @@ def box_of(points: Sequence[Sequence[float]]) -> Box:
     return min(xs), min(ys), max(xs), max(ys)
 
 
-def polygon(points: Sequence[Sequence[float]]) -> tuple[Box, Outline]:
-    """Return the bounding box of a polygon, and its outline as in COCO's ``segmentation``."""
+def polygon(points: Sequence[Sequence[float]]) -> tuple[Box, Segmentation]:
+    """Return the bounding box of a polygon and its segmentation in COCO format."""
     return box_of(points), [[float(value) for point in points for value in point]]
 
 
 def rotated_box(
     box: Box, degrees: float, pivot: tuple[float, float] | None = None
-) -> tuple[Box, Outline | None]:
-    """Return the box and outline of a rotated rectangle.
+) -> tuple[Box, Segmentation | None]:
+    """Return the bounding box and segmentation of a rotated rectangle.
 
-    The outline is None if the rotation is zero.
+    The segmentation is None if the rectangle is not rotated.
 
     Args:
-        box: The rectangle before the rotation.
-        degrees: The clockwise angle.
+        box: The rectangle before the rotation: left, top, right and bottom edges.
+        degrees: The clockwise rotation angle.
         pivot: The centre of rotation; None selects the centre of the rectangle.
     """
     if degrees % 360 == 0:
@@ -53,8 +53,8 @@ def rotated_box(
 
 def ellipse(
     x: float, y: float, radius_x: float, radius_y: float, degrees: float = 0
-) -> tuple[Box, Outline]:
-    """Return the exact box of an ellipse and a polygon that approximates it.
+) -> tuple[Box, Segmentation]:
+    """Return the exact bounding box of an ellipse, and a polygon that approximates the ellipse.
 
     Args:
         x: The x coordinate of the centre.
@@ -75,14 +75,13 @@ def ellipse(
 
 def mask(
     pixels: np.ndarray, left: int, top: int, width: int, height: int
-) -> tuple[Box, Outline] | None:
-    """Return the box and run-length encoding of a mask; None if no pixel is set.
+) -> tuple[Box, Segmentation] | None:
+    """Return the bounding box and run-length encoding of a mask; None if the mask is empty.
 
     Args:
-        pixels: Boolean array for a region whose top left corner is at ``left`` and ``top``. The
-            region must be inside the image.
-        left: The first column.
-        top: The first row.
+        pixels: Boolean mask for a region of the image.
+        left: The first image column of the region.
+        top: The first image row of the region.
         width: The image width.
         height: The image height.
     """
@@ -92,6 +91,6 @@ def mask(
     whole = np.zeros((height, width), np.uint8, order="F")
     whole[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
     encoded = coco_mask.encode(whole)
-    outline = {"size": [height, width], "counts": encoded["counts"].decode("ascii")}
+    segmentation = {"size": [height, width], "counts": encoded["counts"].decode("ascii")}
     box = left + columns[0], top + rows[0], left + columns[-1] + 1, top + rows[-1] + 1
-    return tuple(map(float, box)), outline  # type: ignore[return-value]
+    return tuple(map(float, box)), segmentation  # type: ignore[return-value]

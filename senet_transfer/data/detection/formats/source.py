@@ -34,7 +34,7 @@ class Format:
     """Annotation format and the functions for reading it.
 
     Attributes:
-        title: Name of the format.
+        title: Name of the format for messages, such as "Pascal VOC".
         image_folder: Function that returns the image folder for an annotation file or folder.
         read: Function that reads an annotation file or folder, given the image folder.
     """
@@ -59,13 +59,13 @@ _FILE_PER_IMAGE = ("voc", "labelme")
 
 @dataclass(frozen=True)
 class Source:
-    """Annotations in a format other than COCO's.
+    """Files with annotations in a format other than COCO.
 
     Attributes:
         format: Key of :data:`FORMATS`.
         path: File or folder that the user specified.
-        locations: Dictionary from split to the file or folder to read. The only key is "" if the
-            format itself defines the splits or there are no splits.
+        locations: Dictionary from split to the file or folder to read. If the splits are defined in
+            the annotation files or there are no splits, the only key is an empty string.
     """
 
     format: str
@@ -73,7 +73,7 @@ class Source:
     locations: dict[str, Path]
 
     def image_folder(self) -> str:
-        """Return the default image folder."""
+        """Return the default image folder for these annotations."""
         if "" in self.locations:
             return os.path.abspath(FORMATS[self.format].image_folder(self.locations[""]))
         return os.path.abspath(self.path)
@@ -81,10 +81,10 @@ class Source:
     def read(
         self, image_dir: str | os.PathLike | None = None, *, upright: bool = True
     ) -> ImportedData:
-        """Read the annotations as a dataset.
+        """Read the annotations of all splits.
 
         Args:
-            image_dir: The folder with the images; None selects :meth:`image_folder`.
+            image_dir: The folder with the images; None selects the default image folder.
             upright: Whether the annotations refer to the images with EXIF orientation applied.
 
         Raises:
@@ -114,11 +114,14 @@ class Source:
 
 
 def find_source(path: str | os.PathLike, name: str | None = None) -> Source | None:
-    """Return the annotations at a path, or None if no format in :data:`FORMATS` matches.
+    """Find the annotation files at a path.
 
     Args:
         path: A file or folder. A folder may contain one folder per split.
         name: The format, a key of :data:`FORMATS`. If None, the format is detected.
+
+    Returns:
+        The format and the files or folders to read; None if no format in :data:`FORMATS` matches.
     """
     path = Path(path)
     if path.is_dir():
@@ -144,7 +147,7 @@ def find_source(path: str | os.PathLike, name: str | None = None) -> Source | No
 
 
 def _in_folder(folder: Path, name: str | None) -> tuple[str, Path] | None:
-    """Return a folder's annotation format, and the file or folder to read."""
+    """Return a folder's annotation format and the file or folder to read; None if not detected."""
     if name in ("voc", None) and any((folder / "Annotations").glob("**/*.xml")):
         return "voc", folder
     files = [folder / file for file in next(walk(folder))[2]] if folder.is_dir() else []
@@ -210,7 +213,8 @@ def annotations_exist(path: str) -> bool:
 def default_image_folder(path: str) -> str:
     """Return the folder to which image names are relative if no folder is specified.
 
-    For a file in COCO format, it is the folder of the file. Otherwise, it depends on the format.
+    For a COCO annotation file, return the folder that contains the file. For other formats, the
+    default folder depends on the format.
     """
     location, _ = split_path(path)
     source = find_source(location)
@@ -226,7 +230,8 @@ def read_annotations(path: str, image_dir: str, *, upright: bool = True) -> dict
         upright: Whether the annotations refer to the images with EXIF orientation applied.
 
     Raises:
-        UserError: If a file is invalid, or the path does not determine the split.
+        UserError: If a file is invalid, or if the path does not end with the name of a split and
+            there are several splits.
     """
     location, split = split_path(path)
     if find_source(location) is None:
@@ -251,7 +256,7 @@ def _choose(data: ImportedData, split: str, location: str) -> str:
 
 
 def annotations_state(path: str, image_dir: str, *, upright: bool = True) -> object | None:
-    """Return a value that changes whenever the annotations change; None if they are missing."""
+    """Return a value that changes whenever the annotation files change; None if not found."""
     location, _ = split_path(path)
     if not os.path.exists(location):
         return None
@@ -261,7 +266,7 @@ def annotations_state(path: str, image_dir: str, *, upright: bool = True) -> obj
 
 
 def _imported(location: str, image_dir: str, upright: bool) -> ImportedData:
-    """Read annotations, or return the cached data if the files have not changed."""
+    """Read annotations in a format other than COCO; cache the result until a file changes."""
     data, state = _read(location, image_dir, upright)
     if _state(data.files) != state:
         _read.cache_clear()
@@ -279,7 +284,7 @@ def _read(location: str, image_dir: str, upright: bool) -> tuple[ImportedData, o
 
 
 def _state(paths: list[str]) -> tuple[int, int, int]:
-    """Return the number of files, their latest modification time (in ns) and their total size."""
+    """Return the number, latest modification time (in ns) and total size of the given files."""
     found = []
     for path in dict.fromkeys(paths):
         try:

@@ -1,9 +1,9 @@
 """Reader for JSON files of the VGG Image Annotator (VIA), versions 1 and 2.
 
-The file is an annotation export or a project. The regions of an image are a dictionary in version 1
-and a list in version 2. Circles and ellipses are converted to polygons with 72 points, as in VIA's
-own COCO export. Points and polylines have no area and are skipped. A region's class is the value of
-one of its attributes. Regions without attributes have the class "object".
+The file can be an annotation export or a project. Version 1 stores the regions of an image in a
+dictionary, version 2 in a list. Circles and ellipses are converted to polygons with 72 points, as
+in VIA's own COCO export. Points and polylines have no area and are skipped. The class of a region
+is the value of one of the region's attributes. Regions without attributes have the class "object".
 """
 
 import math
@@ -23,7 +23,7 @@ from senet_transfer.data.detection.formats.records import (
     ImportedData,
     ImportedImage,
     ImportedObject,
-    Outline,
+    Segmentation,
 )
 from senet_transfer.errors import UserError
 
@@ -78,7 +78,7 @@ def _regions(entry: dict[str, Any], path: Path) -> list[dict[str, Any]]:
 
 
 def _class_attribute(regions: list[dict[str, Any]], path: Path) -> str | None:
-    """Return the attribute that contains the class; None if the regions have no attributes."""
+    """Return the name of the attribute that contains the class; None if there are no attributes."""
     counts = Counter(name for region in regions for name in region["region_attributes"])
     if len(counts) <= 1:
         return next(iter(counts), None)
@@ -125,7 +125,7 @@ def _label(attributes: dict[str, Any], name: str | None, where: str) -> str:
 
 def _shape(
     shape: dict[str, Any], where: str, data: ImportedData
-) -> tuple[shapes.Box, Outline | None] | None:
+) -> tuple[shapes.Box, Segmentation | None] | None:
     kind = str(shape.get("name"))[:40]
     if kind in _SKIPPED:
         data.notes[f"shapes of type {kind} have no area and are skipped"] += 1

@@ -33,7 +33,7 @@ _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 def image_folder(location: Path) -> Path:
-    """Return the image subfolder, such as "JPEGImages", or the folder itself if it has none."""
+    """Return the image subfolder, such as "JPEGImages"; if there is none, return the folder."""
     return first_folder(location, "JPEGImages", "images", "Images")
 
 
@@ -78,8 +78,8 @@ def _check_unique(found: list[ImportedImage]) -> None:
         if other != image.source:
             raise UserError(
                 f"{other} and {image.source} refer to the same image, {image.file_name}; expected "
-                "a different image for each XML file. Correct the <filename> in one of them, or "
-                "remove one."
+                "a different image for each XML file. Correct the <filename> in one of the files, "
+                "or remove one of the files."
             )
 
 

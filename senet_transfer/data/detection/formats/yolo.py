@@ -121,7 +121,7 @@ def _class_names(content: dict, path: Path) -> list[str]:
 
 
 def _key_points(content: dict, path: Path) -> int:
-    """Return the number of keypoint values per object in a pose dataset; 0 for other datasets."""
+    """Return the number of keypoint values per object; 0 for a dataset without keypoints."""
     shape = content.get("kpt_shape")
     if shape is None:
         return 0
@@ -165,7 +165,7 @@ def _split_images(
 def _existing(entry: Any, root: Path) -> Any:
     """Remove a leading `../` from a path that does not exist.
 
-    Roboflow writes `../train/images` for a folder next to the YAML file.
+    Roboflow writes `../train/images` for the folder `train/images` next to the YAML file.
     """
     if isinstance(entry, str) and entry.startswith("../"):
         return entry if (root / entry).exists() else entry[3:]
@@ -194,18 +194,18 @@ def _read_image(
             item = _read_line(line.split(), f"{path}: line {index}", data, key_points)
             left, top, right, bottom = item.box
             item.box = left * width, top * height, right * width, bottom * height
-            if item.outline:
-                assert isinstance(item.outline, list)
-                item.outline = [
+            if item.segmentation:
+                assert isinstance(item.segmentation, list)
+                item.segmentation = [
                     [v * (height if i % 2 else width) for i, v in enumerate(points)]
-                    for points in item.outline
+                    for points in item.segmentation
                 ]
             image.objects.append(item)
     return image, True
 
 
 def _read_line(words: list[str], where: str, data: ImportedData, key_points: int) -> ImportedObject:
-    """Read an object, with coordinates as fractions of the image size."""
+    """Read an object from a line of a label file, with coordinates from 0 to 1."""
     values = [number(word, "value", where) for word in words]
     index = values.pop(0)
     if index != int(index) or not 0 <= index < len(data.classes):
@@ -233,8 +233,8 @@ def _read_line(words: list[str], where: str, data: ImportedData, key_points: int
             "image size from 0 to 1, not pixels. Correct the line."
         )
     if len(values) > 4:
-        box, outline = shapes.polygon(list(zip(values[0::2], values[1::2], strict=True)))
-        return ImportedObject(label, box, where, outline)
+        box, segmentation = shapes.polygon(list(zip(values[0::2], values[1::2], strict=True)))
+        return ImportedObject(label, box, where, segmentation)
     x, y, width, height = values
     box = x - width / 2, y - height / 2, x + width / 2, y + height / 2
     return ImportedObject(label, box, where)

@@ -81,7 +81,7 @@ def _plain(value: Any) -> Any:
 
 
 def _blob(message: Any) -> np.ndarray:
-    """Return a blob as a float32 array with its stored shape."""
+    """Convert a blob to a float32 array with the shape stored in the file."""
     values = np.asarray(message.double_data or message.data, dtype=np.float32)
     if message.HasField("shape"):
         shape = tuple(message.shape.dim)
@@ -103,7 +103,7 @@ class _MismatchError(ValueError):
 def caffe_tensors(
     layers: Iterable[CaffeLayer], path: str | Path = "Caffe network"
 ) -> dict[str, torch.Tensor]:
-    """Return a network's tensors, named by layer and role.
+    """Return the tensors of a Caffe network, with names such as ``conv1/weight``.
 
     The names are ``{layer}/weight`` and ``/bias`` for Convolution, Deconvolution, InnerProduct and
     Scale; ``{layer}/running_mean`` and ``/running_var`` for BatchNorm, whose stored sums are
@@ -196,5 +196,6 @@ def _mismatch(layer: CaffeLayer, expected: str) -> _MismatchError:
     found = ", ".join(str(tuple(blob.shape)) for blob in layer.blobs)
     return _MismatchError(
         f"Layer {shown(layer.name)!r} ({shown(layer.type)}) has blobs of shape {found}; expected "
-        f"{expected}. The file is damaged, or was written by an unknown fork of Caffe."
+        f"{expected}. The file is damaged, or was written by an unknown fork of Caffe. Use "
+        "different weights."
     )

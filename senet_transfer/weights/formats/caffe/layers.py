@@ -1,4 +1,4 @@
-"""Layers of Caffe networks, and the kernel sizes, strides and padding of these layers."""
+"""Data classes for the layers of Caffe networks, and for their kernel size, stride and padding."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,7 +41,7 @@ class CaffeLayer:
 
     @property
     def eps(self) -> float:
-        """Return the constant that a BatchNorm layer adds to the variance."""
+        """Return the eps of a BatchNorm layer, which is added to the variance."""
         eps = self.params.get("batch_norm_param", {}).get("eps", DEFAULT_EPS)
         # Use the shortest decimal form of the float32 value: 1e-5 instead of 9.99999974e-06.
         return float(str(np.float32(eps)))
@@ -83,8 +83,8 @@ def window_of(layer: CaffeLayer) -> Window:
     if key is None or key not in layer.params:
         raise UserError(
             f"Caffe layer {layer.name!r} ({layer.type}) has no kernel size, stride or padding; "
-            "expected a .caffemodel that also contains the layer parameters from the network's "
-            ".prototxt file. Use such a file."
+            "expected these layer parameters in addition to the weights. Use a .caffemodel file "
+            "that contains the parameters from the network's .prototxt file."
         )
     params = layer.params[key]
     pooling = layer.type == "Pooling"
@@ -113,7 +113,7 @@ def _method(layer: CaffeLayer, params: dict[str, Any]) -> str:
 def _pair(
     layer: CaffeLayer, params: dict[str, Any], name: str, sides: str | None, default: int
 ) -> tuple[int, int]:
-    """Return a size stored as one or two values, or in fields with suffixes ``_h`` and ``_w``."""
+    """Return a pair of sizes from one or two values, or from fields ending in ``_h`` and ``_w``."""
     if sides is not None and f"{sides}_h" in params:
         return params[f"{sides}_h"], params.get(f"{sides}_w", default)
     value = params.get(name, default)

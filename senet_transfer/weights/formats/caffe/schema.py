@@ -1,7 +1,7 @@
 """Caffe's protobuf messages, reduced to the fields for weights and layer settings.
 
 Field names, numbers and types are those of Caffe's public ``caffe.proto``. Protobuf skips other
-fields. Enumerations are declared as integers, so unknown values are kept instead of being dropped.
+fields. Enumerations are declared as integers, so that unknown values are preserved.
 """
 
 from typing import Any

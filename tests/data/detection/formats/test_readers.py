@@ -21,7 +21,7 @@ EXPECTED = json.loads((FIXTURES / "expected.json").read_text())
 
 
 def make_images(folder: Path, **sizes: tuple[int, int]) -> None:
-    """Create black PNG images; two underscores in a name stand for a slash in its path."""
+    """Create black PNG images; two underscores in a name are replaced with a slash."""
     for name, size in sizes.items():
         path = folder / f"{name.replace('__', '/')}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,11 +142,11 @@ def test_yolo_polygons_are_masks_and_unlabelled_images_have_no_objects(tmp_path)
 
 
 def rasterise(item: dict, width: int, height: int) -> np.ndarray:
-    outline = item["segmentation"]
-    if isinstance(outline, list):
-        polygons = outline or [np.array(corners(item))[[0, 1, 2, 1, 2, 3, 0, 3]].tolist()]
-        outline = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
-    return coco_mask.decode(outline).astype(bool)
+    segmentation = item["segmentation"]
+    if isinstance(segmentation, list):
+        polygons = segmentation or [np.array(corners(item))[[0, 1, 2, 1, 2, 3, 0, 3]].tolist()]
+        segmentation = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+    return coco_mask.decode(segmentation).astype(bool)
 
 
 def test_labelme_shapes_have_the_pixels_of_labelme(tmp_path):
@@ -160,7 +160,7 @@ def test_labelme_shapes_have_the_pixels_of_labelme(tmp_path):
         size = {"size": [80, 100], "counts": expected["counts"]}
         theirs = coco_mask.decode(coco_mask.frPyObjects(size, 80, 100)).astype(bool)
         mine, (top, left, bottom, right) = rasterise(item, 100, 80), expected["yxyx"]
-        # LabelMe's masks include the outline, so masks may differ by a pixel at the edge.
+        # LabelMe's masks include the polygon's edge, so masks may differ by a pixel at the edge.
         pixel, padded = np.ones((3, 3), np.uint8), theirs.astype(np.uint8)
         assert not (mine & (cv2.dilate(padded, pixel) == 0)).any()
         assert not (~mine & (cv2.erode(padded, pixel, iterations=2) > 0)).any()

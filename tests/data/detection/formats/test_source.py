@@ -13,7 +13,7 @@ from senet_transfer.cli.arguments import argument_parser
 from senet_transfer.cli.data import prepare
 from senet_transfer.data.detection.coco import register_coco_dataset, register_datasets
 from senet_transfer.data.detection.crops import CocoImages
-from senet_transfer.data.detection.dataset_checks import check_datasets_on_disk, check_outlines
+from senet_transfer.data.detection.dataset_checks import check_datasets_on_disk, check_segmentations
 from senet_transfer.data.detection.formats.prepare import import_dataset
 from senet_transfer.data.detection.formats.source import find_source
 from senet_transfer.data.detection.image_checks import check_images
@@ -68,7 +68,7 @@ def test_recipes_and_image_groups_use_boxes_without_the_orientation(tmp_path):
 
 @pytest.fixture
 def voc(tmp_path):
-    """Write a dataset in Pascal VOC's format, with two splits and an object marked difficult."""
+    """Write a dataset in Pascal VOC format with two splits and an object marked as difficult."""
     root = tmp_path / "voc"
     make_images(root / "JPEGImages", a=(64, 48), b=(64, 48), c=(64, 48))
     (root / "Annotations").mkdir()
@@ -163,11 +163,11 @@ def test_each_split_may_have_its_own_folder(tmp_path):
         make_images(tmp_path / split, a=(100, 80))
         content = (FIXTURES / "labelme.json").read_text().replace("..\\\\images\\\\", "")
         (tmp_path / split / "a.json").write_text(content)
-    register_coco_dataset("mine", f"{tmp_path}:val", outlines=True)
+    register_coco_dataset("mine", f"{tmp_path}:val", segmentations=True)
     assert DatasetCatalog.get("mine")[0]["file_name"] == str(tmp_path / "valid" / "a.png")
-    # Training with masks needs outlines, but rectangles have none.
+    # Training with masks needs segmentations, but rectangles have none.
     with pytest.raises(UserError, match=r"a.json: shape 1 has no `segmentation`. 1 of 6"):
-        check_outlines(["mine"])
+        check_segmentations(["mine"])
 
 
 def test_images_in_subfolders_of_the_folders_of_splits_are_found(tmp_path):

@@ -8,8 +8,8 @@ from detectron2.data import DatasetCatalog
 from pycocotools import mask as coco_mask
 
 from senet_transfer.data.detection.coco import register_coco_dataset
-from senet_transfer.data.detection.dataset_checks import check_outlines
-from senet_transfer.data.detection.outlines import outline_problem
+from senet_transfer.data.detection.dataset_checks import check_segmentations
+from senet_transfer.data.detection.segmentations import segmentation_problem
 from senet_transfer.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("catalogs")
@@ -37,9 +37,9 @@ def test_all_run_length_encodings_of_pycocotools_are_valid():
     for density in (0, 0.01, 0.3, 0.5, 0.99, 1):
         for height, width in ((9, 13), (1, 1), (1, 300), (640, 480)):
             mask = (rng.random((height, width)) < density).astype(np.uint8)
-            assert outline_problem(rle_of(mask), width, height) is None
+            assert segmentation_problem(rle_of(mask), width, height) is None
             if mask.size < 1000:
-                assert outline_problem(uncompressed(mask), width, height) is None
+                assert segmentation_problem(uncompressed(mask), width, height) is None
 
 
 def test_a_changed_run_length_encoding_is_found_unless_it_decodes_fully():
@@ -51,7 +51,7 @@ def test_a_changed_run_length_encoding_is_found_unless_it_decodes_fully():
         counts = list(rle["counts"])
         counts[rng.integers(len(counts))] = chr(rng.integers(48, 112))
         rle["counts"] = "".join(counts)
-        if outline_problem(rle, WIDTH, HEIGHT):
+        if segmentation_problem(rle, WIDTH, HEIGHT):
             found += 1
         else:
             # pycocotools computes the area from the run lengths, without decoding.
@@ -61,11 +61,11 @@ def test_a_changed_run_length_encoding_is_found_unless_it_decodes_fully():
 
 
 @pytest.mark.parametrize(
-    "outline",
+    "segmentation",
     [None, [], {}, [SQUARE], [SQUARE, SQUARE], [SQUARE, [1, 1, 2, 2]], [[-5, -5, 20, -5, 3, 30]]],
 )
-def test_segmentations_that_detectron2_supports_are_accepted(outline):
-    assert outline_problem(outline, WIDTH, HEIGHT) is None
+def test_segmentations_that_detectron2_supports_are_accepted(segmentation):
+    assert segmentation_problem(segmentation, WIDTH, HEIGHT) is None
 
 
 BAD = [
@@ -109,14 +109,14 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("outline", "message"), BAD)
-def test_a_bad_segmentation_is_an_error_only_with_masks(outline, message, tmp_path):
+@pytest.mark.parametrize(("segmentation", "message"), BAD)
+def test_a_bad_segmentation_is_an_error_only_with_masks(segmentation, message, tmp_path):
     (tmp_path / "a.png").touch()
     image = {"id": 1, "file_name": "a.png", "width": WIDTH, "height": HEIGHT}
     item = {"image_id": 1, "category_id": 1, "bbox": [1, 1, 4, 4], "area": 16, "iscrowd": 0}
     items = [
         {**item, "id": 5, "segmentation": [SQUARE]},
-        {**item, "id": 6, "segmentation": outline},
+        {**item, "id": 6, "segmentation": segmentation},
     ]
     content = {
         "images": [image], "categories": [{"id": 1, "name": "x"}], "annotations": items,
@@ -128,19 +128,19 @@ def test_a_bad_segmentation_is_an_error_only_with_masks(outline, message, tmp_pa
     assert [note["bbox"] for note in record["annotations"]] == [[1, 1, 4, 4]] * 2
     assert ["segmentation" in note for note in record["annotations"]] == [True, False]
     with pytest.raises(UserError, match=rf"annotations\[1\] \(id 6\) .*{message}") as caught:
-        check_outlines(["mine"])
+        check_segmentations(["mine"])
     assert str(caught.value).startswith(f"{path}: ")
     assert "1 of 2 annotations" in str(caught.value)
 
 
-@pytest.mark.parametrize("outline", [None, [], {}])
-def test_a_missing_segmentation_is_named_with_masks(outline, data, files):
+@pytest.mark.parametrize("segmentation", [None, [], {}])
+def test_a_missing_segmentation_is_named_with_masks(segmentation, data, files):
     for item in data["annotations"]:
         item["segmentation"] = [SQUARE]
-    data["annotations"][1]["segmentation"] = outline
-    register_coco_dataset("mine", *files(data), outlines=True)
+    data["annotations"][1]["segmentation"] = segmentation
+    register_coco_dataset("mine", *files(data), segmentations=True)
     with pytest.raises(UserError, match=r"annotations\[1\] \(id 2\) has no `segmentation`.*1 of 3"):
-        check_outlines(["mine"])
+        check_segmentations(["mine"])
 
 
 @pytest.mark.parametrize(("crowd", "found"), [(0, True), (1, False)])
@@ -150,4 +150,4 @@ def test_run_length_encodings_determine_the_mask_format(crowd, found, data, file
     rle = {"size": [48, 64], "counts": [100, 72, 2900]}
     data["annotations"][1] |= {"segmentation": rle, "iscrowd": crowd}
     register_coco_dataset("mine", *files(data))
-    assert check_outlines(["mine"]) is found
+    assert check_segmentations(["mine"]) is found

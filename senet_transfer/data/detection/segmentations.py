@@ -1,4 +1,4 @@
-"""Checks of outlines (`segmentation` entries) in COCO format: polygons and run-length encodings."""
+"""Validation of segmentations in COCO format: polygons and run-length encodings (RLE)."""
 
 import math
 from typing import Any
@@ -14,28 +14,29 @@ _LIMIT = 1e100
 Problem = tuple[str, str]
 
 
-def outline_problem(outline: object, width: int, height: int) -> Problem | None:
-    """Return an outline's error and the expected value, or None if it is valid or missing.
+def segmentation_problem(segmentation: object, width: int, height: int) -> Problem | None:
+    """Return the error in a segmentation and the expected value; None if it is valid or missing.
 
     Args:
-        outline: A list of polygons, a run-length encoding, or an empty value.
+        segmentation: Value of a `segmentation` key: a list of polygons, a run-length encoding, or
+            an empty value if the object has no segmentation.
         width: Image width in pixels.
         height: Image height in pixels.
     """
-    if not outline and (outline is None or isinstance(outline, list | dict)):
+    if not segmentation and (segmentation is None or isinstance(segmentation, list | dict)):
         return None
-    if isinstance(outline, dict):
-        return _rle_problem(outline, width, height)
-    if isinstance(outline, list):
-        return _polygons_problem(outline, width, height)
+    if isinstance(segmentation, dict):
+        return _rle_problem(segmentation, width, height)
+    if isinstance(segmentation, list):
+        return _polygons_problem(segmentation, width, height)
     return (
-        f"has a segmentation {str(outline)[:40]!r} of type {type(outline).__name__}",
+        f"has a segmentation {str(segmentation)[:40]!r} of type {type(segmentation).__name__}",
         "a list of polygons, [[x1, y1, x2, y2, x3, y3, ...], ...], or {counts, size}",
     )
 
 
 def usable_polygons(polygons: list[list[float]]) -> list[list[float]]:
-    """Return the polygons that have at least three points, as Detectron2's loader does."""
+    """Return the polygons with at least three points, as Detectron2's `load_coco_json` does."""
     return [polygon for polygon in polygons if len(polygon) >= _MIN_COORDINATES]
 
 
@@ -91,11 +92,11 @@ def _is_coordinate(value: Any) -> bool:
     return _is_number(value) and abs(value) < _LIMIT
 
 
-def _rle_problem(outline: dict, width: int, height: int) -> Problem | None:
-    if "counts" not in outline or "size" not in outline:
-        found = f"has a segmentation with the keys {list(outline)[:5]}"
+def _rle_problem(segmentation: dict, width: int, height: int) -> Problem | None:
+    if "counts" not in segmentation or "size" not in segmentation:
+        found = f"has a segmentation with the keys {list(segmentation)[:5]}"
         return found, "a run-length encoding, {counts, size: [height, width]}"
-    size, counts = outline["size"], outline["counts"]
+    size, counts = segmentation["size"], segmentation["counts"]
     if size != [height, width]:
         found = f"has a run-length encoding of size {size!r}"
         if size == [width, height]:
@@ -123,10 +124,11 @@ def _runs_problem(runs: list[int], pixels: int) -> Problem | None:
 
 
 def _decode_counts(text: str) -> np.ndarray | None:
-    """Decode the text of a run-length encoding as pycocotools does; return None if it is invalid.
+    """Decode the string of a compressed run-length encoding; return None if it is invalid.
 
-    Each number is stored in groups of 5 bits. A sixth bit is set in all groups but the last. From
-    the fourth number on, the difference from the number two positions earlier is stored.
+    In this format of pycocotools, a number is stored in groups of 5 bits, with a sixth bit that is
+    set in all groups except the last. From the fourth number on, the difference from the number two
+    positions earlier is stored.
     """
     try:
         codes = np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64) - 48
@@ -150,7 +152,7 @@ def _decode_counts(text: str) -> np.ndarray | None:
 
 
 def _are_pairs(runs: list[int]) -> bool:
-    """Return True if a list seems to contain (start, length) pairs instead of run lengths.
+    """Return True if a list probably contains (start, length) pairs instead of run lengths.
 
     In such a list, every second number is a start position, so these numbers increase.
     """
