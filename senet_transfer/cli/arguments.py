@@ -338,7 +338,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, several: bool = Fals
         help=f"{'one or more weight files' if several else 'a weight file'}; default: the "
         "config's MODEL.WEIGHTS",
     )
-    add("--family", default="", help="weight family, if the tensor names match several families")
+    add(
+        "--family",
+        default="",
+        help="weight family, such as timm; required if the tensor names match several families",
+    )
     add(
         "--config-file",
         default="",

@@ -41,7 +41,7 @@ def resolve_auto(cfg: CfgNode, before: CfgNode | None = None) -> None:
 
 
 def settings(cfg: CfgNode) -> dict[str, object]:
-    """Return the numerical settings of a run by config key."""
+    """Return a dictionary from config key to value for the settings that affect rounding."""
     keys = (*AUTO_KEYS, "SOLVER.AMP.DTYPE", "DETERMINISTIC")
     return {key: config_value(cfg, key) for key in keys}
 

@@ -12,7 +12,8 @@ from senet_transfer.utils import environment
 def commit_of(tmp_path, monkeypatch):
     """Create a Git repository, and return a function that maps a folder to the recorded commit.
 
-    The function simulates that the package is installed in the given folder of the repository.
+    The commit is the one recorded for a package that is installed in the given folder of the
+    repository. The installation is simulated.
     """
 
     def git(*words: str) -> str:

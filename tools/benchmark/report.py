@@ -56,7 +56,7 @@ Row = Comparison | Amounts
 
 
 def machine() -> dict[str, Any]:
-    """Return a description of the machine: processor, cores, threads, GPU and versions."""
+    """Return a description of the machine: processor, cores, threads, GPU and software versions."""
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),

@@ -196,8 +196,8 @@ def _without(images: Images, path: Path) -> Images:
     if unknown := sorted(listed.difference(base)):
         raise UserError(
             f"{path} lists {len(unknown)} images that are not in {images.root}: "
-            f"{first_of(unknown)}. Expected image names, or numbers of validation images. Use a "
-            "list for this split."
+            f"{first_of(unknown)}. Expected an image name, or the index of a validation image, "
+            "per line. Use the list that belongs to this split."
         )
     keep = np.array([index for index, name in enumerate(base) if name not in listed], int)
     return replace(

@@ -186,7 +186,9 @@ def _good_samples(plan: ShardPlan, skipped: list[dict[str, str]]) -> Iterator[Ra
 
 
 def _on_disk(lines: Sequence[str]) -> bytes:
-    """Join lines and encode them as UTF-8. File names that are not UTF-8 stay unchanged."""
+    """Join lines and encode them as UTF-8.
+
+    Bytes of file names that are not valid UTF-8 are written unchanged."""
     return "\n".join(lines).encode("utf-8", "surrogateescape")
 
 

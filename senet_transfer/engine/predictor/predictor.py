@@ -352,7 +352,7 @@ class Resize(ResizeShortestEdge):
 
 
 class ResizeChannels(Resize, ChannelResizeShortestEdge):
-    """Same as :class:`Resize`, for images with any number of channels."""
+    """Same as :class:`Resize`, but for images with any number of channels."""
 
 
 def describe_problem(path: str, lacks: str, error: Exception) -> str:

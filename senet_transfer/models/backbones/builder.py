@@ -56,10 +56,10 @@ def build_backbone(
 def trunk_builder(
     features: tuple[str, ...] = FEATURES,
 ) -> Callable[[Callable[..., StemAndStages]], Callable[..., ResNet]]:
-    """Return a decorator for backbone builders of version 0.1, which return a stem and stages.
+    """Return a decorator for backbone builders that return a stem and stages, as in version 0.1.
 
-    Deprecated: this decorator will be removed in version 0.3. Instead, write a builder that has all
-    keyword arguments and returns the result of :func:`build_backbone`. If the decorated function
+    Deprecated: this decorator will be removed in version 0.3. Instead, write a builder that also
+    accepts ``out_features`` and ``freeze_at`` and returns the result of :func:`build_backbone`. If the decorated function
     has additional arguments, pass them to :func:`senet_transfer.models.registry.register_model`.
 
     Args:

@@ -263,7 +263,9 @@ def build_shake_even29(
     out_features: list[str] | None = None,
     freeze_at: int = 0,
 ) -> ResNet:
-    """Build Shake-Even-Image 29 2x4x64d, whose stages res2 to res4 have strides 1, 2 and 4."""
+    """Build Shake-Even-Image 29 2x4x64d.
+
+    The outputs of the stages res2, res3 and res4 have strides 1, 2 and 4 relative to the input."""
     stem = CifarStem(in_channels, 64, norm=norm, relu=True)
     stages = _stages(ShakeBottleneckBlock, 3, 64, 256, se=se, norm=norm, even=True)
     return build_backbone(

@@ -205,7 +205,7 @@ def _timm_source(
     if family not in (None, "timm"):
         raise UserError(
             f"The weight family is {family!r}, but the model is {network}, which requires weights "
-            "from timm. Omit the family."
+            "from timm. Omit family= (MODEL.WEIGHTS_FAMILY)."
         )
     file = found.file
     several = _has_others(file, wanted, network)
@@ -300,7 +300,8 @@ def _detect(file: WeightFile, family: str | None) -> list[Family]:
             taken = " or ".join(f.name for f in found) or "no known weight family"
             raise UserError(
                 f"{file.path} does not belong to the weight family {family}. Its tensor names "
-                f"match {taken}. Omit the family, or use a different file."
+                f"match {taken}. Omit family= (MODEL.WEIGHTS_FAMILY), or "
+                "use a different file."
             )
         return [FAMILIES[family]]
     if file.timm:
@@ -444,7 +445,7 @@ def _start(name: str, prefix: str) -> str:
 
 
 def _joined(*prefixes: str) -> str:
-    """Join prefixes, each of which may lack its trailing dot."""
+    """Join prefixes of tensor names, and add trailing dots where they are missing."""
     return "".join(f"{prefix.removesuffix('.')}." for prefix in prefixes if prefix)
 
 

@@ -102,7 +102,7 @@ def test_the_size_is_known_for_jpegs_with_draft_decoding(kind):
 
 
 def decodings(monkeypatch):
-    """Return a list that receives the shape of each image that a transform decodes."""
+    """Return a list to which the shape of each image decoded by a transform is appended."""
     shapes = []
 
     def noting(*arguments):

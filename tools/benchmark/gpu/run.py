@@ -166,7 +166,7 @@ class Report:
         self._save()
 
     def finish(self, seconds: float) -> None:
-        """Print the table of targets.
+        """Print a table that compares the results with the performance targets.
 
         Raises:
             RunError: If a part of the benchmark is incomplete.
