@@ -59,8 +59,9 @@ def trunk_builder(
     """Return a decorator for backbone builders that return a stem and stages, as in version 0.1.
 
     Deprecated: this decorator will be removed in version 0.3. Instead, write a builder that also
-    accepts ``out_features`` and ``freeze_at`` and returns the result of :func:`build_backbone`. If the decorated function
-    has additional arguments, pass them to :func:`senet_transfer.models.registry.register_model`.
+    accepts ``out_features`` and ``freeze_at`` and returns the result of :func:`build_backbone`. If
+    the decorated function has additional arguments, pass them to
+    :func:`senet_transfer.models.registry.register_model`.
 
     Args:
         features: Names of the stem and the stages.

@@ -300,8 +300,8 @@ def _detect(file: WeightFile, family: str | None) -> list[Family]:
             taken = " or ".join(f.name for f in found) or "no known weight family"
             raise UserError(
                 f"{file.path} does not belong to the weight family {family}. Its tensor names "
-                f"match {taken}. Omit family= (MODEL.WEIGHTS_FAMILY), or "
-                "use a different file."
+                f"match {taken}. Omit family= (MODEL.WEIGHTS_FAMILY), or use a "
+                "different file."
             )
         return [FAMILIES[family]]
     if file.timm:
