@@ -18,8 +18,8 @@ class Preprocessing:
         format: Channel order of the model's input: "RGB" or "BGR", "L" for grayscale images, or a
             format such as "C5" for images with 5 channels, which keep the order of the file.
         mean: Mean to subtract, one value per channel in the order of ``format``, for pixel values
-            from 0 to 255. A network with three input channels has three values even with the format
-            "L". The grayscale image is then repeated in all three channels, so the network can
+            from 0 to 255. With the format "L", three values mean that the network has three input
+            channels. The grayscale image is then repeated in these channels, so the network can
             start from weights for colour images.
         std: Standard deviation to divide by, in the same order and for the same pixel values.
         resize: Length in pixels to which the shorter side is resized for classification.
@@ -56,7 +56,10 @@ class Preprocessing:
         return replace(self, format="L", mean=(mean,), std=(std,))
 
     def with_channels(self, count: int) -> "Preprocessing":
-        """Return the preprocessing with the same normalisation for each of ``count`` channels."""
+        """Return the preprocessing for images with ``count`` channels.
+
+        All channels are normalised with the mean and standard deviation of grayscale images.
+        """
         grey = self.grey()
         return replace(grey, format=f"C{count}", mean=grey.mean * count, std=grey.std * count)
 

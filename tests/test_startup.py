@@ -1,4 +1,4 @@
-"""Tests that the package imports few modules and registers its models with Detectron2."""
+"""Tests that importing the package loads no unneeded modules and registers Detectron2 models."""
 
 import json
 import subprocess

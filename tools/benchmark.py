@@ -65,7 +65,8 @@ def parser() -> argparse.ArgumentParser:
         "--compiled",
         choices=["bf16", "all"],
         default="bf16",
-        help="compile the networks in bfloat16 (bf16), or also in float16 and float32 (all)",
+        help="networks to compile: ResNet-50 with and without SE in bfloat16 (bf16), or more "
+        "variants of ResNet-50, each in bfloat16, float16 and float32 (all)",
     )
     add(
         "--dry-run",

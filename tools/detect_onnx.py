@@ -41,7 +41,14 @@ def paste(mask: np.ndarray, box: np.ndarray, width: int, height: int) -> np.ndar
     """Paste the mask probabilities of a detected box into the image, and return a mask (H, W)."""
 
     def weights(start: float, end: float, length: int, size: int) -> np.ndarray:
-        """Return bilinear interpolation weights as an array of shape (length, size)."""
+        """Return the weights for bilinear interpolation along one axis, as (length, size).
+
+        Args:
+            start: Position of the left or upper side of the box in the image, in pixels.
+            end: Position of the right or lower side of the box.
+            length: Width or height of the image.
+            size: Width or height of the mask.
+        """
         positions = (np.arange(length) + 0.5 - start) / (end - start) * size - 0.5
         return np.maximum(0, 1 - np.abs(positions[:, None] - np.arange(size)))
 

@@ -51,7 +51,7 @@ def print_any_name() -> None:
 
 
 def formats() -> list[str]:
-    """Return the supported image formats, which Pillow reads without external programs."""
+    """Return the formats in ``FORMATS`` that the installed Pillow version can open."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
@@ -95,9 +95,10 @@ def read_image(
 
     Args:
         path: Path of the image.
-        value_range: The values of black and white in grayscale images with 16 or 32 bits, from the
-            metadata of the ONNX file. If empty, 16-bit images have the range from 0 to 65535.
-        upright: If True, apply the EXIF orientation. The value is in the metadata of the ONNX file.
+        value_range: The pixel values of black and white in 16-bit and 32-bit grayscale images, from
+            the metadata of the ONNX file. If empty, 16-bit images have the range from 0 to 65535.
+        upright: The metadata entry "upright" of the ONNX file. If True, the EXIF orientation is
+            applied.
 
     Raises:
         SystemExit: If the image can't be read, or its value range is unknown.

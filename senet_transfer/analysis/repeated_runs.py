@@ -235,7 +235,7 @@ def initial_weights(output_dir: Path) -> str | None:
 
 
 def _check_same(output_dir: Path, config: dict[str, str]) -> None:
-    """Check that a folder contains no different run, and record the config of a new run."""
+    """Check that a folder is empty or contains this run, and record the config of a new run."""
     record = output_dir / _RECORD
     if record.is_file():
         # For keys that were added since the run was started, assume the default values.

@@ -150,7 +150,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def described(names: Mapping[str, str]) -> str:
-    """Format names and their descriptions as a list for a help text."""
+    """Format a dictionary from names to descriptions as a list for a help text."""
     width = max(map(len, names))
     return "\n".join(f"    {name:{width}}  {text}" for name, text in names.items())
 
@@ -267,8 +267,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--images",
         default="",
         metavar="FOLDER",
-        help="image folder for the annotations in --data and --val; default: the usual folder of "
-        "the annotation format",
+        help="image folder for the annotations in --data and --val; default: the folder in "
+        "which the annotation format usually stores images",
     )
 
 
@@ -318,8 +318,8 @@ def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
         "be repeated. JSON is an annotation file in COCO format, or a file or folder in Pascal "
         "VOC, YOLO (data.yaml), LabelMe, CVAT, Label Studio or VIA format, followed by the split "
         "if there are several (data.yaml:train). FOLDER contains the images; it may be omitted if "
-        "they are in the format's usual folder. If the config names no registered datasets, the "
-        "first --dataset is used for training and the second for evaluation",
+        "they are where the format usually stores them. If the config names no registered "
+        "datasets, the first --dataset is used for training and the second for evaluation",
     )
 
 

@@ -61,5 +61,5 @@ def _add(
 
 
 def command(words: list[str] | None = None) -> None:
-    """Parse the arguments and print the script."""
+    """Parse the arguments, and print the shell completion script."""
     print(shtab.complete(tree(), parser().parse_args(words).shell))

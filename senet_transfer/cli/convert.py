@@ -1,4 +1,4 @@
-"""Convert a weight file of any supported family to this or another project's format."""
+"""Convert a weight file of any supported family to the format of this or another project."""
 
 import argparse
 import logging

@@ -11,7 +11,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print the environment."""
+    """Print package versions, hardware and compilers for a bug report."""
     from senet_transfer.utils.environment import environment_report
 
     print(environment_report(), end="")

@@ -84,8 +84,8 @@ def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     add(
         "--predictions",
         default="",
-        help="CSV file to write, with the key, label, five most probable classes and path of each "
-        "image",
+        help="CSV file to write, with a unique key, the label, the five most probable classes and "
+        "the path of each image",
     )
     add("--logits", action="store_true", help="add the logits to the CSV file")
     add(
@@ -154,8 +154,8 @@ def _check_saved(args: argparse.Namespace) -> None:
     names = ("model", "family", "weights", "config_file", "data", *_VIEWS, "scales", "batch_size")
     if given := _given(args, (*names, "opts")):
         raise UserError(
-            f"{given} can't be combined with --saved-logits, which evaluates files without a "
-            "model. Remove --saved-logits or the other options."
+            f"{given} can't be combined with --saved-logits, which evaluates saved logits instead "
+            "of a model. Remove --saved-logits or the other options."
         )
 
 
@@ -235,5 +235,5 @@ def command(words: list[str] | None = None) -> None:
 
 
 def command_places365(words: list[str] | None = None) -> None:
-    """Parse the arguments and evaluate on Places365."""
+    """Parse the arguments and evaluate a classifier on Places365."""
     run_command(_main_places365, parser(_PLACES365).parse_args(words))

@@ -42,7 +42,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--image",
         default="",
-        help="image with objects, used to trace a detector and compare outputs; required for .ts",
+        help="image with objects, for tracing a detector and checking the exported file; required "
+        "to export a detector to TorchScript (.ts)",
     )
     add(
         "--precision",

@@ -26,7 +26,7 @@ COMMANDS = {
     "data": ("data", "prepare, check or show a dataset"),
     "complexity": ("analysis.complexity", "count parameters and multiply-accumulates"),
     "gates": ("analysis.gates", "analyse the gates of an SE network"),
-    "sweep": ("analysis.sweep", "train a config with several seeds or folds"),
+    "sweep": ("analysis.sweep", "train a model with several seeds or folds"),
     "ablation": ("analysis.ablation", "train the SE variants of the paper's ablations"),
     "env": ("environment", "print versions and hardware, for a bug report"),
     "completion": ("completion", "print a shell completion script"),

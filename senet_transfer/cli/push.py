@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="KEY VALUE",
-        help="config options for --evaluate, such as local datasets",
+        help="config options for --evaluate, for example to specify datasets",
     )
     return parser
 
@@ -129,14 +129,14 @@ def main(args: argparse.Namespace) -> None:
     options["half"] = args.half
     if args.bundle:
         path = bundle(args.model, args.repository, Path(args.folder or FOLDER), **options)
-        print(f"Wrote {path}. To load the model, pass {args.repository} as the weights.")
+        print(f"Wrote {path}. To use the model, pass --weights {args.repository} to any command.")
     elif args.folder:
         write_repository(args.model, args.folder, args.repository, **options)
         print(f"Wrote the files of {args.repository} to {args.folder}; nothing was uploaded.")
     else:
         address = push(args.model, args.repository, private=args.private, **options)
         weights = f"hf-hub:{args.repository}"
-        print(f"Uploaded to {address}. To load the model, pass {weights} as the weights.")
+        print(f"Uploaded to {address}. To use the model, pass --weights {weights} to any command.")
 
 
 def command(words: list[str] | None = None) -> None:

@@ -61,8 +61,9 @@ def set_config_value(cfg: CfgNode, key: str, value: Any) -> None:
 def add_senet_config(cfg: CfgNode) -> None:
     """Add this project's keys to a Detectron2 config, in place.
 
-    The defaults of Detectron2's own keys are not changed, so Detectron2's configs keep their
-    meaning. The recipes in ``configs/base`` set keys of both Detectron2 and this project.
+    The defaults of Detectron2's own keys are not changed, so that existing Detectron2 configs have
+    the same effect as before. The recipes in ``configs/base`` set keys of both Detectron2 and this
+    project.
     """
     # If True, use deterministic algorithms on a GPU where PyTorch provides them. They are slower
     # and need more memory. The flag --deterministic sets this key. It has no effect on a CPU, where

@@ -122,7 +122,10 @@ def check_elements(cfg: CfgNode) -> None:
         wrong = [element for element in elements if not _is_like(element, example)]
         if example is not None and wrong:
             kind = _KINDS[type(example)]
-            raise UserError(f"{key} is {value!r}; expected only {kind}, found {wrong[0]!r}.")
+            raise UserError(
+                f"{key} is {value!r}; expected a list that contains only {kind}, found the element "
+                f"{wrong[0]!r}. Correct the list."
+            )
 
 
 def _leaves(value: list | tuple) -> Iterator[Any]:

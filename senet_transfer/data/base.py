@@ -70,7 +70,10 @@ class ClassificationDataset(ABC):
 
     @abstractmethod
     def read_unit(self, unit: int, skip: int = 0) -> Iterator[RawSample]:
-        """Yield the samples of a shard or single image in order, starting at sample `skip`."""
+        """Yield a unit's samples in order, without the first `skip` ones.
+
+        A unit is a shard or a single image.
+        """
 
     @abstractmethod
     def labels(self) -> np.ndarray:

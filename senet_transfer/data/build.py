@@ -206,7 +206,7 @@ def _check_augment(cfg: CfgNode) -> None:
 
 
 def in_memory(cfg: CfgNode) -> bool:
-    """Return True if the config's datasets contain small images that are kept in memory."""
+    """Return True if the config's datasets are kept in memory, as for CIFAR."""
     return cfg.INPUT.CLASSIFICATION.AUGMENT == "pad_crop"
 
 
@@ -293,8 +293,8 @@ def _open_once(
 ) -> ClassificationDataset | ImageArrays:
     """Open a dataset, or return the cached dataset if it has already been opened.
 
-    If ``small`` is not None, load all images into memory, using the settings in ``small`` for
-    reading the images.
+    ``small`` contains the settings for reading a dataset of small images, which is loaded into
+    memory. It is None for a dataset that is not loaded into memory.
     """
     if is_prepared(name) and not small:
         raise UserError(

@@ -179,7 +179,11 @@ def _annotated(path: str, image_dir: str) -> tuple[DataPart, DataPart | None] | 
 
 
 def _coco_file(folder: Path, names: Sequence[str]) -> Path | None:
-    """Return the COCO file of the split with one of the given names, or None if none exists."""
+    """Return the COCO annotation file of a split, or None if none exists.
+
+    ``names`` are alternative names of the split, such as "val" and "valid". The first name with an
+    existing file is used.
+    """
     for name in names:
         annotations = folder / "annotations"
         listed = sorted(annotations.iterdir()) if annotations.is_dir() else []

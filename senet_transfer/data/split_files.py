@@ -126,7 +126,7 @@ def split_coco(
 
 
 def _split(data: _Source, split: Split) -> tuple[dict[str, set[str]], str]:
-    """Assign images to the new files; return the image names per file and the table of counts."""
+    """Assign images to new files; return each file's image names, and a table of object counts."""
     part_of = split_images(data.objects, split)
     images: dict[str, set[str]] = defaultdict(set)
     for name, part in part_of.items():

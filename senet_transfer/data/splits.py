@@ -95,7 +95,7 @@ def split_images(classes: Mapping[str, Collection[str]], split: Split) -> dict[s
     over the fractions.
 
     Args:
-        classes: Class names of each image, by file name.
+        classes: Class names of each image, keyed by the image's file name.
         split: Options for splitting the dataset.
 
     Returns:
@@ -220,10 +220,10 @@ class _Allocation:
     def __init__(self, groups: list[_Group], fractions: list[float], levels: list[list[int]]):
         """
         Args:
-            groups: Groups in random order.
+            groups: Groups of images, in random order.
             fractions: Intended fraction of the images in each split.
-            levels: Lists of split indices, in order of priority. If a class has too few groups for
-                all splits, its groups are assigned to the splits in the first list first.
+            levels: Lists of split indices, highest priority first. If a class occurs in fewer
+                groups than there are splits, the splits in the first list are preferred.
         """
         self.groups = groups
         self.fractions = fractions
@@ -292,9 +292,9 @@ class _Allocation:
         """Return a penalty for classes that are missing from splits.
 
         A class that occurs in N groups is expected in N splits, or in all splits if there are fewer
-        than N. Splits of earlier levels have priority. In the last level, each split that lacks an
-        expected class adds 1000 to the penalty. In every other level, such a split adds 1000 times
-        as much as in the next level.
+        than N. The lists of splits in ``levels`` are in order of priority. In the last list,
+        each split that lacks an expected class adds 1000 to the penalty. In every other list, such
+        a split adds 1000 times as much as in the next list.
         """
         missing = 0
         for name in names:

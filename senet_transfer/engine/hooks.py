@@ -79,7 +79,7 @@ class StepSeed(HookBase):
         self.seed = seed if self._from_config else comm.shared_random_seed()
 
     def before_step(self) -> None:
-        """Seed all generators with a combination of the seed, the iteration and the rank."""
+        """Seed all random number generators from the run's seed, the iteration and the rank."""
         seed_generators(self.seed, self.trainer.iter, comm.get_rank())
 
     def state_dict(self) -> dict[str, Any]:
@@ -304,15 +304,17 @@ class _AfterEvaluation(HookBase, ABC):
 
     @abstractmethod
     def _observe(self, value: float) -> None:
-        """React to an evaluation in which the metric has a finite value."""
+        """Process the metric of an evaluation; called only if its value is finite."""
 
     def _observe_none(self) -> None:
         """Log that an evaluation did not return a finite value of the metric."""
         known = self.trainer.storage.latest()
         if self.metric in known:
             logger.warning(
-                "The metric %r is %s in this evaluation, so the evaluation is ignored. A metric is "
-                "NaN if the model detects no objects, or if the dataset contains none.",
+                "The metric %r is %s in this evaluation. The best model is not updated, a plateau "
+                "learning rate schedule ignores the evaluation, and early stopping counts it as no "
+                "improvement. A metric is NaN if the model detects no objects, or if the dataset "
+                "contains none.",
                 self.metric,
                 known[self.metric][0],
             )

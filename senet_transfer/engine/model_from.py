@@ -271,7 +271,11 @@ def _check_mode(name: str, mode: str) -> None:
 
 
 def _named(name: str, weights: str, family: str, choice: Choice) -> tuple[CfgNode, Source | None]:
-    """Return a config and the weights for a classifier that is specified without a config file."""
+    """Build the config of a classifier from a model name, a weight file or both.
+
+    Returns:
+        The config, and the contents of the weight file or None if no file is specified.
+    """
     if name:
         model_entry(name)  # Reject an unknown name before reading a large file.
     source = None

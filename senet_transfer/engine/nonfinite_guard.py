@@ -64,8 +64,8 @@ class StepGuard:
 
     Attributes:
         stops: True if any process has received a request to stop.
-        skipped: The number of steps skipped because of non-finite values, without steps whose
-            results have not yet been copied to the host.
+        skipped: The number of steps skipped because of non-finite values. Steps whose results are
+            still on the device are not counted yet.
         halted: Tensor on the device: 1 if more steps were skipped than are allowed, otherwise 0.
     """
 

@@ -228,9 +228,9 @@ def _check_weights(cfg: CfgNode, *, eval_only: bool) -> None:
         return
     if eval_only:
         raise UserError(
-            "MODEL.WEIGHTS is empty, so --eval-only would evaluate random weights. Set "
-            "MODEL.WEIGHTS to a checkpoint, or add --resume to evaluate the newest checkpoint in "
-            "OUTPUT_DIR."
+            "MODEL.WEIGHTS is empty, so --eval-only would evaluate a model with random weights. "
+            "Set MODEL.WEIGHTS to a checkpoint, or add --resume to evaluate the newest checkpoint "
+            "in OUTPUT_DIR."
         )
     if cfg.MODEL.RESNETS.NORM == "FrozenBN":
         raise UserError(
@@ -309,7 +309,7 @@ def check_batch_norms(cfg: CfgNode, model: nn.Module) -> None:
             ) from error
     except RuntimeError:
         logger.debug(
-            "Skipped the batch norm check: the network's shapes can't be computed on meta tensors.",
+            "Skipped the batch norm check: the shapes of the feature maps can't be computed.",
             exc_info=True,
         )
 

@@ -149,7 +149,7 @@ def _start(cfg: CfgNode, options: RunOptions) -> None:
     if not options.eval_only:
         apply_settings(cfg)
         said = ", ".join(f"{key} {value}" for key, value in settings(cfg).items())
-        logger.info("Numerical settings on %s: %s", cfg.MODEL.DEVICE, said)
+        logger.info("Settings that affect rounding on %s: %s", cfg.MODEL.DEVICE, said)
 
 
 def resumes(cfg: CfgNode, options: RunOptions) -> bool:
@@ -224,7 +224,11 @@ def _prepare(options: RunOptions) -> CfgNode:
 
 
 def _examine_weights(cfg: CfgNode, resumed: str | None, *, eval_only: bool) -> Source | None:
-    """Examine the weight file. If its download fails, recommend training from scratch."""
+    """Read the weight file, and detect its weight family and architecture.
+
+    If published weights can't be downloaded, the error message recommends a config for training
+    without pretrained weights.
+    """
     try:
         return examine_config_weights(cfg, resumed)
     except UserError as error:
@@ -318,8 +322,9 @@ def available_device(name: str, logger: logging.Logger) -> str:
         return "cpu"
     if (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"The device is {name}, but this machine has only {torch.cuda.device_count()} GPUs, "
-            "numbered from 0. Set MODEL.DEVICE to one of them."
+            f"The device is {name}, but this machine has only "
+            f"{counted(torch.cuda.device_count(), 'GPU')}. The first GPU has the index 0. Set "
+            "MODEL.DEVICE to an available GPU, such as cuda:0."
         )
     return name
 

@@ -154,10 +154,10 @@ class StepTrainer(SimpleTrainer):
             self.read()
 
     def use_average(self, average: ModelEMA) -> None:
-        """Update a moving average of the weights as part of the captured step.
+        """Include the update of a moving average of the weights in the CUDA graph of the step.
 
-        If steps are not captured, do nothing: the hook ``average`` then updates itself after each
-        step.
+        Without CUDA graphs, this method does nothing, because ``average`` is also a hook, which
+        then updates the moving average after each step.
         """
         if self._captured is not None:
             self._average = average

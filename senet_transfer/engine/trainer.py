@@ -222,7 +222,7 @@ class Trainer(DefaultTrainer):
         before = state_dict.get("divided", now)
         if changed := [key for key in now if now[key] != before[key]]:
             logger.warning(
-                "The run can't be resumed exactly: %s. The weights and the schedule continue "
+                "The run can't be resumed exactly: %s. The weights and the schedule are restored "
                 "exactly, but the data order and the random numbers differ from those of an "
                 "uninterrupted run.",
                 ", ".join(f"{key} {before[key]} before, {now[key]} now" for key in changed),
@@ -397,7 +397,10 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def validation_losses(cls, cfg: CfgNode, model: nn.Module, name: str) -> dict[str, float]:
-        """Return a detector's mean losses on a dataset, by name, without changing the model."""
+        """Return a detector's mean losses on a dataset, keyed by loss name.
+
+        The model is not changed.
+        """
         mapper = CheckedDatasetMapper(cfg, is_train=False)
         mapper.is_train = True  # Keep the annotations, but without augmentation.
         return validation_losses(model, detection.build_test_loader(cfg, name, mapper))

@@ -107,7 +107,10 @@ class FastCOCOEvaluator(COCOEvaluator):
             self.diagnostics[iou_type] = found
             logger.info("Diagnostics for %s: %s", iou_type, found["summary"])
         if self.diagnostics:
-            logger.info("Computed the diagnostics in %.1f s.", time.perf_counter() - start)
+            logger.info(
+                "Computed the error types and other diagnostics of the detector in %.1f s.",
+                time.perf_counter() - start,
+            )
             if self._output_dir:
                 write_json(Path(self._output_dir, DIAGNOSTICS), self.diagnostics, indent=None)
 

@@ -289,13 +289,13 @@ def _main_loss(found: dict[str, Any]) -> str:
     if losses[worst] < 1:
         return f"There is little to gain: AP {ap:.1f}, {both}."
     share = "Most" if losses[worst] > sum(losses.values()) / 2 else "The largest part"
-    reason = both if worst == "localisation" else f"it costs {costs[worst]:.1f} AP50 ({both})"
-    return f"{share} of the loss is {_SENTENCES[worst]}: {reason}."
+    reason = both if worst == "localisation" else f"they cost {costs[worst]:.1f} AP50 ({both})"
+    return f"{share} of the lost AP is due to {_SENTENCES[worst]}: {reason}."
 
 
 _SENTENCES = {
-    "classification": "classification",
-    "localisation": "localisation",
+    "classification": "classification errors",
+    "localisation": "localisation errors",
     "both": "detections with the wrong class and poor localisation",
     "duplicate": "repeated detections of the same object",
     "background": "detections of background",

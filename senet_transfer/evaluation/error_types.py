@@ -145,7 +145,7 @@ def classify_errors(overlaps: Overlaps, *, max_detections: int = 100) -> Errors:
 
 
 def _any(overlaps: Overlaps, pairs: Bools) -> Bools:
-    """Return a mask of the detections in the selected detection-object pairs, ``(D,)``."""
+    """Return a mask ``(D,)`` of the detections that occur in at least one of the selected pairs."""
     found = np.zeros(len(overlaps.scores), bool)
     found[overlaps.detection[pairs]] = True
     return found
@@ -191,7 +191,7 @@ class _Points:
                 yield 0.0
 
     def ap(self) -> float:
-        """Return the mean AP in percent."""
+        """Return the AP averaged over classes, in percent; NaN if there are no class APs."""
         aps = list(self.class_aps())
         return sum(aps) / len(aps) if aps else float("nan")
 

@@ -158,7 +158,10 @@ def _joined(parts: Sequence[NDArray], dtype: type) -> NDArray:
 
 
 def rank_in_group(*keys: NDArray) -> Ints:
-    """Return the rank of each element among the elements with equal keys, ``(N,)``."""
+    """Return the position of each element among the elements with equal keys, ``(N,)``.
+
+    Positions start at 0 and follow the order of the arrays.
+    """
     order = np.lexsort(keys)
     new = np.ones(len(order), bool)
     new[1:] = np.any([key[order][1:] != key[order][:-1] for key in keys], axis=0)

@@ -33,7 +33,7 @@ def validation_losses(model: nn.Module, loader: Iterable[list[Any]]) -> dict[str
         loader: A loader of batches with ground truth.
 
     Returns:
-        The losses by name, including the sum ``total_loss``, averaged over the images of all
+        The losses keyed by name, including the sum ``total_loss``, averaged over the images of all
         processes.
     """
     if isinstance(model, DistributedDataParallel):

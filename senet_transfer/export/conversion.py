@@ -126,7 +126,7 @@ def _write_checked(source: Source, out: Path, to: str) -> tuple[list[str], FileD
     with tempfile.TemporaryDirectory() as folder:
         new = Path(folder, out.name)
         notes = write_converted(source, new, to)
-        logger.info("Comparing the network's outputs with the original and the converted weights")
+        logger.info("Comparing the network outputs of the original and the converted weights")
         comparison = compare_files(source, examine(new, family_of(to)))
         if not comparison.relative <= TOLERANCE:
             raise UserError(
@@ -175,7 +175,7 @@ def _network(source: Source) -> str:
 
 
 def _registered(source: Source) -> Architecture | None:
-    """Return the architecture in a weight file; None for detectors and unregistered models."""
+    """Return the backbone architecture of a file, or None for detectors and unregistered models."""
     arch = source.architecture
     if arch is None or source.detector or source.model_name not in list_models():
         return None

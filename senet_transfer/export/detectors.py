@@ -53,7 +53,7 @@ def export_detector(model: nn.Module, path: str | Path, image: Tensor) -> int:
 
 
 def crop(image: Tensor) -> Tensor:
-    """Return a crop of an image (C, H, W) with a different aspect ratio."""
+    """Crop an image ``(C, H, W)`` to a different aspect ratio."""
     return image[:, image.shape[1] // 8 :, image.shape[2] // 16 :].contiguous()
 
 

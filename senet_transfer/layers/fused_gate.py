@@ -41,8 +41,8 @@ _FEW_POSITIONS = 256
 def gated_sum(conv: Conv2d, se: SqueezeExcitation, x: Tensor, shortcut: Tensor) -> Tensor:
     """Return ``se.gate_and_add(conv(x), shortcut)``, up to rounding.
 
-    The result is twice differentiable only if the expression ``gate(r) * r + shortcut`` with
-    ``r = conv(x)`` is evaluated as written; see the module docstring.
+    The memory-efficient implementations do not support second derivatives. The module docstring
+    lists the cases in which ``conv`` and ``se.gate_and_add`` are called instead.
 
     Args:
         conv: The last convolution of the residual branch, with its norm.

@@ -136,9 +136,10 @@ def _inside(points: Tensor, corners: Tensor) -> Tensor:
 
 
 def _edge_crossings(corners1: Tensor, corners2: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the intersections (P, 16, 2) of two rectangles' edges, and a mask of valid points.
+    """Return the intersections of the edges of P pairs of rectangles, and a mask of valid points.
 
-    The mask (P, 16) is False for pairs of edges that do not intersect.
+    The intersections have the shape (P, 16, 2). The mask, with the shape (P, 16), is False for
+    pairs of edges that do not intersect.
     """
     start1, start2 = corners1[:, :, None], corners2[:, None]
     edge1 = corners1.roll(-1, 1)[:, :, None] - start1
@@ -252,9 +253,18 @@ def _align(
 
 
 def _bilinear(input: Tensor, images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return features (K, C, R, S), interpolated bilinearly at positions (K, R, S).
+    """Interpolate features bilinearly at a grid of R x S positions per region.
 
     The features are 0 at positions that are more than one pixel outside the feature map.
+
+    Args:
+        input: Feature maps (N, C, H, W).
+        images: The index of each region's image in the batch (K,).
+        rows: The row coordinate of each position (K, R, S).
+        columns: The column coordinate of each position (K, R, S).
+
+    Returns:
+        The interpolated features (K, C, R, S).
     """
     _, channels, height, width = input.shape
     outside = (rows < -1) | (rows > height) | (columns < -1) | (columns > width)

@@ -66,7 +66,7 @@ class ImageClassifier(Classifier):
             class_weights: Weight of each class in the loss; None for equal weights.
             mixup: Alpha of MixUp's Beta distribution (Zhang et al. 2018); 0 disables MixUp.
             cutmix: Alpha of CutMix's Beta distribution (Yun et al. 2019); 0 disables CutMix. If
-                MixUp is enabled, too, one of the two is chosen at random for each batch.
+                MixUp is also enabled, one of the two is chosen at random for each batch.
             cutout: Side length in pixels of the squares that are set to zero; 0 disables Cutout.
                 The centres of the squares are read from the batch's ``cutout`` entry.
             channels_last: Whether images and weights use the channels-last memory format.

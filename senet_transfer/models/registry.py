@@ -216,8 +216,8 @@ def build_backbone(
         )
     if se and not entry.has_se:
         raise UserError(
-            f"{entry.name} has no SE, so se_{next(iter(se))} can't be set. Use a model whose name "
-            "starts with se_."
+            f"{entry.name} has no SE layers, so se_{next(iter(se))} can't be set. Use a model "
+            "whose name starts with se_."
         )
     unknown = [key for key in overrides if key not in entry.options()]
     if unknown:

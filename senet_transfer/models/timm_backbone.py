@@ -106,7 +106,7 @@ class TimmBackbone(Backbone):
         return {name: features[name] for name in self._out_features}
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Return the number of channels and the stride of each feature map by name."""
+        """Return the channels and stride of each output feature map, keyed by its name."""
         return {name: self._shapes[name] for name in self._out_features}
 
     def _check_sizes(self, in_channels: int) -> None:
@@ -148,7 +148,7 @@ class TimmBackbone(Backbone):
 
 
 def _feature_maps(model_name: str, net: Any) -> dict[str, dict[str, Any]]:
-    """Return timm's ``feature_info`` records for the last feature maps of strides 4 to 32.
+    """Return timm's ``feature_info`` record for the last feature map of each stride from 4 to 32.
 
     The records are keyed by this project's names of the feature maps, "res2" to "res5".
 

@@ -519,11 +519,11 @@ def reject_class(path: str | Path, name: str) -> NoReturn:
     if name.startswith(_MODEL_CODE):
         raise UserError(
             f"{start}. The file contains a whole model object instead of its tensors. Get the "
-            "publisher's state_dict file. If you trust this file, load it where the model's code "
-            "is installed and save `model.state_dict()`."
+            "publisher's state_dict file. If you trust this file, load it in an environment in "
+            "which the model's code is installed, and save `model.state_dict()`."
         )
     raise UserError(
         f"{start}, which is neither a tensor nor a plain container. If you trust the file, load it "
-        "where that class is installed and save only the model's tensors: "
+        f"in an environment in which `{name}` is available, and save only the model's tensors: "
         'torch.save({"state_dict": model.state_dict()}, "weights.pth").'
     )

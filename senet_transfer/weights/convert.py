@@ -53,11 +53,11 @@ class Format:
     Attributes:
         title: Project name, for error messages.
         family: Weight family of the project's files.
-        rename: Function that maps this project's tensor names to those of the other project.
-        networks: Networks that the other project supports, by this project's model names.
+        rename: Function that maps senet_transfer's tensor names to those of the other project.
+        networks: senet_transfer's names of the networks that the other project supports.
         rename_deep: Same as ``rename``, for networks with a three-convolution stem.
-        basic_divisor: Number to whose multiples the hidden widths of SE layers are rounded in
-            networks with basic blocks.
+        basic_divisor: Divisor of the hidden widths of SE layers in networks with basic blocks.
+            The widths are rounded to multiples of this number.
     """
 
     title: str
@@ -116,7 +116,10 @@ def target_for(path: Path, to: str | None) -> str:
 
 
 def family_of(to: str) -> str:
-    """Return the weight family of files that are converted to the given target."""
+    """Return the weight family of a converted file, given the conversion target ``to``.
+
+    ``to`` is one of :data:`TARGETS`.
+    """
     return FORMATS[to].family if to in FORMATS else _OURS
 
 
@@ -215,7 +218,11 @@ def _keys_for_detectron2(source: Source) -> list[str]:
 
 
 def _keys_for_images(pixels: Preprocessing | None) -> list[str]:
-    """Return a list with a note on preprocessing settings that the new file can't store, if any."""
+    """Return a note about preprocessing settings that the new file can't store.
+
+    Returns:
+        A list that contains the note; empty if the file doesn't need to store such settings.
+    """
     keys = []
     if pixels and pixels.upright:
         keys.append("INPUT.EXIF apply")

@@ -124,15 +124,15 @@ def apply_file_geometry(cfg: CfgNode, weights: str | Source | None = None) -> li
     if cfg.MODEL.WEIGHTS_PIN:
         raise UserError(
             f"MODEL.WEIGHTS_PIN is True, but {source.path}, detected as {source.detected_as}, was "
-            f"trained with different values:\n{table}\nSet these keys to the file's values, or set "
-            "MODEL.WEIGHTS_PIN to False."
+            f"trained with values that differ from the config:\n{table}\nSet these keys to the "
+            "file's values, or set MODEL.WEIGHTS_PIN to False."
         )
     if kept := [change for change in changes if change.key in kept_keys(cfg)]:
         lines = "\n".join(f"  {c.key}: {c.before}, but {c.after} in the file" for c in kept)
         raise UserError(
             f"Your config sets values that contradict {source.path}, detected as "
             f"{source.detected_as}, which was trained with different values:\n{lines}\nRemove "
-            "these keys from your config and options, or use different weights."
+            "these keys from your config and the command line, or use different weights."
         )
     frozen = cfg.is_frozen()
     cfg.defrost()

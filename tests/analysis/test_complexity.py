@@ -1,4 +1,4 @@
-"""Tests that compare complexity counts with hooks, closed-form results and the paper's tables."""
+"""Tests that check complexity counts against forward hooks, formulas and the paper's tables."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Tests for gate analysis, from images to figures, and for pruned networks."""
+"""Tests for the analysis of gate activations and for networks with pruned gates."""
 
 import csv
 import hashlib
@@ -373,7 +373,7 @@ def test_gates_by_object_size_equal_those_of_detectron2_on_whole_images(
     analyse(detector, tmp_path, "--group-by", "size")
     said = capsys.readouterr().out
     assert "3 images of 2 groups" in said
-    assert "Skipped 1 image in which no size is shared by more than half of the objects" in said
+    assert "Skipped 1 image in which no size accounts for more than half of the objects" in said
     with open(tmp_path / "gates.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["block"] == "SE_4_1"]
     cfg = load_config(str(detector / "config.yaml"))

@@ -49,7 +49,7 @@ def options(tmp_path):
 
 @pytest.fixture
 def trains(run_python, monkeypatch):
-    """Run training in a fork of ``run_python``'s process, which is faster than a new process."""
+    """Start training runs with ``run_python``, which is faster than a new Python process."""
 
     def start(command, **_):
         status = run_python(*command[1:]).returncode

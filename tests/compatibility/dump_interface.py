@@ -54,7 +54,11 @@ def read_help(name: str, command: Callable[[], object]) -> str:
 
 
 def help_texts() -> dict[str, str]:
-    """Map the console commands, and the scripts in ``tools/`` and ``datasets/``, to help texts."""
+    """Return the help texts of the console commands and of the Python scripts.
+
+    The scripts are those in ``tools/``, and ``datasets/prepare_*.py``. The texts are keyed by the
+    command's name or the script's path, such as "tools/export.py".
+    """
     os.environ["COLUMNS"] = "100"
     texts = {}
     scripts = [*ROOT.glob("tools/*.py"), *ROOT.glob("datasets/prepare_*.py")]

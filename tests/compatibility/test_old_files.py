@@ -163,7 +163,7 @@ def test_every_old_config_key_keeps_its_default():
 
 @pytest.fixture(scope="module")
 def interface(tmp_path_factory, run_python) -> dict:
-    """Return the help texts of all commands, and the old public names that can't be imported."""
+    """Return all commands' help texts, and old public names that can no longer be imported."""
     output = tmp_path_factory.mktemp("interface") / "found.json"
     script = "tests/compatibility/dump_interface.py"
     done = run_python(script, FIXTURES / "public_names.json", output)

@@ -182,7 +182,7 @@ def write_run(work: Path) -> dict:
 
 
 def write_weights() -> list:
-    """Save a classifier in three file formats, and return its logits as a list."""
+    """Save a classifier in three file formats, and return its logits for a batch of test images."""
     folder = FIXTURES / "weights"
     folder.mkdir()
     (folder / "config.yaml").write_text(WEIGHTS_CONFIG)
@@ -248,7 +248,10 @@ def write_lazy_config() -> int:
 
 
 def public_names() -> dict[str, list[str]]:
-    """Map each module to its public names and to "", which stands for the module itself."""
+    """Return the sorted public names of each module, keyed by the module's dotted name.
+
+    Each list also contains "", which represents the module itself.
+    """
     names = {module: {"", *importlib.import_module(module).__all__} for module in WITH_ALL}
     for short in WITHOUT_ALL:
         module = importlib.import_module(f"senet_transfer.{short}")

@@ -10,9 +10,9 @@ CPU = torch.device("cpu")
 
 
 class Recorder:
-    """Stand-in for a CUDA stream that records all calls.
+    """Mock of a CUDA stream that records all calls.
 
-    Its copies are negated, so that tests can distinguish them from the original tensors.
+    :meth:`copy` negates the values, so that tests can distinguish a copy from the original tensor.
     """
 
     def __init__(self):

@@ -100,7 +100,7 @@ def _overwriting(words: list[str]) -> list[str]:
 
 
 def _short_recipe(words: list[str]) -> list[str]:
-    """Limit training with `--data` to one iteration on small images, from random weights."""
+    """Shorten a `senet train --data` command: one iteration on small images, from scratch."""
     short = {"SOLVER.MAX_ITER": "1", "SOLVER.IMS_PER_BATCH": "2", "MODEL.WEIGHTS": "",
              "INPUT.MIN_SIZE_TRAIN": "(96,)", "INPUT.MIN_SIZE_TEST": "96"}  # fmt: skip
     pairs = [word for key, value in short.items() if key not in words for word in (key, value)]
@@ -161,7 +161,7 @@ class Command:
 
     @property
     def to_run(self) -> list[str]:
-        """Words of the command that the tests run, after applying all rules in ``RULES``."""
+        """Words of the command as run by the tests, after applying all rules in ``RULES``."""
         words = self.words
         for rule in RULES:
             words = rule.apply(words)

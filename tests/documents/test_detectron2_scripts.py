@@ -49,7 +49,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def expected(folder, one_thread, monkeypatch):
-    """Change to ``folder``, and return this project's detections for the test image."""
+    """Return this project's detections for the test image.
+
+    The working directory is changed to ``folder``.
+    """
     monkeypatch.chdir(folder)
     found = load("output/model_final.pth", device="cpu", threshold=0.0)("image.png")
     assert len(found.scores) > 5

@@ -40,7 +40,7 @@ def shapes(tmp_path_factory):
 
 @pytest.fixture
 def command(shapes, tmp_path):
-    """Return a function that builds a small run's options from flags and config overrides."""
+    """Return a function that creates a small run's ``RunOptions`` from flags and config keys."""
 
     def make(*flags: str, config: str = "configs/faster_rcnn_se_r50.yaml", **overrides: str):
         keys = {**SMALL, "OUTPUT_DIR": str(tmp_path / "run"), **overrides}

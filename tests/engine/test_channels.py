@@ -72,7 +72,7 @@ def test_the_first_convolution_is_adapted_as_by_timm(form, tmp_path):
 
 @pytest.fixture
 def classify(tmp_path):
-    """Return a function that trains a classifier on five-channel images, and the image folder."""
+    """Write five-channel images. Return a function that trains on them, and the image folder."""
     random = np.random.RandomState(0)
     for name in ("dark", "light"):
         (tmp_path / "data" / name).mkdir(parents=True)

@@ -29,7 +29,8 @@ STEPS = 26
 class Net(nn.Module):
     """Network with batch norm and dropout.
 
-    The calls listed in ``bad`` have a non-finite loss or gradient, or raise an error.
+    ``bad`` contains the indices of the forward passes that cause a non-finite loss or gradient, or
+    that raise an error. ``kind`` selects one of these: "loss", "gradient" or "raised".
     """
 
     def __init__(self, bad=(), kind="loss"):
@@ -71,7 +72,12 @@ def fused(parameters, kind):
 
 
 def train(net, period, folder, *, optimizer="SGD", rank=None, ema=True, **options):
-    """Train, and return the final state, the metrics, the error reports and the error message."""
+    """Train for :data:`STEPS` steps, or until a RunError is raised.
+
+    Returns:
+        The final state, the logged metrics, the JSON reports on steps with non-finite values, keyed
+        by file name, and the message of the RunError, which is empty if no error was raised.
+    """
     folder.mkdir()
     model = net if rank is None else DistributedDataParallel(net, broadcast_buffers=False)
     trainer = StepTrainer(

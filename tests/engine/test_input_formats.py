@@ -1,4 +1,4 @@
-"""Tests for training on grayscale images, and for config keys that describe images and anchors."""
+"""Tests for detectors of grayscale images, and for the validation of config values."""
 
 import json
 from dataclasses import replace

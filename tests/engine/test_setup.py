@@ -270,12 +270,12 @@ def test_the_python_api_requires_no_command_line(shapes, tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        ("INPUT.MIN_SIZE_TRAIN", "('x',)", "expected only numbers, found 'x'"),
-        ("INPUT.MIN_SIZE_TRAIN", "(True,)", "expected only numbers, found True"),
-        ("INPUT.CLASSIFICATION.RATIO", "((),)", r"expected only numbers, found \(\)"),
-        ("MODEL.RPN.IN_FEATURES", "[1]", "expected only strings, found 1"),
-        ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[0]", "expected only True or False, found 0"),
-        ("MODEL.ANCHOR_GENERATOR.SIZES", "[[32], ['x']]", "expected only numbers, found 'x'"),
+        ("INPUT.MIN_SIZE_TRAIN", "('x',)", "only numbers, found the element 'x'"),
+        ("INPUT.MIN_SIZE_TRAIN", "(True,)", "only numbers, found the element True"),
+        ("INPUT.CLASSIFICATION.RATIO", "((),)", r"only numbers, found the element \(\)"),
+        ("MODEL.RPN.IN_FEATURES", "[1]", "only strings, found the element 1"),
+        ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[0]", "only True or False, found the element 0"),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", "[[32], ['x']]", "only numbers, found the element 'x'"),
     ],
 )
 def test_elements_of_another_type_than_the_default_s_are_an_error(key, value, expected):

@@ -26,7 +26,10 @@ def box_of(draw: np.random.Generator) -> list[float]:
 
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory):
-    """Register a dataset with crowds, empty images and an empty class; yield its annotations."""
+    """Register a dataset with crowd annotations, and yield all its annotations.
+
+    Some images and one class have no annotations.
+    """
     draw = np.random.default_rng(0)
     annotations = []
     for image in range(IMAGES - 4):

@@ -337,12 +337,12 @@ def shifted(shift, label=0):
 @pytest.mark.parametrize(
     ("found", "text"),
     [
-        ([shifted(4)], "Most of the loss is localisation: AP50 100.0, AP75 0.0."),
-        ([shifted(14)], "Most of the loss is localisation: AP50 0.0, AP75 0.0."),
-        ([shifted(0, label=1)], "Most of the loss is classification: it costs"),
+        ([shifted(4)], "Most of the lost AP is due to localisation errors: AP50 100.0, AP75 0.0."),
+        ([shifted(14)], "Most of the lost AP is due to localisation errors: AP50 0.0, AP75 0.0."),
+        ([shifted(0, label=1)], "Most of the lost AP is due to classification errors: they cost"),
         ([shifted(0)], "There is little to gain: AP 100.0"),
         ([box(60, 60, 9, 9, label=0, score=0.95), shifted(0)],
-         "Most of the loss is detections of background: it costs 50.0 AP50"),
+         "Most of the lost AP is due to detections of background: they cost 50.0 AP50"),
     ],
 )  # fmt: skip
 def test_the_summary_names_the_largest_loss(found, text):

@@ -25,7 +25,7 @@ def few(command, shapes):  # noqa: F811
 
 
 def expected_losses(cfg, model) -> dict[str, float]:
-    """Return the mean losses per image, computed with plain Detectron2."""
+    """Compute each loss with plain Detectron2, and return its mean over the images."""
     augmentations = detection_utils.build_augmentation(cfg, is_train=False)
     mapper = DatasetMapper(cfg, is_train=True, augmentations=augmentations)
     records = DatasetCatalog.get("few")

@@ -78,7 +78,7 @@ def disk():
 
 @pytest.fixture(scope="session")
 def words(disk):
-    """Write small datasets, and map each kind of data to the arguments of a training run."""
+    """Write small datasets; return the arguments of train_net.py for runs on them, by name."""
     tree, shards = disk / "tree", disk / "shards"
     random = np.random.RandomState(0)
     for name in ("blue", "green", "red"):
@@ -113,7 +113,7 @@ def words(disk):
 
 @pytest.fixture
 def work(words, disk):
-    """Yield a function that creates a run on the given kind of data, and then delete its files."""
+    """Yield a function that sets up a run on a kind of data; delete the run after the test."""
     folder = Path(tempfile.mkdtemp(dir=disk))
     yield lambda kind, *options: runs.Work(folder / "run", [*words[kind], *options])
     shutil.rmtree(folder)

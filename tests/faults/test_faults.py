@@ -22,7 +22,10 @@ KINDS = ("folder", "shards", "detection", "memory")
 
 
 def seeded(count: int) -> list[tuple[str, int]]:
-    """Return ``count`` pairs of a kind of data and a seed, cycling through ``KINDS``."""
+    """Return a list of (kind, seed) pairs for the seeds from 0 to ``count - 1``.
+
+    The kinds of data alternate in the order of ``KINDS``.
+    """
     return [(KINDS[seed % len(KINDS)], seed) for seed in range(count)]
 
 

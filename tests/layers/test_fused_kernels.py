@@ -277,7 +277,7 @@ CASES = list(dict.fromkeys(cases()))
 
 
 def fast_if(condition: bool) -> tuple:
-    """Return the pytest mark ``slow`` unless the condition is true."""
+    """Return a tuple of pytest marks: empty if the condition is true, otherwise with ``slow``."""
     return () if condition else (pytest.mark.slow,)
 
 
@@ -430,7 +430,7 @@ def test_another_batch_size_needs_no_other_kernels(monkeypatch):
 def test_integers_as_momentum_and_epsilon(monkeypatch):
     """Check that an integer momentum or epsilon is passed to the kernels as a float.
 
-    Triton would compile a different kernel if an integer argument is 1.
+    For integer arguments, Triton would compile additional kernels.
     """
     numbers, original = [], launch._launch
 
@@ -946,9 +946,10 @@ FAST = {
 
 
 def check_all() -> None:
-    """Compare two fused models with their unfused versions, on two shapes.
+    """Compare two fused models with their unfused versions.
 
-    The comparison must detect each of the ``MUTATIONS`` of the kernels.
+    The inputs have two shapes and two memory formats. The comparison must fail if any of the
+    ``MUTATIONS`` is applied to the kernels.
     """
     for shape, last in (((2, 5, 3, 4), False), ((2, 66, 7, 10), True)):
         maps = [draw(shape, DOUBLE, last, seed) for seed in (1, 2)]

@@ -1,4 +1,7 @@
-"""Tests for the GPU benchmark: targets, subprocesses, the archive, and a dry run of all parts."""
+"""Tests for the GPU benchmark, and for packing it into an archive for offline machines.
+
+The benchmark's tests cover the targets, the subprocesses and a dry run of all parts.
+"""
 
 import json
 import math
@@ -48,7 +51,7 @@ def test_the_document_lists_every_target():
 
 @pytest.fixture
 def parts(monkeypatch):
-    """Return a function that replaces ``run.PARTS`` with one part per given function."""
+    """Return a function that replaces the parts of the GPU benchmark with the given functions."""
 
     def use(**functions):
         module = types.ModuleType("benchmark.gpu.fakes")

@@ -10,10 +10,10 @@ from senet_transfer.utils import environment
 
 @pytest.fixture
 def commit_of(tmp_path, monkeypatch):
-    """Create a Git repository, and return a function that maps a folder to the recorded commit.
+    """Create a Git repository, and return a function that determines the recorded commit.
 
-    The commit is the one recorded for a package that is installed in the given folder of the
-    repository. The installation is simulated.
+    The function simulates an installation of this package in the given folder of the repository,
+    and returns the commit that would be recorded with a run's results.
     """
 
     def git(*words: str) -> str:

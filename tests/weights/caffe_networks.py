@@ -181,7 +181,10 @@ def _inception(net, random, conv_bn, at: str, x: str, inputs: int, widths) -> tu
 def places_resnet(
     blocks: tuple[int, ...], size: tuple[int, int] = (64, 96), classes: int = 365
 ) -> CaffeNet:
-    """Build CSAIL's ResNet with the given blocks per stage; ResNet-152 has (3, 8, 36, 3)."""
+    """Build the Caffe ResNet of the Places365 authors, with the given number of blocks per stage.
+
+    The published ResNet-152 has (3, 8, 36, 3) blocks.
+    """
     random = _Random(1)
     net = CaffeNet("ResNet-152-places365", (1, 3, *size))
 

@@ -192,7 +192,7 @@ class CaffeNet:
         return self.layer("Pooling", name, [bottom], name, pooling_param=params)
 
     def global_pool(self, name: str, bottom: str) -> str:
-        """Add a global average pool."""
+        """Add a global average pooling layer."""
         params = {"pool": "AVE", "global_pooling": True}
         return self.layer("Pooling", name, [bottom], name, pooling_param=params)
 

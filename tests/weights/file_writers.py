@@ -1,4 +1,4 @@
-"""Writers of old file formats: Python 2's pickles and PyTorch's first formats."""
+"""Writers of old file formats: Python 2 pickles and the checkpoint formats of early PyTorch."""
 
 import argparse
 import collections

@@ -1,8 +1,8 @@
 """Plain-PyTorch networks of projects that can't be installed, based on published code.
 
 Sources: mmpretrain's ``models/backbones/{resnet,seresnet}.py`` and ``models/utils/se_layer.py``;
-moskomule's ``senet/{se_module,se_resnet}.py``; Caffe2's and Detectron's ResNets (MSRA). Module
-names and the order of operations are those of the originals, not this project's.
+moskomule/senet.pytorch's ``senet/{se_module,se_resnet}.py``; Caffe2's and Detectron's ResNets
+(MSRA). Module names and the order of operations are those of the originals, not this project's.
 """
 
 import pickle
@@ -67,7 +67,12 @@ class BiasFreeSELayer(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual block. ``se`` is None, or the name of the SE layer and a function that builds it."""
+    """Residual block, optionally with an SE layer.
+
+    Args:
+        se: Module name of the SE layer, and function that builds the layer for a number of
+            channels; None for a block without SE.
+    """
 
     def __init__(self, inputs, planes, stride, *, bottleneck, stride_in_1x1, se):
         super().__init__()
@@ -156,7 +161,7 @@ class MMClassifier(nn.Module):
 
 
 def moskomule(depth: int) -> nn.Module:
-    """Build moskomule's se_resnet."""
+    """Build an SE-ResNet with the module names of moskomule's senet.pytorch repository."""
     return PlainClassifier(depth, se=("se", BiasFreeSELayer))
 
 

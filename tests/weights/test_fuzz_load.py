@@ -1,4 +1,4 @@
-"""Tests that files with random changes either load consistently or raise UserError."""
+"""Tests that a randomly modified weight file is either loaded completely or raises UserError."""
 
 import random
 import time

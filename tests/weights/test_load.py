@@ -22,7 +22,7 @@ def r18(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def se_r18(tmp_path_factory):
-    """Save timm's SE-ResNet-18, whose backbone has `se_divisor=8`, and return the path."""
+    """Save timm's SE-ResNet-18, which corresponds to `se_divisor=8`, and return the path."""
     return save(peer("timm", "seresnet18"), tmp_path_factory.mktemp("se_r18") / "se_r18.pth")
 
 

@@ -54,10 +54,12 @@ class Ratio:
 
 
 def _outside(count: int) -> int:
-    """Return the number of values below (or above) the 95% confidence interval of the median.
+    """Return how many values lie below the 95% confidence interval of the median.
+
+    The same number of values lies above the interval.
 
     Args:
-        count: Number of values.
+        count: Number of values from which the median is computed.
     """
     tail, skip = 0.0, 0
     while skip < (count - 1) // 2:
@@ -102,7 +104,10 @@ class Comparison:
 
     @property
     def resolved(self) -> bool:
-        """True if two instances of the baseline were timed and agree within the tolerance."""
+        """True if the run times of two instances of the baseline agree within the tolerance.
+
+        False if only one instance was timed.
+        """
         return self.control is not None and self.ratio(self.control).within(self.tolerance)
 
     def as_dict(self) -> dict[str, Any]:

@@ -50,7 +50,10 @@ def measure_inference(options: Options) -> Iterator[Row]:
 
 
 def _models(device: str) -> tuple[dict[str, nn.Module], list[tuple[str, str]]]:
-    """Return the models by name, and the pairs of equivalent models."""
+    """Return the models by name, and the names of equivalent models from this project and timm.
+
+    The list of name pairs is empty if timm is not installed.
+    """
     gated = create_classifier("se_resnet50")
     models = {
         "plain": create_classifier("resnet50"),
@@ -77,9 +80,10 @@ def _models(device: str) -> tuple[dict[str, nn.Module], list[tuple[str, str]]]:
 
 
 def _compiled(model: nn.Module, images: Tensor) -> Callable[[], None]:
-    """Compile a model with the fastest options of torch.compile: channels last, frozen weights.
+    """Compile a model for the fastest inference: in channels_last, with the weights as constants.
 
-    Users can freeze the weights with the environment variable ``TORCHINDUCTOR_FREEZING=1``.
+    Users can set the environment variable ``TORCHINDUCTOR_FREEZING=1`` to compile the weights as
+    constants.
     """
     last = torch.channels_last
     model = torch.compile(deploy(model).to(memory_format=last), dynamic=False)

@@ -31,7 +31,10 @@ BATCH = 8
 
 
 def measure_scaling(options: Options) -> Iterator[Row]:
-    """Measure data-parallel training, peak memory, and the data loading time in an evaluation."""
+    """Measure the speed of data-parallel training, peak memory, and time spent waiting for images.
+
+    The speed is only measured on a CPU. The time spent waiting is measured in an evaluation.
+    """
     if options.device == "cpu":
         yield _processes(options)
     yield from _memory(options)
@@ -111,7 +114,7 @@ def _memory(options: Options) -> Iterator[Row]:
 
 
 def _evaluation(options: Options) -> Amounts:
-    """Measure the time of an evaluation and the time spent waiting for a single worker process."""
+    """Measure the total time of an evaluation with one worker, and the time waiting for images."""
     model = wrap_classifier(create_classifier("se_resnet18", num_classes=2)).to(options.device)
     with tempfile.TemporaryDirectory() as name:
         # Use enough images to make the worker's start-up time (0.1 s) negligible.

@@ -185,7 +185,7 @@ def measure_engine(options: Options) -> Iterator[Row]:
 
 
 def measure_augment(options: Options) -> Iterator[Row]:
-    """Time sampling, augmentation and normalisation for batches of 128 CIFAR-sized images."""
+    """Time the sampling, augmentation and normalisation of batches of 128 CIFAR-sized images."""
     data, batches = random_images(50_000), 10
 
     def augmented(augment: CifarAugment) -> Callable[[], None]:

@@ -33,7 +33,7 @@ class Report:
 
     @property
     def total(self) -> Cost:
-        """Total cost of the model."""
+        """Parameter count and computational cost of the whole model."""
         return sum(self.parts.values(), Cost())
 
 
@@ -167,7 +167,10 @@ def _stages(model: nn.Module, backbone: str, found: Measured) -> dict[str, Cost]
 
 
 def _named(found: Measured) -> dict[str, Cost]:
-    """Return the cost of each module by name, without the wrapper's prefix ``model.``."""
+    """Return the cost of each module, keyed by the module's name in the measured model.
+
+    In ``found.modules``, these names have the prefix ``model.`` of the wrapper :class:`_Whole`.
+    """
     return {
         name.removeprefix("model."): cost
         for name, cost in found.modules.items()

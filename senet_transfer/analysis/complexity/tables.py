@@ -27,10 +27,11 @@ def _share(part: int, whole: int) -> str:
 
 
 def paper_rows(found: list[Compared]) -> tuple[list[tuple[str, ...]], list[str]]:
-    """Format comparisons of counted and published costs as table rows and footnotes.
+    """Return the rows and footnotes of a table that compares networks with the paper.
 
-    The rows have the columns :data:`PAPER_HEADERS`. The last column contains references to the
-    footnotes.
+    The rows contain parameter counts and GFLOPs, as counted and as reported in the paper, in the
+    columns :data:`PAPER_HEADERS`. The footnotes explain differences; the last column contains
+    their numbers.
     """
     reasons: list[str] = []
     rows: list[tuple[str, ...]] = []

@@ -25,7 +25,7 @@ _LEAST_PICTURE = 320
 
 
 def input_card(views: Sequence[View], classes: Sequence[str], *, detection: bool) -> dict[str, Any]:
-    """Return the card of a training input: the image with and without augmentation."""
+    """Return an image card for the HTML page: a training input with and without augmentation."""
     panels = []
     for view, text in zip(views, ("training input", "without augmentation"), strict=True):
         height, width = view.pixels.shape[:2]
@@ -50,10 +50,12 @@ def _view_picture(view: View) -> dict[str, Any]:
 
 
 def unusual_card(split: Split, item: Unusual, reading: Reading) -> dict[str, Any]:
-    """Return the card of an unusual annotation (a crop around it) or of an unusual image.
+    """Return an image card for the HTML page: an unusual annotation or an unusual image.
+
+    For an annotation, the card shows a crop of the image around the annotation.
 
     Args:
-        split: The dataset.
+        split: The dataset that contains the image.
         item: The unusual annotation or image.
         reading: Settings for reading images.
 
@@ -119,7 +121,7 @@ def crop_around(boxes: np.ndarray, width: int, height: int) -> tuple[int, int, i
 def duplicates_card(
     members: Sequence[tuple[Split, int]], *, identical: bool, reading: Reading
 ) -> dict[str, Any]:
-    """Return the card of a group of duplicates or near-duplicates: thumbnails of the images.
+    """Return an image card for the HTML page: thumbnails of duplicates or near-duplicates.
 
     Args:
         members: Dataset and index of each image.

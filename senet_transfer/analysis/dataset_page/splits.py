@@ -64,7 +64,7 @@ class Split:
         classes: Class names.
         images: Encoded images. Their labels are meaningless for detection data.
         files: Path of each image in detection data; empty for classification data.
-        objects: The objects; None for classification data.
+        objects: Annotated objects of the images; None for classification data.
     """
 
     name: str
@@ -124,7 +124,9 @@ class ImageFiles(SingleImages):
             with PathManager.open(path, "rb") as file:
                 return RawSample(str(index), 0, file.read(), path)
         except OSError as error:
-            raise UserError(f"Cannot read {path}: {error}. Restore the file.") from error
+            raise UserError(
+                f"Cannot read {path}: {error}. Check that the file exists and is readable."
+            ) from error
 
 
 def open_splits(cfg: CfgNode) -> list[Split]:

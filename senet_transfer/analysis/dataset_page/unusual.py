@@ -57,7 +57,7 @@ class Unusual:
         image: Index of the image.
         objects: Indices of the objects; empty if the whole image is unusual.
         why: The reason, as a sentence.
-        split: Index of the dataset.
+        split: Index of the image's split, i.e. its training or evaluation dataset.
     """
 
     kind: str

@@ -30,7 +30,7 @@ class Excitations:
         blocks: Statistics of each gate, keyed by name, such as "SE_4_6"; see :func:`gates_of`.
         drawn: Names of the classes to plot, keyed by label.
         counts: Name and number of images of each class in the sample.
-        unit: Term for a group of images in figures, "class" or "size".
+        unit: What the images are grouped by, "class" or object "size"; used in the text of figures.
     """
 
     blocks: dict[str, GateStatistics]
@@ -50,7 +50,7 @@ class Excitations:
 
     @property
     def units(self) -> str:
-        """Plural term for the groups of images in figures: "classes" or "sizes"."""
+        """Plural noun used in figure text for the groups of images: "classes" or "sizes"."""
         return "sizes" if self.unit == "size" else "classes"
 
 

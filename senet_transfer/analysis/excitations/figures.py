@@ -41,7 +41,7 @@ def draw_classes(
 def draw_spread(
     axes: Axes, block: GateStatistics, drawn: dict[int, str], channels: np.ndarray
 ) -> None:
-    """Plot mean and standard deviation of the gates per channel, for two classes (Figure 7)."""
+    """Plot the mean and std of the gates per channel, for two classes (paper, Figure 7)."""
     x = np.arange(len(channels))
     for (label, name), colour in list(zip(drawn.items(), COLOURS, strict=False))[:2]:
         kept = block.kept[label]

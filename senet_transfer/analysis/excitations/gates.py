@@ -39,8 +39,8 @@ def gates_of(backbone: nn.Module) -> dict[str, nn.Module]:
             found[name] = module
     if not found:
         raise UserError(
-            "The network has no SE, so it has no gates to analyse. Use a checkpoint of an se_... "
-            "network or of a network trained with MODEL.SE.ENABLED set to True."
+            "The network has no SE layers, so there are no gates to analyse. Use a checkpoint of "
+            "an se_... network or of a network trained with MODEL.SE.ENABLED set to True."
         )
     return found
 
@@ -66,8 +66,9 @@ def capture_gates(gates: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """Record gate values during forward passes.
 
     Yields:
-        A dict with the values ``(N, C)`` of each gate for the last batch, by gate name. The values
-        of gates without a squeeze (``squeeze="none"``) are averaged over the spatial positions.
+        A dict with the values ``(N, C)`` of each gate for the last batch, keyed by gate name. The
+        values of gates without a squeeze (``squeeze="none"``) are averaged over the spatial
+        positions.
     """
     values: dict[str, Tensor] = {}
 

@@ -107,17 +107,17 @@ def pruned_config(cfg: CfgNode, model: ImageClassifier, stages: list[int]) -> Cf
 def without_gates(
     cfg: CfgNode, model: ImageClassifier, scales: dict[str, np.ndarray] | None = None
 ) -> ImageClassifier | None:
-    """Build the pruned network, with all weights except those of the gates copied from the model.
+    """Build the pruned network, and copy all weights except those of the removed gates.
 
     Args:
         cfg: The config returned by :func:`pruned_config`.
         model: The model with all gates.
-        scales: The constants ``(C,)`` that replace the gates, keyed by the gate names returned by
-            :func:`~.gates.gates_of`. If None, the gates are replaced by 1.
+        scales: The constants ``(C,)`` that replace the removed gates, keyed by the gate names
+            returned by :func:`~.gates.gates_of`. If None, the gates are replaced by 1.
 
     Returns:
-        The network in evaluation mode on the model's device, or None if there is no convolution
-        directly before a gate into which the constant can be folded.
+        The network in evaluation mode on the model's device, or None if the constants of a removed
+        gate can't be folded into a convolution, because there is none directly before the gate.
     """
     with weights_follow():
         pruned = build_model(cfg)
@@ -149,7 +149,7 @@ def _convolution_before(pruned: nn.Module, backbone: nn.Module, path: str) -> nn
 
 
 def _scale_output(conv: nn.Module, scale: torch.Tensor) -> None:
-    """Scale the output channels of a convolution, using the weights of its norm if it has one."""
+    """Scale the output channels of a convolution, or those of its norm layer if it has one."""
     norm = getattr(conv, "norm", None)
     layer = conv if norm is None else norm
     with torch.no_grad():

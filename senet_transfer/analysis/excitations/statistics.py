@@ -147,15 +147,18 @@ class GateStatistics:
 
     @property
     def mean_of_classes(self) -> np.ndarray:
-        """Mean of the class means, ``(C,)``, excluding classes without images."""
+        """Average of the classes' mean gate values, one value per channel, ``(C,)``.
+
+        Classes without images are excluded.
+        """
         return self._mean_of_classes
 
     def summary(self) -> Summary:
         """Return the summary statistics of all values.
 
-        The two standard deviations are estimated by a one-way analysis of variance with random
-        effects. A standard deviation is 0 if it can't be estimated because there is only one class
-        or one image per class.
+        The between-class and within-class standard deviations are estimated by a one-way analysis
+        of variance with random effects. The former is 0 if there is only one class, and the latter
+        is 0 if there is only one image per class.
         """
         classes, images = self._classes, self._images
         within = self._within / (images - classes) if images > classes else 0 * self._within

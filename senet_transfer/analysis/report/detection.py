@@ -171,7 +171,7 @@ def _read_found(path: Path, images: list[dict], metadata: Any) -> list[Found]:
         if row["image_id"] not in by_image or row["category_id"] not in to_class:
             raise UserError(
                 f"{path} contains a detection with image id {row['image_id']} and category id "
-                f"{row['category_id']}, but the dataset does not contain both ids. Repeat the "
+                f"{row['category_id']}; expected ids that exist in the dataset. Repeat the "
                 "evaluation."
             )
         by_image[row["image_id"]].append(row)
@@ -246,10 +246,11 @@ def _f1(image: dict[str, Any], found: Found) -> float:
 
 
 def _worst_and_best(quality: np.ndarray, budget: int) -> list[int]:
-    """Return the indices of the images to show, sorted by increasing quality.
+    """Return the indices of the images to show, sorted by the quality of their detections.
 
-    If there are more than ``budget`` images, the first half of the result contains the images with
-    the lowest quality, and the second half contains the images with the highest quality.
+    ``quality`` contains an F1 score per image. If there are more than ``budget`` images, the first
+    half of the result contains the images with the lowest F1 scores, and the second half contains
+    the images with the highest F1 scores.
     """
     order = np.argsort(quality, kind="stable")
     if len(order) > budget:

@@ -242,7 +242,7 @@ def _read_environment(run: Run) -> None:
 
 
 def config_texts(cfg: CfgNode) -> dict[str, str]:
-    """Return the values of all config keys as text, by key."""
+    """Return a dict with the value of each config key, formatted as a string."""
     return {key: _text(value) for key, value in config_items(cfg)}
 
 

@@ -90,7 +90,8 @@ def evaluations(folder: Path, records: Records) -> dict[int, list[float]]:
         records: The records of this config.
 
     Returns:
-        A dict from iteration to the metric's values, one per run.
+        A dict from iteration to the values of the recorded metric, such as the top-1 error, with
+        one value per run.
 
     Raises:
         UserError: If a curve can't be read.

@@ -143,10 +143,10 @@ def write_gates_record(
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Read a record of a run or a linear probe.
+    """Read the JSON record of a training run or of a linear probe.
 
     Raises:
-        UserError: If the file is not a record.
+        UserError: If the file can't be read, or does not contain a complete record.
     """
     try:
         record = json.loads(path.read_text())
@@ -213,8 +213,8 @@ def _record(run: Run, config: str, cfg: CfgNode) -> dict[str, Any]:
         raise UserError(f"The run in {run.output_dir} is not finished. Finish it first.")
     if len(cfg.DATASETS.TEST) != 1:
         raise UserError(
-            f"DATASETS.TEST of {config} is {cfg.DATASETS.TEST}; expected a single dataset. Remove "
-            "--results."
+            f"DATASETS.TEST of {config} is {cfg.DATASETS.TEST}; expected a single dataset, because "
+            "--results records the metrics of only one dataset. Remove --results."
         )
     folder = load_run(run.output_dir)
     tested = cfg.DATASETS.TEST[0]

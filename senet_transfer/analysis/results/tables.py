@@ -34,13 +34,16 @@ _NOT_PUBLISHED = "- / -"
 
 
 def read_records(folder: str | Path) -> dict[str, Records]:
-    """Return the records in a folder, keyed by config name and sorted by seed.
+    """Return the records of runs in a folder, keyed by config name and sorted by seed.
 
     Raises:
-        UserError: If the folder does not exist, or a file is not a record.
+        UserError: If the folder does not exist, or a file is not the record of a run.
     """
     if not Path(folder).is_dir():
-        raise UserError(f"The folder of records {folder} does not exist. Check the path.")
+        raise UserError(
+            f"The results folder {folder} does not exist; expected a folder that contains files "
+            "named CONFIG/seedN.json. Check the path."
+        )
     found: dict[str, Records] = {}
     for path in sorted(Path(folder).glob("*/seed*.json")):
         found.setdefault(path.parent.name, []).append(read_record(path))
@@ -96,7 +99,10 @@ def full_tables(records: dict[str, Records]) -> str:
 
 
 def baselines(records: dict[str, Records]) -> list[str]:
-    """Return the configs without SE that have records, or whose SE counterparts have records."""
+    """Return the names of the configs without SE for all recorded runs.
+
+    For a run with SE, this is the config of the same network without SE.
+    """
     return sorted({name.replace("_se_", "_") for name in records})
 
 
@@ -174,7 +180,7 @@ def _check_comparable(first: Records, second: Records) -> None:
 
 
 def with_se(name: str, records: dict[str, Records]) -> str:
-    """Return the config of a baseline's SE counterpart, such as ``cifar10_se_resnet20``.
+    """Return the config name of a baseline's SE counterpart, such as ``cifar10_se_resnet20``.
 
     Return "" if there are no records of the counterpart.
     """

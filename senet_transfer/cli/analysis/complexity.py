@@ -26,8 +26,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--weights",
         default="",
-        help="checkpoint or weight file that determines the strides and paddings, and also the "
-        "architecture if neither --model nor --config-file is given",
+        help="checkpoint or weight file from which the network's strides and paddings are "
+        "detected, and also its architecture if neither --model nor --config-file is given",
     )
     add(
         "--size",

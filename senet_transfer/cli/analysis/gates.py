@@ -61,9 +61,9 @@ def parser() -> argparse.ArgumentParser:
         "--group-by",
         choices=("class", "size"),
         default="",
-        help="use whole annotated images instead of crops, grouped by the class or size (small, "
-        "medium, large) of more than half of their objects; images without such a majority are "
-        "skipped",
+        help="use whole annotated images instead of crops of objects; an image belongs to the "
+        "class or size (small, medium or large) of more than half of its objects, and is skipped "
+        "if no class or size accounts for more than half",
     )
     add("--output", required=True, help="output folder for figures and tables")
     add(
@@ -139,7 +139,7 @@ def main(args: argparse.Namespace) -> None:
     if left_out := getattr(dataset, "left_out", 0):
         few = counted(left_out, "image")
         by = args.group_by
-        print(f"Skipped {few} in which no {by} is shared by more than half of the objects")
+        print(f"Skipped {few} in which no {by} accounts for more than half of the objects")
     print(block_table(excitations))
     print(f"{len(found.files)} figures and tables in {args.output}")
     if found.pruned:

@@ -1,4 +1,4 @@
-"""Train a config with several seeds or folds, and compare the results with the paper.
+"""Train a model with several seeds or folds, and compare the results with the paper.
 
     senet sweep --config-file configs/cifar10_se_resnet110.yaml --seeds 0 1 2 \\
         --output output/cifar10_se_resnet110
@@ -55,7 +55,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="train once per fold; FOLDER is written by senet data split --folds K",
     )
-    add("--images", default="", help="image folder of detection data, for --folds")
+    add(
+        "--images",
+        default="",
+        help="image folder for the annotations in --folds; required for detectors",
+    )
     add(
         "--output",
         default="",
@@ -126,8 +130,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--output is missing. Set it to the parent folder of all runs.")
     if documents and not args.results:
         raise UserError(
-            "--results is missing; expected the folder with the results to be used by --update and "
-            "--curves. Pass --results FOLDER."
+            "--results is missing; --update and --curves read the results from this folder. Pass "
+            "--results FOLDER."
         )
     if args.folds and (args.results or len(args.config_file) > 1):
         raise UserError(

@@ -64,8 +64,8 @@ def parser() -> argparse.ArgumentParser:
     """Return the argument parser; each subcommand has a separate parser."""
     listed = described({name: each.text for name, each in PREPARATIONS.items()})
     parser = argparse.ArgumentParser(
-        description="Prepare, check or show a dataset. For the options of a command, use NAME "
-        "--help.",
+        description="Prepare, check or show a dataset. To list the options of a command, use "
+        "`senet data NAME --help`.",
         epilog=f"names:\n{listed}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

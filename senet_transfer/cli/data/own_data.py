@@ -26,8 +26,8 @@ def check_parser() -> argparse.ArgumentParser:
         "images",
         metavar="FOLDER",
         nargs="?",
-        help="image folder, which file names in the annotations are relative to; default: the "
-        "format's usual folder",
+        help="image folder, to which file names in the annotations are relative; default: the "
+        "folder in which the format usually stores images",
     )
     add("--masks", action="store_true", help="also check the segmentation masks of the objects")
     add(
@@ -140,9 +140,9 @@ def run_split(args: argparse.Namespace) -> None:
 
 def import_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Convert annotations for detection to JSON files in COCO format: train.json, "
-        "and val.json and test.json if the dataset defines these splits or --val is "
-        "set. The images are not copied."
+        description="Convert annotations for detection to COCO format. One JSON file is written "
+        "per split of the dataset, such as train.json and val.json. A dataset without splits can "
+        "be split with --val and --test, or into folds with --folds. The images are not copied."
     )
     add = parser.add_argument
     add("--from", dest="format", choices=DETECTION_FORMATS, required=True, help="format to read")
@@ -159,7 +159,11 @@ def import_parser() -> argparse.ArgumentParser:
         required=True,
         help="output folder for the JSON files; must not contain files of an earlier import",
     )
-    add("--images", type=Path, help="image folder; default: the format's usual folder")
+    add(
+        "--images",
+        type=Path,
+        help="image folder; default: the folder in which the format usually stores images",
+    )
     _add_exif_argument(parser)
     _add_split_arguments(parser, val=None)
     return parser
@@ -242,7 +246,8 @@ def show_parser() -> argparse.ArgumentParser:
         "--images",
         default="",
         metavar="FOLDER",
-        help="image folder for the annotations; default: the usual folder of the format",
+        help="image folder for the annotations; default: the folder in which the "
+        "annotation format usually stores images",
     )
     add_dataset_argument(parser)
     add(

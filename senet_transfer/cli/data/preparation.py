@@ -49,8 +49,8 @@ def imagenet_parser() -> argparse.ArgumentParser:
         "--exclude",
         metavar="FILE",
         type=Path,
-        help="file that lists images to leave out, one per line: file names, or validation "
-        "image numbers as in the challenge's blacklist",
+        help="file that lists the images to leave out, one per line: file names, or indices of "
+        "validation images (from 1) as in ILSVRC2014_clsloc_validation_blacklist.txt",
     )
     return parser
 
@@ -81,7 +81,7 @@ def folder_parser() -> argparse.ArgumentParser:
     order.add_argument(
         "--classes",
         metavar="numeric|FILE",
-        help="order of the labels: numeric (class folders sorted as numbers) or a file "
+        help="order of the classes: numeric (class folders sorted as numbers) or a file "
         "with one class name per line; default: sorted by name",
     )
     return parser

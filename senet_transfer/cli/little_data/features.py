@@ -20,14 +20,14 @@ from senet_transfer.utils.text import counted
 
 
 def add_backbone_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that specify a backbone and the order of the labels."""
+    """Add the arguments that specify a backbone and the order of the classes."""
     add_model_arguments(parser)
     add = parser.add_argument
     add(
         "--classes",
         default="",
         metavar="numeric|FILE",
-        help="order of the labels: numeric (class folders sorted as numbers) or a file "
+        help="order of the classes: numeric (class folders sorted as numbers) or a file "
         "with one class name per line; default: the order in the data",
     )
 
@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
     computed.write(args.output)
     images, width = computed.features.shape
     classes = counted(len(computed.classes), "class", "classes")
-    print(f"{counted(images, 'image')} of {classes}, {width} features: {args.output}")
+    print(f"{counted(images, 'image')} of {classes}, {width} features per image: {args.output}")
 
 
 def command(words: list[str] | None = None) -> None:

@@ -173,7 +173,7 @@ def _verify_checksums(
 
 
 def _checksums(form: type[CIFAR10] | BinaryVersion) -> dict[str, str | None]:
-    """Return a dictionary from the names of the required files to their official MD5 checksums.
+    """Return the official MD5 checksums of the required files, keyed by file name.
 
     Unknown checksums are None.
     """

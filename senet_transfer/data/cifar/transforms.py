@@ -46,7 +46,7 @@ class Draws:
     centre: Tensor
 
     def part(self, rank: int, size: int) -> "Draws":
-        """Return the parameters for the images of a rank. Each rank has `size` images."""
+        """Return the augmentation parameters for the `size` images that a rank processes."""
         rows = slice(rank * size, (rank + 1) * size)
         return Draws(self.flip[rows], self.offset[rows], self.centre[rows])
 

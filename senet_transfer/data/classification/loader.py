@@ -314,7 +314,8 @@ class _TrainBatches(IterableDataset):
         if not good:
             raise UserError(
                 f"All {len(samples)} images of a batch are broken; the last one is {last}. "
-                "Expected at least one valid image per batch. Verify the data."
+                "Expected at least one valid image per batch. Replace the broken images, or "
+                "prepare the data again."
             )
         for row in set(range(len(samples))).difference(good):
             other = next((index for index in good if index > row), good[0])

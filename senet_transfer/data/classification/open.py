@@ -343,8 +343,8 @@ def _open_places365(path: Path, split: str, size: str | None) -> ImageDataset | 
     """Open the official Places365 distribution; return None for other data.
 
     Raises:
-        UserError: If the distribution uses the name of the folder or archive for several splits,
-            but not for `split`.
+        UserError: If several splits have a folder or archive of this name, such as `data_256`,
+            and `split` is not one of them.
     """
     sizes = places365.SIZES if size is None else (size,)
     known = [

@@ -42,7 +42,13 @@ class SkipCounter:
         return int(self._counts[:, 1].sum())
 
     def count(self, worker: int, broken: int, total: int) -> None:
-        """Add ``total`` samples, of which ``broken`` are broken, to a worker's counts."""
+        """Increase a worker's counts of samples.
+
+        Args:
+            worker: Index of the worker.
+            broken: Number of broken samples to add.
+            total: Number of samples to add, including the broken samples.
+        """
         self._counts[worker, 0] += total
         self._counts[worker, 1] += broken
 

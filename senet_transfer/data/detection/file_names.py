@@ -51,7 +51,7 @@ def find_renamed(missing: Sequence[str], image_dir: str) -> dict[str, str]:
     Unicode normalisation forms.
 
     Returns:
-        Dictionary from missing name to the name of the existing file.
+        Names of the existing files, keyed by missing name.
     """
     found = {}
     for name in missing:

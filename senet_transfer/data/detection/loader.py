@@ -194,9 +194,10 @@ def _shapes(records: Dataset) -> Callable[[int], bool]:
             with contextlib.suppress(Exception), Image.open(record["file_name"]) as image:
                 return image.width > image.height
             raise UserError(
-                f"The dataset dict of {record.get('file_name', 'an image')} contains no width or "
-                "no height, which DATALOADER.ASPECT_RATIO_GROUPING requires. Add both keys to all "
-                "dataset dicts, or set DATALOADER.ASPECT_RATIO_GROUPING to False."
+                f"The size of {record.get('file_name', 'an image')} is unknown, but is required by "
+                'DATALOADER.ASPECT_RATIO_GROUPING: the dataset dict does not contain both "width" '
+                'and "height", and the image file can\'t be read. Add both keys to all dataset '
+                "dicts, or set DATALOADER.ASPECT_RATIO_GROUPING to False."
             )
         return record["width"] > record["height"]
 
@@ -224,7 +225,7 @@ class PlannedBatches(Sampler[list[SampledIndex]]):
                 the sampler must yield the same sequence.
             batch_size: Number of images per batch in this process.
             is_wide: Function that checks whether the image with a given index is wider than tall;
-                None disables grouping.
+                None disables grouping by aspect ratio.
             start_iter: Index of the first batch to yield.
         """
         self.sampler, self.batch_size, self.is_wide = sampler, batch_size, is_wide

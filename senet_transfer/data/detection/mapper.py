@@ -200,8 +200,9 @@ class CheckedDatasetMapper(DatasetMapper):
     def _swap_keypoints(self, instances: Instances, transforms: T.TransformList) -> None:
         """Swap left and right keypoints after a vertical flip.
 
-        Detectron2 itself swaps them only after a horizontal flip. A horizontal and a vertical flip
-        together are a rotation, for which two swaps cancel each other.
+        Detectron2 itself swaps them only after a horizontal flip. Both flips together
+        are a rotation by 180 degrees, which does not exchange left and right. In this case, the two
+        swaps cancel each other.
         """
         flips = sum(isinstance(part, T.VFlipTransform) for part in transforms.transforms)
         if flips % 2 and instances.has("gt_keypoints") and self.keypoint_hflip_indices is not None:
@@ -334,7 +335,8 @@ def read_labels(
             found = np.asarray(image if image.mode == "P" else image.convert("L"))
     except Exception as error:  # decoders raise exceptions of many types for damaged files
         raise UserError(
-            f"The label image {path} cannot be read: {_reason(path, error)}. Restore the file."
+            f"The label image {path} cannot be read: {_reason(path, error)}. Check that the file "
+            "exists and is a valid image."
         ) from error
     if found.shape != tuple(shape):
         raise UserError(

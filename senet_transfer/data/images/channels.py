@@ -171,4 +171,6 @@ def _pillow_values(data: bytes, reading: Reading) -> np.ndarray:
 
 def _check_size(values: int) -> None:
     if values > MAX_PIXELS * _MOST:
-        raise BrokenImageError(f"{values} values exceed the size limit")
+        raise BrokenImageError(
+            f"it contains {values} values; expected at most {MAX_PIXELS * _MOST} values"
+        )

@@ -324,7 +324,10 @@ def decode_exact(data: bytes, reading: Reading = AS_STORED) -> Image.Image:
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=allowed_formats())
             if image.width * image.height > MAX_PIXELS:
-                raise BrokenImageError(f"{image.width}x{image.height} pixels exceed the size limit")
+                raise BrokenImageError(
+                    f"it contains {image.width}x{image.height} pixels; expected at most "
+                    f"{MAX_PIXELS} pixels"
+                )
             return to_rgb(image, reading, data)
     except BrokenImageError:
         raise

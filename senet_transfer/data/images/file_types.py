@@ -2,8 +2,8 @@
 
 import re
 
-# Pillow's photograph formats and their file extensions. Other Pillow plugins run external programs,
-# read only metadata or read vector graphics.
+# Supported image formats of Pillow and their file extensions. Some of Pillow's other plugins run
+# external programs, read only metadata or read vector graphics.
 FORMATS = {
     "AVIF": (".avif", ".avifs"),
     "BMP": (".bmp",),

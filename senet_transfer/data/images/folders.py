@@ -74,8 +74,8 @@ def label_images(
     """Assign labels to the images in class folders.
 
     Args:
-        by_class: Dictionary from class folder to image paths. The key "" contains the images that
-            are directly in `root`.
+        by_class: Dictionary from class folder to image paths. Images that are directly in `root`
+            are listed under the key "".
         root: Folder or archive that contains the class folders.
         classes: Class names in label order; see :func:`open_folder`.
 
@@ -108,7 +108,10 @@ def label_images(
 def _check_class_folders(
     by_class: Mapping[str, list[str]], root: Path, *, allow_empty: bool
 ) -> None:
-    """Raise a UserError for images outside of class folders, empty class folders or no images."""
+    """Raise a UserError if images are outside of class folders, or a class folder is empty.
+
+    If ``allow_empty`` is True, a single class folder with images is sufficient.
+    """
     if "" in by_class:
         raise UserError(
             f"{root} contains images outside of class folders: {first_of(by_class[''])}. Expected "
@@ -189,7 +192,7 @@ def numeric_classes(root: str | Path) -> list[str]:
         return sort_by_number({label for label, _ in read_label_csv(root).values()}, root)
     if not Path(root).is_dir():
         raise UserError(
-            f"--classes {NUMERIC} requires a folder with one folder per class or a CSV file, but "
+            f"--classes {NUMERIC} requires a CSV file or a folder with one folder per class, but "
             f"{root} is neither. Shards and archives have fixed labels. Remove --classes."
         )
     by_class = find_images(root)

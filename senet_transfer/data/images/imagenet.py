@@ -46,10 +46,9 @@ def open_imagenet(
         source: Folder with the archives or the folders `train` and `val`. It must also contain the
             development kit if the validation images are not in class folders.
         split: One of `SPLITS`.
-        exclude: File that lists the images to leave out, one per line: file names or, as in the
-            challenge's blacklist, numbers of validation images.
-        skip_missing: Maximum number of empty files to leave out. If there are more, an error is
-            raised.
+        exclude: File that lists the images to leave out, one per line: file names, or indices of
+            validation images (from 1) as in `ILSVRC2014_clsloc_validation_blacklist.txt`.
+        skip_missing: Maximum number of empty files to skip. If there are more, an error is raised.
 
     Raises:
         UserError: If a file is missing or damaged, or the labels do not match the images.

@@ -67,7 +67,7 @@ def open_label_csv(
         classes: Class names in label order, as for
             :func:`~senet_transfer.data.images.folders.open_folder`. None to sort the labels by
             name.
-        skip_missing: Maximum number of missing or empty images to leave out. If there are more, an
+        skip_missing: Maximum number of missing or empty images to skip. If there are more, an
             error is raised.
 
     Raises:

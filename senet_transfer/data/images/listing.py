@@ -65,11 +65,14 @@ def read_image_bytes(root: Path, name: str, size: int, offset: int | None) -> by
                 stream.seek(offset)
             data = stream.read(size if offset is not None else -1)
     except OSError as error:
-        raise UserError(f"Cannot read {name} in {root}: {error}. Restore the file.") from error
+        raise UserError(
+            f"Cannot read {name} in {root}: {error}. Check that the file exists and is readable."
+        ) from error
     if len(data) != size:
         raise UserError(
-            f"{name} in {root} has a size of {len(data)} bytes; expected {size} bytes, as when the "
-            "images were listed. Run the command again, and do not change the images while it runs."
+            f"{name} in {root} has a size of {len(data)} bytes; expected {size} bytes, its size "
+            "when the images were listed. Run the command again, and do not change the images "
+            "while it runs."
         )
     return data
 
@@ -184,7 +187,7 @@ def find_listed_images(
         classes: Class names.
         complete: Whether to raise an error if the folder or archive contains images that are not
             listed.
-        skip_missing: Maximum number of missing images to leave out. If there are more, an error is
+        skip_missing: Maximum number of missing images to skip. If there are more, an error is
             raised.
         members: Result of :func:`archive_members` for an archive; None to read the archive.
 

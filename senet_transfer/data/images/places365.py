@@ -29,7 +29,7 @@ _LIST_ARCHIVES = ("filelist_places365-standard.tar", "filelist_places365-challen
 
 @functools.cache
 def places365_classes() -> dict[str, bool]:
-    """Return a dictionary from class name to True for outdoor scenes, in label order."""
+    """Return a dict, in label order, from each class name to True if the scene is outdoors."""
     text = files(__package__).joinpath("places365_classes.txt").read_text("utf-8")
     rows = [line.split() for line in text.splitlines() if not line.startswith("#")]
     return {name: kind == "2" for name, kind in rows}
@@ -57,7 +57,7 @@ def open_places365(
         source: Folder with the lists and the image folders or archives.
         split: One of `SPLITS`.
         size: Image size, "256" or "large".
-        skip_missing: Maximum number of missing images to leave out. If there are more, an error is
+        skip_missing: Maximum number of missing images to skip. If there are more, an error is
             raised.
 
     Raises:
@@ -92,7 +92,7 @@ def open_places365_images(
         images: Folder or archive with the images.
         lists: Folder with the lists.
         split: One of `SPLITS`.
-        skip_missing: Maximum number of missing images to leave out. If there are more, an error is
+        skip_missing: Maximum number of missing images to skip. If there are more, an error is
             raised.
 
     Raises:
@@ -184,6 +184,6 @@ def _read_list(folder: Path, name: str) -> str:
             f"Cannot read {name} in {folder}: {error}. Download the lists again."
         ) from error
     raise UserError(
-        f"List {name} not found in {folder}; expected it in this folder, or in one of the "
+        f"The list {name} was not found in {folder}; expected it in this folder, or in one of the "
         f"archives {', '.join(_LIST_ARCHIVES)}. Download it from the dataset's website."
     )

@@ -49,7 +49,7 @@ class ShapeObject:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One shape of an image, without occlusion by the shapes that are drawn over it."""
+    """Geometric shape, as rendered before other shapes are drawn over it."""
 
     category: str
     coverage: np.ndarray  # float32 (H, W), 0-1, antialiased
@@ -72,7 +72,8 @@ def render_image(seed: int, split: str, index: int) -> tuple[np.ndarray, list[Sh
             file name.
 
     Returns:
-        The image, RGB uint8 (H, W, 3), and its annotated shapes (at least one) from bottom to top.
+        The image, RGB uint8 (H, W, 3), and its annotated shapes (at least one) in the order in
+        which they were drawn. Later shapes occlude earlier ones.
     """
     rng = np.random.default_rng([seed, SHAPE_SPLITS.index(split), index])
     height, width = (int(side) for side in rng.integers(*IMAGE_SIDES, size=2, endpoint=True))

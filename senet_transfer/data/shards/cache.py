@@ -75,6 +75,6 @@ class ShardCache:
                 target.write(data)
             if digest.hexdigest() != shard.sha256:
                 raise UserError(
-                    f"{url} has SHA-256 {digest.hexdigest()}; expected {shard.sha256} as in its "
-                    "manifest. The shard is damaged or was replaced. Upload it again."
+                    f"{url} has SHA-256 {digest.hexdigest()}; expected {shard.sha256}, the hash in "
+                    "the manifest. The shard is damaged or was replaced. Upload it again."
                 )

@@ -115,8 +115,9 @@ def load_manifest(base: str, storage: RemoteOptions | None = None) -> Manifest:
         )
     if content.get("version") != VERSION:
         raise UserError(
-            f"{where} has version {content.get('version')}; expected {VERSION}. Prepare the data "
-            "again with this release, or use the release that wrote it."
+            f"{where} is a manifest of version {content.get('version')}; expected version "
+            f"{VERSION}. Prepare the data again with the installed release of senet_transfer, or "
+            "install the release that wrote the manifest."
         )
     try:
         manifest = _parse(content)

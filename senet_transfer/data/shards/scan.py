@@ -105,7 +105,7 @@ def scan_shards(
     ]
     manifest = Manifest(classes, shards, plan=FOREIGN)
     logger.info(
-        "%s: found %d images with labels for %d classes in %d shards without a %s.",
+        "%s: found %d images with labels for %d classes in %d shards. There is no manifest (%s).",
         paths[0].parent, manifest.samples, largest + 1, len(shards), MANIFEST,
     )  # fmt: skip
     return manifest, indices
@@ -132,8 +132,8 @@ def find_shards(folder: Path) -> list[Path]:
     ignored = [name for name in names if plain and _pattern(name) not in plain]
     if ignored:
         logger.warning(
-            "Ignoring %d compressed files in %s, because their names differ from those of the "
-            "uncompressed shards: %s",
+            "Ignoring %d compressed files in %s, because their names do not match the naming "
+            "pattern of the uncompressed shards. Ignored files: %s",
             len(ignored),
             folder,
             first_of(ignored),

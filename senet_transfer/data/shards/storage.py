@@ -201,7 +201,7 @@ def missing_files(urls: Sequence[str], storage: RemoteOptions) -> list[str]:
         try:
             found = list(pool.map(is_missing, urls))
         except Exception as error:
-            logger.info("The remote shards, such as %s, can't be checked: %s", urls[0], error)
+            logger.info("Can't check whether remote shards such as %s exist: %s", urls[0], error)
             return []
     return [url for url, missing in zip(urls, found, strict=True) if missing]
 

@@ -59,8 +59,8 @@ def shard_problem(shard: Shard, argument: tuple[Path, int]) -> str | None:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
             if found != shard.sha256:
                 return (
-                    f"{path} has SHA-256 {found}; expected {shard.sha256} as in its manifest. "
-                    "Delete the shard and its .json file, and run the preparation again."
+                    f"{path} has SHA-256 {found}; expected {shard.sha256}, the hash in the "
+                    "manifest. Delete the shard and its .json file, and run the preparation again."
                 )
             where = folder / shard.index_name
             index = parse_index(where.read_bytes(), shard, str(where))

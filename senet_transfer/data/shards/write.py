@@ -95,9 +95,9 @@ def convert(
         quiet: Whether to hide the progress bar.
 
     Raises:
-        UserError: If too many images are broken, the folder contains shards of different images or
-            settings, another run is writing to it, the disk is full, or an argument is out of
-            range.
+        UserError: If too many images are broken, the folder contains shards that were written from
+            different images or with different settings, another run is writing to it, the disk is
+            full, or an argument is out of range.
     """
     if not 0 <= seed < 2**32 or shard_mb <= 0 or workers < 1 or skip_broken < 0:
         raise UserError(
@@ -186,9 +186,9 @@ def _good_samples(plan: ShardPlan, skipped: list[dict[str, str]]) -> Iterator[Ra
 
 
 def _on_disk(lines: Sequence[str]) -> bytes:
-    """Join lines and encode them as UTF-8.
+    """Join lines, such as file names, with newlines, and encode the result as UTF-8.
 
-    Bytes of file names that are not valid UTF-8 are written unchanged."""
+    If a file name on disk contains bytes that are not valid UTF-8, these bytes are preserved."""
     return "\n".join(lines).encode("utf-8", "surrogateescape")
 
 
@@ -240,7 +240,8 @@ def _finished(output: Path, plans: list[ShardPlan]) -> dict[str, dict[str, Any]]
     """Return the content of each complete shard's JSON file, keyed by shard name.
 
     Raises:
-        UserError: If the folder contains shards of other images or settings.
+        UserError: If the folder contains shards that were written from different images or with
+            different settings.
     """
     for path in output.glob(".*.tmp"):
         path.unlink()  # left by a killed run; the lock prevents concurrent runs
@@ -257,10 +258,10 @@ def _finished(output: Path, plans: list[ShardPlan]) -> dict[str, dict[str, Any]]
             ) from None
         if plan != plans[0].plan:
             raise UserError(
-                f"{output} contains shards of different images or settings ({path.name}); "
-                "expected an empty folder, or shards of an interrupted run with the same images, "
-                "classes, split, seed and shard size. Choose a different folder, or delete the "
-                "contents of this one."
+                f"{output} contains shards that were written from different images or with "
+                f"different settings ({path.name}); expected an empty folder, or shards of an "
+                "interrupted run with the same images, classes, split, seed and shard size. Choose "
+                "a different folder, or delete the contents of this one."
             )
         name = entry.get("name")
         # Shards from which broken images were left out are written again, because these images may

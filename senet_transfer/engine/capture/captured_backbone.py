@@ -45,9 +45,9 @@ class CapturedBackbone:
             backbone: The backbone, including its FPN, if any. Its ``forward`` is replaced.
             capture: A function that captures a module for sample inputs. If None, modules are
                 captured as CUDA graphs that share one memory pool.
-            max_sizes: The maximum number of captured sizes.
-            occurrences: The number of times that a size must occur to be captured. With 3, it is
-                captured when it occurs for the third time.
+            max_sizes: The maximum number of image sizes to capture.
+            occurrences: The number of times that an image size must occur to be captured. With 3,
+                it is captured when it occurs for the third time.
         """
         self._backbone, self._forward = backbone, backbone.forward
         self._capture = capture or _capture_on_gpu(torch.cuda.graph_pool_handle())

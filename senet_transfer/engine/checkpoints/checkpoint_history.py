@@ -66,10 +66,10 @@ def _lines(folder: str | Path, name: str) -> list[str]:
 
 
 def record(folder: str | Path, name: str, keep: int) -> None:
-    """Register a saved checkpoint as the newest, and delete the oldest checkpoints.
+    """Record a saved checkpoint as the newest of a run, and delete the oldest checkpoints.
 
-    Checkpoints that are newer than the checkpoint named in ``last_checkpoint`` are removed from the
-    list, but not deleted.
+    Checkpoints that are listed after the checkpoint named in ``last_checkpoint`` are removed from
+    the list in ``recent_checkpoints``, but their files are not deleted.
 
     Args:
         folder: The run's output folder.
@@ -94,7 +94,10 @@ def record(folder: str | Path, name: str, keep: int) -> None:
 
 
 def forget(folder: str | Path) -> None:
-    """Delete a run's checkpoint list, but no checkpoints. The run can't be resumed afterwards."""
+    """Delete a run's list of checkpoints, but keep the checkpoint files.
+
+    Afterwards, the run can't be resumed.
+    """
     for name in (TAG, HISTORY):
         Path(folder, name).unlink(missing_ok=True)
 

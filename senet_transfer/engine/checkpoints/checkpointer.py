@@ -24,9 +24,9 @@ from senet_transfer.weights.save import model_metadata
 class Checkpointer(DetectionCheckpointer):
     """Checkpointer that raises an error if a weight file does not match the model.
 
-    Detectron2's checkpointer only logs mismatches, so training would start from random weights if a
-    file had nothing in common with the model. Checkpoints include a description of the network, so
-    they can be loaded without a config.
+    Detectron2's checkpointer only logs mismatches, so training would start from scratch if no
+    tensor in a file matched the model. Checkpoints include a description of the network, so they
+    can be loaded without a config.
 
     Checkpoints are written atomically, with a SHA-256 file next to each, before
     ``last_checkpoint`` is updated. If a checkpoint is later found to be corrupted, the run resumes
@@ -184,4 +184,4 @@ class UntaggedCheckpointer(Checkpointer):
     """Checkpointer for files that are not used to resume training, such as ``model_best.pth``."""
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Leave ``last_checkpoint`` unchanged, so that runs do not resume from this file."""
+        """Leave ``last_checkpoint`` unchanged, so that runs do not resume from the saved file."""

@@ -87,8 +87,8 @@ def use_trained_classes(
         is_classification(cfg) and same and build.use_class_order(cfg, model, eval_only=eval_only)
     ):
         logger.warning(
-            "The datasets list the classes of %s in a different order, or only some of them. The "
-            "class order of the weights is used: %s.",
+            "The datasets list the classes stored in %s in a different order, or contain only some "
+            "of these classes. The class order of the weights is used: %s.",
             source.path,
             first_of(model),
         )

@@ -60,8 +60,8 @@ def run_evaluation(
         batch_size: The number of images per batch.
         workers: The number of processes that read and decode images.
         output: The path of the JSON file to write. If empty, no JSON file is written.
-        predictions: The path of the CSV file to write, with the key, the label, the most
-            probable classes and the path of each image. If empty, no CSV file is written.
+        predictions: The path of the CSV file to write, with a unique key, the label, the
+            most probable classes and the path of each image. If empty, no CSV file is written.
         keep_logits: If True, add the logits to the CSV file. For several classifiers, these are the
             logarithms of the mean probabilities.
         published: Published results on the same data to include in the output. If empty, the

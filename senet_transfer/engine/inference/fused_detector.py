@@ -99,9 +99,9 @@ def _restored(output: dict[str, Any], inverse: Transform, size: tuple[int, int])
     others = sorted((output.keys() - {"instances"}) | (fields.keys() - _FIELDS))
     if found is None or others or type(found.pred_boxes) is not Boxes:
         raise UserError(
-            f"The model predicts {', '.join(others) or 'rotated boxes or no boxes'}; expected only "
-            "axis-aligned boxes. Test-time augmentation of this meta-architecture and the fusion "
-            "of several detectors support no other predictions. Use a single detector without "
+            f"The model predicts {', '.join(others) or 'no axis-aligned boxes'}; expected only "
+            "axis-aligned boxes. Ensembles of detectors and test-time augmentation of this "
+            "meta-architecture support no other predictions. Use a single detector without "
             "test-time augmentation."
         )
     found = found.to("cpu")

@@ -87,8 +87,8 @@ class GradualUnfreezing(HookBase):
         if list(starts) != sorted(starts) or any(start < 0 for start in starts):
             raise UserError(
                 f"SOLVER.UNFREEZE_ITERS (or UNFREEZE_EPOCHS) is {list(starts)}; expected "
-                "non-negative values in ascending order, because the last stage is unfrozen "
-                "first."
+                "non-negative values in ascending order. The first value applies to the last "
+                "stage of the backbone, which is unfrozen first."
             )
         self.stages = [(stage, parameters) for _, stage, parameters in stages]
         self.starts = [*starts, *[math.inf] * (len(stages) - len(starts))]

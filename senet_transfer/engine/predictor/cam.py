@@ -39,7 +39,10 @@ class ActivationMap:
 
     @property
     def added(self) -> np.ndarray | None:
-        """Effect of the last SE gate, ``cam - plain``. None if the network has no SE blocks."""
+        """Change in the map that is due to the last SE gate: ``cam - plain``.
+
+        None if the network has no SE blocks.
+        """
         return None if self.plain is None else self.cam - self.plain
 
     def plot(self) -> Image.Image:

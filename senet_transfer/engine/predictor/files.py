@@ -102,7 +102,8 @@ def predict_files(
     except KeyboardInterrupt:
         path = writer.close()
         logger.warning(
-            "Inference was interrupted. The predictions for some of the %d images are in %s.",
+            "Inference was interrupted before all %d images were processed. The predictions "
+            "so far are stored in %s.",
             len(photos),
             path,
         )
@@ -229,7 +230,8 @@ def output_names(photos: Sequence[Photo], output_dir: str, suffix: str = ".jpg")
             )
         if os.path.abspath(name) == os.path.abspath(photo.name):
             raise UserError(
-                f"The image {photo.name} would be overwritten by its drawing. Change --output."
+                f"The image {photo.name} would be overwritten by its output file. "
+                "Choose a different --output."
             )
         taken.add(name)
         names[photo.name] = name
@@ -243,8 +245,8 @@ def _save(drawing: Image.Image, path: str) -> None:
         drawing.save(path, "JPEG", quality=95)
     except OSError as error:
         raise UserError(
-            f"The drawing {path} can't be written: {error}. Check that its folder is writable and "
-            "that the disk is not full."
+            f"The image with the drawn predictions, {path}, can't be written: {error}. Check that "
+            "its folder is writable and that the disk is not full."
         ) from error
 
 

@@ -81,7 +81,7 @@ class Classes:
 
 
 class _Shown(ABC):
-    """Base class for results that notebooks display as a drawing with a caption."""
+    """Base class for results that notebooks display as an image with a caption."""
 
     photo: Photo
 

@@ -1,4 +1,7 @@
-"""Addition of trained models to this package; see :mod:`senet_transfer.weights.hub.bundled`."""
+"""Functions that add trained models to this package.
+
+See :mod:`senet_transfer.weights.hub.bundled` for the files of a model.
+"""
 
 import os
 import re

@@ -102,7 +102,10 @@ def _check(options: "RunOptions") -> None:
 
 
 def _make(options: "RunOptions") -> list[Choice]:
-    """Choose the settings for a user's data. Settings on the command line take precedence."""
+    """Choose the config values for training on a user's dataset.
+
+    Values that are set on the command line take precedence.
+    """
     stated = load_config("", options.options)
     train, val = find_parts(options.data, options.val, options.images)
     upright = reading_of(stated).upright
@@ -162,9 +165,9 @@ def choose_settings(
         train: Training data.
         val: Validation data.
         upright: True if annotations refer to images with the EXIF orientation applied.
-        weights: Pretrained weights, or "" for random weights. If None, published weights are
-            downloaded, and random weights are used if that fails.
-        arch: Name of the network that ``weights`` belong to, if it is known.
+        weights: Pretrained weights, or "" to train from scratch. If None, published weights are
+            downloaded; if the download fails, the network is trained from scratch.
+        arch: Name of the backbone in the user's own weight file. If empty, a backbone is chosen.
         device: Device of the run.
 
     Raises:
@@ -187,7 +190,7 @@ def _published_weights(name: str) -> tuple[str, str]:
     try:
         resolve(name)
     except UserError as error:
-        logger.warning("Training starts from random weights: %s", error)
+        logger.warning("The network is trained from scratch: %s", error)
         return "", f"random weights, because {name} can't be downloaded"
     return name, ""
 

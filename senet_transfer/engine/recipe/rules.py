@@ -63,8 +63,8 @@ def choose(
     Args:
         data: Properties of the data.
         machine: Properties of the hardware.
-        weights: Pretrained weights of the backbone, or "" for random weights.
-        arch: Name of the backbone that ``weights`` belong to, if they are the user's own.
+        weights: Pretrained weights of the backbone, or "" to train from scratch.
+        arch: Name of the backbone in the user's own weight file. If empty, a backbone is chosen.
     """
     why = "the network in the weight file" if arch else _why_backbone(machine, weights)
     arch = arch or (backbone(machine)[0] if weights else "se_resnet18")
@@ -90,7 +90,7 @@ def choose(
 
 def _why_backbone(machine: MachineProperties, weights: str) -> str:
     if not weights:
-        return "a small backbone is faster to train from random weights"
+        return "a small backbone is faster to train from scratch"
     if machine.gpu_memory >= LARGE_GPU:
         return f"the GPU has {machine.gpu_memory:g} GB"
     if machine.gpu_memory:

@@ -88,8 +88,9 @@ def uses_kernels(fused: str | bool, x: Tensor) -> bool:
         )
     raise UserError(
         f"fused is True, but the feature maps are on the device {device!r} and the fused kernels "
-        "require a CUDA GPU. Set fused (MODEL.SE.FUSED) to 'auto', or, for tests, set the "
-        "environment variable TRITON_INTERPRET to 1 before starting Python."
+        "require a CUDA GPU. Set fused (MODEL.SE.FUSED) to 'auto'. To test the kernels on a CPU in "
+        "Triton's interpreter, set the environment variable TRITON_INTERPRET to 1 before starting "
+        "Python."
     )
 
 
@@ -273,7 +274,10 @@ def _uses_batch(norm: nn.Module) -> bool:
 
 
 def _lacks_variance(norm: nn.Module | None, x: Tensor) -> bool:
-    """Return whether a norm needs batch statistics, but ``x`` has one value per channel."""
+    """Return whether a norm in training mode can't compute a variance.
+
+    The variance is undefined if ``x`` has only one value per channel.
+    """
     return norm is not None and norm.training and x.numel() == x.shape[1]
 
 

@@ -486,8 +486,9 @@ def input_gradient(
     With ``RELU``, first set the output's gradient to 0 where the output is 0. With ``KEEP``, also
     write this masked gradient. With ``BATCH``, add the gradients through the batch mean and
     variance, which are constants otherwise. With ``GATE``, add the gradient through the squeeze.
-    With ``EXTRA``, add another gradient of ``x``. With ``DOT``, also multiply the result by the
-    feature map ``branch``, and sum the products over each chunk of positions.
+    With ``EXTRA``, add a precomputed gradient with respect to the same input. With ``DOT``, also
+    multiply the result by the feature map ``branch``, and sum the products over each chunk of
+    positions.
     """
     row, c, inside = _locate(C, BC)
     image = row // S

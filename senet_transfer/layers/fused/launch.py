@@ -231,7 +231,11 @@ class _Gates(NamedTuple):
         return self.hidden, self.w2, self.b2, self.value, self.units
 
     def flags(self, launch: "_Launcher") -> dict[str, Any]:
-        """Return the compile-time arguments for the gates, and their part of the cache key."""
+        """Return the gate-related keyword arguments of :meth:`_Launcher.run`.
+
+        They are the compile-time arguments of the kernels, and ``key``, which adds properties of
+        the number of hidden units to the key for the cache of compiled kernels.
+        """
         return {
             "GATE": self.value is not None,
             "BIAS": self.b2 is not None,
@@ -251,7 +255,7 @@ class _Launcher:
         """
         Args:
             key: Key for the cache of compiled kernels; see :func:`_prepared`.
-            like: A feature map with the shape, dtype and device that the kernels will process.
+            like: A feature map with the shape, dtype and device of those to be processed.
             last: Whether the memory format is channels-last; None uses that of ``like``.
         """
         from senet_transfer.layers.fused import kernels
@@ -276,7 +280,7 @@ class _Launcher:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def rows(self) -> Tensor:
-        """Return an uninitialised tensor ``(chunks, C)`` for values per chunk and channel."""
+        """Return an uninitialised tensor ``(chunks, C)`` for one value per chunk and channel."""
         return self.new(self.tiling.rows, self.c)
 
     def run(self, kernel: Any, *arguments: Any, key: _Key | _Kind = (), **flags: Any) -> None:

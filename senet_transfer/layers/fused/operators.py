@@ -137,8 +137,8 @@ def _save_end(ctx: Any, inputs: tuple[Any, ...], output: tuple[Maybe, ...]) -> N
 def _end_gradients(ctx: Any, dout: Maybe, backward: _Backward) -> tuple[Maybe, ...]:
     if ctx.is_squeezed_given:
         raise RuntimeError(
-            "norm_gate_add can't compute gradients if the gate is computed from another feature "
-            "map (squeezed). Use the original network instead of the result of deploy(), or set "
+            "norm_gate_add can't compute gradients if the gate is computed from a feature map "
+            "other than x, as in networks returned by deploy(). Use the original network, or set "
             "fused to False."
         )
     if dout is None:

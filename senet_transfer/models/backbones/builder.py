@@ -152,5 +152,5 @@ def check_se(
 
 
 def stage_se(se: SEOptions | None, stage: int) -> SEOptions | None:
-    """Return the SE variant of a stage, or None if the stage has no SE."""
+    """Return the options ``se`` if they enable SE in the stage, otherwise None."""
     return se if se is not None and stage in se.stages else None

@@ -257,7 +257,7 @@ def preact_parts(
             stage's channels.
         projection: See :class:`PreActBlock`.
         shares: Whether the shortcut in the first block of each stage always starts after the first
-            norm and ReLU, even if it does not change the shape.
+            norm and ReLU, even if the block's input and output have the same shape.
 
     Raises:
         UserError: If the network does not support the SE variant.

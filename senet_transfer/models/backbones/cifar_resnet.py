@@ -38,9 +38,10 @@ def build_cifar_resnet(
     out_features: list[str] | None = None,
     freeze_at: int = 0,
 ) -> ResNet:
-    """Build a pre-activation ResNet with stages res2 to res4, which have strides 1, 2 and 4.
+    """Build a pre-activation ResNet with stages res2 to res4.
 
-    Only res4 ends with a norm and a ReLU.
+    The outputs of these stages have strides 1, 2 and 4 relative to the input image. Only res4 ends
+    with a norm and a ReLU.
 
     Args:
         depth: Number of layers with weights: 6n + 2 with basic blocks, 9n + 2 with bottlenecks.

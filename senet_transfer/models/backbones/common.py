@@ -131,7 +131,7 @@ class GatedBlock(Fusable, CNNBlockBase):
         self.se: SqueezeExcitation | None = None
 
     def _enter(self, x: Tensor) -> Tensor:
-        """Return the input of the branch, which is gated if the placement is "pre"."""
+        """Return the input of the branch, which is gated if the SE placement is "pre"."""
         return self.se(x) if self.se is not None and self.placement == "pre" else x
 
     def _sum(self, residual: Tensor, shortcut: Tensor, scale: float = 1.0) -> Tensor:
@@ -148,5 +148,5 @@ class GatedBlock(Fusable, CNNBlockBase):
         return torch.add(shortcut, residual, alpha=scale)
 
     def _leave(self, x: Tensor) -> Tensor:
-        """Return the block's output, which is gated if the placement is "post"."""
+        """Return the block's output, which is gated if the SE placement is "post"."""
         return self.se(x) if self.se is not None and self.placement == "post" else x

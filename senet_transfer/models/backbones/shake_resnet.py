@@ -76,7 +76,10 @@ class ShiftedShortcut(nn.Module):
 
 
 class BasicBranch(nn.Module):
-    """Branch with two 3x3 convolutions and norms; the block applies the first ReLU."""
+    """Branch of a basic block: two 3x3 convolutions with norms, and a ReLU between them.
+
+    The block applies another ReLU to the input of its branches.
+    """
 
     def __init__(
         self, in_channels: int, out_channels: int, *, stride: int, norm: str, se: SEOptions | None
@@ -223,9 +226,10 @@ def build_shake_shake26(
     out_features: list[str] | None = None,
     freeze_at: int = 0,
 ) -> ResNet:
-    """Build Shake-Shake-Image 26 2x(width)d, whose stages res2 to res4 have strides 1, 2 and 4.
+    """Build Shake-Shake-Image 26 2x(width)d with stages res2 to res4.
 
-    Only res4 ends with a ReLU.
+    The outputs of these stages have strides 1, 2 and 4 relative to the input image. Only res4 ends
+    with a ReLU.
 
     Args:
         width: Number of channels in res2, an even number. Each later stage doubles it.
@@ -265,7 +269,8 @@ def build_shake_even29(
 ) -> ResNet:
     """Build Shake-Even-Image 29 2x4x64d.
 
-    The outputs of the stages res2, res3 and res4 have strides 1, 2 and 4 relative to the input."""
+    The outputs of the stages res2 to res4 have strides 1, 2 and 4 relative to the input image.
+    """
     stem = CifarStem(in_channels, 64, norm=norm, relu=True)
     stages = _stages(ShakeBottleneckBlock, 3, 64, 256, se=se, norm=norm, even=True)
     return build_backbone(

@@ -73,7 +73,7 @@ class VGGNeck(nn.Module):
         """
         Args:
             channels: Number of channels of the feature map.
-            dropout: Dropout probability between the two layers.
+            dropout: Dropout probability between the two hidden layers.
         """
         super().__init__()
         self.fc1 = nn.Linear(channels * 7 * 7, self.out_channels)

@@ -30,9 +30,10 @@ def build_wide_resnet(
     out_features: list[str] | None = None,
     freeze_at: int = 0,
 ) -> ResNet:
-    """Build a wide ResNet with stages res2 to res4, which have strides 1, 2 and 4.
+    """Build a wide ResNet with stages res2 to res4.
 
-    Only res4 ends with a norm and a ReLU.
+    The outputs of these stages have strides 1, 2 and 4 relative to the input image. Only res4 ends
+    with a norm and a ReLU.
 
     Args:
         depth: Number of layers, 6n + 4, including the shortcut convolutions as in the paper.

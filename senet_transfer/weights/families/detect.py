@@ -18,8 +18,9 @@ Detector = Callable[[Tensors, Metadata], bool]
 
 
 def having(*needed: str) -> Detector:
-    """Return a detection function that requires each pattern to fully match some tensor name.
+    """Return a function that detects a weight family by patterns of its tensor names.
 
+    The function returns True for a file if each pattern fully matches at least one tensor name.
     Each pattern should match many names. A file with missing tensors is then still detected, and
     the error message can list the missing tensors.
     """
@@ -32,7 +33,7 @@ def having(*needed: str) -> Detector:
 
 
 def any_of(*detectors: Detector) -> Detector:
-    """Return a detection function that returns True if any of ``detectors`` does."""
+    """Return a function that detects a weight file if any of the given functions detects it."""
     return lambda tensors, metadata: any(d(tensors, metadata) for d in detectors)
 
 
@@ -96,7 +97,7 @@ own_of_another_kind = having(r".*\.norm\.running_var", r"linear\.weight")
 
 
 def own(tensors: Tensors, metadata: Metadata) -> bool:
-    """Detect weight files of this project, with or without metadata."""
+    """Detect weight files of this project by their metadata or their tensor names."""
     if OWN_METADATA in metadata:
         return True
     if metadata.get("__author__"):

@@ -42,7 +42,8 @@ class Family:
             names have a different meaning.
         background: Names of networks whose published classifiers have 1001 classes. The first
             class (background) is removed during loading.
-        plain: Whether networks of other projects use the same tensor names.
+        plain: Whether other projects use the tensor names of this family, so that a file may also
+            contain another project's network.
     """
 
     name: str
@@ -65,7 +66,10 @@ class Family:
 
 
 def _stride_in_3x3(arch: Architecture) -> Geometry:
-    """Return torchvision's layer options, which most PyTorch projects use."""
+    """Return torchvision's layer options, such as the stride in the 3x3 convolution of bottlenecks.
+
+    Most PyTorch projects use the same options.
+    """
     return Geometry(
         stride_in_1x1=None if arch.is_senet154 or not arch.bottleneck else False,
         stem_pool="pad",

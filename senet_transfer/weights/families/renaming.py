@@ -209,7 +209,10 @@ _DETECTRON_CLASSIFIER = re.compile(r"(?:pred|fc\d+)_(w|b)")
 
 
 def detectron(name: str) -> str | None:
-    """Rename a tensor with a Caffe2 name, as in ``.pkl`` files of Detectron and Detectron2."""
+    """Convert a Caffe2 name from a ``.pkl`` file of Detectron or Detectron2 to this project's name.
+
+    Return None if the name is unknown.
+    """
     if match := _DETECTRON.fullmatch(name):
         stage, index, branch, tensor = match.groups()
         return f"res{stage}.{index}.{_BRANCHES[branch]}.{_DETECTRON_TENSORS[tensor]}"

@@ -17,7 +17,7 @@ def _like_torchvision(
     se: tuple[str, str] | None = None,
     stem: list[tuple[str, str]] | None = None,
 ) -> Rename:
-    """Return a rename function that uses torchvision's names for the layers of residual blocks."""
+    """Return a function that converts a ResNet's tensor names to torchvision's naming scheme."""
     block = prefix + "layer{1-1}.{2}."
     rules = stem or [
         (r"stem\.conv1\.weight", f"{prefix}conv1.weight"),

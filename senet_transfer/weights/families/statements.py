@@ -97,8 +97,8 @@ def statements_of(
         timm: Content of timm's ``config.json`` next to the file, or None if there is no such file.
 
     Returns:
-        The information about the network and its contradictions. No information is returned if
-        the architecture is unknown.
+        The information about the network, and any contradictions between this information and the
+        tensors. Both are empty if the architecture is unknown.
     """
     if architecture is None:
         return Statements()
@@ -144,16 +144,19 @@ def _from_names(
 
 
 def named_model(architecture: Architecture | None, geometry: Geometry) -> str:
-    """Return a network's model name or description, or "" if the network is unknown."""
+    """Return a network's model name, or "" if its architecture is unknown.
+
+    If no registered model has this architecture, a description is returned instead.
+    """
     if architecture is None:
         return ""
     return architecture.name if geometry.has_pool else WIDE_RESNET
 
 
 def lookalikes(architecture: Architecture | None) -> tuple[str, ...]:
-    """Return names of other projects' networks that tensors do not distinguish from this one.
+    """Return the names of other projects' networks that can be confused with this one.
 
-    Their tensors have the same names and shapes, but their outputs differ.
+    Their tensors have the same names and shapes as this network's, but their outputs differ.
     """
     return _LOOKALIKES.get(architecture.name, ()) if architecture else ()
 

@@ -1,4 +1,4 @@
-"""Weight family for state dicts of timm's networks, which are called ``timm/NAME``."""
+"""Weight family for state dicts of timm's networks, which this project calls ``timm/NAME``."""
 
 from collections.abc import Mapping
 from pathlib import Path

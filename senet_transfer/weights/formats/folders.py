@@ -45,8 +45,9 @@ def _deepspeed(folder: Path, names: set[str]) -> str:
     if parts and not any(folder.glob("**/zero_pp_rank_*_model_states.pt")):
         return f"{start}Use the weight file in this folder: {parts[-1].relative_to(folder)}."
     return (
-        f"{start}Run `python zero_to_fp32.py . weights` in the folder "
-        f"{folder if 'zero_to_fp32.py' in names else folder.parent} to merge its files."
+        f"{start}Merge its files with DeepSpeed's script in the folder "
+        f"{folder if 'zero_to_fp32.py' in names else folder.parent}: "
+        "python zero_to_fp32.py . weights"
     )
 
 

@@ -56,7 +56,7 @@ class TensorRef:
         """
         storage, offset, shape, strides = state
         if not isinstance(storage, Storage):
-            raise ValueError("a tensor has no storage")
+            raise ValueError("the storage of a tensor is missing or invalid")
         (offset,), shape, strides = check_sizes((offset,)), check_sizes(shape), check_sizes(strides)
         last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
         if 0 not in shape and last >= storage.numel:

@@ -299,7 +299,7 @@ def _others(tree: dict, *used: str) -> tuple[str, ...]:
 
 
 def _unreadable_averages(tree: dict) -> Iterator[str]:
-    """Yield the reason for each entry of averaged weights that can't be read.
+    """Yield a message for each entry with averaged weights that can't be read.
 
     Such entries are objects of unsupported classes, or lists of tensors without names.
     """
@@ -322,7 +322,7 @@ def check_named_ema(path: Path, wanted: Wanted, selected: Selected) -> None:
     Args:
         path: Path of the file, which contains no separate state dict of EMA weights.
         wanted: Specification of the network to load.
-        selected: Names of the tensors that the prefix selects, and of the omitted tensors.
+        selected: Tensor names that the prefix selects, and the names that :func:`select` omits.
     """
     if not wanted.ema or _words(wanted.prefix) & _AVERAGED:
         return
@@ -411,8 +411,8 @@ def _check_partitions(tree: dict, key: str, path: Path) -> None:
     if weights and not any(isinstance(w, _Source) and w.size for w in weights):
         raise UserError(
             f"{path} is one partition of a DeepSpeed ZeRO-3 checkpoint, whose parameters are "
-            "distributed over several files. Run `python zero_to_fp32.py . weights` in the "
-            "checkpoint folder to merge these files."
+            "distributed over several files. Merge them with DeepSpeed's script in the "
+            "checkpoint folder: python zero_to_fp32.py . weights"
         )
 
 
@@ -431,8 +431,8 @@ def _model_entries(tree: dict) -> dict:
 def _is_object(value: Any) -> bool:
     """Return whether a value is a dict without tensors, or an object of an unsupported class.
 
-    Such an object is represented by a ``Placeholder``. Placeholders for PyTorch's internal
-    functions, such as those that rebuild tensors, are not included.
+    An object of an unsupported class is represented by a ``Placeholder``. The result is False for
+    placeholders of PyTorch's internal functions, such as those that rebuild tensors.
     """
     if isinstance(value, dict):
         return not _has_tensors(value)
@@ -519,7 +519,7 @@ def _is_trainer_state(key: str) -> bool:
 
 
 def _is_auxiliary(key: str) -> bool:
-    """Return whether a key may denote averaged weights or trainer state, not the network."""
+    """Return whether a key may denote averaged weights or trainer state instead of a network."""
     return any(part in key.lower() for part in _AUXILIARY)
 
 

@@ -116,9 +116,9 @@ def _drop_copies(selected: Selected) -> None:
 def _drop_counters(selected: Selected, sizes: Mapping[str, int]) -> None:
     """Drop the counters of averaged models, which are not part of the network.
 
-    ``n_averaged`` is dropped if other tensors have the same prefix. Other counters, such as
-    ``step``, are dropped only if, in addition, the next component in the names of these tensors is
-    that of a wrapper, such as ``ema_model``.
+    ``n_averaged`` is dropped if there are other tensors with the same prefix, apart from counters.
+    Any other counter is dropped only if all these tensors belong to a wrapped model. For example,
+    ``ema.step`` is dropped if their names all start with ``ema.ema_model.``.
     """
     found: dict[str, list[str]] = {}
     for name, own in selected.kept.items():

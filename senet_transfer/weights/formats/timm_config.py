@@ -147,13 +147,17 @@ def _preprocessing(stated: Mapping[str, Any]) -> Preprocessing:
         )
     if channels not in (1, 3) or {len(mean), len(std)} != {channels}:
         raise ValueError(
-            f"it has {channels} input channels, {len(mean)} values for mean and {len(std)} for std"
+            f"it has {channels} input channels, {len(mean)} means and {len(std)} stds; expected 1 "
+            "of each or 3 of each"
         )
     if not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
         raise ValueError(f"the values of mean ({mean}) or std ({std}) are invalid")
     resize = math.floor(height / float(stated["crop_pct"]))
     if not 0 < height <= resize:
-        raise ValueError(f"input_size {height} or crop_pct {stated['crop_pct']} is invalid")
+        raise ValueError(
+            f"input_size is {height} (expected > 0) and crop_pct is {stated['crop_pct']} (expected "
+            "> 0, <= 1)"
+        )
     return Preprocessing(
         format="RGB" if channels == 3 else "L",
         mean=mean,

@@ -100,7 +100,10 @@ def _untyped_tensor(
 
 
 def _device(*parts: Any) -> str:
-    """Return a device such as "cuda:0" as text, because this machine may not support it."""
+    """Return a device as a string, such as "cuda:0".
+
+    No ``torch.device`` is created, because this version of torch may not support the device type.
+    """
     if not all(type(part) in (str, int) for part in parts):
         raise ValueError("a device is neither a string nor an index")
     return ":".join(map(str, parts))
@@ -120,7 +123,10 @@ _BUILDERS = (TensorRef, _untyped_tensor, _unchanged)
 
 
 def _subclass(function: Any, kind: Any, arguments: Any, _state: Any) -> Any:
-    """Return a tensor without its extra attributes, or a placeholder for an unknown subclass."""
+    """Rebuild a tensor that was saved with extra Python attributes, but without these attributes.
+
+    Return a placeholder if the tensor's class, or the function that builds it, is not supported.
+    """
     known = isinstance(kind, Placeholder) and kind.name in _CLASSES
     if known and isinstance(function, Named) and function.value in _BUILDERS:
         return function(*arguments)
@@ -245,7 +251,8 @@ def _check_records(archive: zipfile.ZipFile, path: Path) -> str:
         )
     if any(info.compress_type != zipfile.ZIP_STORED for info in records):
         raise UserError(
-            f"{path} was repacked with compression, which is not supported. Use the original file."
+            f"{path} is a zip file with compression; expected a zip file without compression, as "
+            "written by torch.save. Use the original file."
         )
     if any(info.compress_size != info.file_size for info in records):
         raise ValueError("the compressed and uncompressed sizes of an uncompressed record differ")
@@ -259,7 +266,7 @@ def _check_records(archive: zipfile.ZipFile, path: Path) -> str:
 def read_legacy(stream: io.BytesIO, path: Path, wanted: Wanted) -> Checkpoint:
     """Read a stream in the legacy format of ``torch.save``, positioned after the magic number."""
     if load_plain(stream, path) != 1001:
-        raise ValueError("the version of the legacy format is not 1001")
+        raise ValueError("expected protocol version 1001 of torch.save's legacy format")
     if load_plain(stream, path).get("little_endian") is not True:
         raise UserError(
             f"{path} was saved on a big-endian machine, which is not supported. Save it again on a "
@@ -357,7 +364,7 @@ def _raw(stream: io.BytesIO, start: int, nbytes: int) -> bytearray:
 
 
 def _skip_data(stream: io.BytesIO, storage: Storage) -> int:
-    """Skip a storage's data after checking its length, and return its start position."""
+    """Check the length of a storage's data, skip the data, and return its offset in the stream."""
     if struct.unpack("<q", stream.read(8)) != (storage.numel,):
         raise ValueError("the data of a tensor does not have the expected length")
     start = stream.tell()

@@ -22,7 +22,7 @@ _FILE = re.compile(r"(?P<name>\w+)-(?P<sha256>[0-9a-f]{8,64})\.safetensors")
 
 
 def is_bundled_name(name: object) -> bool:
-    """Return whether a name has the prefix of the weights in this package, "senet_transfer/"."""
+    """Return whether a name starts with the prefix "senet_transfer/" of bundled weights."""
     return isinstance(name, str) and name.startswith(f"{PUBLISHER}/")
 
 
@@ -36,13 +36,19 @@ def bundled_files(folder: Path | None = None) -> dict[str, tuple[Path, str]]:
 
 
 def bundled_config(name: str) -> str:
-    """Return the path of the config for weights in this package, or "" for other names."""
+    """Return the path of the config for one of the networks in this package.
+
+    The result is "" if ``name`` is not the name of such a network.
+    """
     path = FOLDER / f"{name.removeprefix(f'{PUBLISHER}/')}.yaml"
     return str(path) if is_bundled_name(name) and path.is_file() else ""
 
 
 def stated_metadata(path: Path) -> dict[str, Any]:
-    """Return this project's metadata in a file, or {} if the file has none or is damaged."""
+    """Return the metadata that this project has stored in a safetensors file.
+
+    The result is {} if the file contains no such metadata, or if it can't be read.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             return dict(json.loads((file.metadata() or {})[OWN_METADATA]))

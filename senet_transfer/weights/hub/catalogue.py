@@ -213,7 +213,8 @@ def only_in_timm(name: str) -> bool:
 def resolve(name: str) -> Path:
     """Return the path of published weights, after downloading them to torch.hub's cache if needed.
 
-    Files in this package are verified in the same way, but not downloaded.
+    If the catalogue contains a hash of the file, the hash is verified. Files included in this
+    package are not downloaded.
 
     Raises:
         UserError: If the name is unknown, the file must be downloaded by hand, the download fails,

@@ -1,4 +1,4 @@
-"""Matching of the tensors in a file with those of a model, and errors for files that do not fit."""
+"""Matching of the tensors in a weight file with those of a model, and errors for mismatches."""
 
 import re
 from collections.abc import Iterable
@@ -53,7 +53,7 @@ class Match:
 
     @property
     def fits(self) -> bool:
-        """Return whether no tensor is missing, unexpected, or different in shape or dtype."""
+        """Return True if no tensor is missing, unexpected, or different in shape or dtype."""
         return not (self.missing or self.left_over or self.misfits)
 
 
@@ -226,9 +226,11 @@ def _remedy(result: Match, source: Source, target: Target) -> str:
 
 
 def _classes(result: Match, source: Source, target: Target) -> str:
-    """Return a suggestion for a file that differs from the model only in the number of classes.
+    """Explain the mismatch if a file differs from the model only in the number of classes.
 
-    For all other files, return "".
+    Returns:
+        Text for an error message, or "" if the file and the model do not differ or differ in any
+        other way.
     """
     pair = [tensors.get("linear.weight") for tensors in (source.tensors, target.tensors)]
     only = result.misfits and not result.missing and not result.left_over

@@ -109,7 +109,7 @@ def _without_parallel(tensors: dict[str, Tensor], timm: str) -> dict[str, Tensor
 
 
 def _prefixes(tensors: dict[str, Tensor], metadata: Mapping[str, Any], timm: str) -> list[str]:
-    """Return the prefixes of all networks in a file."""
+    """Return the tensor-name prefix of each network in a file."""
     if not timm:
         return list(_networks(tensors, metadata))
     first = f"{first_convolution(timm)}.weight"

@@ -62,7 +62,7 @@ class Source:
         geometry: Layer options of the backbone that tensor shapes do not determine, such as the
             stride placement. Unknown fields are None.
         preprocessing: Preprocessing that the network expects; None if it is unknown.
-        detector: Whether the file has tensors outside the backbone and the classifier.
+        detector: Whether the file contains tensors outside the backbone and the classifier.
         ignored: Names (in the file) of intentionally omitted tensors, with the reasons.
         head: Names in ``unknown`` that do not belong to the backbone but, for example, to a
             projection head.
@@ -102,7 +102,10 @@ class Source:
 
     @property
     def model_name(self) -> str:
-        """Return the network's model name or a description, or an empty string if it is unknown."""
+        """Return the network's model name, or "" if its architecture is unknown.
+
+        If no registered model has this architecture, a description is returned instead.
+        """
         return self.network or named_model(self.architecture, self.geometry)
 
     @property
@@ -292,7 +295,8 @@ def _detect(file: WeightFile, family: str | None) -> list[Family]:
     if family:
         if family not in FAMILIES:
             raise UserError(
-                f"The weight family is {family!r}; expected one of: {', '.join(FAMILIES)}."
+                f"The weight family is {family!r}; expected one of: {', '.join(FAMILIES)}. "
+                "Correct family= (--family, MODEL.WEIGHTS_FAMILY)."
             )
         # The tensor names in this project's files depend on the model, and are checked during
         # loading.
@@ -619,7 +623,9 @@ def _preprocessing(file: WeightFile, values: Mapping[str, Any]) -> Preprocessing
         if not all(isinstance(side, int) and side > 0 for side in (found.resize, found.crop)):
             raise ValueError("resize and crop must be positive integers")
         if not isinstance(found.mode, str) or not isinstance(found.upright, bool):
-            raise ValueError("mode must be a string, and upright must be a boolean")
+            raise ValueError(
+                "mode must be a string, and upright (EXIF orientation applied) must be a boolean"
+            )
         if not _is_range(found.value_range):
             raise ValueError("value_range must be empty or (low, high) with low < high")
         return found

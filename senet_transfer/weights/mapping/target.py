@@ -25,7 +25,7 @@ class Target:
         model: The model without its wrapper for distributed training.
         backbone: Backbone of the model, or the model itself if it is a backbone.
         tensors: Parameters and buffers, with the same names as in :class:`~.source.Source`.
-        own_names: Name of each tensor in the model, by its name in ``tensors``.
+        own_names: Name of each tensor in the model, keyed by its name in ``tensors``.
         outside: Names of the tensors outside the backbone and the classifier.
         architecture: Backbone architecture; None if it is unknown.
         geometry: Layer options of the backbone, such as the stride placement.

@@ -26,7 +26,7 @@ def embedded(page):
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """Write a shapes dataset with annotation errors and with HTML in a class and a file name."""
+    """Write a shapes dataset with an annotation error, and HTML tags in a class and a file name."""
     root = make_shapes(tmp_path_factory.mktemp("data") / "shapes", train=12, val=4)
     path = root / "annotations" / "instances_train.json"
     content = json.loads(path.read_text())

@@ -19,7 +19,7 @@ SIZE = (100, 80)
 
 
 def make(*images):
-    """Create the objects of several images. Each image is a list of (box, class) pairs."""
+    """Create the annotated objects of a dataset from a list of (box, class) pairs per image."""
     rows = [(box, label, k) for k, image in enumerate(images) for box, label in image]
     boxes, labels, places = zip(*rows, strict=True)
     sizes = np.array([SIZE] * len(images))

@@ -144,7 +144,7 @@ def test_large_images_are_found_and_can_be_requested(val):
 
 def test_a_folder_of_validation_images_without_its_list_is_rejected(val, tmp_path):
     shutil.copytree(val / "val_256", tmp_path / "alone" / "val_256")
-    with pytest.raises(UserError, match=r"List categories_places365.txt not found in"):
+    with pytest.raises(UserError, match=r"list categories_places365.txt was not found in"):
         open_dataset(tmp_path / "alone" / "val_256")
 
 

@@ -51,7 +51,10 @@ def data(annotation):
 
 @pytest.fixture
 def files(tmp_path):
-    """Return a function that writes an annotation file and images, and returns both paths."""
+    """Return a function that writes an annotation file and images.
+
+    The function returns the paths of the file and of the image folder.
+    """
 
     def write(content, name="train.json"):
         images = tmp_path / "images"

@@ -262,7 +262,11 @@ def renumbered(content):
 
 
 def detections(content, tasks):
-    """Return detections near most ground-truth objects in COCO results format, by image id."""
+    """Return detections keyed by image id: shifted and resized copies of most annotated objects.
+
+    The keys of a detection are those of COCO's results format, except for ``"mask"``, which is
+    an array ``(H, W)``.
+    """
     rng = np.random.default_rng(0)
     sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
     found = defaultdict(list)
@@ -317,7 +321,7 @@ def evaluate(cfg, content, found):
 
 
 def expected_results(content, found, task, most):
-    """Return pycocotools' AP and AP50 in percent. All ids in ``content`` must be from 1 to N."""
+    """Return pycocotools' AP and AP50 in percent, for annotations numbered by `renumbered`."""
     results = []
     for image in content["images"]:
         size = image["height"], image["width"]

@@ -168,10 +168,11 @@ def by_entry(
 
 
 def expected(name: str, value_range: tuple[float, ...], upright: bool) -> np.ndarray | str:
-    """Return a file's expected pixels, or REJECTED.
+    """Return the pixels expected from reading a file, or REJECTED if an error is expected.
 
-    Pillow decodes 8-bit images, and 16-bit colour images if no value range is given. Other images
-    are converted with the value range.
+    The expected pixels of an 8-bit image are those that Pillow decodes. The values of deeper images
+    are scaled from the value range to 0-255. Without a value range, 16-bit grayscale images are
+    scaled from 0-65535, 16-bit colour images are decoded by Pillow, and 32-bit images are rejected.
     """
     kind = name.partition(".")[0]
     if kind in ("truncated", "html", "drawing", "document"):

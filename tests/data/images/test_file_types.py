@@ -58,7 +58,7 @@ def mixed(tmp_path_factory) -> Path:
 
 
 def by_pillow(root: Path) -> list[bytes]:
-    """Return the pixels of each file whose extension Pillow knows, as sorted bytes objects."""
+    """Return a sorted list of the pixels of all files whose extension Pillow supports."""
     Image.init()
     paths = [
         path

@@ -73,7 +73,7 @@ def test_a_compressed_file_with_another_name_than_the_shards_is_ignored(tmp_path
     (tmp_path / name).write_bytes(gzip.compress(data))
     assert len(open_dataset(tmp_path)) == 2
     assert f"Ignoring 1 compressed files in {tmp_path}, because" in caplog.text
-    assert f"uncompressed shards: {name}" in caplog.text
+    assert f"uncompressed shards. Ignored files: {name}" in caplog.text
     for shard in ("d-0.tar", "d-1.tar"):
         (tmp_path / shard).unlink()
     with pytest.raises(UserError, match=f"are compressed: {name}"):

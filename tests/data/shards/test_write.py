@@ -193,7 +193,7 @@ def test_shards_of_other_settings_are_not_mixed(val, tmp_path, prepare, capsys):
     prepare(val, tmp_path / "out")
     before = shard_bytes(tmp_path / "out")
     assert prepare(val, tmp_path / "out", "--seed", "1") == 2
-    assert "different images or settings" in capsys.readouterr().err
+    assert "different images or with different settings" in capsys.readouterr().err
     assert shard_bytes(tmp_path / "out") == before
 
 

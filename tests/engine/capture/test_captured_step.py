@@ -216,7 +216,7 @@ def test_an_optimizer_that_cannot_skip_on_the_device_is_rejected():
 
 
 def recorded(graphs):
-    """Return a trainer class that records its steps in ``graphs`` instead of CUDA graphs."""
+    """Return a trainer class whose steps are captured by ``graphs``, a stand-in for CUDA graphs."""
 
     class RecordedTrainer(FusedTrainer):
         def __init__(self, cfg):

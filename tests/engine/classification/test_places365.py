@@ -100,7 +100,7 @@ def test_a_classifier_trained_on_the_official_files_agrees_with_torchvision(shar
 
 
 def check_sources(weights: Path, sources: dict[str, Path], folder: Path) -> tuple[dict, list]:
-    """Evaluate on each data source, and check that the top-1 and top-5 errors are equal.
+    """Check that all data sources give the same top-1 error and the same top-5 error.
 
     Return the results for the last data source, and the rows of its CSV file with the logits.
     """

@@ -23,7 +23,7 @@ UNFREEZE = {
 
 
 def rates(model, **overrides) -> dict[str, float]:
-    """Map the name of each model parameter to its learning rate."""
+    """Return the learning rate of each model parameter, keyed by parameter name."""
     options = {"SOLVER.BASE_LR": "1.0", "SOLVER.LAYER_DECAY": "0.5", **overrides}
     cfg = load_config("", [word for item in options.items() for word in item])
     names = {parameter: name for name, parameter in model.named_parameters()}

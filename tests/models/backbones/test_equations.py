@@ -175,7 +175,7 @@ def test_without_se_every_feature_map_equals_detectron2s(depth, in_1x1):
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 @pytest.mark.long
 def test_plain_weights_in_an_se_backbone_give_similar_features(name):
-    """Check that an SE backbone with the weights of a plain ResNet has similar features."""
+    """Check that a plain ResNet and an SE backbone with its weights compute similar features."""
     plain = randomise(create_backbone(name, out_features=STAGES))
     gated_backbone = create_backbone(f"se_{name}", out_features=STAGES).eval()
     missing = gated_backbone.load_state_dict(plain.state_dict(), strict=False).missing_keys

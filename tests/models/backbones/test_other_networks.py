@@ -86,7 +86,7 @@ def test_se_adds_only_the_gates_described_in_the_paper(name, options):
 
 
 def randomise(model: nn.Module) -> dict[str, Tensor]:
-    """Randomise a model's weights and norms, and return its state dict."""
+    """Set a model's weights and norm statistics to random values, and return its state dict."""
     generator = torch.Generator().manual_seed(0)
     for key, tensor in model.state_dict().items():
         if key.endswith("running_var"):
@@ -113,7 +113,7 @@ def conv_norm(state, key: str, x: Tensor, *, stride=1, groups=1, relu=True, pad=
 
 
 def gate(state, key: str, x: Tensor) -> Tensor:
-    """Apply a gate with equations 2 to 4 of the SENet paper."""
+    """Apply an SE gate, computed with equations 2 to 4 of the SENet paper."""
     z = x.flatten(2).mean(2)
     z = (z @ state[f"{key}.fc1.weight"].T + state[f"{key}.fc1.bias"]).clamp(min=0)
     s = 1 / (1 + (-(z @ state[f"{key}.fc2.weight"].T + state[f"{key}.fc2.bias"])).exp())

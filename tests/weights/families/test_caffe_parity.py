@@ -147,7 +147,7 @@ def test_a_stem_pool_that_no_backbone_has_is_rejected(tmp_path):
     pool = next(layer for layer in net.layers if layer["name"].startswith("pool1"))
     pool["params"]["pooling_param"]["pad"] = 1
     net.write(tmp_path / "net.prototxt", tmp_path / "net.caffemodel")
-    with pytest.raises(UserError, match="The stem pool"):
+    with pytest.raises(UserError, match="The pooling layer of the stem"):
         create_classifier("se_resnet50", 10, weights=tmp_path / "net.caffemodel")
 
 

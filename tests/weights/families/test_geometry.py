@@ -1,4 +1,4 @@
-"""Tests that a config adopts the layer options of its weight file, or is rejected."""
+"""Tests for setting a config's layer options and preprocessing to those of its weight file."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Speed of basic GPU operations: copies, matrix products, kernel launches, synchronisations."""
+"""Benchmark of basic GPU operations: copies, matrix products, launches and synchronisations."""
 
 import time
 from collections.abc import Iterator

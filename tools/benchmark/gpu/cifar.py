@@ -33,7 +33,7 @@ AUTO = dict.fromkeys(
 
 @contextlib.contextmanager
 def _loops(settings: Settings, candidates: dict[str, tuple[str, str]]) -> Iterator[dict[str, Step]]:
-    """Yield functions that run training steps with this project's trainer, keyed by candidate.
+    """Yield a dict from candidate names to functions that run steps of this project's trainer.
 
     Args:
         settings: The settings of the GPU benchmark.

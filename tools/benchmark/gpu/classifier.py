@@ -59,7 +59,7 @@ def training_step(
     dtype: torch.dtype | None = torch.bfloat16,
     cache: bool = True,
 ) -> Step:
-    """Return a function that runs a forward and a backward pass and allocates new gradients."""
+    """Return a function that resets gradients to None and runs a forward and a backward pass."""
     labels = torch.randint(1000, (len(images),), device=images.device)
     parameters = parameters_of(model)
 
@@ -137,7 +137,10 @@ def compiled_step(settings: Settings, name: str, precision: str) -> Step:
 
 
 def measure_compiled(settings: Settings) -> Iterator[Found]:
-    """Measure the compiled ResNet-50 training step. Each network is compiled in its own process."""
+    """Measure compiled training steps of ResNet-50, with and without SE.
+
+    Each network is compiled in its own process.
+    """
     names: dict[str, tuple[str, ...]] = {"bfloat16": (PLAIN, SE)}
     if settings.compiled == "all":
         every = (PLAIN, "plain again", FUSED, SE, TIMM_SE)

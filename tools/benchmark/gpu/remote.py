@@ -1,4 +1,4 @@
-"""Benchmark steps that are compiled in parallel, each in a separate process.
+"""Training steps of the GPU benchmark that are compiled in parallel, each in a separate process.
 
 After compilation, the steps are timed one at a time, so that concurrent steps do not distort the
 measured times.
@@ -21,11 +21,11 @@ _RESERVE = 12.0
 
 
 class RemoteError(Exception):
-    """Error or timeout in a process that runs a step."""
+    """Error or timeout in a separate process that builds and runs a benchmark step."""
 
 
 class Remote:
-    """Step that runs in another process. A call runs the step and returns the time in seconds."""
+    """Benchmark step in another process. A call runs the step and returns its time in seconds."""
 
     def __init__(self, connection: Connection, settings: Settings):
         self.connection, self.settings = connection, settings
@@ -49,7 +49,7 @@ class Remote:
 
 
 def call_remote(step: Step) -> float:
-    """Run a remote step, and return its time in seconds, measured in the remote process."""
+    """Run a step in another process, and return its time in seconds, measured in that process."""
     return step()  # type: ignore[return-value]
 
 
@@ -72,7 +72,7 @@ def _serve(connection: Connection, build: Callable[[], Step], settings: Settings
 
 @dataclass
 class Started:
-    """Benchmark steps that have been built in other processes.
+    """Steps of the benchmark that have been built in other processes.
 
     Attributes:
         steps: Steps that are ready to be called.

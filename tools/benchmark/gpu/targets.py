@@ -64,8 +64,9 @@ class Result:
 
     Attributes:
         value: Measured value.
-        spread: Interquartile range of the ratios of the control to the baseline. None if the value
-            was measured without a control.
+        spread: Interquartile range, over all rounds, of the control's time divided by the
+            baseline's time. The control is a second instance of the baseline. None if there is no
+            control.
     """
 
     value: float

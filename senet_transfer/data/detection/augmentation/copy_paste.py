@@ -79,7 +79,10 @@ def paste(target: dict, source: dict) -> dict:
 
 
 def _visible(instances: Instances, visible: Tensor) -> Instances:
-    """Restrict objects to the visible pixels `(H, W)`; remove objects that become invisible."""
+    """Remove invisible pixels from the objects' masks, and fit the boxes to the changed masks.
+
+    Objects that become invisible are removed. ``visible`` is a bool mask `(H, W)`.
+    """
     masks = _bit_masks(instances)
     seen = masks & visible
     changed = (seen != masks).flatten(1).any(1)

@@ -166,8 +166,8 @@ def _points(text: str, where: str) -> list[tuple[float, float]]:
     pairs = [pair.split(",") for pair in text.split(";") if pair.strip()]
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise UserError(
-            f"{where} has the points {text[:40]!r}; expected x,y pairs separated by semicolons. "
-            "Correct the file."
+            f"{where} contains the invalid points {text[:40]!r}; expected x,y pairs separated by "
+            "semicolons. Correct the file."
         )
     return [(number(x, "point", where), number(y, "point", where)) for x, y in pairs]
 

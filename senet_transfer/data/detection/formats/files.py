@@ -34,8 +34,8 @@ def read_xml(path: str | Path) -> Element:
     """Return the root of an XML file.
 
     Raises:
-        UserError: If the file is not well-formed, or declares entities, which could expand to
-            gigabytes or contain other files.
+        UserError: If the file can't be read, is not well-formed, or declares entities, which could
+            expand to gigabytes or include the content of other files.
     """
     try:
         return parse(path).getroot()
@@ -102,7 +102,10 @@ def number(value: object, name: str, where: str) -> float:
 
 
 def numbers(values: Any, name: str, where: str) -> list[float]:
-    """Convert each value of a list to a finite number; see :func:`number`."""
+    """Convert a list of numbers or numeric strings to a list of finite floats.
+
+    The arguments ``name`` and ``where`` and the exceptions are as in :func:`number`.
+    """
     if not isinstance(values, list | tuple):
         raise UserError(
             f"{where} has the {name} {shown(values)}; expected a list of numbers. Correct the file."
@@ -111,7 +114,10 @@ def numbers(values: Any, name: str, where: str) -> list[float]:
 
 
 def points(values: Any, name: str, where: str) -> list[tuple[float, float]]:
-    """Convert a non-empty list of points `[x, y]` to a list of tuples; see :func:`number`."""
+    """Convert a non-empty list of points `[x, y]` to a list of tuples of finite floats.
+
+    The arguments ``name`` and ``where`` and the exceptions are as in :func:`number`.
+    """
     pairs = [numbers(pair, name, where) for pair in values] if isinstance(values, list) else []
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise UserError(

@@ -72,7 +72,8 @@ class ImportedData:
 
     Attributes:
         splits: Dictionary from split to images. A dataset without splits contains only "train".
-        classes: Class names in the order of the category ids; if empty, the names are sorted.
+        classes: Class names in the order of the category ids. If empty, the classes are the labels
+            of all objects in alphabetical order.
         notes: Warnings about the data, such as "masks are empty and are skipped", with the number
             of occurrences of each warning.
         files: All files and folders from which the dataset was read, to detect changes.

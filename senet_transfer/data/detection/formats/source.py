@@ -147,7 +147,11 @@ def find_source(path: str | os.PathLike, name: str | None = None) -> Source | No
 
 
 def _in_folder(folder: Path, name: str | None) -> tuple[str, Path] | None:
-    """Return a folder's annotation format and the file or folder to read; None if not detected."""
+    """Return a folder's annotation format, and the file or folder to read.
+
+    If ``name`` is not None, only this format is considered. COCO format is not detected. Return
+    None if no format is detected.
+    """
     if name in ("voc", None) and any((folder / "Annotations").glob("**/*.xml")):
         return "voc", folder
     files = [folder / file for file in next(walk(folder))[2]] if folder.is_dir() else []
@@ -256,7 +260,10 @@ def _choose(data: ImportedData, split: str, location: str) -> str:
 
 
 def annotations_state(path: str, image_dir: str, *, upright: bool = True) -> object | None:
-    """Return a value that changes whenever the annotation files change; None if not found."""
+    """Return a value that changes whenever the annotation files change.
+
+    Return None if the annotation file or folder does not exist.
+    """
     location, _ = split_path(path)
     if not os.path.exists(location):
         return None

@@ -33,7 +33,7 @@ _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 def image_folder(location: Path) -> Path:
-    """Return the image subfolder, such as "JPEGImages"; if there is none, return the folder."""
+    """Return the image subfolder, such as "JPEGImages", or `location` if there is none."""
     return first_folder(location, "JPEGImages", "images", "Images")
 
 

@@ -121,7 +121,10 @@ def _class_names(content: dict, path: Path) -> list[str]:
 
 
 def _key_points(content: dict, path: Path) -> int:
-    """Return the number of keypoint values per object; 0 for a dataset without keypoints."""
+    """Return the number of keypoint values in each line of a label file.
+
+    For 17 keypoints with x, y and visibility, this is 51. For a dataset without keypoints, it is 0.
+    """
     shape = content.get("kpt_shape")
     if shape is None:
         return 0

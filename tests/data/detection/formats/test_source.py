@@ -1,4 +1,7 @@
-"""Tests for other annotation formats: detection, splits, registration and import."""
+"""Tests for annotation formats other than COCO.
+
+They cover identifying the format, choosing a split, and registering or importing a dataset.
+"""
 
 import json
 import logging
