@@ -83,7 +83,10 @@ def test_the_tables_of_configs_have_no_other_rows():
 
 @pytest.fixture
 def registered_examples():
-    """Unregister the models, weight family and dataset of the examples in CONTRIBUTING.md."""
+    """Unregister, after the test, what the examples in CONTRIBUTING.md register.
+
+    The examples register two models, a weight family and a dataset.
+    """
     yield
     for name in ("tiny", "se_tiny"):
         _MODELS.pop(name, None)

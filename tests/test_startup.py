@@ -1,4 +1,4 @@
-"""Tests that importing the package loads no unneeded modules and registers Detectron2 models."""
+"""Tests that importing the package registers Detectron2 models and loads no unneeded modules."""
 
 import json
 import subprocess

@@ -273,9 +273,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _with_image_folders(words: list[str]) -> list[str]:
-    """Insert an empty image folder after each ``--dataset NAME JSON`` without an image folder.
+    """Insert an empty string as the image folder where ``--dataset NAME JSON`` has none.
 
-    The word after ``JSON`` is an image folder unless it is a flag or a config option.
+    The argument after ``JSON`` is the image folder unless it is a flag or a config option.
     """
     found = []
     for index, word in enumerate(words):

@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--evaluate",
         action="store_true",
-        help="evaluate the written file, and add its metrics to the model card",
+        help="evaluate the written weight file, and add the metrics to the model card",
     )
     add("--folder", default="", help="write the files to this folder instead of uploading them")
     add(

@@ -393,7 +393,7 @@ def _check_compile(cfg: CfgNode) -> None:
     if cfg.SOLVER.UNFREEZE_ITERS or cfg.SOLVER.UNFREEZE_EPOCHS:
         raise UserError(
             "SOLVER.COMPILE is graph, but SOLVER.UNFREEZE_ITERS (or UNFREEZE_EPOCHS) changes which "
-            f"parameters are trained, which a captured step does not support. {remedy}"
+            f"parameters are trained. A CUDA graph does not support such changes. {remedy}"
         )
     options = cfg.MODEL.CLASSIFIER
     if is_classification(cfg) and (options.MIXUP or options.CUTMIX):

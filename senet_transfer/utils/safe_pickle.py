@@ -477,7 +477,9 @@ def load_plain(
 
 
 def length_of(stream: io.BytesIO) -> int:
-    """Return the number of bytes in a stream. Unlike ``BytesIO.getbuffer``, this copies no data."""
+    """Return the number of bytes in a stream without copying the data.
+
+    ``BytesIO.getbuffer`` copies the data if the buffer is shared with a bytes object."""
     position = stream.tell()
     length = stream.seek(0, io.SEEK_END)
     stream.seek(position)

@@ -47,7 +47,8 @@ def local_weights(name: str, family: str | None = None) -> tuple[str, str | None
     Args:
         name: Path, catalogue name or URL, as in ``MODEL.WEIGHTS``. For a catalogue name or a URL,
             the file is downloaded to a cache.
-        family: Weight family specified by the user; None for the one in the catalogue, if any.
+        family: Weight family specified by the user, such as "timm". If None, the family listed
+            in the catalogue is used, if there is one.
 
     Raises:
         UserError: If the file does not exist or can't be downloaded.

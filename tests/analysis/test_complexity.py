@@ -33,7 +33,7 @@ def side_of(name: str) -> int:
 
 
 def counted_by_hooks(model: nn.Module, x: torch.Tensor) -> dict[str, int]:
-    """Count MACs and activations with forward hooks, from the shapes of each layer's output."""
+    """Count MACs and activations with forward hooks, from the output size of each layer."""
     found = {"macs": 0, "activations": 0, "se_macs": 0}
     gates = {fc for m in model.modules() if isinstance(m, SqueezeExcitation) for fc in m.children()}
 

@@ -362,9 +362,10 @@ def test_the_other_commands_of_the_script_are_valid(part, count, command_parser,
 
 @pytest.fixture
 def printed(tmp_path):
-    """Return a function that runs a part of results/run.sh and returns the Python commands in it.
+    """Return a function that lists the Python commands that results/run.sh runs.
 
-    A fake Python prints the commands instead of running them.
+    The function's argument is passed to the script, e.g. "cifar20". A fake Python prints the
+    commands instead of running them.
     """
     printer = tmp_path / "python"
     printer.write_text(

@@ -201,7 +201,7 @@ def test_after_the_time_limit_runs_stop_and_no_others_start(options, tmp_path, m
 def test_ctrl_c_that_ends_the_process_first_is_not_a_failed_run(options, tmp_path, monkeypatch):
     """Check that Ctrl-C is not reported as a failed run if the training process ends first.
 
-    In a terminal, Ctrl-C sends SIGINT to this process and to the training process.
+    In a terminal, Ctrl-C sends SIGINT to the training process and to its parent process.
     """
 
     def start(command, **_):

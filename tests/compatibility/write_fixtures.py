@@ -143,7 +143,10 @@ def call(*words: object, folder: Path, status: int = 0, **environment: str) -> N
 
 
 def train_words() -> list[str]:
-    """Write the training run's config and return its command line without the Python executable."""
+    """Write the config of a training run, and return the run's command line.
+
+    The command line does not include the Python executable.
+    """
     words = [word for line in RUN.splitlines() for word in line.split(" ", 1)]
     config = FIXTURES / "empty.yaml"
     config.write_text("VERSION: 2\n")

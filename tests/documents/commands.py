@@ -169,9 +169,11 @@ class Command:
 
     @property
     def form(self) -> str:
-        """Command without the number of GPUs, and with only the first word of the config name.
+        """Command without the details in which similar commands differ.
 
-        In configs/README.md, the tests run only one of several commands with the same form.
+        The number of GPUs is removed, and the config's path is replaced by the first word of its
+        name, such as "cifar10". Of the commands in configs/README.md that have the same form, the
+        tests run only one.
         """
         line = re.sub(r"configs/([a-z0-9]+)_\w+\.yaml", r"\1", " ".join(self.words))
         return re.sub(r"(--num-gpus|--nproc-per-node) \d+", r"\1", line)

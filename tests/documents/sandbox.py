@@ -313,7 +313,7 @@ def made(lines: Iterable[list[str]]) -> set[str]:
 
 
 def make_sandbox(folder: Path, lines: list[list[str]]) -> Path:
-    """Create a folder with all files that the commands read but don't write."""
+    """Create a folder with the input files of the given commands, except those that they write."""
     folder.mkdir()
     (folder / ".venv").symlink_to(sys.prefix)
     for name in LINKS:

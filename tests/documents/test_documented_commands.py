@@ -43,7 +43,7 @@ def _texts(folder: str) -> Iterator[tuple[str, str]]:
 
 
 def _commands_in_code(folder: str) -> list[Command]:
-    """Return the commands in the config headers and Python strings of a folder."""
+    """Return the commands in a folder's config headers and in strings in its Python files."""
     found = []
     for path in sorted((ROOT / folder).rglob("*.yaml")):
         head = re.sub(r"\\\n#\s*", "", path.read_text())

@@ -250,7 +250,7 @@ def evaluate(keys: dict[str, str], outputs: list[dict], images, tmp_path) -> dic
 
 
 def truth(images, *, rotated: bool = False, first: int = 0) -> list[dict]:
-    """Return the ground truth as model outputs, with no objects in the first ``first`` images."""
+    """Return detections equal to the ground truth, but none for the first ``first`` images."""
     outputs = []
     for index, image in enumerate(images):
         boxes = torch.tensor(image.boxes, dtype=torch.float32)

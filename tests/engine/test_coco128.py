@@ -1,4 +1,4 @@
-"""Tests for the paper's detection config on real COCO images, at a low resolution for a CPU."""
+"""Tests for the SENet paper's detection config on COCO128, at a low resolution for a CPU."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""Tests for Faster R-CNN with FPN and each backbone with feature maps of strides 4 to 32."""
+"""Tests for Faster R-CNN with FPN, with each backbone that supports FPN."""
 
 import pytest
 from detectron2.utils.events import EventStorage

@@ -14,7 +14,7 @@ from tests.engine.conftest import command, shapes  # noqa: F401  # fixtures
 
 @pytest.fixture
 def few(command, shapes):  # noqa: F811
-    """Return a function that sets up a run whose evaluation dataset has four images."""
+    """Return a function that builds the config of a run with four evaluation images."""
     files = (f"{shapes}/annotations/instances_val.json", f"{shapes}/val")
 
     def make(**overrides: str):

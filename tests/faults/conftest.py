@@ -78,7 +78,10 @@ def disk():
 
 @pytest.fixture(scope="session")
 def words(disk):
-    """Write small datasets; return the arguments of train_net.py for runs on them, by name."""
+    """Write small datasets, and return arguments of train_net.py for runs on these datasets.
+
+    The argument lists are keyed by the kind of run, such as "shards" or "detection".
+    """
     tree, shards = disk / "tree", disk / "shards"
     random = np.random.RandomState(0)
     for name in ("blue", "green", "red"):
@@ -113,7 +116,10 @@ def words(disk):
 
 @pytest.fixture
 def work(words, disk):
-    """Yield a function that sets up a run on a kind of data; delete the run after the test."""
+    """Yield a function that creates a run; delete the run's output folder after the test.
+
+    The function's arguments are a key of ``words`` and additional command-line arguments.
+    """
     folder = Path(tempfile.mkdtemp(dir=disk))
     yield lambda kind, *options: runs.Work(folder / "run", [*words[kind], *options])
     shutil.rmtree(folder)

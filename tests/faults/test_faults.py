@@ -22,9 +22,9 @@ KINDS = ("folder", "shards", "detection", "memory")
 
 
 def seeded(count: int) -> list[tuple[str, int]]:
-    """Return a list of (kind, seed) pairs for the seeds from 0 to ``count - 1``.
+    """Return (kind of training data, seed) pairs for the seeds from 0 to ``count - 1``.
 
-    The kinds of data alternate in the order of ``KINDS``.
+    The pairs cycle through the kinds in ``KINDS``.
     """
     return [(KINDS[seed % len(KINDS)], seed) for seed in range(count)]
 

@@ -21,7 +21,10 @@ every_layout = pytest.mark.parametrize("layout", [torch.contiguous_format, torch
 
 
 class Sum(nn.Module):
-    """End of a residual block, computed by ``gated_sum`` or by separate PyTorch operators."""
+    """Last convolution, norm, SE gate and residual addition of a residual block.
+
+    They are computed by ``gated_sum`` or, if ``stated`` is True, by separate PyTorch operators.
+    """
 
     def __init__(self, norm: str, *, inputs: int = 6, channels: int = 8, kernel: int = 1, **se):
         super().__init__()

@@ -156,7 +156,10 @@ def plain_gate(se: SqueezeExcitation, x: torch.Tensor) -> torch.Tensor:
 
 
 def run(model: nn.Module, maps: list, upstream: list, autocast: bool = False) -> dict:
-    """Return a model's outputs, buffers, and gradients of inputs and parameters, by name."""
+    """Run a model forward and backward, and return the resulting tensors, keyed by name.
+
+    The tensors are the outputs, the gradients of the inputs and parameters, and the buffers.
+    """
     leaves = {f"map{i}": x for i, x in enumerate(maps) if x is not None}
     leaves |= {name: p for name, p in model.named_parameters() if p.requires_grad}
     outputs = model(*maps)
@@ -496,7 +499,7 @@ def test_the_end_of_a_pre_activation_block(shape, gate, norm):
 @runs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 def test_lower_precision_of_a_pre_activation_block(dtype):
-    """Check that the norm computes its statistics from the rounded sum, as in PyTorch."""
+    """Check that the norm's input is rounded to the dtype of the feature maps, as in PyTorch."""
     maps = [draw((3, 8, 6, 5), dtype, True, seed) for seed in (1, 2)]
     model = PreAct(8, "BN", "sigmoid")
     model.dtype = dtype

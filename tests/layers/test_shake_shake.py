@@ -11,7 +11,11 @@ BLOCKS = [ShakeBasicBlock, ShakeBottleneckBlock]
 
 
 def coefficients(mix: ShakeMix, images: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return alpha and beta for each image, derived from outputs and gradients."""
+    """Return each image's weight of the first branch in the forward and backward passes.
+
+    These are alpha and beta in the Shake-Shake paper. They are computed from the outputs and
+    gradients of ``mix`` on constant inputs.
+    """
     a = torch.ones(images, 3, 2, 2, requires_grad=True)
     b = torch.zeros(images, 3, 2, 2, requires_grad=True)
     out = mix(a, b)

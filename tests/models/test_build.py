@@ -214,7 +214,10 @@ def test_the_c4_heads_res5_has_the_backbones_gates(enabled):
 
 @pytest.mark.long
 def test_detectron2s_own_c4_head_would_drop_the_gates():
-    """Check that Detectron2's head has no gates, so ``SENetRes5ROIHeads`` is needed."""
+    """Check that Detectron2's ``Res5ROIHeads`` contains no SE gates, even with an SE backbone.
+
+    Configs with SE therefore need ``SENetRes5ROIHeads``.
+    """
     model = build_model(config(**{"MODEL.SE.ENABLED": True}))
     assert not [key for key, _ in model.roi_heads.named_parameters() if ".se." in key]
 

@@ -1,6 +1,6 @@
 """Tests for the GPU benchmark, and for packing it into an archive for offline machines.
 
-The benchmark's tests cover the targets, the subprocesses and a dry run of all parts.
+The benchmark's tests cover its performance targets, its subprocesses and a full dry run.
 """
 
 import json
@@ -51,7 +51,7 @@ def test_the_document_lists_every_target():
 
 @pytest.fixture
 def parts(monkeypatch):
-    """Return a function that replaces the parts of the GPU benchmark with the given functions."""
+    """Return a function that replaces the benchmark's measurements with the given functions."""
 
     def use(**functions):
         module = types.ModuleType("benchmark.gpu.fakes")

@@ -14,7 +14,9 @@ from senet_transfer.weights.formats.caffe.layers import CaffeLayer, window_of
 def run_caffe(
     layers: Iterable[CaffeLayer], tensors: dict[str, torch.Tensor], image: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Run a Caffe network and return its blobs by name, after all in-place layers.
+    """Run a Caffe network and return its blobs (feature maps), keyed by name.
+
+    A blob that in-place layers modify contains the output of the last such layer.
 
     Args:
         layers: Layers of a caffemodel.

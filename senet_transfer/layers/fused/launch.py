@@ -33,11 +33,12 @@ class _Tiling(NamedTuple):
     """Division of a feature map into tiles and chunks of positions; see :mod:`.kernels`.
 
     Attributes:
-        programs: Number of programs in a launch of a kernel that processes a feature map.
-        rows: Total number of chunks in all images.
+        programs: Number of program instances (grid size) of a kernel that processes a feature map.
+        rows: Total number of chunks in all images; each chunk is a row of the partial sums.
         sizes: Numbers of channels, positions, chunks per image, and positions per chunk.
         tile: Compile-time arguments of the kernels that process a feature map.
-        kinds: Properties of the sizes for which Triton specialises kernels, for the cache key.
+        kinds: Properties of the sizes for which Triton compiles separate kernels, such as
+            divisibility by 16; part of the cache key.
     """
 
     programs: int

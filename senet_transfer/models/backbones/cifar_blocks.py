@@ -70,7 +70,10 @@ class NormReLU(Fusable, CNNBlockBase):
 
     @property
     def first_norm(self) -> nn.Module:
-        """The norm layer, which the preceding block can apply; see :meth:`PreActBlock.link`."""
+        """The norm layer.
+
+        With fused kernels, the preceding block applies it; see :meth:`PreActBlock.link`.
+        """
         return self.norm
 
     def forward(self, x: Tensor | SumAndOutput) -> Tensor:

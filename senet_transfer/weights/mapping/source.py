@@ -624,7 +624,8 @@ def _preprocessing(file: WeightFile, values: Mapping[str, Any]) -> Preprocessing
             raise ValueError("resize and crop must be positive integers")
         if not isinstance(found.mode, str) or not isinstance(found.upright, bool):
             raise ValueError(
-                "mode must be a string, and upright (EXIF orientation applied) must be a boolean"
+                "mode must be a string, and upright (whether to apply the EXIF orientation) must "
+                "be a boolean"
             )
         if not _is_range(found.value_range):
             raise ValueError("value_range must be empty or (low, high) with low < high")

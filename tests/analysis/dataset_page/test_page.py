@@ -26,7 +26,10 @@ def embedded(page):
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """Write a shapes dataset with an annotation error, and HTML tags in a class and a file name."""
+    """Write a shapes dataset with an annotation error and with unusual names.
+
+    A class name and an image's file name contain HTML and JavaScript.
+    """
     root = make_shapes(tmp_path_factory.mktemp("data") / "shapes", train=12, val=4)
     path = root / "annotations" / "instances_train.json"
     content = json.loads(path.read_text())

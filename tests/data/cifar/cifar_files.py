@@ -46,7 +46,10 @@ def python_batch(images: int, seed: int = 0, key: str = "labels", protocol: int 
 
 
 def official_files(form: str) -> dict[str, bytes]:
-    """Return an archive's files, with 20 training images and 5 test images, keyed by name."""
+    """Return the contents of a small CIFAR archive's files, keyed by file name.
+
+    The files contain 20 training images and 5 test images. ``form`` is one of :data:`FORMS`.
+    """
     if form == "cifar-10-binary":
         files = {f"data_batch_{n}.bin": binary_batch(4, n) for n in range(1, 6)}
         files |= {"test_batch.bin": binary_batch(5, 9)}

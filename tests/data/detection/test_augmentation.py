@@ -214,7 +214,10 @@ def test_large_scale_jitter_equals_detectron2s(records):
 
 
 def mapped_image(colour, size, *boxes):
-    """Return the output of a dataset mapper for a single-colour image with objects in boxes."""
+    """Return a single-colour image in the output format of Detectron2's dataset mapper.
+
+    Each of the ``boxes`` contains one object, whose mask fills the box.
+    """
     masks = torch.zeros(len(boxes), *size, dtype=torch.bool)
     for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True):
         mask[y0:y1, x0:x1] = True

@@ -321,7 +321,11 @@ def evaluate(cfg, content, found):
 
 
 def expected_results(content, found, task, most):
-    """Return pycocotools' AP and AP50 in percent, for annotations numbered by `renumbered`."""
+    """Evaluate detections with pycocotools and return the AP and AP50 in percent.
+
+    ``content`` contains COCO annotations returned by :func:`renumbered`. ``found`` maps each image
+    id to the detections in the image.
+    """
     results = []
     for image in content["images"]:
         size = image["height"], image["width"]

@@ -1,4 +1,4 @@
-"""Tests for the validation of polygons and RLE masks, compared with pycocotools' decoder."""
+"""Tests for the validation of polygons and RLE masks in annotation files."""
 
 import json
 

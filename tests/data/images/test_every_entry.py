@@ -118,9 +118,9 @@ def files() -> dict[str, bytes]:
 def by_entry(
     folder: Path, value_range: tuple[float, ...], exif: str
 ) -> dict[str, Callable[[str], object]]:
-    """Return functions that read an image for training, evaluation and so on, keyed by purpose.
+    """Return functions that read an image, keyed by the use of the image, such as "train".
 
-    The argument of each function is a file name in ``images/c``.
+    Each function takes a file name in ``images/c``, and returns the pixels read for this use.
     """
     c = folder / "images" / "c"
     options = ["INPUT.VALUE_RANGE", str(value_range), "INPUT.EXIF", exif]

@@ -58,7 +58,7 @@ def mixed(tmp_path_factory) -> Path:
 
 
 def by_pillow(root: Path) -> list[bytes]:
-    """Return a sorted list of the pixels of all files whose extension Pillow supports."""
+    """Decode all files whose extension Pillow supports; return their RGB bytes in sorted order."""
     Image.init()
     paths = [
         path

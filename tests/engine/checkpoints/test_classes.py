@@ -50,7 +50,10 @@ def run(cases, command, tmp_path, zero_initial_weights):
 
 
 def perfect(val: Path) -> list[tuple[dict, dict]]:
-    """Return a correct detection of each ground-truth object, with class indices into ``OWN``."""
+    """Return a slightly larger box than the ground truth for each object, with the correct class.
+
+    The class indices are positions in ``OWN``.
+    """
     truth = json.loads(val.read_text())
     names = {item["id"]: item["name"] for item in truth["categories"]}
     found = []

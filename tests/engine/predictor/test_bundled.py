@@ -42,7 +42,7 @@ def use_folder(monkeypatch):
 
 @pytest.fixture
 def folder(classifier, detector, tmp_path, use_folder) -> Path:
-    """Bundle a classifier and a detector into a folder, and make the package use it."""
+    """Bundle a classifier and a detector into a folder; make the package load weights from it."""
     place = tmp_path / "pretrained"
     bundle(classifier, "senet_transfer/scenes", place, "--license", "mit", "--data", "my photos")
     bundle(detector, "senet_transfer/objects", place)

@@ -23,7 +23,7 @@ from senet_transfer.engine.predictor.predictor import DetectorPredictor
 
 
 class Answers(nn.Module):
-    """Model whose output is ``answer(height, width)``, given the original size of an image."""
+    """Model that returns ``answer(height, width)`` for an image of this original size."""
 
     def __init__(self, answer):
         super().__init__()

@@ -98,7 +98,10 @@ def config(classifier, detector, tmp_path, monkeypatch):
 
 
 def published(classifier, detector, tmp_path, monkeypatch):
-    """Save random weights in torchvision's download cache, and return their name and the model."""
+    """Save random weights in torchvision's download cache.
+
+    Return the name of the weights in the catalogue, and the model that loads them.
+    """
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     name = "torchvision_v1/resnet18"
     entry = replace(load_catalogue()[name], sha256=None, file="resnet18.pth")

@@ -47,7 +47,10 @@ def is_residual(name: str) -> bool:
 
 
 def aligned(name: str) -> dict[str, str]:
-    """Return options that align a model's feature maps with images of any size."""
+    """Return ``{"padding": "same"}`` for an Inception-ResNet, and an empty dict for other models.
+
+    By default, the feature maps of Inception-ResNets are not aligned with the image.
+    """
     return {"padding": "same"} if "inception_resnet" in name else {}
 
 

@@ -16,7 +16,10 @@ STAGES = ["res2", "res3", "res4", "res5"]
 
 
 def randomise(module: nn.Module) -> nn.Module:
-    """Randomise weights, norms and batch statistics, so that default values can't hide errors."""
+    """Randomise all parameters and running statistics, and switch the module to eval mode.
+
+    With the default values, such as zero biases, some errors would not change the output.
+    """
     torch.manual_seed(0)
     for key, tensor in module.state_dict().items():
         if key.endswith("running_var"):

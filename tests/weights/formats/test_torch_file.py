@@ -138,7 +138,10 @@ def test_a_model_object_is_rejected_by_name(content, zipped, tmp_path):
 
 
 def _weights_only() -> dict[str, object]:
-    """Return example objects that ``torch.load(weights_only=True)`` accepts, by name."""
+    """Return examples of all kinds of objects that ``torch.load(weights_only=True)`` accepts.
+
+    The objects are keyed by a short description.
+    """
     warnings.simplefilter("ignore")  # for quantized and nested tensors and typed storages
     attributed = torch.ones(2)
     attributed.note = "text"

@@ -154,7 +154,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, {"commitUrl": url, "commitOid": sha})
 
     def _find(self, repository: str, revision: str) -> str:
-        """Return the commit hash of a revision, or send the Hub's error and return ""."""
+        """Return the commit hash of a revision, or "" if the client can't access the revision.
+
+        The client can't access a revision that doesn't exist, or one of a private repository
+        without the right token. In these cases, the Hub's error response is sent.
+        """
         hub = self.hub
         hidden = repository in hub.private and self.token != TOKEN
         if repository not in hub.commits or hidden:

@@ -94,8 +94,7 @@ def test_names_are_listed_by_pattern():
 def published(tmp_path, monkeypatch):
     """Serve a timm weight file that has two names in the catalogue.
 
-    The entry timm_legacy/test is correct, and cadene/wrong specifies the wrong weight
-    family.
+    The entry timm_legacy/test is correct; cadene/wrong specifies the wrong weight family.
     """
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     body = save(peer("timm", "legacy_seresnet18"), tmp_path / "x.pth").read_bytes()
