@@ -196,8 +196,8 @@ def _check_anchors(cfg: CfgNode) -> None:
         nested = all(isinstance(row, list | tuple) and row for row in rows)
         if not nested or any(not isinstance(n, int | float) or n <= 0 for n in numbers):
             raise UserError(
-                f"{key} is {value}; expected positive numbers in one list for all feature maps, "
-                f"[32, 64], or in one list per feature map, [[32], [64], ...]."
+                f"{key} is {value}; expected a list of positive numbers that is shared by all "
+                "feature maps, such as [32, 64], or one list per feature map, such as [[32], [64]]."
             )
         if len(rows) not in (1, len(features)):
             raise UserError(

@@ -61,9 +61,9 @@ class Numbering:
 
 
 def in_order(ids: Iterable[Any]) -> list[Any]:
-    """Return unique ids in ascending order, or in the given order if they can't be sorted.
+    """Return the ids without duplicates, in ascending order if they can be sorted.
 
-    A mixture of numbers and strings can't be sorted.
+    If they can't be sorted, such as a mixture of numbers and strings, they keep the given order.
     """
     unique = list(dict.fromkeys(ids))
     try:

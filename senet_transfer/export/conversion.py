@@ -39,7 +39,8 @@ class FileDifference:
 
     Attributes:
         of: Name of the compared values: "logits" or a feature map such as "res5" (network outputs
-            for random images), or "tensors" (the weights, for detectors and unregistered models).
+            for random images), or "tensors" if the weights themselves are compared, as for
+            detectors and unregistered models.
         absolute: Maximum absolute difference.
         relative: Maximum absolute difference divided by the maximum absolute value.
     """

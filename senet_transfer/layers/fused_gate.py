@@ -304,8 +304,9 @@ class _SmallConvSum(torch.autograd.Function):
 class _LargeConvSum(torch.autograd.Function):
     """Autograd function for ``shortcut + gate * norm(conv(x))``, for large feature maps.
 
-    The convolution is 1x1 and the norm is frozen. The backward pass computes the weight gradient
-    per image, which costs less than recomputing the convolution.
+    The convolution is 1x1 and the norm is frozen. To save memory, the output of the convolution is
+    not stored. The gate's gradient depends on this output, but can be computed from the weight
+    gradients of the single images, which costs less than recomputing the convolution.
     """
 
     @staticmethod

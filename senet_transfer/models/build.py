@@ -139,11 +139,12 @@ def build_senet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     entry, options = backbone_from_config(cfg)
     if cfg.MODEL.RESNETS.NORM == "FrozenBN" and not _weights_follow.get():
         logger.warning(
-            "MODEL.RESNETS.NORM is FrozenBN: until weights are loaded, the norms of %s have mean "
-            "0 and variance 1. Detectron2's DetectionCheckpointer supports neither the names of "
-            "published weights nor the tensor names of other projects. To load such weights, call "
-            "senet_transfer.apply_file_geometry(cfg) before building the model, and "
-            "senet_transfer.load_weights(model, cfg.MODEL.WEIGHTS) afterwards.",
+            "MODEL.RESNETS.NORM is FrozenBN, so the batch norm layers of %s have mean 0 and "
+            "variance 1 (no normalisation) until pretrained weights are loaded. Detectron2's "
+            "DetectionCheckpointer can't load published weights by their names, or weight files of "
+            "other projects. To load such weights, call senet_transfer.apply_file_geometry(cfg) "
+            "before building the model, and senet_transfer.load_weights(model, cfg.MODEL.WEIGHTS) "
+            "afterwards.",
             backbone_name(cfg),
         )
     backbone = build_backbone(

@@ -126,7 +126,7 @@ def test_a_backbone_of_one_channel_is_saved_and_created_again(tmp_path):
         ({"DATALOADER.CHECK_IMAGES": "none"}, "CHECK_IMAGES is 'none'; expected one of: header, d"),
         (
             {"MODEL.ANCHOR_GENERATOR.SIZES": "[[[32]], [[64]], [[128]], [[256]], [[512]]]"},
-            r"SIZES is .*in one list per feature map, \[\[32\], \[64\]",
+            r"SIZES is .*or one list per feature map, such as \[\[32\], \[64\]",
         ),
         ({"MODEL.ANCHOR_GENERATOR.SIZES": "[[32], 64]"}, "SIZES is .*expected positive numbers"),
         ({"MODEL.ANCHOR_GENERATOR.SIZES": "[[32], []]"}, "SIZES is .*expected positive numbers"),

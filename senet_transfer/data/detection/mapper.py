@@ -357,7 +357,7 @@ def read_labels(
 
 
 def read_image(path: str, image_format: str, reading: Reading = UPRIGHT) -> np.ndarray:
-    """Read a complete image with 8 bits per channel.
+    """Read an entire image file, and convert it to 8 bits per channel.
 
     Args:
         path: Path of an image in one of the formats in `file_types.FORMATS`.

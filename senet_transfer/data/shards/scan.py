@@ -158,7 +158,7 @@ def _pattern(name: str) -> str:
 
 
 def _split_of(name: str) -> str | None:
-    """Return the split that occurs in a shard's name, or None if the name contains no split."""
+    """Return the split named in a shard's file name, or None if the name contains no split."""
     words = set(re.findall("[a-z]+", name.lower()))
     return next((split for split, synonyms in _SPLITS.items() if words & synonyms), None)
 

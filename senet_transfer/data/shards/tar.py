@@ -39,7 +39,7 @@ class ShardWriter:
         self.index: list[tuple[int, int, int]] = []
 
     def write(self, sample: RawSample) -> None:
-        """Append a sample: `<key>.cls` with the label, then the image file with unchanged data."""
+        """Append a sample: `<key>.cls` with the label, then the image file, byte for byte."""
         extension = image_extension(sample.data)
         label = str(sample.label).encode()
         # Members are sorted by extension, so the label precedes the image. The image data follows

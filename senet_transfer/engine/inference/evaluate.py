@@ -138,7 +138,7 @@ def run_saved_evaluation(
     keep_logits: bool = False,
     published: Sequence[Published] = (),
 ) -> dict[str, Any]:
-    """Evaluate the mean class probabilities of several evaluations whose logits were saved.
+    """Evaluate an ensemble: average the class probabilities from several files with logits.
 
     Args:
         files: CSV files with logits, from which the probabilities are computed; see

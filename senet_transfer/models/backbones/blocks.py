@@ -191,7 +191,7 @@ class SENet154Block(SEBlock, _WideBottleneck):
 
 
 def check_not_mixture(se: SEOptions) -> None:
-    """Raise a UserError for the placement "mixture", which only shake-shake networks support."""
+    """Raise a UserError if the SE placement is "mixture", as only shake-shake networks allow it."""
     if se.placement == "mixture":
         raise UserError(
             "The SE placement is 'mixture' (after the mixture of two branches), but this network "

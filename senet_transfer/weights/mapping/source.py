@@ -403,7 +403,7 @@ def _with_statements(
     geometry: Geometry,
     preprocessing: Preprocessing | None,
 ) -> tuple[Geometry, Preprocessing | None]:
-    """Replace a weight family's default options and preprocessing with values from the file.
+    """Replace the default layer options and preprocessing with those stored in the weight file.
 
     Raises:
         UserError: If the stored values contradict the tensors or describe an unsupported network.

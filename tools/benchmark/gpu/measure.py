@@ -39,7 +39,7 @@ class Settings:
 
     @property
     def device(self) -> str:
-        """Device for the networks."""
+        """Device on which the networks run."""
         return "cpu" if self.dry_run else "cuda"
 
     def sized(self, full: Any, tiny: Any) -> Any:
