@@ -128,8 +128,14 @@ def test_a_backbone_of_one_channel_is_saved_and_created_again(tmp_path):
             {"MODEL.ANCHOR_GENERATOR.SIZES": "[[[32]], [[64]], [[128]], [[256]], [[512]]]"},
             r"SIZES is .*or one list per feature map, such as \[\[32\], \[64\]",
         ),
-        ({"MODEL.ANCHOR_GENERATOR.SIZES": "[[32], 64]"}, "SIZES is .*expected a list of positive numbers"),
-        ({"MODEL.ANCHOR_GENERATOR.SIZES": "[[32], []]"}, "SIZES is .*expected a list of positive numbers"),
+        (
+            {"MODEL.ANCHOR_GENERATOR.SIZES": "[[32], 64]"},
+            "SIZES .*expected a list of positive numbers",
+        ),
+        (
+            {"MODEL.ANCHOR_GENERATOR.SIZES": "[[32], []]"},
+            "SIZES .*expected a list of positive numbers",
+        ),
         (
             {"MODEL.ANCHOR_GENERATOR.SIZES": "[[32], [64]]"},
             "SIZES contains 2 inner lists, but .* 5",

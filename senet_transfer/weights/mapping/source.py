@@ -1,20 +1,17 @@
 """Reading of weight files, and detection of their weight family and network architecture."""
 
 import logging
-import math
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from senet_transfer.errors import UserError, check_choice
-from senet_transfer.preprocessing import Preprocessing, channels_of, same_pixels
+from senet_transfer.preprocessing import Preprocessing, same_pixels
 from senet_transfer.utils.read_once import once_per_file
-from senet_transfer.utils.text import first_of, shown
+from senet_transfer.utils.text import first_of
 from senet_transfer.weights.choice import HEADS, checked_ema
 from senet_transfer.weights.families import renaming as names
 from senet_transfer.weights.families.architecture import Architecture
@@ -32,12 +29,21 @@ from senet_transfer.weights.formats.reader import OWN_METADATA, WeightFile, read
 from senet_transfer.weights.formats.tensor_names import Wanted, outside_prefix
 from senet_transfer.weights.formats.timm_config import train_options
 from senet_transfer.weights.hub.catalogue import Entry, published_entries
-from senet_transfer.weights.hub.timm_networks import is_timm, timm_preprocessing
+from senet_transfer.weights.hub.timm_networks import timm_preprocessing
 from senet_transfer.weights.mapping.networks import Network, contains_network, only_network
+from senet_transfer.weights.mapping.normalise import (
+    EPS,
+    convert_dtypes,
+    drop_background,
+    expand_affine,
+    fold_biases,
+    repair_counters,
+    reshaped,
+)
+from senet_transfer.weights.mapping.own_metadata import class_names, own_network, own_options
 
 logger = logging.getLogger(__name__)
 
-_EPS = 1e-5
 _GEOMETRY = frozenset(field.name for field in fields(Geometry))
 _PIXELS = frozenset({"format", "mean", "std"})
 
@@ -350,17 +356,17 @@ def _understand(found: Network, family: Family, wanted: Wanted, *, ignore_head: 
                 f"{original[ours]} and as {name}. The file is damaged or was merged from several "
                 "files. Download it again."
             )
-        tensors[ours], original[ours] = _reshaped(ours, file.tensors[name]), name
-    _convert_dtypes(tensors, file)
+        tensors[ours], original[ours] = reshaped(ours, file.tensors[name]), name
+    convert_dtypes(tensors, file.path)
     notes = [
         *file.notes,
-        *_repair_counters(tensors),
-        *_fold_biases(tensors),
-        *(_expand_affine(tensors) if family.affine_norms else ()),
+        *repair_counters(tensors),
+        *fold_biases(tensors),
+        *(expand_affine(tensors) if family.affine_norms else ()),
     ]
     architecture = Architecture.of(tensors)
     if architecture and architecture.network in family.background and architecture.classes == 1001:
-        notes += _drop_background(tensors)
+        notes += drop_background(tensors)
         architecture = replace(architecture, classes=1000)
     geometry, preprocessing, recorded = _options_of(file, family, architecture)
     said = Statements()
@@ -372,7 +378,7 @@ def _understand(found: Network, family: Family, wanted: Wanted, *, ignore_head: 
             said = Statements()
         geometry, preprocessing = _with_statements(file, family, said, geometry, preprocessing)
     if file.layers:
-        notes += adjust_variances(file.layers, renamed, tensors, _EPS)
+        notes += adjust_variances(file.layers, renamed, tensors, EPS)
     return Source(
         path=str(file.path),
         family=family,
@@ -387,8 +393,8 @@ def _understand(found: Network, family: Family, wanted: Wanted, *, ignore_head: 
         geometry=geometry,
         preprocessing=preprocessing,
         detector=any(names.is_outside_backbone(ours, prefix) for ours in known.values()),
-        classes=_class_names(file),
-        network=_own_network(file),
+        classes=class_names(file),
+        network=own_network(file),
         ignored=ignored,
         head=() if ignore_head else head,
         recorded=recorded | said.recorded,
@@ -464,82 +470,6 @@ def _without_head(known: Mapping[str, str], prefix: str) -> tuple[dict[str, str]
     return kept, removed
 
 
-def _convert_dtypes(tensors: dict[str, Tensor], file: WeightFile) -> None:
-    """Convert 8-bit floats to float32, because PyTorch has no arithmetic for 8-bit floats.
-
-    Raises:
-        UserError: If a dtype packs several numbers into one element.
-    """
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
-            try:
-                tensors[name] = tensor.float()
-            except RuntimeError as error:
-                raise UserError(
-                    f"{file.path}: {name} has the dtype {tensor.dtype}, which is not supported. "
-                    "Convert the weights to float32, float16 or bfloat16."
-                ) from error
-
-
-def _repair_counters(tensors: dict[str, Tensor]) -> list[str]:
-    """Convert ``num_batches_tracked`` to integer scalars, and drop those without a valid value.
-
-    Scripts that convert or average all tensors change the dtype and shape of these counters. The
-    counters have no effect on a network's outputs.
-    """
-    dropped = []
-    for name in [name for name in tensors if name.endswith(".num_batches_tracked")]:
-        values = tensors[name].flatten()
-        if not tensors[name].ndim and values.dtype == torch.int64:
-            continue
-        real = values.numel() and not values.is_complex()
-        if real and bool((values == values[0]).all()) and bool(values[0].double().abs() < 2**53):
-            tensors[name] = values[0].double().round().long()
-        else:
-            del tensors[name]
-            dropped.append(name)
-    shown_names = first_of(dropped, 2)
-    return [f"batch counters without a valid value were dropped ({shown_names})"] * bool(dropped)
-
-
-def _reshaped(name: str, tensor: Tensor) -> Tensor:
-    """Reshape a linear layer's weight that is stored as the weight of a 1x1 convolution."""
-    linear = name.startswith("linear.") or (name.startswith(names.BACKBONE) and ".se.fc" in name)
-    if linear and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
-        return tensor.flatten(1)
-    return tensor
-
-
-def _fold_biases(tensors: dict[str, Tensor]) -> list[str]:
-    """Fold biases of convolutions into the running means of the following norms."""
-    notes = []
-    for name in [name for name in tensors if name.endswith(".bias")]:
-        mean = f"{name.removesuffix('.bias')}.norm.running_mean"
-        if mean in tensors and tensors[mean].shape == tensors[name].shape:
-            tensors[mean] = tensors[mean] - tensors.pop(name)
-            notes.append(f"{name} was folded into {mean}")
-    return notes
-
-
-def _expand_affine(tensors: dict[str, Tensor]) -> list[str]:
-    """Add neutral statistics (mean 0, variance 1 - eps) to norms with only a weight and a bias."""
-    for name in [name for name in tensors if name.endswith(".norm.weight")]:
-        norm, weight = name.removesuffix(".weight"), tensors[name]
-        tensors[f"{norm}.running_mean"] = torch.zeros_like(weight)
-        tensors[f"{norm}.running_var"] = torch.ones_like(weight) - _EPS
-    if "stem.conv1.bias" in tensors and not tensors["stem.conv1.bias"].any():
-        del tensors["stem.conv1.bias"]
-        return ["stem.conv1.bias is zero and was dropped"]
-    return []
-
-
-def _drop_background(tensors: dict[str, Tensor]) -> list[str]:
-    for name in ("linear.weight", "linear.bias"):
-        if name in tensors:
-            tensors[name] = tensors[name][1:]
-    return ["the background class, the first of the classifier's 1001 classes, was dropped"]
-
-
 def _options_of(
     file: WeightFile, family: Family, architecture: Architecture | None
 ) -> tuple[Geometry, Preprocessing | None, frozenset[str]]:
@@ -550,7 +480,7 @@ def _options_of(
         defaults of the weight family.
     """
     if OWN_METADATA in file.metadata:
-        geometry, preprocessing = _own_options(file)
+        geometry, preprocessing = own_options(file)
         return geometry, preprocessing, _GEOMETRY | _PIXELS
     if architecture is None:
         return Geometry(), None, frozenset()
@@ -563,92 +493,11 @@ def _options_of(
     return geometry, family.preprocessing(architecture), recorded
 
 
-def _own_options(file: WeightFile) -> tuple[Geometry, Preprocessing | None]:
-    word = file.metadata[OWN_METADATA]
-    if not isinstance(word, Mapping):
-        raise UserError(
-            f"{file.path}: The entry {OWN_METADATA!r} is a {type(word).__name__}; expected a dict. "
-            "Save the model again with senet_transfer.save_weights."
-        )
-    geometry, pixels = word.get("geometry"), word.get("preprocessing")
-    return (
-        Geometry.from_dict(geometry) if isinstance(geometry, Mapping) else Geometry(),
-        _preprocessing(file, pixels) if isinstance(pixels, Mapping) else None,
-    )
-
-
-def _own_network(file: WeightFile) -> str:
-    """Return the name of the timm network, or "" if the file's metadata contains no such name.
-
-    Only metadata written by this project is considered.
-    """
-    word = file.metadata.get(OWN_METADATA)
-    name = word.get("model") if isinstance(word, Mapping) else None
-    return name if isinstance(name, str) and is_timm(name) else ""
-
-
-def _class_names(file: WeightFile) -> tuple[str, ...]:
-    if file.timm:
-        return file.timm.classes
-    word = file.metadata.get(OWN_METADATA)
-    names = word.get("classes", ()) if isinstance(word, Mapping) else ()
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise UserError(
-            f"{file.path} has invalid class names in its metadata: {shown(names)}. Expected a list "
-            "of strings. Save the model again with senet_transfer.save_weights."
-        )
-    return tuple(names)
-
-
-# Numbers of values for the mean and std of each image format.
-_CHANNELS = {"RGB": (3,), "BGR": (3,), "L": (1, 3)}
-
-
-def _preprocessing(file: WeightFile, values: Mapping[str, Any]) -> Preprocessing:
-    known = {f.name: values[f.name] for f in fields(Preprocessing) if f.name in values}
-    if "mode" not in known and (network := _own_network(file)):
-        # Older files don't contain the mode. They can be read without timm.
-        with suppress(UserError):
-            known["mode"] = timm_preprocessing(network).mode
-    try:
-        for name in ("mean", "std", "value_range"):
-            if name in known:
-                known[name] = tuple(float(value) for value in known[name])
-        found = Preprocessing(**known)
-        counts = _CHANNELS.get(found.format) or (channels_of(str(found.format)) or 0,)
-        if counts == (0,) or found.interpolation not in ("bilinear", "bicubic"):
-            raise ValueError("unknown channel order or interpolation")
-        if len(found.mean) not in counts or len(found.std) != len(found.mean):
-            raise ValueError("wrong number of values for mean or std")
-        if not all(isinstance(side, int) and side > 0 for side in (found.resize, found.crop)):
-            raise ValueError("resize and crop must be positive integers")
-        if not isinstance(found.mode, str) or not isinstance(found.upright, bool):
-            raise ValueError(
-                "mode must be a string, and upright (whether to apply the EXIF orientation) must "
-                "be a boolean"
-            )
-        if not _is_range(found.value_range):
-            raise ValueError("value_range must be empty or (low, high) with low < high")
-        return found
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"{file.path} has invalid preprocessing in its metadata: {dict(values)} ({error}). "
-            "Save the model again with senet_transfer.save_weights."
-        ) from error
-
-
 def _described(alternatives: dict[str, str]) -> str:
     """Return a list of weight families and their differences, as text for a log message."""
     return " or ".join(
         f"{name} (with {difference})" if difference else name
         for name, difference in alternatives.items()
-    )
-
-
-def _is_range(values: tuple[float, ...]) -> bool:
-    """Return whether ``values`` is empty or contains two finite values in increasing order."""
-    return not values or (
-        len(values) == 2 and all(map(math.isfinite, values)) and values[0] < values[1]
     )
 
 
