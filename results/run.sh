@@ -13,8 +13,8 @@
 # or probe. pretrain must be finished before the parts that follow it. Repeat a command to continue.
 # Several parts can run at the same time.
 #
-# Variables: SEEDS="0 1 2", SEED=1 (the run for gates and publish; seed 0 if it does not exist),
-# JOBS=1 (runs at the same time), MINUTES (time limit of the command), RECORDS=results (folder of the
+# Variables: SEEDS="0 1 2", SEED=1 (the run for gates and publish; if it does not exist, publish uses
+# seed 0, and gates skips the network), JOBS=1 (runs at the same time), MINUTES (time limit of the command), RECORDS=results (folder of the
 # records), PYTHON=python, DETECTRON2_DATASETS=datasets and, if there is no git or no .git,
 # GIT_COMMIT.
 set -eu

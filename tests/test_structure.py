@@ -74,7 +74,8 @@ def _outside_functions(node: ast.AST):
 def part(module: str) -> str:
     """Return the top-level subpackage or module that contains a module.
 
-    For the root package itself, return ""."""
+    For the root package itself, return "".
+    """
     return (module.split(".") + [""])[1]
 
 

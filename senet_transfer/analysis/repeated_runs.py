@@ -229,7 +229,7 @@ def finished(output_dir: str | Path) -> dict[str, Any] | None:
 
 
 def initial_weights(output_dir: Path) -> str | None:
-    """Return the SHA-256 of a run's initial weight file, or None if no weight file was loaded."""
+    """Return the SHA-256 of a run's initial weights, or None if they are not from a local file."""
     hashed = json.loads((output_dir / _RECORD).read_text()).get(_WEIGHTS)
     return None if hashed is None else str(hashed)
 

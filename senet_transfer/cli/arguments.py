@@ -98,6 +98,8 @@ _CONFIG_KEY = re.compile(rf"({'|'.join(CONFIG_KEYS)})(\.[A-Z0-9_]+)*")
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     """Help formatter that shows flags with several values as ``--flag X [X ...]``.
 
+    Flags with a ``metavar`` are shown as in argparse.
+
     Attributes:
         lists: Flags that take one or more values.
     """
@@ -115,7 +117,7 @@ class Parser(argparse.ArgumentParser):
 
     Unlike argparse's standard parser, it accepts flags after the config options, because users
     often append ``--resume`` to their previous command. The attribute ``words`` of the parsed
-    arguments contains the command line as a list of strings, for the record of a run.
+    arguments contains the command line as a list of strings, for the files written by ``--record``.
 
     Attributes:
         lists: Flags that take one or more values. Their action must be "append", because a flag

@@ -66,7 +66,7 @@ def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
         help="how images are resized and cropped; default: the mode in the config, otherwise "
         "short_side",
     )
-    add("--resize", type=int, help="image size in pixels after resizing; default: the input size")
+    add("--resize", type=int, help="image size in pixels after resizing; default: the model's size")
     add("--crop", type=int, help="crop size in pixels; default: the model's size")
     add(
         "--scales", type=int, action="append", default=[], help="one or more sizes of the "

@@ -129,14 +129,20 @@ def main(args: argparse.Namespace) -> None:
     options["half"] = args.half
     if args.bundle:
         path = bundle(args.model, args.repository, Path(args.folder or FOLDER), **options)
-        print(f"Wrote {path}. To use the model, pass --weights {args.repository} to any command.")
+        print(
+            f"Wrote {path}. To use the model, pass --weights {args.repository}, for example to "
+            "senet predict."
+        )
     elif args.folder:
         write_repository(args.model, args.folder, args.repository, **options)
         print(f"Wrote the files of {args.repository} to {args.folder}; nothing was uploaded.")
     else:
         address = push(args.model, args.repository, private=args.private, **options)
         weights = f"hf-hub:{args.repository}"
-        print(f"Uploaded to {address}. To use the model, pass --weights {weights} to any command.")
+        print(
+            f"Uploaded to {address}. To use the model, pass --weights {weights}, for example to "
+            "senet predict."
+        )
 
 
 def command(words: list[str] | None = None) -> None:

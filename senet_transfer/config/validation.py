@@ -123,8 +123,8 @@ def check_elements(cfg: CfgNode) -> None:
         if example is not None and wrong:
             kind = _KINDS[type(example)]
             raise UserError(
-                f"{key} is {value!r}; expected a list that contains only {kind}, found the element "
-                f"{wrong[0]!r}. Correct the list."
+                f"{key} is {value!r}; expected only {kind} as list elements, found {wrong[0]!r}. "
+                "Correct the list."
             )
 
 

@@ -147,7 +147,7 @@ def use_class_weights(cfg: CfgNode, *, eval_only: bool = False) -> None:
     if not numbers or len(weights) != count or not any(weights):
         raise UserError(
             f"MODEL.CLASSIFIER.CLASS_WEIGHTS is {weights!r}; expected auto, or {count} "
-            "non-negative numbers, not all of them 0, for the classes "
+            "non-negative numbers, not all of them 0, in the order of the classes: "
             f"{first_of(cfg.DATASETS.CLASSES)}."
         )
 

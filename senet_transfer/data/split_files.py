@@ -87,7 +87,7 @@ def writing_parts(output: Path, existing: Collection[Path]) -> Iterator[None]:
 
     Args:
         output: Output folder for the files of all splits.
-        existing: Files to write that already exist in the folder. If there are any, an error is
+        existing: Files in the folder from this or an earlier split. If there are any, an error is
             raised.
     """
     if existing:

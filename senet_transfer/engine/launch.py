@@ -122,7 +122,7 @@ def _check_processes(num_gpus: int, num_machines: int, dist_url: str, *, on_cpu:
 
 
 def run_single(main: Callable[[Any], object], argument: Any) -> None:
-    """Call ``main(argument)`` in this process, and exit after an error as :func:`run` does."""
+    """Call ``main(argument)`` in this process; errors set the same exit status as :func:`run`."""
     try:
         main(argument)
     except (UserError, RunError) as error:

@@ -107,7 +107,7 @@ class RunOptions:
 
 
 def setup(options: RunOptions) -> CfgNode:
-    """Set up a run: load the config, start logging, and check the datasets and the config.
+    """Set up a run: load the config, start logging, register the datasets and check everything.
 
     The full config, the command line and the package versions are written to the output folder.
 
@@ -357,8 +357,8 @@ def use_named_datasets(cfg: CfgNode, options: RunOptions, logger: logging.Logger
             continue
         if names and not given and configured and not registered.issuperset(configured):
             logger.info(
-                "DATASETS.%s is set to %s, the value of --dataset, because the config's %s is not "
-                "registered.",
+                "DATASETS.%s is set to %s, which --dataset registers, because the config's %s is "
+                "not registered.",
                 key,
                 names[0],
                 ", ".join(sorted(set(configured) - registered)),

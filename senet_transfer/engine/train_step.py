@@ -348,7 +348,7 @@ def split_batch(batch: Any, parts: int) -> list[Any]:
     """Split a batch into micro-batches of equal size.
 
     Args:
-        batch: A list of samples, or a dict of tensors whose first dimension is the batch.
+        batch: A list of samples, or a dict of tensors and lists with one entry per sample.
         parts: The number of micro-batches.
 
     Raises:

@@ -12,10 +12,11 @@ types:
 - missed: an object without a true positive, classification error or localisation error.
 
 The cost of an error type is the increase in AP, at an IoU of 0.5, if only errors of this type are
-corrected. Classification and localisation errors are corrected by turning, for each object, the
-detection with the highest score into a true positive and removing the other detections with the
-same type of error. All other types of errors are corrected by removing the detections or the missed
-objects.
+corrected. For each object without a true positive, only the classification or localisation error
+with the highest score can be turned into a true positive. Classification errors are corrected by
+turning these detections into true positives and removing all other classification errors, and
+localisation errors in the same way. All other types of errors are corrected by removing the
+detections or the missed objects.
 """
 
 from collections.abc import Iterator
@@ -51,8 +52,9 @@ class Errors:
         kind: Index of each detection's error type in :data:`ERROR_TYPES`, ``(D,)``. The index is
             -1 for true positives and for detections that are not considered. Detections in a crowd
             have an error type, but don't count as false positives.
-        target: Index of the ground-truth object with the highest IoU for classification and
-            localisation errors, otherwise -1, ``(D,)``.
+        target: Index of the ground-truth object with the highest IoU, ``(D,)``. For localisation
+            errors, only objects of the same class are considered, and for classification errors,
+            only objects of other classes. For all other detections, the index is -1.
         corrected: True for the detections that become true positives when their error is corrected,
             ``(D,)``.
         hit: True for true positives, ``(D,)``.

@@ -83,8 +83,8 @@ def convert_file(
         check: If True, check that the network gives the same outputs with the original and with the
             converted weights, and write ``out`` only if the outputs are equal.
         backbone_only: If True, convert only the backbone of a classifier or detector.
-        choice: Keyword arguments that select a network in the file, such as ``prefix`` and ``ema``;
-            see :func:`senet_transfer.load_weights`.
+        choice: Keyword arguments that select a network in the file: ``prefix``, ``ema`` and
+            ``head``; see :func:`senet_transfer.load_weights`.
 
     Returns:
         The result of the comparison, or None if ``check`` is False.

@@ -155,9 +155,10 @@ def _export_to_onnx(model: nn.Module, cfg: CfgNode, output: str, image: str) -> 
         unsupported = "keypoints"
     if unsupported:
         raise UserError(
-            f"The model predicts {unsupported}, but only models that predict boxes or masks can "
-            "be exported to ONNX. To export the model to TorchScript instead, choose a file name "
-            "that ends in .ts. To export only the backbone, pass --backbone."
+            f"The model predicts {unsupported}, but only detectors of objects with axis-aligned "
+            "boxes, with or without masks, can be exported to ONNX. To export the model to "
+            "TorchScript instead, choose a file name that ends in .ts. To export only the "
+            "backbone, pass --backbone."
         )
     if cfg.INPUT.FORMAT not in ("RGB", "BGR", "L"):
         raise UserError(

@@ -154,13 +154,13 @@ class ImageClassifier(Classifier):
                 with these entries (others are ignored):
 
                 - ``image``: uint8 RGB images ``(N, 3, H, W)``, or in evaluation ``(N, V, 3, H, W)``
-                  with V crops of each image.
+                  with V views (scales and crops) of each image.
                 - ``label``: int64 class indices ``(N,)``, only in training.
                 - ``cutout``: int64 centres ``(N, 2)`` of the squares, only in training with Cutout.
 
         Returns:
             A dict with the loss in training mode. In evaluation mode, or if ``batch`` is a tensor,
-            logits ``(N, num_classes)``, which are averaged over the crops of each image.
+            logits ``(N, num_classes)``, which are averaged over the views of each image.
         """
         if isinstance(batch, Tensor):
             return super().forward(batch)

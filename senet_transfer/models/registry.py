@@ -287,8 +287,9 @@ def create_backbone(
 
     By default, no stages are frozen. Without weights, ResNets and ResNeXts have stride 2 in the 3x3
     convolutions of bottlenecks, a padded max pool in the stem, and torchvision's preprocessing.
-    With weights, the stride placement, the padding and the preprocessing are determined from the
-    file. The paper's 3.86 GMACs for SE-ResNet-50 require ``stride_in_1x1=True``.
+    With weights, the stride placement, the padding of this max pool and the preprocessing are
+    determined from the file. The paper's 3.86 GMACs for SE-ResNet-50 require
+    ``stride_in_1x1=True``.
     Inception-ResNet-v2 has unpadded convolutions by default, as published; use ``padding="same"``
     for detectors.
 

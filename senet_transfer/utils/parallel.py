@@ -31,7 +31,7 @@ def run_parallel(
     remaining = iter(tasks)
     waiting: dict[Future, Any] = {}
     pool = ProcessPoolExecutor(
-        min(workers, len(tasks)),
+        min(workers, len(tasks)) or 1,
         # Fork, because spawning an interpreter takes seconds. Forking is safe while no threads are
         # running.
         mp_context=multiprocessing.get_context("fork"),

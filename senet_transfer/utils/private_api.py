@@ -251,7 +251,7 @@ def compile_program(program: ExportedProgram, path: str, metadata: Mapping[str, 
     """Compile an exported program with AOTInductor, and write it to a package (``.pt2``).
 
     Uses a private but documented API of torch 2.11 to 2.14:
-    ``torch._inductor.aoti_compile_and_package``.
+    ``torch._inductor.aoti_compile_and_package``, and exceptions in ``torch._inductor.exc``.
 
     Args:
         program: Exported program.

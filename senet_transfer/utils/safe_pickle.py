@@ -207,8 +207,8 @@ class Placeholder:
     """Inert stand-in for a class or function that is not on the allow-list, and for its results.
 
     It can be called, and items can be added to it, but it stores only the name of the class or
-    function. If the class is a namespace, such as ``SimpleNamespace``, its attributes with values
-    of built-in types are stored as well.
+    function. If the class is a namespace, such as ``SimpleNamespace``, its attributes and items
+    with plain values are stored as well.
     """
 
     __slots__ = ("name", "values")
@@ -479,7 +479,8 @@ def load_plain(
 def length_of(stream: io.BytesIO) -> int:
     """Return the number of bytes in a stream without copying the data.
 
-    ``BytesIO.getbuffer`` copies the data if the buffer is shared with a bytes object."""
+    ``BytesIO.getbuffer`` copies the data if the buffer is shared with a bytes object.
+    """
     position = stream.tell()
     length = stream.seek(0, io.SEEK_END)
     stream.seek(position)

@@ -30,6 +30,15 @@ def shown(text: object, limit: int = 80) -> str:
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error message without its full stop, to quote it in a sentence.
+
+    If the message is empty, the name of the exception's class is returned.
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0].removesuffix(".") if lines else type(error).__name__
+
+
 def counted(number: int, singular: str, plural: str = "") -> str:
     """Return a number with a noun, such as "1 image" or "1,200 images".
 
@@ -58,7 +67,10 @@ def check_utf8(path: str, use: str) -> None:
 
 
 def mean_text(values: Sequence[float]) -> str:
-    """Format the mean and, for several values, their sample standard deviation."""
+    """Format the mean and, for several values, their sample standard deviation.
+
+    Both have two decimals, such as ``"7.30 ± 0.12"``.
+    """
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.2f}{spread}"
 

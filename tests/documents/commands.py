@@ -173,7 +173,7 @@ class Command:
 
         The number of GPUs is removed, and the config's path is replaced by the first word of its
         name, such as "cifar10". Of the commands in configs/README.md that have the same form, the
-        tests run only one.
+        tests run at most one.
         """
         line = re.sub(r"configs/([a-z0-9]+)_\w+\.yaml", r"\1", " ".join(self.words))
         return re.sub(r"(--num-gpus|--nproc-per-node) \d+", r"\1", line)
@@ -215,7 +215,8 @@ def run_here(document: str) -> list[Command]:
     """Return the commands in a document that the tests run.
 
     The tables in configs/README.md contain a command for each recipe. The tests run only one of
-    several commands with the same form, because test_instant.py tests all recipes.
+    several commands with the same form, or none if another document contains a command with this
+    form, because test_instant.py tests all recipes.
     """
     found = [command for command in COMMANDS[document] if not command.reason_not_run]
     if document != "configs/README.md":

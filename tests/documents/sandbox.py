@@ -257,7 +257,7 @@ def _detector_runs(root: Path) -> None:
 
 
 def _documents(root: Path) -> None:
-    """Copy the configs and the files that ``tests/test_documents.py`` needs to update documents.
+    """Copy ``tests/test_documents.py`` and the files that it needs to update documents.
 
     The copy of configs/README.md contains no tables, so the tested command must add them.
     """

@@ -2,7 +2,7 @@
 
 import pytest
 
-from senet_transfer.utils.text import counted, differences, first_of
+from senet_transfer.utils.text import counted, differences, first_line, first_of
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,16 @@ def test_no_names_give_no_text():
 )
 def test_lists_that_differ_only_in_length_have_differences(found, expected, text):
     assert differences(found, expected) == text
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ValueError("no such key\nin the file"), "no such key"),
+        (RuntimeError("\nOut of range."), "Out of range"),
+        (KeyError(), "KeyError"),
+        (OSError(" \n"), "OSError"),
+    ],
+)
+def test_an_error_is_quoted_by_its_first_line_or_its_class(error, text):
+    assert first_line(error) == text

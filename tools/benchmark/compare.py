@@ -104,9 +104,9 @@ class Comparison:
 
     @property
     def resolved(self) -> bool:
-        """True if the run times of two instances of the baseline agree within the tolerance.
+        """True if the confidence interval of the control's ratio is within the tolerance around 1.
 
-        False if only one instance was timed.
+        False if there is no control.
         """
         return self.control is not None and self.ratio(self.control).within(self.tolerance)
 

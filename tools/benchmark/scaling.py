@@ -31,9 +31,9 @@ BATCH = 8
 
 
 def measure_scaling(options: Options) -> Iterator[Row]:
-    """Measure the speed of data-parallel training, peak memory, and time spent waiting for images.
+    """Measure training with one and two processes, peak memory, and time waiting for images.
 
-    The speed is only measured on a CPU. The time spent waiting is measured in an evaluation.
+    Training is only measured on a CPU. The time waiting for images is measured in an evaluation.
     """
     if options.device == "cpu":
         yield _processes(options)

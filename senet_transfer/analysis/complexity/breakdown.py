@@ -22,8 +22,9 @@ class Report:
         size: Height and width of the network's input in pixels.
         parts: Cost of each component of the model, such as a stage of the backbone, in the order of
             the forward pass.
-        notes: Components and operators whose cost is excluded or depends on the config.
-        modules: Cost of each module by name, excluding the ROI heads.
+        notes: Sentences about components and operators whose cost is excluded or depends on the
+            config.
+        modules: Cost of each module by name. For the ROI heads, only the parameters are counted.
     """
 
     size: tuple[int, int]

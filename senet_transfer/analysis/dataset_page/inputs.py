@@ -44,7 +44,8 @@ def training_views(cfg: CfgNode, count: int) -> list[tuple[View, View]]:
     """Return the first training inputs of a run, each paired with the unaugmented image.
 
     The training loader uses the config's seed, or seed 0 if the config has no seed. The unaugmented
-    images come from a second loader with the same seed and without random augmentation.
+    images come from a second loader with the same seed and without random augmentation, which
+    returns the same images in the same order.
 
     Args:
         cfg: Config whose datasets are registered.

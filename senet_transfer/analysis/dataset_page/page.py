@@ -101,7 +101,8 @@ def write_data_page(
         output: The HTML file, which is written atomically.
         inputs: Number of training inputs to show.
         limit: Maximum number of images per dataset to decode for finding duplicates and, in
-            classification data, for the image sizes. For larger datasets, a random sample is used.
+            classification data, for measuring the size and contrast of images. For larger datasets,
+            a random sample is used.
         workers: Number of processes that decode images.
         say: A function that is called with a message if images can't be read.
         quiet: If True, show no progress bars.

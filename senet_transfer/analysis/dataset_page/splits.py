@@ -186,8 +186,8 @@ def data_config(
         val: Evaluation data, in the same form. If empty, ``data`` is searched for it.
         images: Image folder for annotation files. If empty, the folder is searched for.
         datasets: Detection datasets as in ``--dataset``, in addition to ``data`` and ``val``.
-        config_file: A YAML file or the name of a config. If empty, the recipe for fine-tuning a
-            detector or a classifier is used, depending on the data.
+        config_file: A YAML file or the name of a config. If empty, a config from
+            :data:`RECIPES` is chosen for the data: detection data, classification data or CIFAR.
         options: Alternating config keys and values.
 
     Raises:
@@ -229,7 +229,7 @@ def _corners(box: Sequence[float], mode: BoxMode) -> Sequence[float]:
 
 
 def _named(data: str, val: str, images: str) -> tuple[list[str], list[list[str]]]:
-    """Determine the names of the datasets to show; see :func:`data_config` for the arguments.
+    """Determine the names of the datasets in ``data`` and ``val``; see :func:`data_config`.
 
     Returns:
         The names of the datasets, and a ``DATASETS.REGISTER`` entry for each annotation file.

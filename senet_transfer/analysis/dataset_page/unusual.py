@@ -80,7 +80,7 @@ def deviations(values: np.ndarray, least_spread: float = _LEAST_SPREAD) -> np.nd
 
 
 def select(found: Sequence[Unusual], count: int) -> list[Unusual]:
-    """Select up to ``count`` unusual annotations and images of all kinds, without repetitions.
+    """Select up to ``count`` unusual annotations and images, each object or image at most once.
 
     The result starts with the most unusual annotation or image of each kind, followed by the second
     most unusual of each kind, and so on.

@@ -117,7 +117,7 @@ def without_gates(
 
     Returns:
         The network in evaluation mode on the model's device, or None if the constants of a removed
-        gate can't be folded into a convolution, because there is none directly before the gate.
+        gate can't be folded into a convolution directly before the gate.
     """
     with weights_follow():
         pruned = build_model(cfg)

@@ -238,7 +238,7 @@ def match_detections(boxes: np.ndarray, classes: np.ndarray, image: dict[str, An
 
 
 def _f1(image: dict[str, Any], found: Found) -> float:
-    """Return the F1 score of an image's detections; 1 if there are no objects or detections."""
+    """Return the F1 score of an image, which is 1 if it has neither objects nor detections."""
     shown = found.scores >= SCORE
     hits = int((found.matches[shown] >= 0).sum())
     both = int((image["crowd"] == 0).sum()) + int(shown.sum())

@@ -191,7 +191,10 @@ def _results(run: Run) -> list[dict[str, Any]]:
 
 
 def _class_tables(runs: list[Run], classification: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return tables of the per-class AP or top-1 error of each run, sorted from worst to best."""
+    """Return tables of the AP or top-1 error by class and run, sorted by the worst run's value.
+
+    The worst class comes first.
+    """
     tables = []
     by_data: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
     for position, run in enumerate(runs):

@@ -41,7 +41,7 @@ _DATA = {
     "cifar10_test": "CIFAR-10",
     "cifar100_test": "CIFAR-100",
     "cifar10_jpeg": "CIFAR-10 recompressed as JPEG",
-    "cifar10_jpeg/test": "CIFAR-10 recompressed as JPEG, enlarged to 64x64 pixels",
+    "cifar10_jpeg/test": "CIFAR-10 recompressed as JPEG, enlarged to 64 pixels",
     "coco_2017_val": "COCO minival",
 }
 # Options that affect the speed of a run, but not its results.

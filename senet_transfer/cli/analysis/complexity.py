@@ -26,8 +26,9 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--weights",
         default="",
-        help="checkpoint or weight file from which the network's strides and paddings are "
-        "detected, and also its architecture if neither --model nor --config-file is given",
+        help="checkpoint or weight file from which the layer options, such as strides, stem "
+        "pooling and SE biases, are detected, and also the architecture if neither --model nor "
+        "--config-file is given",
     )
     add(
         "--size",
@@ -70,9 +71,9 @@ def main(args: argparse.Namespace) -> None:
         notes += reports[-1].notes
     if cfg.MODEL.WEIGHTS and not args.weights:
         notes.append(
-            "The counts are for the strides and paddings in the config. A run uses those of the "
-            f"weight file {cfg.MODEL.WEIGHTS}. To use the file's strides and paddings for the "
-            "counts, pass it as --weights."
+            "The counts are for the layer options in the config, such as strides, stem pooling "
+            f"and SE biases. A run uses those of the weight file {cfg.MODEL.WEIGHTS}. To use the "
+            "file's layer options for the counts, pass it as --weights."
         )
     if len(reports) == 1:
         rows = [cost_row(name, cost) for name, cost in reports[0].parts.items()]

@@ -141,8 +141,9 @@ def run_split(args: argparse.Namespace) -> None:
 def import_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Convert annotations for detection to COCO format. One JSON file is written "
-        "per split of the dataset, such as train.json and val.json. A dataset without splits can "
-        "be split with --val and --test, or into folds with --folds. The images are not copied."
+        "per split of the dataset, such as train.json and val.json. A dataset without splits is "
+        "written to train.json, unless it is split with --val and --test, or into folds with "
+        "--folds. The images are not copied."
     )
     add = parser.add_argument
     add("--from", dest="format", choices=DETECTION_FORMATS, required=True, help="format to read")

@@ -36,7 +36,12 @@ def parser() -> argparse.ArgumentParser:
         help="seed for selecting the images of --train that are held out to choose the L2 "
         "regularisation (default: 0)",
     )
-    add("--record", default="", metavar="FILE", help="also write the results to this JSON file")
+    add(
+        "--record",
+        default="",
+        metavar="FILE",
+        help="also write the results to this JSON file, in the format of senet sweep --results",
+    )
     add_backbone_arguments(parser)
     add_running_arguments(parser)
     return parser

@@ -53,7 +53,7 @@ class SkipCounter:
         self._counts[worker, 1] += broken
 
     def check(self, last: str, remedy: str = _VERIFY) -> None:
-        """Raise a UserError if too many samples are broken; `last` is the last broken sample."""
+        """Raise a UserError if too many samples are broken; `last` describes the last one."""
         if self.skipped > self.max_ratio * max(self.seen, RATIO_OVER):
             raise UserError(
                 f"{self.skipped} of {self.seen} images cannot be decoded; expected at most "

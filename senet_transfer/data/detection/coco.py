@@ -44,7 +44,7 @@ class CocoDataset:
         json_file: Annotation file in COCO format, or a file or folder in another supported format.
             The path may end with a colon and the name of a split.
         image_dir: Folder to which the `file_name` entries are relative.
-        allow_empty: Whether to accept a file without annotations.
+        allow_empty: Whether to accept a file without annotations or with only crowd annotations.
         upright: Whether the annotations refer to the images with EXIF orientation applied.
         summary: Summary of the annotation file when it was last read; None if it has not been read.
         class_order: Class names in the order of the model outputs; if empty, the classes are sorted
@@ -203,8 +203,8 @@ def register_coco_dataset(
             and the name of a split, such as `voc:train`.
         image_dir: Folder to which the `file_name` entries are relative; None selects the format's
             default folder, which for COCO is the folder of the annotation file.
-        allow_empty: Whether to accept a file without annotations, such as a test set whose ground
-            truth is not public.
+        allow_empty: Whether to accept a file without annotations or with only crowd annotations,
+            such as a test set whose ground truth is not public.
         segmentations: Whether to also check the segmentations, which mask heads require. For a
             model with a mask head, this avoids reading the file a second time.
         upright: Whether the annotations refer to the images with EXIF orientation applied.

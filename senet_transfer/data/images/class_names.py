@@ -125,7 +125,7 @@ def check_encoding(names: Iterable[str], root: str | Path) -> None:
 
 
 def _is_number(name: str) -> bool:
-    return re.fullmatch(r"-?[0-9]+", name) is not None
+    return re.fullmatch(r"-?[0-9]{1,18}", name) is not None
 
 
 def _sort_by_number(names: Iterable[str]) -> list[str]:

@@ -276,8 +276,8 @@ def to_rgb(image: Image.Image, reading: Reading, data: bytes = b"") -> Image.Ima
     Args:
         image: PIL image.
         reading: Settings for reading the image; ``channels`` is ignored.
-        data: The encoded image. If it is given, 16-bit colour images are read with full precision;
-            see :func:`to_8_bit`.
+        data: The encoded image. If it is given and ``reading`` specifies a value range, 16-bit
+            colour images are read with full precision; see :func:`to_8_bit`.
 
     Raises:
         BrokenImageError: If :func:`to_8_bit` cannot convert the image to 8 bits per channel.
@@ -393,7 +393,7 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def jpeg_orientation(data: bytes) -> int | None:
-    """Return a JPEG image's EXIF orientation from 1 to 8, or None if it can't be read."""
+    """Return a JPEG image's EXIF orientation from 1 to 8; None if it is missing or unreadable."""
     try:
         return exif_orientation(Image.open(io.BytesIO(data), formats=["JPEG"]))
     except Exception:  # Pillow raises exceptions of many types for damaged files

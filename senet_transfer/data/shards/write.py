@@ -154,7 +154,7 @@ def plan_shards(images: Images, *, split: str, seed: int, shard_mb: float) -> li
 
 
 def write_shard(plan: ShardPlan, output: Path) -> dict[str, Any]:
-    """Write a shard, its index and its JSON file, and return the content of the JSON file."""
+    """Write a shard, its index and finally its JSON file; return the content of the JSON file."""
     skipped: list[dict[str, str]] = []
     counts: Counter[int] = Counter()
     with atomic_file(output / plan.name) as stream:

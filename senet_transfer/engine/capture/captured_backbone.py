@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from senet_transfer.errors import UserError
+from senet_transfer.utils.text import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ class CapturedBackbone:
         except RuntimeError as error:
             raise UserError(
                 "SOLVER.COMPILE is graph, but the backbone can't be captured as a CUDA graph "
-                f"({str(error).splitlines()[0]}). Set SOLVER.COMPILE to none or default."
+                f"({first_line(error)}). Set SOLVER.COMPILE to none or default."
             ) from error
         for buffer, before in buffers:
             buffer.copy_(before)

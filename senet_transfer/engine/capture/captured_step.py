@@ -12,6 +12,7 @@ from torch import Tensor
 from senet_transfer.data.cifar.transforms import to_device
 from senet_transfer.engine.capture.graphs import Graph, Graphs, Outputs
 from senet_transfer.errors import UserError
+from senet_transfer.utils.text import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ class CapturedStep:
         except RuntimeError as error:
             raise UserError(
                 "SOLVER.COMPILE is graph, but the training step can't be captured as a CUDA "
-                f"graph ({str(error).splitlines()[0]}). {_REMEDY}"
+                f"graph ({first_line(error)}). {_REMEDY}"
             ) from error
         logger.info("Captured the training step as a CUDA graph.")
         return graph

@@ -12,6 +12,7 @@ from senet_transfer.engine.checkpoints import checkpoint_history as history
 from senet_transfer.errors import UserError
 from senet_transfer.utils.atomic_io import atomic_file
 from senet_transfer.utils.private_api import end_failed_load
+from senet_transfer.utils.text import first_line
 from senet_transfer.weights.choice import Choice
 from senet_transfer.weights.file_geometry import local_weights
 from senet_transfer.weights.formats.reader import OWN_METADATA
@@ -169,7 +170,7 @@ def _training_state(filename: str, names: list[str]) -> dict[str, Any]:
     except Exception as error:
         raise UserError(
             f"{filename} is not a training checkpoint: its training state can't be read "
-            f"({str(error).splitlines()[0]}). To load only its weights, omit --resume."
+            f"({first_line(error)}). To load only its weights, omit --resume."
         ) from error
     missing = [name for name in names if name not in checkpoint]
     if missing:

@@ -36,6 +36,7 @@ from senet_transfer.engine.setup import (
 from senet_transfer.engine.signals import stop_at_step_end
 from senet_transfer.engine.train_step import StepTrainer
 from senet_transfer.errors import UserError
+from senet_transfer.utils.text import first_line
 
 _SECTIONS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
@@ -74,7 +75,7 @@ def load_lazy_config(options: RunOptions) -> DictConfig:
     except Exception as error:  # Hydra's parser and OmegaConf raise exceptions of various types.
         raise UserError(
             f"The options {' '.join(options.options)} can't be applied to the LazyConfig {path}: "
-            f"{str(error).splitlines()[0]}. Expected KEY=VALUE, such as train.max_iter=1000."
+            f"{first_line(error)}. Expected KEY=VALUE, such as train.max_iter=1000."
         ) from error
 
 

@@ -130,7 +130,7 @@ def _provenance(contents: Contents, runs: Sequence[dict[str, Any]]) -> Iterable[
         )
     for run in runs:
         if run.get("weights_sha256") == contents.sha256:
-            yield f"The weights are from the run with seed {run['seed']}."
+            yield f"The weights are from the run with seed {run.get('seed', 'unknown')}."
     machines = dict.fromkeys(
         ", ".join(f"{key}: {value}" for key, value in run["machine"].items())
         for run in runs

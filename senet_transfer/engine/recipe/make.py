@@ -167,7 +167,7 @@ def choose_settings(
         upright: True if annotations refer to images with the EXIF orientation applied.
         weights: Pretrained weights, or "" to train from scratch. If None, published weights are
             downloaded; if the download fails, the network is trained from scratch.
-        arch: Name of the backbone in the user's own weight file. If empty, a backbone is chosen.
+        arch: Name of the backbone that ``weights`` belong to. If empty, a backbone is chosen.
         device: Device of the run.
 
     Raises:

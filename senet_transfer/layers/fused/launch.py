@@ -305,7 +305,7 @@ class _Launcher:
         """Compute the statistics of each channel over each chunk of positions.
 
         Returns:
-            The means and, if ``square`` is True, the sums of squared deviations.
+            The means, and the sums of squared deviations, or None if ``square`` is False.
         """
         means, squares = self.rows(), self.rows() if square else None
         self.run(
@@ -371,7 +371,7 @@ class _Launcher:
         return total, aligned
 
     def _row_tile(self) -> dict[str, int]:
-        """Return the tile size and number of warps of the kernel that merges statistics."""
+        """Return the number of rows and warps per tile, for kernels that combine all chunks."""
         rows = min(256, max(16, _power_of_2(self.tiling.rows)))
         return {"BR": rows, "num_warps": 4 if rows <= 64 else 8}
 

@@ -59,8 +59,8 @@ def trunk_builder(
     """Return a decorator for backbone builders that return a stem and stages, as in version 0.1.
 
     Deprecated: this decorator will be removed in version 0.3. Instead, write a builder that also
-    accepts ``out_features`` and ``freeze_at`` and returns the result of :func:`build_backbone`. If
-    the decorated function has additional arguments, pass them to
+    accepts ``out_features`` and ``freeze_at`` and returns the result of :func:`build_backbone`.
+    Additional arguments of the decorated function can only be set in
     :func:`senet_transfer.models.registry.register_model`.
 
     Args:

@@ -5,7 +5,7 @@ each with a norm and a ReLU.
 
 With SE (Table III of the SENet paper), a gate follows the last ReLU of each of the 13 pairs of
 depthwise and pointwise convolutions. The paper does not specify this position, but the 4.7M
-parameters in the table imply it: with gates after the depthwise convolutions, it would be 4.6M.
+parameters in the table imply it: with gates after the depthwise convolutions, there would be 4.6M.
 With r = 16 and 1000 classes, the gates add 486,068 parameters to the plain network's 4,231,976. The
 first pair is in stage res2.
 """

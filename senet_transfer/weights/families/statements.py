@@ -206,8 +206,8 @@ def _plain(name: str) -> str:
 def _judge(name: str, architecture: Architecture) -> bool | None:
     """Return whether a network name matches an architecture, or None if this is unclear.
 
-    The number of channels is not compared, because scripts also use the standard names for wider
-    or narrower networks.
+    The number of channels is compared only if the name of a ResNeXt contains it. Scripts also use
+    the standard names, such as "resnet50", for wider or narrower networks.
     """
     name = _plain(name)
     depth = _depth(architecture)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from senet_transfer.errors import UserError
 from senet_transfer.preprocessing import Preprocessing
 from senet_transfer.utils.atomic_io import atomic_path
+from senet_transfer.utils.text import first_line
 
 PREFIX = "timm/"
 
@@ -134,7 +135,7 @@ def fetch_timm(name: str) -> Path:
     # Hugging Face's client and timm raise exceptions of many types.
     except Exception as error:
         raise UserError(
-            f"timm can't load the weights {full}: {str(error).splitlines()[0]}. Check the network "
+            f"timm can't load the weights {full}: {first_line(error)}. Check the network "
             "connection and HF_HOME, or put a file with the state dict of timm's network at "
             f"{os.path.abspath(path)}."
         ) from error

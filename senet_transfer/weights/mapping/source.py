@@ -502,7 +502,10 @@ def _described(alternatives: dict[str, str]) -> str:
 
 
 def _difference(first: Source, other: Source) -> str:
-    """Describe the layer options and preprocessing in which ``other`` differs from ``first``."""
+    """Describe the layer options and preprocessing in which ``other`` differs from ``first``.
+
+    The result is "" if there is no difference.
+    """
     parts = []
     for name, value in vars(other.geometry).items():
         if value != getattr(first.geometry, name):

@@ -18,7 +18,10 @@ SMALL = EvalTransform(resize=24, crop=16)
 
 
 def evaluated(dataset, ranks=1, workers=0, transform=SMALL, batch_size=5):
-    """Load a dataset with one loader per rank; return each image and label, keyed by sample key."""
+    """Load a dataset with one loader per rank; return each image and label, keyed by sample key.
+
+    No key may occur twice.
+    """
     found = {}
     for rank in range(ranks):
         loader = build_classification_eval_loader(

@@ -216,7 +216,7 @@ def test_large_scale_jitter_equals_detectron2s(records):
 def mapped_image(colour, size, *boxes):
     """Return a single-colour image in the output format of Detectron2's dataset mapper.
 
-    Each of the ``boxes`` contains one object, whose mask fills the box.
+    Each of the ``boxes`` (x0, y0, x1, y1) contains one object, whose mask fills the box.
     """
     masks = torch.zeros(len(boxes), *size, dtype=torch.bool)
     for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True):

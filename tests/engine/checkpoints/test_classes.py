@@ -50,9 +50,10 @@ def run(cases, command, tmp_path, zero_initial_weights):
 
 
 def perfect(val: Path) -> list[tuple[dict, dict]]:
-    """Return a slightly larger box than the ground truth for each object, with the correct class.
+    """Return the input and output of a detector for each image, with one detection per object.
 
-    The class indices are positions in ``OWN``.
+    The boxes are slightly larger than the ground truth. The classes are correct; their indices are
+    positions in ``OWN``.
     """
     truth = json.loads(val.read_text())
     names = {item["id"]: item["name"] for item in truth["categories"]}

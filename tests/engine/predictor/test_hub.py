@@ -45,7 +45,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(cache, monkeypatch):
-    """Start a local server with the Hub's API, and configure huggingface_hub to use it."""
+    """Start a local server with the Hub's API; make huggingface_hub use it with a token."""
     constants = huggingface_hub.constants
     with serving_hub() as served:
         monkeypatch.setattr(constants, "ENDPOINT", served.address)

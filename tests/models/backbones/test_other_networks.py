@@ -1,7 +1,7 @@
 """Tests that compare VGG, Inception, MobileNet and ShuffleNet with plain-PyTorch versions.
 
-These tests cover networks that no other package contains, mainly variants with SE. Networks that
-torchvision or timm also contains are compared with them in ``tests/weights``.
+These tests cover networks that no other package contains, mainly variants with SE. Other networks
+are compared with torchvision, timm and pretrainedmodels in ``tests/weights``.
 """
 
 from collections.abc import Callable

@@ -138,7 +138,7 @@ def test_a_model_object_is_rejected_by_name(content, zipped, tmp_path):
 
 
 def _weights_only() -> dict[str, object]:
-    """Return examples of all kinds of objects that ``torch.load(weights_only=True)`` accepts.
+    """Return examples of the objects that ``torch.load(weights_only=True)`` accepts.
 
     The objects are keyed by a short description.
     """

@@ -11,7 +11,7 @@ from benchmark.report import Amounts
 
 
 def measure_card(settings: Settings) -> Iterator[Found]:
-    """Measure the GPU's bandwidth and throughput, and the host time of kernel launches."""
+    """Measure the GPU's bandwidth and throughput, and the host time of launches and waits."""
     device = settings.device
     values = torch.empty(settings.sized(2**28, 2**10), device=device)
     other = torch.empty_like(values)

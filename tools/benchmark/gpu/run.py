@@ -188,7 +188,7 @@ class Report:
 def run_part(name: str, settings: Settings, report: Report) -> None:
     """Run a part of the benchmark in a separate process, and report the results.
 
-    The process is stopped when it exceeds the part's time limit or the benchmark's time budget.
+    The process is stopped at ``settings.deadline``, even if the part is incomplete.
     """
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)

@@ -66,7 +66,7 @@ class Result:
         value: Measured value.
         spread: Interquartile range, over all rounds, of the control's time divided by the
             baseline's time. The control is a second instance of the baseline. None if there is no
-            control.
+            control, or if the value is not a ratio of times.
     """
 
     value: float

@@ -178,7 +178,8 @@ def _mask(
     """Decode a mask from CVAT's row-major run-length encoding, which starts with background."""
     left, top, width, height = (int(values[name]) for name in ("left", "top", "width", "height"))
     text = shape.get("rle", "")
-    runs = [int(run) for run in re.findall(r"\d+", text)] if re.fullmatch(r"[\d,\s]+", text) else []
+    valid = re.fullmatch(r"[0-9,\s]+", text) and not re.search(r"[0-9]{10}", text)
+    runs = [int(run) for run in re.findall(r"[0-9]+", text)] if valid else []
     inside = min(left, top) >= 0 and left + width <= size[0] and top + height <= size[1]
     if not inside or min(width, height) < 1 or sum(runs) != width * height:
         raise UserError(

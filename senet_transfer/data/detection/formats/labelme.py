@@ -150,7 +150,7 @@ def _with_source(
 def _read_mask(
     text: object, corners: Sequence[tuple[float, float]], where: str, size: tuple[int, int]
 ) -> tuple[shapes.Box, Segmentation] | None:
-    """Read a mask from a base64-encoded PNG image that covers the region between two corners."""
+    """Read a mask from a base64-encoded PNG image of the region between two corners (inclusive)."""
     (left, top), (right, bottom) = [(int(x), int(y)) for x, y in corners]
     expected = right - left + 1, bottom - top + 1
     try:
@@ -169,7 +169,7 @@ def _read_mask(
 
 
 def _merge(item: ImportedObject, other: ImportedObject, data: ImportedData) -> None:
-    """Merge a second shape of the same group into an object."""
+    """Merge another shape of the same group into an object."""
     item.box = shapes.box_of([item.box[:2], item.box[2:], other.box[:2], other.box[2:]])
     both = item.segmentation, other.segmentation
     if all(isinstance(segmentation, list) for segmentation in both):

@@ -234,8 +234,8 @@ def read_annotations(path: str, image_dir: str, *, upright: bool = True) -> dict
         upright: Whether the annotations refer to the images with EXIF orientation applied.
 
     Raises:
-        UserError: If a file is invalid, or if the path does not end with the name of a split and
-            there are several splits.
+        UserError: If a file is invalid, if the path ends with the name of a split that does not
+            exist, or if it does not end with the name of a split and there are several splits.
     """
     location, split = split_path(path)
     if find_source(location) is None:

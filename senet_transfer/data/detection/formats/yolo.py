@@ -208,7 +208,7 @@ def _read_image(
 
 
 def _read_line(words: list[str], where: str, data: ImportedData, key_points: int) -> ImportedObject:
-    """Read an object from a line of a label file, with coordinates from 0 to 1."""
+    """Read an object from a label file's line, with coordinates as fractions of the image size."""
     values = [number(word, "value", where) for word in words]
     index = values.pop(0)
     if index != int(index) or not 0 <= index < len(data.classes):

@@ -103,6 +103,7 @@ def voc(text):
         ("cvat", cvat('xtl="10.50"', 'xtl="inf"'), r"image 'a.png', shape 1 has the xtl 'inf'"),
         ("cvat", cvat('label="dog"', 'label="cow"'), r"shape 2 has the label 'cow'"),
         ("cvat", cvat("2, 3, 1, 6", "2, 3, 1, 9999999999"), "shape 4 is a mask of 4 x 3"),
+        ("cvat", cvat("2, 3, 1, 6", "2, 3, 1, 6" + "0" * 5000), "shape 4 is a mask of 4 x 3"),
         ("cvat", cvat('left="70"', 'left="-70"'), "shape 4 is a mask of 4 x 3"),
         ("cvat", cvat('width="100"', 'width="1e99"'), "image 'a.png' has the size 1e99 x 80"),
         ("labelstudio", labelstudio("upload/3/0", "../../0"), r"a.json: task 11 .* without `..`"),
