@@ -14,9 +14,9 @@
 # Several parts can run at the same time.
 #
 # Variables: SEEDS="0 1 2", SEED=1 (the run for gates and publish; if it does not exist, publish uses
-# seed 0, and gates skips the network), JOBS=1 (runs at the same time), MINUTES (time limit of the command), RECORDS=results (folder of the
-# records), PYTHON=python, DETECTRON2_DATASETS=datasets and, if there is no git or no .git,
-# GIT_COMMIT.
+# seed 0, and gates skips the network), JOBS=1 (runs at the same time), MINUTES (time limit of the
+# command), RECORDS=results (folder of the records), PYTHON=python, DETECTRON2_DATASETS=datasets and,
+# if there is no git or no .git, GIT_COMMIT.
 set -eu
 python=${PYTHON:-python}
 root=${DETECTRON2_DATASETS:-datasets}
