@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--half",
         action="store_true",
-        help="store weights in float16, except biases and normalization parameters",
+        help="store weights in float16, except biases and parameters of norms",
     )
     add(
         "--evaluate",

@@ -66,8 +66,8 @@ def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
     """
     if len(options) % 2:
         raise UserError(
-            f"Config options must be KEY VALUE pairs, but there are {len(options)} words: "
-            f"{' '.join(options)}. Quote values that contain spaces."
+            f"Config options must be KEY VALUE pairs, but their number is odd "
+            f"({len(options)}): {' '.join(options)}. Quote values that contain spaces."
         )
     if options:
         for key in options[::2]:

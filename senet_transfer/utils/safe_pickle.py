@@ -103,7 +103,7 @@ _UNREAD_DTYPE = np.dtype("V1")
 
 
 class _DType:
-    """Stand-in for ``numpy.dtype``, whose byte order is set by a later ``BUILD`` instruction."""
+    """Stand-in for ``numpy.dtype``. The ``BUILD`` opcode sets its byte order after its creation."""
 
     def __init__(self, code: str) -> None:
         self.value = np.dtype(code)

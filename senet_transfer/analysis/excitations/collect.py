@@ -162,7 +162,7 @@ def _add(blocks: dict[str, GateStatistics], labels: np.ndarray, values: dict[str
 def _batches(
     model: nn.Module, gates: dict[str, nn.Module], loader: Iterable[Batch]
 ) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
-    """Yield the labels ``(N,)`` and the gate values, keyed by gate name, of each batch."""
+    """Yield the labels ``(N,)`` and a dict from gate name to gate values for each batch."""
     with capture_gates(gates) as values:
         for batch in loader:
             backbone_of(model)(backbone_input(model, batch["image"]))

@@ -300,7 +300,7 @@ def _matches(path: Path) -> list[Path]:
     missing = [name for name in names if not found[name]]
     if missing and len(names) > 1:
         raise UserError(
-            f"{path} specifies {len(names)} shards, but {len(missing)} do not exist: "
+            f"{path} specifies {len(names)} shards, of which {len(missing)} are missing: "
             f"{first_of(missing)}. Copy the missing shards, or correct the pattern."
         )
     matches = [Path(match) for group in found.values() for match in group]

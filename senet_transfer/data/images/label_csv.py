@@ -27,7 +27,9 @@ def is_label_csv(path: str | Path) -> bool:
 
 
 def read_label_csv(path: str | Path) -> dict[str, tuple[str, int]]:
-    """Read the images and labels in a CSV file. Other columns and blank lines are ignored.
+    """Read the image paths and labels in a CSV file.
+
+    Additional columns and blank lines are ignored.
 
     Args:
         path: CSV file. Its image paths are relative to the folder that contains it.

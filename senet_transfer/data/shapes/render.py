@@ -209,7 +209,7 @@ def _arrange(
 
 
 def _visible_masks(layers: list[_Layer]) -> list[np.ndarray]:
-    """Return the visible pixels of each layer, bool (H, W)."""
+    """Return a bool mask (H, W) of the visible pixels of each drawn layer."""
     hidden = np.zeros_like(layers[0].mask)
     masks = []
     for layer in reversed(layers):

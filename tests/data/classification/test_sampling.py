@@ -13,7 +13,7 @@ from senet_transfer.data.classification.sampling import (
 
 
 def row(sizes, num_workers, epochs, seed=3):
-    """Return the (epoch, unit) pairs that all workers read, in round-robin order of the workers.
+    """Return the (epoch, unit) pairs of all workers, with one pair of each worker in turn.
 
     A unit is a shard or a single image.
     """

@@ -199,7 +199,7 @@ def test_braces_expand_to_shards_as_in_webdataset(tmp_path, counted):
     found = [s for unit in range(len(data.unit_sizes)) for s in data.read_unit(unit)]
     assert [(sample.data, sample.label) for sample in found] == written[:6]
     assert len(open_dataset(f"{root}/own-00000{{2,0}}.tar")) == 5
-    with pytest.raises(UserError, match=r"4 shards, but 1 do not exist: .*own-000003\.tar"):
+    with pytest.raises(UserError, match=r"4 shards, of which 1 are missing: .*own-000003\.tar"):
         open_dataset(f"{root}/own-{{000000..000003}}.tar")
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy" / "own-000000.tar").write_bytes((root / "own-000000.tar").read_bytes())
