@@ -198,9 +198,9 @@ def _check_geometry(source: Source, target: Target) -> None:
         lines = "\n".join(f"  {line}" for line in found)
         raise UserError(
             f"{source.path}, detected as {source.detected_as}, has the same tensor shapes as the "
-            f"model, but the weights were trained with different settings:\n{lines}\nBuild the model "
-            "with the file's layer options and preprocessing (weights= in create_backbone and "
-            "create_classifier, MODEL.WEIGHTS in a config). If the detected weight family is "
+            f"model, but the weights were trained with different settings:\n{lines}\nBuild the "
+            "model with the file's layer options and preprocessing (weights= in create_backbone "
+            "and create_classifier, MODEL.WEIGHTS in a config). If the detected weight family is "
             "wrong, set family= or MODEL.WEIGHTS_FAMILY."
         )
 

@@ -270,12 +270,20 @@ def test_the_python_api_requires_no_command_line(shapes, tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        ("INPUT.MIN_SIZE_TRAIN", "('x',)", "only numbers, found the element 'x'"),
-        ("INPUT.MIN_SIZE_TRAIN", "(True,)", "only numbers, found the element True"),
-        ("INPUT.CLASSIFICATION.RATIO", "((),)", r"only numbers, found the element \(\)"),
-        ("MODEL.RPN.IN_FEATURES", "[1]", "only strings, found the element 1"),
-        ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[0]", "only True or False, found the element 0"),
-        ("MODEL.ANCHOR_GENERATOR.SIZES", "[[32], ['x']]", "only numbers, found the element 'x'"),
+        ("INPUT.MIN_SIZE_TRAIN", "('x',)", "only numbers as list elements, found 'x'"),
+        ("INPUT.MIN_SIZE_TRAIN", "(True,)", "only numbers as list elements, found True"),
+        ("INPUT.CLASSIFICATION.RATIO", "((),)", r"only numbers as list elements, found \(\)"),
+        ("MODEL.RPN.IN_FEATURES", "[1]", "only strings as list elements, found 1"),
+        (
+            "MODEL.RESNETS.DEFORM_ON_PER_STAGE",
+            "[0]",
+            "only True or False as list elements, found 0",
+        ),
+        (
+            "MODEL.ANCHOR_GENERATOR.SIZES",
+            "[[32], ['x']]",
+            "only numbers as list elements, found 'x'",
+        ),
     ],
 )
 def test_elements_of_another_type_than_the_default_s_are_an_error(key, value, expected):

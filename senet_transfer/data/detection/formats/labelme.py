@@ -163,8 +163,8 @@ def _read_mask(
         found = f"that can't be read ({error})"
     raise UserError(
         f"{where} has a mask {found}; expected a base64-encoded PNG image of {expected[0]} x "
-        f"{expected[1]} pixels, the size of the shape's bounding box. The two points of the shape are "
-        "the corners of the box, and must be inside the image. Correct or remove the shape."
+        f"{expected[1]} pixels, the size of the shape's bounding box. The two points of the shape "
+        "are the corners of the box, and must be inside the image. Correct or remove the shape."
     )
 
 
