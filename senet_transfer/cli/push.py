@@ -83,7 +83,8 @@ def parser() -> argparse.ArgumentParser:
         "--bundle",
         action="store_true",
         help="write the files to the weight folder of this package (or to --folder) instead of "
-        "uploading them, so that the model can be loaded by its name; OWNER must be senet_transfer",
+        "uploading them; OWNER must be senet_transfer. Models in the weight folder of this package "
+        "can be loaded by their names",
     )
     add(
         "--opts",
@@ -128,11 +129,10 @@ def main(args: argparse.Namespace) -> None:
         return
     options["half"] = args.half
     if args.bundle:
-        path = bundle(args.model, args.repository, Path(args.folder or FOLDER), **options)
-        print(
-            f"Wrote {path}. To use the model, pass --weights {args.repository}, for example to "
-            "senet predict."
-        )
+        folder = Path(args.folder or FOLDER)
+        print(f"Wrote {bundle(args.model, args.repository, folder, **options)}")
+        if folder.resolve() == FOLDER.resolve():
+            print(f"To use the model, pass --weights {args.repository}, such as to senet predict.")
     elif args.folder:
         write_repository(args.model, args.folder, args.repository, **options)
         print(f"Wrote the files of {args.repository} to {args.folder}; nothing was uploaded.")

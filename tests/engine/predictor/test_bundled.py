@@ -50,6 +50,18 @@ def folder(classifier, detector, tmp_path, use_folder) -> Path:
     return place
 
 
+@pytest.mark.long
+def test_only_a_network_in_the_packages_folder_is_said_to_be_loaded_by_name(
+    classifier, tmp_path, use_folder, capsys
+):
+    use_folder(tmp_path / "own")
+    for name in ("own", "other"):
+        path = bundle(classifier, "senet_transfer/scenes", tmp_path / name)
+        printed = capsys.readouterr().out
+        assert f"Wrote {path}\n" in printed
+        assert ("--weights senet_transfer/scenes" in printed) == (name == "own")
+
+
 def test_every_bundled_network_is_complete_and_small():
     files = bundled_files()
     stored = list(bundled.FOLDER.glob("*.safetensors"))
